@@ -1,0 +1,202 @@
+"""Every registered architecture answers to these; adding one to the registry adds its tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.fakes import VOCABULARY, random_sentences, small_network
+from trmt.arch.base import Ragged, Seq2Seq, Source
+from trmt.engines.linear import eager
+from trmt.registry import ARCHITECTURES
+
+# The registered networks as they are, and the Transformer's options, which change how states work.
+VARIANTS = [
+    *((name, {}) for name in ARCHITECTURES),
+    ("transformer", {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}),
+    ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none", "decoder_layers": 1}),
+    ("rnn", {"decoder_layers": 1, "encoder_layers": 1, "tied": "none"}),
+]
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *map(str, variant[1].values())]))
+def net(request: pytest.FixtureRequest) -> Seq2Seq:
+    name, options = request.param
+    return small_network(name, **options)
+
+
+SOURCES = random_sentences(4, seed=1)
+TARGETS = [[1, *sentence] for sentence in random_sentences(4, seed=2)]
+
+
+def teacher_forced(net: Seq2Seq, sources: list[list[int]], targets: list[list[int]]) -> list[Tensor]:
+    """The logits [T, V] of each sentence."""
+    target = Ragged.of(targets)
+    hidden = net(Source.of(sources), target).hidden
+    return list(net.readout(hidden).split([len(sentence) for sentence in targets]))
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> None:
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunks", [[1] * 6, [6], [2, 3, 1], [1, 4, 1]])
+def test_any_split_into_steps_equals_teacher_forcing(net: Seq2Seq, chunks: list[int]) -> None:
+    targets = [sentence[:6] for sentence in random_sentences(8, longest=20, seed=3) if len(sentence) >= 6][:4]
+    sources = SOURCES[: len(targets)]
+    stepper = net.frozen(eager)
+    state = stepper.start(Source.of(sources), hypotheses=1, room=6)
+    parts, at = [], 0
+    for size in chunks:
+        tokens = torch.tensor([sentence[at : at + size] for sentence in targets])[:, None]
+        output, state = stepper.step(tokens, state)
+        parts.append(stepper.readout(output.hidden)[:, 0])
+        at += size
+    same(list(torch.cat(parts, 1)), teacher_forced(net, sources, targets))
+
+
+@torch.inference_mode()
+def test_a_batch_equals_its_sentences_one_by_one(net: Seq2Seq) -> None:
+    together = teacher_forced(net, SOURCES, TARGETS)
+    alone = [teacher_forced(net, [s], [t])[0] for s, t in zip(SOURCES, TARGETS, strict=True)]
+    same(together, alone)
+
+
+@torch.inference_mode()
+def test_padding_changes_nothing(net: Seq2Seq) -> None:
+    longer = [*SOURCES, list(range(4, 22)) * 2]
+    wide = teacher_forced(net, longer, [*TARGETS, [1, *range(4, 22)]])
+    same(wide[:-1], teacher_forced(net, SOURCES, TARGETS))
+
+
+@torch.inference_mode()
+def test_the_future_does_not_leak(net: Seq2Seq) -> None:
+    before = teacher_forced(net, SOURCES, TARGETS)
+    changed = [sentence[:-1] + [sentence[-1] % 19 + 4 - 1] for sentence in TARGETS]
+    assert changed != TARGETS
+    after = teacher_forced(net, SOURCES, changed)
+    same([logits[:-1] for logits in before], [logits[:-1] for logits in after])
+    assert any(not torch.allclose(b[-1], a[-1], **CLOSE) for b, a in zip(before, after, strict=True))
+
+
+@torch.inference_mode()
+def test_every_source_word_counts(net: Seq2Seq) -> None:
+    source, target = [5, 6, 7, 8, 9], [1, 4, 5]
+    base = teacher_forced(net, [source], [target])[0]
+    for place in range(len(source)):
+        other = source[:place] + [11] + source[place + 1 :]
+        assert not torch.allclose(teacher_forced(net, [other], [target])[0], base, **CLOSE)
+
+
+def test_every_parameter_gets_a_gradient(net: Seq2Seq) -> None:
+    hidden = net(Source.of(SOURCES), Ragged.of(TARGETS)).hidden
+    net.readout(hidden).logsumexp(-1).sum().backward()
+    assert not [name for name, parameter in net.named_parameters() if parameter.grad is None]
+
+
+@torch.inference_mode()
+def test_readout_of_some_ids_is_a_part_of_the_whole(net: Seq2Seq) -> None:
+    hidden = net(Source.of(SOURCES), Ragged.of(TARGETS)).hidden
+    only = torch.tensor([3, 20, 5])
+    torch.testing.assert_close(net.readout(hidden, only), net.readout(hidden)[:, only], **CLOSE)
+    stepper = net.frozen(eager)
+    torch.testing.assert_close(stepper.readout(hidden, only), net.readout(hidden, only), **CLOSE)
+    assert net.readout(hidden).shape[-1] == VOCABULARY
+
+
+@torch.inference_mode()
+def test_attention_is_a_distribution_over_the_real_source(net: Seq2Seq) -> None:
+    source, target = Source.of(SOURCES), Ragged.of(TARGETS)
+    assert net(source, target).attention is None
+    weights = net(source, target, want=("attention",)).attention
+    assert weights is not None
+    layers, sentences, _, queries, _width = weights.shape
+    assert (sentences, queries) == (len(SOURCES), target.longest) and layers >= 1
+    for row, sentence in enumerate(SOURCES):
+        real = weights[:, row, :, :, : len(sentence)].sum(-1)
+        torch.testing.assert_close(real, torch.ones_like(real))
+    stepper = net.frozen(eager)
+    tokens = torch.tensor([[sentence[:1]] for sentence in TARGETS])
+    output, _ = stepper.step(tokens, stepper.start(source, hypotheses=1, room=1), want=("attention",))
+    assert output.attention is not None
+    torch.testing.assert_close(output.attention[..., 0, :], weights[..., 0, :], **CLOSE)
+
+
+def beam_of(net: Seq2Seq, prefixes: list[list[list[int]]], *, hypotheses: int, reorders: bool = True):
+    """A state in which hypothesis k of sentence s has seen `prefixes[s][k]`, all equally long."""
+    stepper = net.frozen(eager)
+    sources = SOURCES[: len(prefixes)]
+    state = stepper.start(Source.of(sources), hypotheses=hypotheses, room=12, reorders=reorders)
+    for token in torch.tensor(prefixes).unbind(2):
+        _, state = stepper.step(token[:, :, None], state)
+    return stepper, state
+
+
+def expected(net: Seq2Seq, sentence: int, prefix: list[int]) -> Tensor:
+    """The logits after `prefix`, recomputed from nothing."""
+    return teacher_forced(net, [SOURCES[sentence]], [prefix])[0][-1]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("hypotheses", "reorders"), [(3, True), (3, False), (20, True)])
+def test_reorder_keep_and_fork_equal_recomputing(net: Seq2Seq, hypotheses: int, reorders: bool) -> None:
+    draw = torch.Generator().manual_seed(5)
+    prefixes = torch.randint(4, VOCABULARY, (3, hypotheses, 3), generator=draw).tolist()
+    stepper, state = beam_of(net, prefixes, hypotheses=hypotheses, reorders=reorders)
+    for _ in range(2):  # twice, so that ancestors of ancestors are met
+        parents = torch.randint(0, hypotheses, (3, hypotheses), generator=draw)
+        tokens = torch.randint(4, VOCABULARY, (3, hypotheses), generator=draw)
+        prefixes = [
+            [prefixes[s][parents[s, k]] + [int(tokens[s, k])] for k in range(hypotheses)] for s in range(3)
+        ]
+        output, state = stepper.step(tokens[:, :, None], state.reorder(parents))
+    other = state.fork()
+    stepper.step(tokens[:, :, None], other)  # going on with the copy must leave the original as it was
+    kept = torch.tensor([2, 0])
+    output, _ = stepper.step(tokens[kept][:, :, None], state.keep(kept))
+    logits = stepper.readout(output.hidden)[:, :, 0]
+    for row, s in enumerate(kept.tolist()):
+        for k in range(0, hypotheses, 1 if hypotheses < 8 else 7):
+            want = expected(net, s, prefixes[s][k] + [int(tokens[s, k])])
+            torch.testing.assert_close(logits[row, k], want, **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("older_first", [True, False])
+def test_joined_sentences_of_different_age_equal_recomputing(net: Seq2Seq, older_first: bool) -> None:
+    stepper = net.frozen(eager)
+    old = {"source": [6] * 20, "prefixes": [[4, 9, 5, 7, 8], [6, 5, 4, 10, 8]]}
+    young = {"source": [9, 4, 7], "prefixes": [[12, 4], [13, 5]]}
+    parts = [old, young] if older_first else [young, old]
+    states = []
+    for part in parts:
+        state = stepper.start(Source.of([part["source"]]), hypotheses=2, room=12)
+        for token in torch.tensor([part["prefixes"]]).unbind(2):
+            _, state = stepper.step(token[:, :, None], state)
+        states.append(state)
+    state = states[0].join(states[1])
+    seen = [part["prefixes"] for part in parts]
+    for token in (14, 15):
+        parents = torch.tensor([[1, 1], [1, 0]])
+        output, state = stepper.step(torch.full((2, 2, 1), token), state.reorder(parents))
+        seen = [[rows[parent] + [token] for parent in row] for rows, row in zip(seen, parents, strict=True)]
+    logits = stepper.readout(output.hidden)[:, :, 0]
+    for s, part in enumerate(parts):
+        for k in range(2):
+            want = teacher_forced(net, [part["source"]], [seen[s][k]])[0][-1]
+            torch.testing.assert_close(logits[s, k], want, **CLOSE)
+
+
+@torch.inference_mode()
+def test_a_consumed_state_raises(net: Seq2Seq) -> None:
+    stepper = net.frozen(eager)
+    state = stepper.start(Source.of(SOURCES), hypotheses=1, room=4)
+    tokens = torch.full((len(SOURCES), 1, 1), 4)
+    stepper.step(tokens, state)
+    with pytest.raises(RuntimeError, match="fork"):
+        stepper.step(tokens, state)

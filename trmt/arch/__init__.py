@@ -1,0 +1,1 @@
+"""The networks, one file each; `base.py` holds the contracts they fill."""

@@ -1,0 +1,249 @@
+"""What every network promises; read this first.
+
+Axes: S sentence, K hypothesis, L source position, T target position, N all tokens of a batch in a row,
+D width, V vocabulary.
+
+A network maps a `Source` and a target to hidden states (`forward`) and hidden states to logits
+(`readout`). For translating it is `frozen` into a `Stepper`, which starts a `State` from a source and
+takes it forward a few tokens at a time. Search sees only the state, and of it only `reorder`, `keep`,
+`join` and `fork`; networks know nothing of search, text or special ids.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Product = Callable[[Tensor], Tensor]  # x -> x @ weight.T + bias, on the last axis
+Linear = Callable[[Tensor, Tensor | None], Product]  # (weight, bias) -> product: fp32, int8, ...
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Sentences of different lengths, stored one after another without padding."""
+
+    ids_N: Tensor
+    lengths_S: Tensor
+    longest: int  # kept on the host, so that asking for shapes never waits for a device
+
+    @classmethod
+    def of(cls, sentences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Self:
+        """The sentences, given as lists of ids."""
+        lengths = [len(sentence) for sentence in sentences]
+        flat = [token for sentence in sentences for token in sentence]
+        return cls(
+            torch.tensor(flat, dtype=torch.long, device=device),
+            torch.tensor(lengths, dtype=torch.long, device=device),
+            max(lengths, default=0),
+        )
+
+    def __len__(self) -> int:
+        return self.lengths_S.shape[0]
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """The same sentences on another device."""
+        return type(self)(
+            self.ids_N.to(device, non_blocking=non_blocking),
+            self.lengths_S.to(device, non_blocking=non_blocking),
+            self.longest,
+        )
+
+    def width(self, multiple: int = 1) -> int:
+        """The longest sentence, rounded up to a multiple."""
+        return -(-self.longest // multiple) * multiple
+
+    def cells_N(self, width: int) -> Tensor:
+        """Where each token lies in the padded [S, width] grid, counted row by row."""
+        count = self.ids_N.shape[0]
+        starts_S = self.lengths_S.cumsum(0) - self.lengths_S
+        row_start_S = torch.arange(len(self), device=self.ids_N.device) * width - starts_S
+        shift_N = torch.repeat_interleave(row_start_S, self.lengths_S, output_size=count)
+        return torch.arange(count, device=self.ids_N.device) + shift_N
+
+    def padded(self, multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """The ids as a grid with zeros behind each sentence, and which cells are real."""
+        width = self.width(multiple)
+        ids = self.ids_N.new_zeros(len(self) * width)
+        ids[self.cells_N(width)] = self.ids_N
+        real = torch.arange(width, device=self.ids_N.device) < self.lengths_S[:, None]
+        return ids.view(len(self), width), real
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """The ids in a row and the S + 1 offsets at which sentences begin and end."""
+        return self.ids_N, F.pad(self.lengths_S.cumsum(0), (1, 0))
+
+
+@dataclass(frozen=True)
+class Source(Ragged):
+    """What a network reads: ids, and by name whatever else belongs to them (tags, segments, factors)."""
+
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a network returns.
+
+    `hidden` has one row for each target token: [N, D] from `forward`, [S, K, T, D] from `step`.
+    `aux` holds named losses as (sum, count). `attention` is there only when asked for, as the weights
+    of each layer over the source: [layers, S, heads, T, L] from `forward`, with K * T for T from `step`.
+    """
+
+    hidden: Tensor
+    aux: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    attention: Tensor | None = None
+
+
+class Own(Protocol):
+    """The part of a state that belongs to each hypothesis."""
+
+    def reorder(self, parents_SK: Tensor) -> Own: ...
+    def keep(self, sentences: Tensor) -> Own: ...
+    def join(self, other: Any) -> Own: ...
+    def fork(self) -> Own: ...
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The part of a state that the source left; it belongs to a sentence and never changes.
+
+    `along_source` gives, for each tensor that runs along the source, the axis that does and the value
+    that stands where there is no source.
+    """
+
+    tensors: Mapping[str, Tensor]
+    along_source: Mapping[str, tuple[int, float]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def keep(self, sentences: Tensor) -> Memory:
+        """The memory of these sentences only."""
+        kept = {name: tensor.index_select(0, sentences) for name, tensor in self.tensors.items()}
+        return Memory(kept, self.along_source)
+
+    def join(self, other: Memory) -> Memory:
+        """Both memories, padded to the longer source."""
+        joined = {
+            name: torch.cat(self._same_width(name, tensor, other[name]))
+            for name, tensor in self.tensors.items()
+        }
+        return Memory(joined, self.along_source)
+
+    def _same_width(self, name: str, mine: Tensor, theirs: Tensor) -> list[Tensor]:
+        if name not in self.along_source:
+            return [mine, theirs]
+        axis, absent = self.along_source[name]
+        width = max(mine.shape[axis], theirs.shape[axis])
+        # F.pad counts axes from the last one, two numbers for each.
+        before = [0, 0] * (mine.dim() - 1 - axis)
+        return [F.pad(each, [*before, 0, width - each.shape[axis]], value=absent) for each in (mine, theirs)]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An `Own` of plain tensors [S, K, ...]: hidden vectors, windows of inputs."""
+
+    tensors: tuple[Tensor, ...]
+
+    def reorder(self, parents_SK: Tensor) -> Rows:
+        sentence_S1 = torch.arange(parents_SK.shape[0], device=parents_SK.device)[:, None]
+        return Rows(tuple(tensor[sentence_S1, parents_SK] for tensor in self.tensors))
+
+    def keep(self, sentences: Tensor) -> Rows:
+        return Rows(tuple(tensor.index_select(0, sentences) for tensor in self.tensors))
+
+    def join(self, other: Rows) -> Rows:
+        return Rows(tuple(torch.cat(both) for both in zip(self.tensors, other.tensors, strict=True)))
+
+    def fork(self) -> Rows:
+        return Rows(tuple(tensor.clone() for tensor in self.tensors))
+
+
+class State:
+    """Where decoding stands: the memory of each sentence and what each hypothesis has seen.
+
+    Whatever takes a state consumes it, because its tensors may be written in place; using it again
+    raises. `fork` copies, and leaves the original usable. Positions are counted per sentence, so that
+    sentences that joined later stand beside older ones.
+    """
+
+    def __init__(self, memory: Memory, own: Own, position_S: Tensor) -> None:
+        self._memory, self._own, self._position_S = memory, own, position_S
+        self._consumed = False
+
+    def take(self) -> tuple[Memory, Any, Tensor]:
+        """The three parts, for the one who consumes this state."""
+        if self._consumed:
+            raise RuntimeError("this decoding state was consumed before; fork() it to use it twice")
+        self._consumed = True
+        return self._memory, self._own, self._position_S
+
+    def __len__(self) -> int:
+        return self._position_S.shape[0]
+
+    def reorder(self, parents_SK: Tensor) -> State:
+        """Each hypothesis continues the one its entry in `parents_SK` names."""
+        memory, own, position_S = self.take()
+        return State(memory, own.reorder(parents_SK), position_S)
+
+    def keep(self, sentences: Tensor) -> State:
+        """Only these sentences, in this order."""
+        memory, own, position_S = self.take()
+        return State(memory.keep(sentences), own.keep(sentences), position_S.index_select(0, sentences))
+
+    def join(self, other: State) -> State:
+        """The sentences of both states, these first; both must hold as many hypotheses."""
+        memory, own, position_S = self.take()
+        their_memory, their_own, their_position_S = other.take()
+        positions = torch.cat([position_S, their_position_S])
+        return State(memory.join(their_memory), own.join(their_own), positions)
+
+    def fork(self) -> State:
+        """A copy that can go another way."""
+        memory, own, position_S = self.take()
+        self._consumed = False
+        return State(memory, own.fork(), position_S.clone())
+
+
+class Stepper(ABC):
+    """A network frozen for inference: it advances states and reads out logits."""
+
+    @abstractmethod
+    def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
+        """A state for `hypotheses` continuations of each sentence, with space for `room` tokens.
+
+        Without `reorders` the caller promises not to reorder, and the state may be laid out for that.
+        """
+
+    @abstractmethod
+    def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
+        """Take every hypothesis T tokens further."""
+
+    @abstractmethod
+    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
+        """The logits of the whole vocabulary, or of the ids in `only`."""
+
+
+class Seq2Seq(nn.Module, ABC):
+    """A network that maps a source and a target prefix to the next target token."""
+
+    couples_batch: ClassVar[bool] = False  # True where a sentence's output depends on its neighbours
+
+    @abstractmethod
+    def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
+        """Teacher forcing: hidden states [N, D], one row for each token of `target`, in its order."""
+
+    @abstractmethod
+    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
+        """The logits of the whole vocabulary, or of the ids in `only`."""
+
+    @abstractmethod
+    def frozen(self, linear: Linear) -> Stepper:
+        """A stepper with today's weights, whose matrix products are made by `linear`."""

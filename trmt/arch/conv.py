@@ -1,0 +1,204 @@
+"""ConvS2S: gated convolutions with attention in every decoder layer (Gehring et al., arXiv 1705.03122).
+
+Axes: S sentence, K hypothesis, L source position, T target position, W inputs that a step looks at,
+N all tokens of a batch in a row, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trmt.arch import layers
+from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
+from trmt.errors import ConfigError
+
+HALF = 0.5**0.5  # keeps the variance of a sum of two
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvS2SConfig:
+    """The sizes of a convolutional network."""
+
+    source_vocabulary: int
+    target_vocabulary: int
+    width: int = 512
+    encoder_layers: int = 8
+    decoder_layers: int = 8
+    kernel: int = 3
+    dropout: float = 0.2
+    tied: Literal["target", "none"] = "target"  # whether the output shares the target embedding
+    longest: int = 1024  # positions there are
+
+    def __post_init__(self) -> None:
+        if self.kernel % 2 == 0:
+            raise ConfigError(f"kernel = {self.kernel} has no middle; choose an odd number")
+
+
+class Convolution(nn.Module):
+    """A gated convolution as one product over a window of inputs; decoders also ask the source."""
+
+    def __init__(self, config: ConvS2SConfig, *, cross: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.gated = nn.Linear(config.kernel * width, 2 * width)
+        # Section 3.5 of the paper: the gate halves the variance, dropout raises it.
+        std = (4 * (1 - config.dropout) / (config.kernel * width)) ** 0.5
+        nn.init.normal_(self.gated.weight, std=std)
+        nn.init.zeros_(self.gated.bias)
+        if cross:
+            self.query = layers.xavier(nn.Linear(width, width))
+            self.out = layers.xavier(nn.Linear(width, width))
+
+
+class ConvS2S(Seq2Seq):
+    """The network as it is trained."""
+
+    def __init__(self, config: ConvS2SConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.source_embedding = nn.Embedding(config.source_vocabulary, width)
+        self.target_embedding = nn.Embedding(config.target_vocabulary, width)
+        self.output = (
+            self.target_embedding
+            if config.tied == "target"
+            else nn.Embedding(config.target_vocabulary, width)
+        )
+        for embedding in (self.source_embedding, self.target_embedding, self.output):
+            nn.init.normal_(embedding.weight, std=width**-0.5)
+        self.positions = nn.Parameter(torch.randn(2, config.longest, width) * width**-0.5)
+        self.encoder = nn.ModuleList(Convolution(config, cross=False) for _ in range(config.encoder_layers))
+        self.decoder = nn.ModuleList(Convolution(config, cross=True) for _ in range(config.decoder_layers))
+        self.last = layers.xavier(nn.Linear(width, width))
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
+        memory = encode(self, self.config, source)
+        ids_ST, _ = target.padded()
+        own = _blank(self.config, memory, (len(target), 1))
+        position_S = torch.zeros_like(target.lengths_S)
+        hidden_SKTD, _, attention = decode(
+            self, self.config, ids_ST[:, None], position_S, memory=memory, own=own, want=want
+        )
+        hidden_ND = hidden_SKTD.flatten(0, 2)[target.cells_N(ids_ST.shape[1])]
+        return Output(hidden_ND, attention=attention)
+
+    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
+        weight = self.output.weight
+        return F.linear(hidden, weight if only is None else weight[only])
+
+    def frozen(self, linear: Linear) -> Stepper:
+        return ConvS2SStepper(self, linear)
+
+
+def _embed(net: Any, config: ConvS2SConfig, ids: Tensor, position: Tensor, *, side: int) -> Tensor:
+    weight = (net.target_embedding if side else net.source_embedding).weight
+    x = F.embedding(ids, weight) + net.positions[side, position]
+    return net.drop(x * config.width**0.5)
+
+
+def _gated(net: Any, layer: Any, x_WD: Tensor, kernel: int) -> Tensor:
+    """The convolution over the axis before the last, which comes out `kernel` - 1 shorter."""
+    windows = net.drop(x_WD).unfold(-2, kernel, 1).flatten(-2)
+    return F.glu(layer.gated(windows), -1)
+
+
+def encode(net: Any, config: ConvS2SConfig, source: Source) -> Memory:
+    """Read the source: keys are the last layer's outputs, values have the embeddings added."""
+    if source.longest > config.longest:
+        raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
+    ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
+    real_SL1 = real_SL[..., None]
+    position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=config.longest - 1)
+    embedded_SLD = _embed(net, config, ids_SL, position_L, side=0)
+    x_SLD = embedded_SLD
+    side = config.kernel // 2
+    for layer in net.encoder:
+        # Padding is zeroed before each layer: what lies behind a sentence must not leak into it.
+        around_SLD = F.pad(x_SLD * real_SL1, [0, 0, side, side])
+        x_SLD = (x_SLD + _gated(net, layer, around_SLD, config.kernel)) * HALF
+    x_SLD = net.last(x_SLD)
+    mask = layers.blocked(real_SL)[:, None, None]
+    values_SLD = (x_SLD + embedded_SLD) * HALF
+    # The sum of m values weighted about evenly shrinks like 1/sqrt(m); the paper scales it back up.
+    grow_S1 = source.lengths_S[:, None, None].to(x_SLD.dtype).sqrt()
+    return Memory(
+        {"keys": x_SLD, "values": values_SLD, "mask": mask, "grow": grow_S1},
+        {"keys": (1, 0.0), "values": (1, 0.0), "mask": (3, -math.inf)},
+    )
+
+
+def decode(
+    net: Any,
+    config: ConvS2SConfig,
+    tokens_SKT: Tensor,
+    position_S: Tensor,
+    *,
+    memory: Memory,
+    own: Rows,
+    want: Collection[str] = (),
+) -> tuple[Tensor, Rows, Tensor | None]:
+    """The decoder over T tokens at once, behind the windows that `own` holds for each layer."""
+    step_T = torch.arange(tokens_SKT.shape[2], device=tokens_SKT.device)
+    position_SKT = (position_S[:, None] + step_T)[:, None].expand(tokens_SKT.shape)
+    embedded_SKTD = _embed(net, config, tokens_SKT, position_SKT, side=1)
+    x_SKTD = embedded_SKTD
+    windows, weights = [], []
+    for layer, window_SKWD in zip(net.decoder, own.tensors, strict=True):
+        seen_SKWD = torch.cat([window_SKWD, x_SKTD], 2)
+        windows.append(seen_SKWD[:, :, -(config.kernel - 1) :] if config.kernel > 1 else window_SKWD)
+        h_SKTD = _gated(net, layer, seen_SKWD, config.kernel)
+        query_SKTD = (layer.query(h_SKTD) + embedded_SKTD) * HALF
+        query_SHQD = query_SKTD.flatten(1, 2)[:, None]
+        key_SHLD, mask = memory["keys"][:, None], memory["mask"]
+        found_SQD = layers.attend(query_SHQD, key_SHLD, memory["values"][:, None], mask) * memory["grow"]
+        if "attention" in want:
+            weights.append(layers.attention_weights(query_SHQD, key_SHLD, mask))
+        h_SKTD = (h_SKTD + layer.out(found_SQD.view_as(h_SKTD))) * HALF
+        x_SKTD = (x_SKTD + h_SKTD) * HALF
+    return net.drop(x_SKTD), Rows(tuple(windows)), torch.stack(weights) if weights else None
+
+
+def _blank(config: ConvS2SConfig, memory: Memory, sizes: tuple[int, int]) -> Rows:
+    window = memory["keys"].new_zeros(*sizes, config.kernel - 1, config.width)
+    return Rows((window,) * config.decoder_layers)
+
+
+class ConvS2SStepper(Stepper):
+    """The same network for translating: each step sees its last few inputs."""
+
+    def __init__(self, net: ConvS2S, linear: Linear) -> None:
+        self.config = net.config
+        self.net = layers.freeze(net, linear)
+        self.net.positions = net.positions.detach()
+        self.net.source_embedding = net.source_embedding
+        self.net.target_embedding = net.target_embedding
+        self.weight_VD = net.output.weight.detach()
+        self.product = linear(self.weight_VD, None)
+
+    def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
+        if room > self.config.longest:
+            raise ConfigError(
+                f"{room} target positions are asked for, the network has {self.config.longest}; "
+                "lower --max-length"
+            )
+        memory = encode(self.net, self.config, source)
+        own = _blank(self.config, memory, (len(source), hypotheses))
+        return State(memory, own, torch.zeros_like(source.lengths_S))
+
+    def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
+        memory, own, position_S = state.take()
+        hidden_SKTD, own, attention = decode(
+            self.net, self.config, tokens_SKT, position_S, memory=memory, own=own, want=want
+        )
+        return Output(hidden_SKTD, attention=attention), State(memory, own, position_S + tokens_SKT.shape[2])
+
+    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
+        return self.product(hidden) if only is None else F.linear(hidden, self.weight_VD[only])

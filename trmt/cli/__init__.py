@@ -1,0 +1,63 @@
+"""The `trmt` command: a shell over the library, one file for each subcommand, one place for errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from trmt import __version__, console
+from trmt.cli import average, env, prepare, score, tokenizer, train, translate
+from trmt.errors import TrmtError
+
+app = typer.Typer(
+    name="trmt",
+    help="Train your own translator: tokenizer, prepare, train, average, translate, score.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"trmt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    console.set_quiet(quiet)
+
+
+app.command("tokenizer")(tokenizer.command)
+app.command("prepare")(prepare.command)
+app.command("train")(train.command)
+app.command("average")(average.command)
+app.command("translate")(translate.command)
+app.command("score")(score.command)
+app.command("env")(env.command)
+
+
+def main() -> None:
+    """Run the command line; every TrmtError ends here as one sentence and exit code 1."""
+    try:
+        app()
+    except TrmtError as error:
+        console.fail(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.fail("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has gone: end quietly, and keep the interpreter from complaining when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

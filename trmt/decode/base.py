@@ -1,0 +1,101 @@
+"""What a search and a ranker promise.
+
+Axes: S sentence, K hypothesis, V vocabulary, T target position, R rows (S * K).
+
+A search sees scores and returns which hypotheses to continue with which tokens. It runs on tensors of
+fixed shapes without asking a device for a value; the engine owns the loop, the masks (bans, prefixes,
+limits) and the moment of looking whether everything is done.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+CHUNK = 128  # of the vocabulary, in the first stage of `top`
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A translation as ids, without the end-of-sentence token."""
+
+    ids: tuple[int, ...]
+    score: float  # natural logarithm of its probability
+    normalised: float  # what the search ranks by
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """Tensors that begin with the sentence axis; subclasses add their own."""
+
+    done_S: Tensor  # sentences whose result will not change any more
+    length_S: Tensor  # tokens chosen so far
+
+    def keep(self, sentences: Tensor) -> Self:
+        """Only these sentences, in this order."""
+        return self._with([getattr(self, field.name)[sentences] for field in fields(self)])
+
+    def join(self, other: Self) -> Self:
+        """The sentences of both, these first; both must have the same room."""
+        both = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        return self._with([torch.cat(pair) for pair in both])
+
+    def _with(self, values: list[Tensor]) -> Self:
+        named: dict[str, Any] = {field.name: value for field, value in zip(fields(self), values, strict=True)}
+        return replace(self, **named)
+
+
+class Search(ABC):
+    """A way to choose tokens."""
+
+    hypotheses: int  # how many it follows for each sentence
+    reorders: bool  # whether `advance` ever returns other parents than 0, 1, 2, ...
+
+    @abstractmethod
+    def start(self, keys: Sequence[int], *, room: int, eos: int, device: torch.device) -> Any:
+        """The state before the first token; `keys` name the sentences for those who draw lots."""
+
+    @abstractmethod
+    def advance(self, scores_SKV: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """From unnormalised scores to (parents [S, K], tokens [S, K], state)."""
+
+    @abstractmethod
+    def results(self, state: Any) -> list[list[Hypothesis]]:
+        """For each sentence its hypotheses, the best first."""
+
+
+class Ranker(ABC):
+    """A way to choose among finished hypotheses."""
+
+    @abstractmethod
+    def pick(self, hypotheses: Sequence[Hypothesis]) -> Hypothesis:
+        """The one to print."""
+
+
+def top(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest scores of each row and where they are; exactly torch.topk, but faster.
+
+    The maxima of chunks say which chunks can hold one of the highest; only those are looked at again.
+    """
+    vocabulary = scores_RV.shape[1]
+    chunks = vocabulary // CHUNK
+    if chunks <= count:
+        best = scores_RV.topk(min(count, vocabulary), -1)
+        return best.values, best.indices
+    even = chunks * CHUNK
+    grid = scores_RV[:, :even].unflatten(1, (chunks, CHUNK))
+    # In ascending order, so that equal scores are met in the order of their ids.
+    chosen = grid.amax(-1).topk(count, -1).indices.sort(-1).values
+    near = grid.gather(1, chosen[:, :, None].expand(-1, -1, CHUNK)).flatten(1)
+    ids = (chosen[:, :, None] * CHUNK + torch.arange(CHUNK, device=chosen.device)).flatten(1)
+    if even < vocabulary:
+        near = torch.cat([near, scores_RV[:, even:]], 1)
+        rest = torch.arange(even, vocabulary, device=ids.device)
+        ids = torch.cat([ids, rest.expand(ids.shape[0], -1)], 1)
+    best = near.topk(count, -1)
+    return best.values, ids.gather(1, best.indices)

@@ -1,0 +1,84 @@
+"""Greedy search: always the most probable token.
+
+Axes: S sentence, K hypothesis (one here), V vocabulary, T target position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trmt.decode.base import Hypothesis, Search, SearchState
+
+
+@dataclass(frozen=True)
+class LineState(SearchState):
+    """Hypotheses that never meet: what greedy search and sampling keep."""
+
+    eos_S: Tensor
+    score_SK: Tensor
+    ended_SK: Tensor
+    count_SK: Tensor  # tokens up to the end
+    tokens_SKT: Tensor
+
+    @classmethod
+    def empty(cls, sizes: tuple[int, int, int], *, eos: int, device: torch.device) -> LineState:
+        """Room for `sizes` = (sentences, hypotheses, tokens)."""
+        zero_S = torch.zeros(sizes[0], dtype=torch.long, device=device)
+        zero_SK = torch.zeros(sizes[:2], dtype=torch.long, device=device)
+        return cls(
+            done_S=zero_S.bool(),
+            length_S=zero_S,
+            eos_S=zero_S + eos,
+            score_SK=zero_SK.float(),
+            ended_SK=zero_SK.bool(),
+            count_SK=zero_SK,
+            tokens_SKT=torch.zeros(sizes, dtype=torch.long, device=device),
+        )
+
+    def extended(self, tokens_SK: Tensor, log_SK: Tensor) -> LineState:
+        """Each hypothesis one token longer, but those that have ended."""
+        at = self.length_S[:, None, None].expand(-1, tokens_SK.shape[1], 1)
+        ended_SK = self.ended_SK | (tokens_SK == self.eos_S[:, None])
+        return LineState(
+            done_S=ended_SK.all(1),
+            length_S=self.length_S + 1,
+            eos_S=self.eos_S,
+            score_SK=self.score_SK + log_SK.masked_fill(self.ended_SK, 0),
+            ended_SK=ended_SK,
+            count_SK=self.count_SK + ~ended_SK,
+            tokens_SKT=self.tokens_SKT.scatter(2, at, tokens_SK[:, :, None]),
+        )
+
+    def hypotheses(self) -> list[list[Hypothesis]]:
+        """The hypotheses of each sentence in their own order; scores are normalised by length."""
+        rows = zip(self.tokens_SKT.tolist(), self.count_SK.tolist(), self.score_SK.tolist(), strict=True)
+        return [
+            [
+                Hypothesis(tuple(line[:count]), score, score / (count + 1))
+                for line, count, score in zip(tokens, counts, scores, strict=True)
+            ]
+            for tokens, counts, scores in rows
+        ]
+
+
+@dataclass(frozen=True)
+class Greedy(Search):
+    """One hypothesis, always the most probable token."""
+
+    hypotheses: int = 1
+    reorders: bool = False
+
+    def start(self, keys: Sequence[int], *, room: int, eos: int, device: torch.device) -> LineState:
+        return LineState.empty((len(keys), 1, room), eos=eos, device=device)
+
+    def advance(self, scores_SKV: Tensor, state: LineState) -> tuple[Tensor, Tensor, LineState]:
+        best_SK, tokens_SK = scores_SKV.max(-1)
+        log_SK = best_SK - scores_SKV.logsumexp(-1)
+        return torch.zeros_like(tokens_SK), tokens_SK, state.extended(tokens_SK, log_SK)
+
+    def results(self, state: LineState) -> list[list[Hypothesis]]:
+        return state.hypotheses()

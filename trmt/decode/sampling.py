@@ -1,0 +1,91 @@
+"""Sampling, with temperature, top-k (arXiv 1805.04833) and top-p (arXiv 1904.09751).
+
+Axes: S sentence, K hypothesis, V vocabulary, T target position.
+
+Every sentence draws its lots before the first token, from its own key and the seed, so that a sample
+depends neither on the batch nor on the order in which sentences are translated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trmt.decode.base import Hypothesis, Search
+from trmt.decode.greedy import LineState
+from trmt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SamplingState(LineState):
+    """The lines, and the lot in [0, 1) that decides each of their tokens."""
+
+    lot_SKT: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling(Search):
+    """Draw each token from the network's distribution; the samples of a sentence are independent."""
+
+    samples: int = 1
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 1
+    reorders: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.samples < 1:
+            raise ConfigError(
+                "sampling needs a temperature of at least 0, a top-p above 0 and up to 1, "
+                "a top-k of at least 0 and at least one sample"
+            )
+
+    @property
+    def hypotheses(self) -> int:  # type: ignore[override]
+        """As many as samples are asked for."""
+        return self.samples
+
+    def start(self, keys: Sequence[int], *, room: int, eos: int, device: torch.device) -> SamplingState:
+        lines = LineState.empty((len(keys), self.samples, room), eos=eos, device=device)
+        lots = [torch.rand(room, self.samples, generator=self._generator(key)).T for key in keys]
+        return SamplingState(**vars(lines), lot_SKT=torch.stack(lots).to(device))
+
+    def _generator(self, key: int) -> torch.Generator:
+        digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+    def advance(self, scores_SKV: Tensor, state: SamplingState) -> tuple[Tensor, Tensor, SamplingState]:
+        at = state.length_S[:, None, None].expand(-1, self.samples, 1)
+        lot_SK1 = state.lot_SKT.gather(2, at)
+        tokens_SK = self._choose(scores_SKV, lot_SK1)
+        # The score is the probability under the network, not under the sharpened distribution.
+        log_SK = scores_SKV.gather(2, tokens_SK[:, :, None])[:, :, 0] - scores_SKV.logsumexp(-1)
+        lines = state.extended(tokens_SK, log_SK)
+        parents_SK = torch.arange(self.samples, device=tokens_SK.device).expand_as(tokens_SK)
+        return parents_SK, tokens_SK, SamplingState(**vars(lines), lot_SKT=state.lot_SKT)
+
+    def _choose(self, scores_SKV: Tensor, lot_SK1: Tensor) -> Tensor:
+        """The token in whose share of the line from 0 to 1 the lot falls, the most probable lying first."""
+        if self.temperature == 0:
+            return scores_SKV.argmax(-1)
+        ordered_SKV, ids_SKV = scores_SKV.sort(dim=-1, descending=True, stable=True)
+        if self.top_k:
+            ordered_SKV, ids_SKV = ordered_SKV[..., : self.top_k], ids_SKV[..., : self.top_k]
+        share_SKV = (ordered_SKV / self.temperature).softmax(-1)
+        upper_SKV = share_SKV.cumsum(-1)
+        # The nucleus: the shortest head of the list that holds top_p.
+        inside_SKV = (upper_SKV - share_SKV) < self.top_p
+        size_SK1 = inside_SKV.sum(-1, keepdim=True)
+        whole_SK1 = upper_SKV.gather(-1, size_SK1 - 1)
+        index_SK1 = (upper_SKV <= lot_SK1 * whole_SK1).sum(-1, keepdim=True)
+        # Rounding can push a lot near 1 past the end; the last token that has any share takes it.
+        last_SK1 = ((share_SKV > 0) & inside_SKV).sum(-1, keepdim=True) - 1
+        return ids_SKV.gather(-1, index_SK1.minimum(last_SK1))[..., 0]
+
+    def results(self, state: SamplingState) -> list[list[Hypothesis]]:
+        return state.hypotheses()

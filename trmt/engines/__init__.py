@@ -1,0 +1,1 @@
+"""Who runs a network: the driver of search, and how matrix products are made."""

@@ -1,0 +1,35 @@
+"""What an engine promises: it runs a network and a search over any number of requests."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from trmt.decode.base import Hypothesis
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sentence to translate."""
+
+    source: tuple[int, ...]  # with its end-of-sentence token
+    limit: int  # tokens of the translation, at most
+    prefix: tuple[int, ...] = ()  # what the translation must begin with
+    key: int = 0  # names the sentence for searches that draw lots
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How many sentences are translated together."""
+
+    sentences: int = 64
+    tokens: int = 8192  # of padded source, at most
+
+
+class Engine(ABC):
+    """A network and a search, ready to run."""
+
+    @abstractmethod
+    def translate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
+        """(index of the request, its hypotheses), in whatever order they are ready."""

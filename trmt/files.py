@@ -1,0 +1,117 @@
+"""Files that are written whole or not at all, and the checksums that prove what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from trmt.errors import TrmtError
+
+PARTIAL = ".partial-"  # marks what a killed command left behind; never read, swept by the next writer
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def _advice(path: Path, error: OSError) -> TrmtError:
+    return TrmtError(
+        f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
+    )
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` complete when the block ends, and not at all if it fails."""
+    partial = _partial(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _advice(path, error) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """A folder to fill, which takes its place under `path` complete when the block ends.
+
+    A folder cannot be replaced in one call, so the old one steps aside first; a kill between the two
+    renames leaves it under a `.partial-` name, and `recover` puts it back.
+    """
+    partial = _partial(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        partial.mkdir()
+        yield partial
+        _sync_folder(partial)
+        if path.exists():
+            if not replace:
+                raise TrmtError(f"{path} exists already; choose another name or remove it first")
+            old = path.with_name(f"{PARTIAL}old-{path.name}")
+            os.replace(path, old)
+            os.replace(partial, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(partial, path)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _advice(path, error) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def recover(path: Path) -> None:
+    """Bring back the old `path` if a writer was killed while exchanging it for a new one."""
+    old = path.with_name(f"{PARTIAL}old-{path.name}")
+    if old.exists():
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in `folder`. Only for folders that one process owns at a time."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        if left.name.startswith(f"{PARTIAL}old-"):
+            recover(left.with_name(left.name.removeprefix(f"{PARTIAL}old-")))
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, written atomically."""
+    with atomic_file(path) as stream:
+        stream.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file, as hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
