@@ -28,17 +28,10 @@ SMALL: Mapping[str, Any] = {
 }
 
 
-def config_class(network: type[Seq2Seq]) -> Any:
-    """The config dataclass a network is built from, as its constructor's annotation names it."""
-    import typing
-
-    return typing.get_type_hints(network.__init__)["config"]
-
-
 def small_network(architecture: str, **options: Any) -> Seq2Seq:
     """A tiny network with random weights, in eval mode."""
     network = resolve(ARCHITECTURES, architecture)
-    config = config_class(network)
+    config = network.config_class
     known = {field.name for field in fields(config)}
     torch.manual_seed(7)
     sizes = {name: value for name, value in SMALL.items() if name in known}

@@ -17,7 +17,7 @@ _PUBLIC = {
     "train_tokenizer": "trmt.tokenizing",
     "prepare": "trmt.preparing",
     "train": "trmt.training",
-    "average": "trmt.checkpoints",
+    "average": "trmt.averaging",
     "Translator": "trmt.translating",
     "score": "trmt.scoring",
 }

@@ -15,6 +15,8 @@ from __future__ import annotations
 class TrmtError(Exception):
     """Something the user can mend; the message says what, where and how."""
 
+    exit_code = 1
+
 
 class ConfigError(TrmtError):
     """A recipe, a flag, or a combination of options that cannot work."""

@@ -37,7 +37,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise _advice(path, error) from error
@@ -64,11 +64,11 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
             if not replace:
                 raise TrmtError(f"{path} exists already; choose another name or remove it first")
             old = path.with_name(f"{PARTIAL}old-{path.name}")
-            os.replace(path, old)
-            os.replace(partial, path)
+            path.replace(old)
+            partial.replace(path)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(partial, path)
+            partial.replace(path)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _advice(path, error) from error
@@ -84,7 +84,7 @@ def recover(path: Path) -> None:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(old, path)
+            old.replace(path)
 
 
 def sweep(folder: Path) -> None:

@@ -234,6 +234,7 @@ class Stepper(ABC):
 class Seq2Seq(nn.Module, ABC):
     """A network that maps a source and a target prefix to the next target token."""
 
+    config_class: ClassVar[type]  # the dataclass its constructor takes
     couples_batch: ClassVar[bool] = False  # True where a sentence's output depends on its neighbours
 
     @abstractmethod

@@ -60,6 +60,8 @@ class Convolution(nn.Module):
 class ConvS2S(Seq2Seq):
     """The network as it is trained."""
 
+    config_class = ConvS2SConfig
+
     def __init__(self, config: ConvS2SConfig) -> None:
         super().__init__()
         self.config = config

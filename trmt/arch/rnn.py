@@ -55,6 +55,8 @@ def gru(input_G: Tensor, recur_G: Tensor, state_D: Tensor) -> Tensor:
 class RNN(Seq2Seq):
     """The network as it is trained: the encoder's sequences run fused, the decoder step by step."""
 
+    config_class = RNNConfig
+
     def __init__(self, config: RNNConfig) -> None:
         super().__init__()
         self.config = config

@@ -85,6 +85,8 @@ class Layer(nn.Module):
 class Transformer(Seq2Seq):
     """The network as it is trained."""
 
+    config_class = TransformerConfig
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config

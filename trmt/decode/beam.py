@@ -9,6 +9,7 @@ lives could overtake the worst one asked for, whatever it went on with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,8 +42,10 @@ class Beam(Search):
     n_best: int = 1
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.length_penalty < 0:
-            raise ConfigError("a beam needs a size of at least 1 and a length penalty of at least 0")
+        if self.size < 1 or self.n_best < 1 or not 0 <= self.length_penalty < math.inf:
+            raise ConfigError(
+                "a beam needs a size of at least 1, a length penalty of at least 0, and at least one result"
+            )
         if self.n_best > self.size:
             raise ConfigError(f"--n-best {self.n_best} needs a beam of at least that size, not {self.size}")
 

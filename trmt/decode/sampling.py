@@ -39,7 +39,7 @@ class Sampling(Search):
     reorders: bool = False
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.samples < 1:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.samples < 1:
             raise ConfigError(
                 "sampling needs a temperature of at least 0, a top-p above 0 and up to 1, "
                 "a top-k of at least 0 and at least one sample"
@@ -76,16 +76,18 @@ class Sampling(Search):
         ordered_SKV, ids_SKV = scores_SKV.sort(dim=-1, descending=True, stable=True)
         if self.top_k:
             ordered_SKV, ids_SKV = ordered_SKV[..., : self.top_k], ids_SKV[..., : self.top_k]
-        share_SKV = (ordered_SKV / self.temperature).softmax(-1)
+        # Relative to the first, so that no temperature is too low to divide by.
+        share_SKV = ((ordered_SKV - ordered_SKV[..., :1]) / self.temperature).softmax(-1)
         upper_SKV = share_SKV.cumsum(-1)
         # The nucleus: the shortest head of the list that holds top_p.
         inside_SKV = (upper_SKV - share_SKV) < self.top_p
-        size_SK1 = inside_SKV.sum(-1, keepdim=True)
+        # At least one, also where the scores are no numbers, which is the engine's to report.
+        size_SK1 = inside_SKV.sum(-1, keepdim=True).clamp(min=1)
         whole_SK1 = upper_SKV.gather(-1, size_SK1 - 1)
         index_SK1 = (upper_SKV <= lot_SK1 * whole_SK1).sum(-1, keepdim=True)
         # Rounding can push a lot near 1 past the end; the last token that has any share takes it.
-        last_SK1 = ((share_SKV > 0) & inside_SKV).sum(-1, keepdim=True) - 1
-        return ids_SKV.gather(-1, index_SK1.minimum(last_SK1))[..., 0]
+        count_SK1 = ((share_SKV > 0) & inside_SKV).sum(-1, keepdim=True).clamp(min=1)
+        return ids_SKV.gather(-1, index_SK1.minimum(count_SK1 - 1))[..., 0]
 
     def results(self, state: SamplingState) -> list[list[Hypothesis]]:
         return state.hypotheses()

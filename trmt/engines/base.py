@@ -18,6 +18,10 @@ class Request:
     prefix: tuple[int, ...] = ()  # what the translation must begin with
     key: int = 0  # names the sentence for searches that draw lots
 
+    def __post_init__(self) -> None:
+        assert self.source, "an empty source has nothing to attend to"
+        assert 0 <= len(self.prefix) <= self.limit, "the limit leaves no room for the prefix"
+
 
 @dataclass(frozen=True)
 class Batching:

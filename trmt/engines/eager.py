@@ -5,6 +5,7 @@ Axes: S sentence, K hypothesis, V vocabulary, T target position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from trmt.arch.base import Seq2Seq, Source, State, Stepper
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Engine, Request
+from trmt.errors import BundleError
 
 COMPACT_AT = 0.25  # share of finished sentences at which the batch is made smaller
 LOOK_EVERY = 8  # steps between two looks at an accelerator, each of which waits for it
@@ -80,17 +82,27 @@ class Eager(Engine):
                 continue
             done = search_state.done_S.tolist()
             if all(done) or last:
-                yield from zip(indices, self.search.results(search_state), strict=True)
+                yield from zip(indices, self._results(search_state), strict=True)
                 return
             if sum(done) >= COMPACT_AT * len(done):
                 finished = [place for place, is_done in enumerate(done) if is_done]
                 alive = [place for place, is_done in enumerate(done) if not is_done]
-                results = self.search.results(search_state.keep(self._places(finished)))
+                results = self._results(search_state.keep(self._places(finished)))
                 yield from zip((indices[place] for place in finished), results, strict=True)
                 kept = self._places(alive)
                 indices = [indices[place] for place in alive]
                 tokens_SK, state, search_state = tokens_SK[kept], state.keep(kept), search_state.keep(kept)
                 masks = masks.keep(kept)
+
+    def _results(self, search_state: Any) -> list[list[Hypothesis]]:
+        results = self.search.results(search_state)
+        for hypotheses in results:
+            if not hypotheses or not all(math.isfinite(each.score) for each in hypotheses):
+                raise BundleError(
+                    "the network's scores are not numbers: its weights are broken, or the precision is too "
+                    "low for them; try another checkpoint or fp32"
+                )
+        return results
 
     def _places(self, places: list[int]) -> Tensor:
         return torch.tensor(places, dtype=torch.long, device=self.device)
@@ -99,7 +111,8 @@ class Eager(Engine):
         self, step: int, tokens_SK: Tensor, state: State, masks: Masks, search_state: Any
     ) -> tuple[Tensor, State, Any]:
         output, state = self.stepper.step(tokens_SK[:, :, None], state)
-        scores_SKV = self.stepper.readout(output.hidden[:, :, 0])
+        # In half precision a sum over a vocabulary would lose the differences that decide.
+        scores_SKV = self.stepper.readout(output.hidden[:, :, 0]).float()
         masks.apply(scores_SKV, step)
         parents_SK, tokens_SK, search_state = self.search.advance(scores_SKV, search_state)
         if self.search.reorders:
@@ -142,5 +155,7 @@ class Masks:
     @staticmethod
     def _force(scores_SKV: Tensor, token_S: Tensor, *, where_S: Tensor) -> None:
         """Where asked, leave only one token: its score becomes certain, the others impossible."""
-        other = torch.arange(scores_SKV.shape[2], device=scores_SKV.device) != token_S[:, None]
-        scores_SKV.masked_fill_((other & where_S[:, None])[:, None], -torch.inf)
+        token_V = torch.arange(scores_SKV.shape[2], device=scores_SKV.device)
+        # The score is set and not left, since the token may be banned elsewhere.
+        certain_SV = torch.where(token_V == token_S[:, None], 0.0, -torch.inf)
+        scores_SKV.copy_(torch.where(where_S[:, None, None], certain_SV[:, None], scores_SKV))

@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import itertools
+import pickle
+import random
+import shutil
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from typer.testing import CliRunner
+
+from tests import texts
+from trmt.errors import BundleError, ConfigError, DataError
+from trmt.tokenizer import BOS, EOS, NORMALISATIONS, PAD, UNK, Tokenizer, normaliser
+from trmt.tokenizing import LONGEST, TokenizerOptions, measure, train_tokenizer
+
+TAG, PLACEHOLDER = "<2de>", "{name}"
+MARK = "\u2581"  # what sentencepiece writes for white space, the one character that does not survive
+SPECIAL = {PAD, UNK, BOS, EOS}
+# Characters that something on the way could be tempted to treat in its own manner.
+AWKWARD = (
+    "\0\t\r\x0b\x1c\x7f\x85\xa0²…，½™Åﬁ\u0301\u200b\u200c\u200d\u2028\u202b\u2585\u3000\ufeff\ufffd\uffff"
+    "😀👩🏽🚀<>{}/s"
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prefix such as `corpus.en` for every language."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for language, sentences in texts.ALL.items():
+        (folder / f"corpus.{language}").write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def options(corpus: Path) -> TokenizerOptions:
+    return TokenizerOptions(
+        corpora=(str(corpus),), languages=("en", "de"), size=600, tags=(TAG,), placeholders=(PLACEHOLDER,)
+    )
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def tokenizer(options: TokenizerOptions, request: pytest.FixtureRequest) -> Tokenizer:
+    return train_tokenizer(replace(options, kind=request.param))[0]
+
+
+def fuzzed(count: int, *, seed: int = 0) -> Iterator[str]:
+    """Texts from all of Unicode but surrogates, thick with what is awkward."""
+    chooser = random.Random(seed)
+    draws: list[Callable[[], str]] = [
+        lambda: chr(chooser.randrange(0x20, 0x7F)),
+        lambda: chooser.choice(AWKWARD),
+        lambda: chr(chooser.choice([chooser.randrange(0xD800), chooser.randrange(0xE000, 0x110000)])),
+        lambda: chooser.choice([" ", "<s>", "</s>", "<unk>", "<pad>", "<0x0A>", TAG, PLACEHOLDER]),
+    ]
+    for _ in range(count):
+        yield "".join(chooser.choice(draws)() for _ in range(chooser.randrange(30)))
+
+
+@pytest.mark.parametrize("language", ["de", "zh", "ar", "fa", "hi"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_every_script_survives(options: TokenizerOptions, language: str, kind: str) -> None:
+    wanted = replace(options, languages=("en", language), kind=kind, size=1200, joint=False)
+    tokenizer, report = train_tokenizer(wanted)
+    for side, sentences in ((tokenizer.source, texts.ENGLISH), (tokenizer.target, texts.ALL[language])):
+        encoded = side.encode(sentences)
+        assert [side.decode(ids) for ids in encoded] == sentences
+        assert not SPECIAL & set(itertools.chain(*encoded))
+    assert (report.source.language, report.target.language) == ("en", language)
+    for side_report in (report.source, report.target):
+        assert side_report.sentences == 30
+        assert side_report.lost == ()
+        assert side_report.unknown == 0
+        assert side_report.bytes < side_report.tokens < 1.1 * side_report.characters
+
+
+@pytest.mark.parametrize("rule", NORMALISATIONS)
+def test_whatever_is_encoded_comes_back_normalised(tokenizer: Tokenizer, rule: str) -> None:
+    settings = replace(tokenizer.settings, normalise_source=rule)  # type: ignore[arg-type]
+    side = Tokenizer(settings, tokenizer.models).source
+    originals = ["a  b   c", "a\0b", "x <s> y", *fuzzed(300)]
+    for text, ids in zip(originals, side.encode(originals), strict=True):
+        assert side.decode(ids) == side.normalise(text)
+
+
+def test_the_white_space_mark_comes_back_as_a_space(tokenizer: Tokenizer) -> None:
+    side = tokenizer.source
+    assert side.decode(side.encode([f"a{MARK}b"])[0]) == "a b"
+    report = measure(side, [f"a{MARK}b", "ok", MARK])
+    assert [(lost.character, lost.count) for lost in report.lost] == [(MARK, 2)]
+    assert "U+2581" in str(report.lost[0])
+
+
+def test_text_cannot_spell_special_symbols(tokenizer: Tokenizer) -> None:
+    side = tokenizer.source
+    forbidden = SPECIAL | {side.tag_id(TAG)}
+    hostile = ["<s>", "</s>", "<unk>", "<pad>", TAG, f"x{TAG}y", f"{MARK}{TAG}", *fuzzed(500, seed=1)]
+    for ids in side.encode(hostile):
+        assert not forbidden & set(ids)
+        assert all(0 <= token < side.vocabulary for token in ids)
+
+
+def test_placeholders_stay_whole(tokenizer: Tokenizer) -> None:
+    side = tokenizer.source
+    for text in (f"Dear {PLACEHOLDER},", PLACEHOLDER, f"a{PLACEHOLDER}b"):
+        (ids,) = side.encode([text])
+        assert side.pieces(ids).count(PLACEHOLDER) == 1
+        assert side.decode(ids) == text
+
+
+def test_batches_equal_single_sentences(tokenizer: Tokenizer) -> None:
+    sentences = [*texts.ENGLISH, "", " ", *fuzzed(50, seed=2)]
+    assert tokenizer.source.encode(sentences) == [tokenizer.source.encode([text])[0] for text in sentences]
+
+
+def test_encoding_equals_sentencepiece_itself(tokenizer: Tokenizer) -> None:
+    plain = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.models[0])
+    for text in texts.ENGLISH + texts.GERMAN:
+        assert tokenizer.source.encode([text]) == [plain.encode(text)]
+
+
+def test_decoding_takes_any_ids(tokenizer: Tokenizer) -> None:
+    side = tokenizer.source
+    (ids,) = side.encode(["Good morning"])
+    assert side.decode([BOS, -1, *ids, UNK, PAD, 10**9, side.tag_id(TAG), EOS, EOS]) == "Good morning"
+    pieces = [f"<0x{byte:02X}>" for byte in (0xE2, 0x82, 0x0A, 0x00, 0xFF)]
+    numbers = [sentencepiece.SentencePieceProcessor(model_proto=side.model).piece_to_id(p) for p in pieces]
+    broken = side.decode(numbers)
+    assert "\ufffd" in broken
+    assert "\n\0" in broken
+    chooser = random.Random(3)
+    for _ in range(300):
+        text = side.decode([chooser.randrange(-5, side.vocabulary + 5) for _ in range(chooser.randrange(20))])
+        assert text.encode().decode() == text
+    assert side.pieces([-1, 10**9, UNK]) == ["<unk>"] * 3
+
+
+@pytest.mark.parametrize("rule", NORMALISATIONS)
+def test_normalising_yields_one_line_and_is_idempotent(rule: str) -> None:
+    normalise = normaliser(rule)
+    for text in fuzzed(300, seed=4):
+        once = normalise(text + "\n" + text)
+        assert "\n" not in once
+        assert once == once.strip()
+        if rule in ("nfc", "none"):
+            assert normalise(once) == once
+
+
+def test_the_default_changes_form_and_white_space_only() -> None:
+    normalise = normaliser("nfc")
+    assert normalise("  10² m\u00a0… 你好，\t世界\r ™ ½ ﬁ\u3000") == "10² m … 你好， 世界 ™ ½ ﬁ"
+    assert normalise("می\u200cخواهم") == "می\u200cخواهم"
+    assert normalise("a\u0308\0b") == "ä\0b"
+    assert normalise("x\ud800y\udcff") == "x\ufffdy\ufffd"
+    for text in fuzzed(300, seed=5):
+        assert unicodedata.normalize("NFC", "".join(text.split())) == "".join(normalise(text).split())
+
+
+def test_the_compatibility_rules_change_more() -> None:
+    assert normaliser("nfkc")("10² … ， A") == "102 ... , A"
+    assert normaliser("nmt_nfkc")("10² … ， می\u200cخواهم A") == "102 ... , می خواهم A"
+    assert normaliser("nmt_nfkc_cf")("10² ÄB") == "102 äb"
+    assert normaliser("none")(" 10²  …， ") == "10²  …，"
+    with pytest.raises(ConfigError, match="nmt_nfkc"):
+        normaliser("nmt-nfkc")
+
+
+def test_what_a_rule_takes_away_is_reported(options: TokenizerOptions) -> None:
+    _, report = train_tokenizer(replace(options, normalise_target="nmt_nfkc", joint=False))
+    assert {lost.character for lost in report.target.lost} >= {"²", "…"}
+    assert not report.source.lost
+
+
+def test_without_byte_fallback_rare_characters_are_unknown(options: TokenizerOptions) -> None:
+    tokenizer, _ = train_tokenizer(replace(options, byte_fallback=False))
+    (ids,) = tokenizer.source.encode(["to 😀 go"])
+    assert ids.count(UNK) == 1
+    report = measure(tokenizer.source, ["to 😀 go"])
+    assert report.unknown == 1
+    assert [lost.character for lost in report.lost] == ["😀"]
+    assert tokenizer.source.sample([ids], alpha=0.5, seed=1) == [ids]
+
+
+def test_sampling_keeps_the_text_and_depends_on_its_arguments_only(tokenizer: Tokenizer) -> None:
+    side = tokenizer.source
+    sentences = [*texts.ENGLISH, *texts.GERMAN, "", *map(side.normalise, fuzzed(50, seed=6))]
+    encoded = side.encode([text.replace(MARK, "") for text in sentences])
+    first = side.sample(encoded, alpha=0.2, seed=7)
+    assert [side.decode(ids) for ids in first] == [side.decode(ids) for ids in encoded]
+    assert first != encoded
+    assert not SPECIAL & set(itertools.chain(*first))
+    assert side.sample(encoded, alpha=0.2, seed=8) != first
+    elsewhere: list[list[list[int]]] = []
+    other = threading.Thread(target=lambda: elsewhere.append(side.sample(encoded, alpha=0.2, seed=7)))
+    other.start()
+    other.join()
+    assert [*elsewhere, side.sample(encoded, alpha=0.2, seed=7)] == [first, first]
+
+
+def test_sampling_in_several_threads_at_once_changes_nothing(tokenizer: Tokenizer) -> None:
+    side = tokenizer.source
+    encoded = side.encode(texts.ENGLISH)
+    expected = {seed: side.sample(encoded, alpha=0.3, seed=seed) for seed in range(8)}
+    found: dict[int, list[list[int]]] = {}
+
+    def run(seed: int) -> None:
+        found[seed] = side.sample(encoded, alpha=0.3, seed=seed)
+
+    workers = [threading.Thread(target=run, args=(seed,)) for seed in expected]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert found == expected
+
+
+def test_sampling_keeps_tags_and_placeholders(tokenizer: Tokenizer) -> None:
+    side = tokenizer.source
+    tag = side.tag_id(TAG)
+    (ids,) = side.encode([f"Where can {PLACEHOLDER} buy a ticket?"])
+    for seed in range(20):
+        (drawn,) = side.sample([[tag, *ids]], alpha=0.5, seed=seed)
+        assert drawn[0] == tag
+        assert side.pieces(drawn).count(PLACEHOLDER) == 1
+
+
+def test_joint_sides_share_a_model_and_separate_ones_do_not(options: TokenizerOptions) -> None:
+    joint, _ = train_tokenizer(options)
+    separate, _ = train_tokenizer(replace(options, joint=False))
+    assert joint.joint
+    assert not separate.joint
+    assert joint.source is joint.target
+    assert separate.source.model != separate.target.model
+    assert joint.fingerprint != separate.fingerprint
+    cased, _ = train_tokenizer(replace(options, normalise_source="nmt_nfkc_cf"))
+    assert cased.source.model == cased.target.model
+    assert (cased.source.normalise("Ä"), cased.target.normalise("Ä")) == ("ä", "Ä")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_training_twice_gives_the_same_bytes(options: TokenizerOptions, kind: str) -> None:
+    wanted = replace(options, kind=kind)  # type: ignore[arg-type]
+    (one, _), (other, _) = train_tokenizer(wanted), train_tokenizer(wanted)
+    assert one.models == other.models
+    assert one.fingerprint == other.fingerprint
+
+
+def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    tokenizer.save(tmp_path / "tokenizer")  # a tokenizer may take the place of another
+    for copy in (Tokenizer.load(tmp_path / "tokenizer"), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.fingerprint == tokenizer.fingerprint
+        assert (copy.languages, copy.tags, copy.placeholders) == (("en", "de"), (TAG,), (PLACEHOLDER,))
+        assert copy.target.encode(texts.GERMAN) == tokenizer.target.encode(texts.GERMAN)
+    side = pickle.loads(pickle.dumps(tokenizer.source))
+    assert side.encode(texts.GERMAN) == tokenizer.source.encode(texts.GERMAN)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_the_fingerprint_covers_settings(tokenizer: Tokenizer) -> None:
+    other = replace(tokenizer.settings, normalise_target="none")
+    assert Tokenizer(other, tokenizer.models).fingerprint != tokenizer.fingerprint
+
+
+def test_a_damaged_tokenizer_is_one_sentence(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "whole")
+
+    def damaged(name: str, change: Callable[[Path], object]) -> Path:
+        folder = tmp_path / "damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", folder)
+        change(folder / name)
+        return folder
+
+    def altered(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    changes: list[tuple[str, Callable[[Path], object], str]] = [
+        ("joint.model", Path.unlink, "joint.model"),
+        ("joint.model", altered, "fingerprint"),
+        ("joint.model", lambda path: path.write_bytes(b""), "fingerprint"),
+        ("tokenizer.json", Path.unlink, "trmt tokenizer"),
+        ("tokenizer.json", lambda path: path.write_text("{"), "JSON"),
+        ("tokenizer.json", lambda path: path.write_text("[]"), "format"),
+        ("tokenizer.json", lambda path: path.write_text('{"format": 1, "nonsense": 1}'), "nonsense"),
+        ("tokenizer.json", lambda path: path.write_text(path.read_text().replace("nfc", "nfkc")), "finger"),
+    ]
+    for name, change, word in changes:
+        with pytest.raises(BundleError, match=word):
+            Tokenizer.load(damaged(name, change))
+    with pytest.raises(BundleError, match="trmt tokenizer"):
+        Tokenizer.load(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_replaces_no_other_folder(options: TokenizerOptions, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep me")
+    for place in (tmp_path, tmp_path / "precious.txt"):
+        with pytest.raises(BundleError, match="another place"):
+            train_tokenizer(options, out=place)
+    assert (tmp_path / "precious.txt").read_text() == "keep me"
+
+
+def test_a_size_too_large_takes_what_the_text_yields(
+    options: TokenizerOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, _ = train_tokenizer(replace(options, size=100_000))
+    assert 600 < tokenizer.source.vocabulary < 100_000
+    assert f"{tokenizer.source.vocabulary:,} pieces" in capsys.readouterr().err
+
+
+def test_long_lines_and_reserved_characters_are_learnt_from(
+    options: TokenizerOptions, tmp_path: Path
+) -> None:
+    filler = "qzx " * (3 * LONGEST)
+    (tmp_path / "long.tsv").write_text(f"{filler}\tjvk\u2585jvk\n" * 3, encoding="utf-8")
+    tokenizer, _ = train_tokenizer(replace(options, corpora=(str(tmp_path / "long.tsv"), *options.corpora)))
+    assert tokenizer.source.pieces(tokenizer.source.encode(["qzx"])[0]) == ["▁qzx"]
+    assert tokenizer.source.pieces(tokenizer.source.encode(["jvk"])[0]) == ["▁jvk"]
+    endless = tmp_path / "endless.tsv"
+    endless.write_text("ab" * 70_000 + "\tx\n")
+    train_tokenizer(replace(options, corpora=(str(endless),), size=300))
+
+
+def test_sampling_the_corpus_is_seeded_and_bounded(
+    options: TokenizerOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = replace(options, sample=20, size=400)
+    first, report = train_tokenizer(small)
+    assert "read 30 pairs, learning from 10" in capsys.readouterr().err
+    assert report.source.sentences == report.target.sentences == 10
+    assert train_tokenizer(small)[0].fingerprint == first.fingerprint
+    assert train_tokenizer(replace(small, seed=2))[0].fingerprint != first.fingerprint
+
+
+def test_mistakes_are_sentences(options: TokenizerOptions, tmp_path: Path) -> None:
+    for change, word in (
+        ({"size": 270}, "--size"),
+        ({"kind": "word"}, "--kind"),
+        ({"coverage": 2.0}, "--coverage"),
+        ({"sample": 1}, "--sample"),
+        ({"corpora": ()}, "--train"),
+        ({"normalise_source": "nfd"}, "nmt_nfkc_cf"),
+        ({"tags": ("<s>",)}, "<s>"),
+        ({"tags": ("<0x0A>",)}, "<0x0A>"),
+        ({"tags": ("a b",)}, "white space"),
+        ({"placeholders": ("",)}, "empty"),
+        ({"placeholders": (TAG,)}, "twice"),
+        ({"placeholders": ("{NAME}",), "normalise_target": "nmt_nfkc_cf"}, "{name}"),
+    ):
+        with pytest.raises(ConfigError, match=word.replace("{", r"\{")):
+            train_tokenizer(replace(options, **change))  # type: ignore[arg-type]
+    (tmp_path / "empty.tsv").write_text(" \t\n\n")
+    with pytest.raises(DataError, match=r"empty\.tsv"):
+        train_tokenizer(replace(options, corpora=(str(tmp_path / "empty.tsv"),)))
+    with pytest.raises(ConfigError, match="--tag"):
+        train_tokenizer(options)[0].source.tag_id("<2fr>")
+
+
+def test_the_command(corpus: Path, tmp_path: Path) -> None:
+    from trmt.cli import app
+
+    languages = ["--from", "en", "--to", "fa"]
+    arguments = ["tokenizer", str(tmp_path / "out"), "--train", str(corpus), *languages, "--size", "700"]
+    result = CliRunner().invoke(app, [*arguments, "--separate", "--tag", TAG, "--kind", "unigram"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert "tokens/word" in result.stderr
+    made = Tokenizer.load(tmp_path / "out")
+    assert (made.joint, made.tags, made.languages) == (False, (TAG,), ("en", "fa"))
+    assert CliRunner().invoke(app, ["tokenizer", "--help"]).exit_code == 0

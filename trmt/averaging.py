@@ -1,0 +1,58 @@
+"""Averaging checkpoints: often worth a point of BLEU (Attention Is All You Need, 6.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trmt import bundles, checkpoints, console
+from trmt.checkpoints import AVERAGE, MODELS
+from trmt.errors import BundleError, ConfigError
+
+BEST = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageOptions:
+    """What `trmt average` takes."""
+
+    places: tuple[Path, ...] = ()  # a run folder or several checkpoints; none: the newest run
+    best: int | None = None
+    last: int | None = None
+    out: Path | None = None
+
+
+def average(options: AverageOptions) -> Path:
+    """Average checkpoints into a bundle and return its folder."""
+    if options.best is not None and options.last is not None:
+        raise ConfigError("--best and --last exclude each other; choose one")
+    if min(options.best or 1, options.last or 1) < 1:
+        raise ConfigError("--best and --last take a number of at least 1")
+    places = options.places or (_newest_run(),)
+    if len(places) == 1 and not bundles.is_bundle(places[0]):
+        run = places[0]
+        best = BEST if options.best is None and options.last is None else options.best
+        if best is not None and not any(point.score() for point in checkpoints.steps(run)):
+            best = None if options.best is None else best
+        chosen = checkpoints.choose(run, best=best, last=options.last)
+        out = options.out or run / AVERAGE
+    else:
+        if options.best is not None or options.last is not None:
+            raise ConfigError("--best and --last choose among the checkpoints of one run folder; name that")
+        if options.out is None:
+            raise ConfigError("say with --out where the average of these checkpoints is to be written")
+        chosen, out = list(places), options.out
+    if out.exists() and not bundles.is_bundle(out):
+        raise BundleError(f"{out} is there and is no bundle; choose another place with --out")
+    checkpoints.average(chosen, out)
+    console.say(f"average of {', '.join(place.name for place in chosen)} -> {out}")
+    return out
+
+
+def _newest_run() -> Path:
+    runs = [folder for folder in MODELS.iterdir() if checkpoints.steps(folder)] if MODELS.is_dir() else []
+    if not runs:
+        raise BundleError(f"there is no run in {MODELS}/; name one, or train one with trmt train")
+    newest = max(runs, key=lambda folder: checkpoints.steps(folder)[-1].folder.stat().st_mtime)
+    console.say(f"run: {newest}")
+    return newest

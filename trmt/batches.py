@@ -1,0 +1,217 @@
+"""Token-budget batches from a prepared set; their order is a pure function of (seed, epoch, position).
+
+Nothing here is drawn from a running generator: a resumed run, or one on another number of processes,
+meets the same batches at the same positions.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trmt.errors import ConfigError, DataError
+from trmt.shards import PreparedSet, Split
+
+Indices = NDArray[np.int64]
+
+READ_AHEAD = 4  # batches that wait ready
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How pairs are put together."""
+
+    tokens: int = 4096  # of the longer side, padding included, in one batch
+    accumulate: int = 1  # batches whose gradients make one step
+    subword_alpha: float = 0.0  # subword sampling: dropout of merges for BPE, smoothing for unigram; 0 is off
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.accumulate < 1 or not 0 <= self.subword_alpha < 1:
+            raise ConfigError(
+                "batches.tokens and batches.accumulate are at least 1, "
+                "batches.subword_alpha is from 0 to below 1"
+            )
+
+
+class Column(NamedTuple):
+    """Sentences one after the other, and how long each is."""
+
+    ids: NDArray[Any]
+    lengths: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The pairs of one batch: what an objective collates."""
+
+    columns: Mapping[str, Column]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())).lengths)
+
+    def part(self, begin: int, end: int) -> Examples:
+        """The pairs from `begin` up to `end`."""
+
+        def cut(column: Column) -> Column:
+            bounds = np.concatenate([[0], np.cumsum(column.lengths)])
+            return Column(column.ids[bounds[begin] : bounds[end]], column.lengths[begin:end])
+
+        return Examples({name: cut(column) for name, column in self.columns.items()})
+
+
+class Position(NamedTuple):
+    """Where the data stands: the next step to take is number `step` of `epoch`."""
+
+    epoch: int
+    step: int
+
+
+Resample = Callable[
+    [str, Column, int], Column
+]  # (column name, column, seed) -> other pieces of the same text
+
+
+class Batches:
+    """The training batches of a split, epoch after epoch."""
+
+    def __init__(
+        self,
+        data: PreparedSet,
+        config: BatchConfig,
+        *,
+        seed: int,
+        split: str = "train",
+        resample: Resample | None = None,
+    ) -> None:
+        self.split: Split = data.split(split)
+        if not len(self.split):
+            raise DataError(f"the {split} split of {data.folder} is empty; run trmt prepare with more data")
+        self.config, self.seed, self.resample = config, seed, resample
+        self.lengths = np.maximum(self.split.lengths("source.ids"), self.split.lengths("target.ids")) + 1
+        self.by_target = self.split.lengths("target.ids")
+        self.by_source = self.split.lengths("source.ids")
+        self.weights = data.corpus_weights
+        self._planned: tuple[int, list[list[Indices]]] | None = None
+
+    def plan(self, epoch: int) -> list[list[Indices]]:
+        """The steps of an epoch, each a list of `accumulate` batches of pair numbers."""
+        if self._planned is None or self._planned[0] != epoch:
+            batches = self._cut(self._chosen(epoch))
+            order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches))
+            shuffled = [batches[place] for place in order]
+            size = self.config.accumulate
+            steps = [shuffled[at : at + size] for at in range(0, len(shuffled), size)]
+            self._planned = (epoch, steps)
+        return self._planned[1]
+
+    def _chosen(self, epoch: int) -> Indices:
+        """The pairs of an epoch, near ones alike in length; corpus weights repeat pairs or leave some out."""
+        generator = np.random.default_rng([self.seed, epoch])
+        if (self.weights == 1).all():
+            pairs = np.arange(len(self.split))
+        else:
+            weight = self.weights[self.split.scalars("corpus", np.arange(len(self.split)))]
+            times = np.floor(weight + generator.random(len(weight))).astype(np.int64)
+            pairs = np.repeat(np.arange(len(self.split)), times)
+        if not len(pairs):
+            raise DataError("the corpus weights leave no pair in this epoch; raise them")
+        shuffled = generator.permutation(pairs)
+        return shuffled[np.lexsort((self.by_source[shuffled], self.by_target[shuffled]))]
+
+    def _cut(self, pairs: Indices) -> list[Indices]:
+        """Runs of pairs as long as the budget allows; a pair over the budget stands alone."""
+        lengths, budget = self.lengths[pairs], self.config.tokens
+        batches, begin = [], 0
+        while begin < len(pairs):
+            window = lengths[begin : begin + max(budget // int(lengths[begin]), 1)]
+            cost = np.maximum.accumulate(window) * np.arange(1, len(window) + 1)
+            size = max(int(np.searchsorted(cost, budget, side="right")), 1)
+            batches.append(pairs[begin : begin + size])
+            begin += size
+        return batches
+
+    def load(self, pairs: Indices, *, seed: tuple[int, ...] = ()) -> Examples:
+        """The pairs with these numbers; `seed` keys what is drawn for them."""
+        columns = {}
+        for number, name in enumerate(("source.ids", "target.ids")):
+            ids, lengths = self.split.gather(name, pairs)
+            column = Column(ids, lengths)
+            if self.resample and seed:
+                key = int(np.random.SeedSequence([self.seed, *seed, number]).generate_state(1)[0])
+                column = self.resample(name, column, key)
+            columns[name] = column
+        return Examples(columns)
+
+    def steps(self, start: Position) -> Iterator[tuple[Position, list[Examples]]]:
+        """(position after the step, its batches), for ever from `start`, read ahead by a thread."""
+        yield from _ahead(self._steps(start), READ_AHEAD)
+
+    def _steps(self, start: Position) -> Iterator[tuple[Position, list[Examples]]]:
+        epoch, first = start
+        while True:
+            plan = self.plan(epoch)
+            for step in range(first, len(plan)):
+                loaded = [
+                    self.load(pairs, seed=(epoch, step, place)) for place, pairs in enumerate(plan[step])
+                ]
+                after = Position(epoch, step + 1) if step + 1 < len(plan) else Position(epoch + 1, 0)
+                yield after, loaded
+            epoch, first = epoch + 1, 0
+
+    def whole(self) -> Iterator[Examples]:
+        """Every pair once, in batches of like length: for validation."""
+        order = np.lexsort((self.by_source, self.by_target))
+        for pairs in self._cut(order.astype(np.int64)):
+            yield self.load(pairs)
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: BaseException
+
+
+def _ahead(items: Iterator[Any], size: int) -> Iterator[Any]:
+    """The same items, made by a thread that stays up to `size` ahead and ends when nobody listens."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=size)
+    stopped = threading.Event()
+
+    def offer(item: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not offer(item):
+                    return
+        except BaseException as error:  # handed over to the consumer, whatever it is
+            offer(_Failed(error))
+
+    thread = threading.Thread(target=work, name="trmt-batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, _Failed):
+                raise item.error
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def halves(examples: Examples) -> list[Examples]:
+    """The batch in two parts, for when it does not fit into memory."""
+    middle = len(examples) // 2
+    return [examples.part(0, middle), examples.part(middle, len(examples))]

@@ -1,0 +1,210 @@
+"""Bundles: a folder that holds a trained network and everything needed to translate with it.
+
+    manifest.json         what it is, where it came from, what it scored, and the checksum of the weights
+    weights.safetensors   each tensor once; the manifest says which names share one
+    tokenizer/            text to ids and back
+
+A bundle is data: nothing in it is unpickled, and its manifest may name registered architectures only, so
+that a copied model cannot run code. Copy the folder and translate.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import trmt
+from trmt import tokenizer as tokenizers
+from trmt.arch.base import Seq2Seq
+from trmt.config import build, tree_of
+from trmt.errors import BundleError, TrmtError
+from trmt.files import atomic_folder, checksum, write_json
+from trmt.registry import ARCHITECTURES, resolve
+from trmt.tokenizer import Tokenizer
+
+FORMAT = 1
+MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights.safetensors", "tokenizer"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself."""
+
+    architecture: str
+    network: dict[str, Any]  # the fields of the architecture's config
+    languages: tuple[str, str]
+    tokenizer: str  # its fingerprint
+    longest: dict[str, int]  # pieces of the longest source and target in training
+    tied: dict[str, str] = field(default_factory=dict)  # name of a tensor -> the name it is stored under
+    special: dict[str, int] = field(default_factory=dict)
+    normalisation: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # the prepared set it was trained on
+    training: dict[str, Any] = field(default_factory=dict)  # step, and what else describes the run
+    scores: tuple[dict[str, Any], ...] = ()  # each with its signature
+    golden: tuple[dict[str, Any], ...] = ()  # sentences and what these weights make of them
+    licences: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)  # size and checksum of the file
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle."""
+
+    folder: Path
+    manifest: Manifest
+    net: Seq2Seq
+    tokenizer: Tokenizer
+
+
+def build_network(architecture: str, options: Mapping[str, Any], *, trust_code: bool = False) -> Seq2Seq:
+    """A network with fresh weights."""
+    network = resolve(ARCHITECTURES, architecture, trust_code=trust_code)
+    config = build(network.config_class, dict(options), where="network")
+    return network(config)
+
+
+def describe(net: Seq2Seq, architecture: str, tokenizer: Tokenizer, **rest: Any) -> Manifest:
+    """The manifest of a network and its tokenizer; `rest` are further fields."""
+    return Manifest(
+        architecture=architecture,
+        network=tree_of(net.config),
+        languages=tokenizer.languages,
+        tokenizer=tokenizer.fingerprint,
+        special={"pad": tokenizers.PAD, "unk": tokenizers.UNK, "bos": tokenizers.BOS, "eos": tokenizers.EOS},
+        normalisation={
+            "source": tokenizer.settings.normalise_source,
+            "target": tokenizer.settings.normalise_target,
+        },
+        tied=_tied(net.state_dict(keep_vars=True)),
+        versions={"trmt": trmt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        **rest,
+    )
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names that stand for a tensor which another name stands for already."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(tensor)]
+        for name, tensor in state.items()
+        if first.setdefault(id(tensor), name) != name
+    }
+
+
+def write_bundle(
+    folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> Manifest:
+    """Write a bundle into an existing folder, which its caller makes appear atomically."""
+    stored = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in weights.items()
+        if name not in manifest.tied
+    }
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    tokenizer.save(folder / TOKENIZER)
+    size = (folder / WEIGHTS).stat().st_size
+    manifest = replace(manifest, weights={"bytes": size, "sha256": checksum(folder / WEIGHTS)})
+    write_json(folder / MANIFEST, {"format": FORMAT, **tree_of(manifest)})
+    return manifest
+
+
+def save_bundle(
+    folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write a whole bundle, atomically."""
+    with atomic_folder(folder) as partial:
+        write_bundle(partial, manifest, weights, tokenizer)
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    """Change fields of a bundle's manifest, atomically."""
+    manifest = replace(read_manifest(folder), **changes)
+    write_json(folder / MANIFEST, {"format": FORMAT, **tree_of(manifest)})
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder looks like a bundle."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle in `folder`."""
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(
+            f"{folder} is not a bundle: cannot read {path} ({error.strerror}); "
+            "name a folder that trmt train or trmt average wrote"
+        ) from error
+    except ValueError as error:
+        raise BundleError(f"{path} is not valid JSON; copy the bundle again") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
+        raise BundleError(f"{path} is not a trmt manifest; name a folder that trmt train wrote")
+    if tree.pop("format") > FORMAT:
+        raise BundleError(f"{folder} was written by a newer trmt; upgrade trmt to use it")
+    known = {f.name for f in fields(Manifest)}
+    try:
+        return build(Manifest, {k: v for k, v in tree.items() if k in known}, where=str(path))
+    except TrmtError as error:
+        raise BundleError(f"{error} (or copy the bundle again)") from error
+
+
+def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> dict[str, Tensor]:
+    """The weights of a bundle by name, tied names included; altered ones are an error."""
+    path = folder / WEIGHTS
+    try:
+        if verify and checksum(path) != manifest.weights.get("sha256"):
+            raise BundleError(f"{path} is not as it was written: its checksum differs; copy the bundle again")
+        stored = load_file(path)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}; copy the bundle again") from error
+    except SafetensorError as error:
+        raise BundleError(f"{path} is damaged: {error}; copy the bundle again") from error
+    for alias, name in manifest.tied.items():
+        if name in stored:
+            stored[alias] = stored[name]
+    return stored
+
+
+def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code: bool = False) -> Bundle:
+    """A bundle ready to use: its network in eval mode on `device`."""
+    manifest = read_manifest(folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    if tokenizer.fingerprint != manifest.tokenizer:
+        raise BundleError(
+            f"{folder / TOKENIZER} is not the tokenizer this network was trained with; copy it again"
+        )
+    try:
+        net = build_network(manifest.architecture, manifest.network, trust_code=trust_code)
+    except TrmtError as error:
+        raise BundleError(f"cannot build the network of {folder}: {error}") from error
+    load_weights(net, read_weights(folder, manifest), where=str(folder))
+    return Bundle(folder, manifest, net.to(device).eval(), tokenizer)
+
+
+def load_weights(net: Seq2Seq, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Put weights into a network; a difference in names or shapes is an error that names one."""
+    expected = net.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise BundleError(f"{where} lacks the weights {name!r}; it belongs to another architecture")
+        if weights[name].shape != tensor.shape:
+            raise BundleError(
+                f"{where} has {name!r} of shape {list(weights[name].shape)}, "
+                f"the network wants {list(tensor.shape)}; the two do not fit together"
+            )
+    extra = sorted(set(weights) - set(expected))
+    if extra:
+        raise BundleError(f"{where} has weights {extra[0]!r} that the network has not; they do not fit")
+    net.load_state_dict(dict(weights))

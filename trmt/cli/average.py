@@ -1,0 +1,27 @@
+"""`trmt average`: the mean of several checkpoints' weights as a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    places: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="A run folder, or the checkpoints themselves. [default: the newest run in models/]"
+        ),
+    ] = None,
+    best: Annotated[int | None, typer.Option("--best", help="The best N checkpoints of the run.")] = None,
+    last: Annotated[int | None, typer.Option("--last", help="The last N checkpoints of the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the bundle. [default: average/ in the run]")
+    ] = None,
+) -> None:
+    """Average checkpoints into a bundle. Without --best or --last: the best five."""
+    from trmt.averaging import AverageOptions, average
+
+    average(AverageOptions(places=tuple(places or ()), best=best, last=last, out=out))

@@ -1,0 +1,69 @@
+"""`trmt prepare`: turn text into a set to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CORPUS = (
+    "train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix; hf:NAME or hf:NAME/CONFIG:SPLIT; - for TSV "
+    "on standard input"
+)
+
+
+def command(
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="The folder to write.", show_default="data/SOURCE-TARGET"),
+    ] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--train", metavar="CORPUS", help=f"Pairs to train on, repeatable: {CORPUS}. @2.5 is a weight."
+        ),
+    ] = None,
+    dev: Annotated[
+        str | None, typer.Option("--dev", metavar="CORPUS", help="Pairs to validate on, never filtered.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="LANGUAGE", help="By itself the tokenizer's source.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--to", metavar="LANGUAGE", help="By itself the tokenizer's target.")
+    ] = None,
+    tokenizer: Annotated[Path, typer.Option(help="The folder of the tokenizer.")] = Path("data/tokenizer"),
+    max_length: Annotated[int, typer.Option(help="The most pieces that a side of a pair may have.")] = 250,
+    max_ratio: Annotated[
+        float,
+        typer.Option(help="How many times longer one side may be, in pieces beyond the first few; 0: any."),
+    ] = 3.0,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="Keep pairs that come more than once.")
+    ] = False,
+    source_column: Annotated[str | None, typer.Option(help="The column of the source text.")] = None,
+    target_column: Annotated[str | None, typer.Option(help="The column of the target text.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes.", show_default="one for each core")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Prepare again even what is up to date.")] = False,
+) -> None:
+    """Encode and filter pairs of sentences into a checksummed set of shards."""
+    from trmt.filters import Limits
+    from trmt.preparing import PrepareOptions, prepare
+
+    prepare(
+        PrepareOptions(
+            train=tuple(train or ()),
+            dev=dev,
+            out=out,
+            tokenizer=tokenizer,
+            languages=(source, target),
+            columns=(source_column, target_column),
+            limits=Limits(max_length, max_ratio),
+            keep_duplicates=keep_duplicates,
+            workers=workers,
+            force=force,
+        )
+    )

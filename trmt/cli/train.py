@@ -1,0 +1,51 @@
+"""`trmt train`: from a prepared set and a recipe to a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="Run folder; one that exists is gone on with. [default: models/<data>-<recipe>]"),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Prepared set. [default: the newest in data/]")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Recipe by name or path. [default: the one that fits the data's size]"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: --set optim.lr=5e-4. Repeatable.")
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option("--init-from", help="Start from the weights of this bundle: fine-tuning.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. [default: the best there is]")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", help="CPU threads. [default: all]")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take: parameters, memory, steps.")
+    ] = False,
+) -> None:
+    """Train a network. Run it again and it goes on exactly where it stopped."""
+    import torch
+
+    from trmt.training import TrainOptions, train
+    from trmt.validating import validate
+
+    if threads:
+        torch.set_num_threads(threads)
+    changes = list(settings or [])
+    if device:
+        changes.append(f'training.device="{device}"')
+    options = TrainOptions(
+        run=run, data=data, recipe=recipe, settings=changes, init_from=init_from, dry_run=dry_run
+    )
+    train(options, validate)

@@ -1,0 +1,159 @@
+"""Blocks of pairs on their way through worker processes: normalised, encoded, judged, and in order again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trmt.corpus import Corpus, pairs
+from trmt.errors import TrmtError
+from trmt.filters import KEPT, RULES, Limits, judge, pair_hashes
+from trmt.shards import Ragged
+from trmt.tokenizer import Tokenizer
+
+BLOCK_PAIRS = 4096
+BLOCK_CHARACTERS = 1 << 21  # a block ends here too, so that memory is bounded whatever the lines are like
+AHEAD = 3  # blocks under way for each worker
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some pairs of one corpus, as they were read."""
+
+    corpus: int
+    sources: list[str]
+    targets: list[str]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a block: which rule took which pair, and the others in order."""
+
+    corpus: int
+    verdicts: NDArray[np.uint8]  # for each pair the number of the rule that took it, or KEPT
+    source: Ragged
+    target: Ragged
+    hashes: NDArray[np.uint64]
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many pairs each rule took, and at last how many were kept."""
+        return np.bincount(self.verdicts, minlength=KEPT + 1)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns blocks into ids; it can be pickled."""
+
+    tokenizer: Tokenizer
+    limits: Limits
+    dev_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    def __call__(self, block: Block) -> Encoded:
+        source = _ragged(self.tokenizer.source.encode(block.sources))
+        target = _ragged(self.tokenizer.target.encode(block.targets))
+        hashes = self.hashes(block.sources, block.targets)
+        verdicts = judge(source.lengths, target.lengths, limits=self.limits)
+        verdicts[(verdicts == KEPT) & np.isin(hashes, self.dev_hashes)] = RULES.index("in dev set")
+        kept = verdicts == KEPT
+        return Encoded(
+            corpus=block.corpus,
+            verdicts=verdicts,
+            source=source.select(kept),
+            target=target.select(kept),
+            hashes=hashes[kept],
+        )
+
+    def hashes(self, sources: Sequence[str], targets: Sequence[str]) -> NDArray[np.uint64]:
+        """What tells whether two pairs are the same after normalisation."""
+        return pair_hashes(
+            [self.tokenizer.source.normalise(text) for text in sources],
+            [self.tokenizer.target.normalise(text) for text in targets],
+        )
+
+
+def _ragged(sentences: Sequence[Sequence[int]]) -> Ragged:
+    lengths = np.fromiter(map(len, sentences), np.int64, len(sentences))
+    values = np.fromiter(chain.from_iterable(sentences), np.uint32, int(lengths.sum()))
+    return Ragged(values, lengths)
+
+
+def blocks(corpora: Iterable[Corpus]) -> Iterator[Block]:
+    """All pairs of the corpora in order; where blocks end depends on nothing but the pairs."""
+    for number, corpus in enumerate(corpora):
+        sources: list[str] = []
+        targets: list[str] = []
+        characters = 0
+        for source, target in pairs(corpus):
+            sources.append(source)
+            targets.append(target)
+            characters += len(source) + len(target)
+            if len(sources) == BLOCK_PAIRS or characters >= BLOCK_CHARACTERS:
+                yield Block(number, sources, targets)
+                sources, targets, characters = [], [], 0
+        if sources:
+            yield Block(number, sources, targets)
+
+
+def encoded(work: Iterable[Block], encoder: Callable[[Block], Encoded], *, workers: int) -> Iterator[Encoded]:
+    """What becomes of each block, in order, with only so many blocks in memory as keep the workers busy."""
+    if workers == 1:
+        yield from map(encoder, work)
+        return
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(encoder,)
+    )
+    try:
+        under_way: deque[Future[Encoded]] = deque()
+        for block in work:
+            under_way.append(pool.submit(_encode, block))
+            if len(under_way) >= AHEAD * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise TrmtError(
+            "a worker process died, probably for lack of memory; try again with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: Callable[[Block], Encoded]  # in a worker process: sent once, not with every block
+
+
+def _begin_worker(encoder: Callable[[Block], Encoded]) -> None:
+    global _encoder
+    _encoder = encoder
+    # Ctrl-C goes to every process of the terminal; the main process alone answers it, and ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    # A worker waits for work for ever, even after the main process was killed and could not say goodbye.
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    parent.join()
+    os._exit(1)
+
+
+def _encode(block: Block) -> Encoded:
+    return _encoder(block)
+
+
+def available_cores() -> int:
+    """The processor cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,47 @@
+"""Which device and which precision to compute with, when the user leaves that open."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from trmt.errors import ConfigError
+
+KINDS = ("cpu", "cuda", "mps")
+
+
+def choose_device(name: str) -> torch.device:
+    """The named device, or with `auto` the best there is; one that is not there is an error."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name.partition(":")[0] not in KINDS:
+        raise ConfigError(
+            f"there is no device {name!r}; choose auto, {', '.join(KINDS)}, or cuda:1 and so on"
+        )
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{name} was asked for, but torch sees {torch.cuda.device_count()} GPUs; use auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("mps was asked for, but this machine has none; use auto")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """The named precision, or with `auto` bf16 where a GPU has it, fp16 on older ones, fp32 elsewhere."""
+    if name != "auto":
+        if name == "fp16" and device.type != "cuda":
+            raise ConfigError(f"fp16 training needs a CUDA GPU, not {device.type}; use bf16 or fp32")
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products run in this precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

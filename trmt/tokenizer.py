@@ -1,0 +1,275 @@
+"""Text to ids and back: one sentencepiece model for both sides, or one for each.
+
+The only file that knows the special ids. The models never normalise; each side does that itself, by a rule
+stored with it. Tags are control symbols, which text cannot spell; placeholders are user-defined symbols,
+which match wherever the text holds them. With byte fallback every normalised text survives encoding and
+decoding, except that U+2581, by which sentencepiece marks white space, comes back as a space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import sentencepiece
+
+from trmt.config import build
+from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.files import atomic_folder, write_json
+from trmt.registry import suggestion
+
+PAD, UNK, BOS, EOS = 0, 1, 2, 3
+
+Normalisation = Literal["nfc", "nfkc", "nmt_nfkc", "nmt_nfkc_cf", "none"]
+NORMALISATIONS: tuple[str, ...] = get_args(Normalisation)
+
+FORMAT = 1
+SETTINGS_FILE = "tokenizer.json"
+
+# The seed of sentencepiece's random numbers belongs to the process, so one batch at a time may use it.
+_SAMPLING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a tokenizer is besides its models."""
+
+    languages: tuple[str, str] = ("", "")
+    normalise_source: Normalisation = "nfc"
+    normalise_target: Normalisation = "nfc"
+    tags: tuple[str, ...] = ()
+    placeholders: tuple[str, ...] = ()
+
+
+def normaliser(name: str) -> Callable[[str], str]:
+    """The function behind a normalisation's name: any text in, one line with bare ends out."""
+    if name == "nfc":
+        return lambda text: unicodedata.normalize("NFC", " ".join(_encodable(text).split()))
+    if name == "none":
+        return lambda text: _encodable(text).replace("\n", " ").strip()
+    if name not in NORMALISATIONS:
+        raise ConfigError(f"there is no normalisation {name!r}; {suggestion(name, list(NORMALISATIONS))}")
+    rules = sentencepiece.SentencePieceNormalizer(
+        rule_name=name, add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=True
+    )
+    return lambda text: " ".join(rules.Normalize(_encodable(text)).split())
+
+
+def _encodable(text: str) -> str:
+    """`text` with lone surrogates, which have no UTF-8, turned into U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
+    return text
+
+
+class Side:
+    """One language's half of a tokenizer."""
+
+    pad, unk, bos, eos = PAD, UNK, BOS, EOS
+
+    def __init__(self, model: bytes, normalisation: str) -> None:
+        self.model = model
+        self.normalisation = normalisation
+        self.normalise = normaliser(normalisation)
+        self._processor = _processor(model)
+        self.vocabulary: int = self._processor.vocab_size()
+        self._control = frozenset(filter(self._processor.is_control, range(self.vocabulary)))
+
+    def __reduce__(self) -> tuple[type[Side], tuple[bytes, str]]:
+        return Side, (self.model, self.normalisation)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text's pieces, without beginning and end of sentence."""
+        normal = [self.normalise(text) for text in texts]
+        ids: list[list[int]] = self._processor.encode(normal, num_threads=1)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that `ids` spell, whatever they are.
+
+        Special ids and ids outside the vocabulary are left out, and bytes that are no UTF-8 become U+FFFD.
+        Byte pieces can spell a newline: whoever writes lines has to deal with it.
+        """
+        # sentencepiece itself leaves out control symbols, but writes a sign for the unknown piece.
+        known = [int(token) for token in ids if 0 <= token < self.vocabulary and token != UNK]
+        text: str = self._processor.decode(known)
+        return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The piece behind each id, as sentencepiece writes it; one outside the vocabulary is unknown."""
+        known = (int(token) if 0 <= token < self.vocabulary else UNK for token in ids)
+        return [self._processor.id_to_piece(token) for token in known]
+
+    def tag_id(self, tag: str) -> int:
+        """The id of a tag such as `<2de>`."""
+        token: int = self._processor.piece_to_id(tag)
+        if token not in self._control or token in (PAD, BOS, EOS):
+            raise ConfigError(
+                f"this tokenizer has no tag {tag!r}; name it with --tag when training the tokenizer"
+            )
+        return token
+
+    def is_byte(self, token: int) -> bool:
+        """Whether this id stands for a single byte of a character that has no piece."""
+        spells_byte: bool = self._processor.is_byte(token)
+        return spells_byte
+
+    def sample(self, ids: Sequence[Sequence[int]], *, alpha: float, seed: int) -> list[list[int]]:
+        """The same sentences cut into pieces at random: BPE dropout, or a draw from the unigram lattice.
+
+        `alpha` is the probability of leaving out a merge for BPE; for unigram it sharpens the draw, and the
+        most probable pieces come as it grows. The result depends on the arguments alone, not on what was
+        drawn before or in which thread. Control symbols at the beginning stay there, and a sentence with
+        unknown pieces is returned as it is, because its text is lost.
+        """
+        sentences = [[int(token) for token in sentence] for sentence in ids]
+        heads = [self._head(sentence) for sentence in sentences]
+        texts = [self.decode(sentence[head:]) for sentence, head in zip(sentences, heads, strict=True)]
+        drawn: list[list[int]] = []
+
+        def draw() -> None:
+            drawn.extend(
+                self._processor.encode(texts, enable_sampling=True, nbest_size=-1, alpha=alpha, num_threads=1)
+            )
+
+        # Some versions of sentencepiece read the seed only once in a thread, so the thread has to be new.
+        with _SAMPLING:
+            sentencepiece.set_random_generator_seed(seed % 2**32)
+            worker = threading.Thread(target=draw)
+            worker.start()
+            worker.join()
+        assert len(drawn) == len(sentences), "sentencepiece could not encode what it had decoded"
+        return [
+            sentence if UNK in sentence else sentence[:head] + body
+            for sentence, head, body in zip(sentences, heads, drawn, strict=True)
+        ]
+
+    def _head(self, sentence: Sequence[int]) -> int:
+        """How many control symbols the sentence begins with."""
+        return next((n for n, token in enumerate(sentence) if token not in self._control), len(sentence))
+
+
+class Tokenizer:
+    """The two sides and what they have in common; it can be pickled."""
+
+    def __init__(self, settings: Settings, models: Sequence[bytes]) -> None:
+        assert len(models) in (1, 2), "one model for both sides, or one for each"
+        self.settings = settings
+        self.models = tuple(models)
+        self.joint = len(models) == 1
+        self.source = Side(models[0], settings.normalise_source)
+        same = self.joint and settings.normalise_source == settings.normalise_target
+        self.target = self.source if same else Side(models[-1], settings.normalise_target)
+        self.fingerprint = _fingerprint(settings, self.models)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Settings, tuple[bytes, ...]]]:
+        return Tokenizer, (self.settings, self.models)
+
+    @property
+    def languages(self) -> tuple[str, str]:
+        """The languages translated from and to; empty where they were not told."""
+        return self.settings.languages
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The control symbols that the user defined."""
+        return self.settings.tags
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """The symbols that stay whole wherever text holds them."""
+        return self.settings.placeholders
+
+    def save(self, folder: Path) -> None:
+        """Write the folder that `load` reads, whole or not at all."""
+        refuse_foreign(folder)
+        with atomic_folder(folder) as partial:
+            for name, model in zip(_model_names(self.joint), self.models, strict=True):
+                (partial / name).write_bytes(model)
+            head = {"format": FORMAT, "fingerprint": self.fingerprint, "joint": self.joint}
+            write_json(partial / SETTINGS_FILE, head | asdict(self.settings))
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """The tokenizer in a folder that `save` wrote; one that is not as it was written is a BundleError."""
+        path = folder / SETTINGS_FILE
+        tree = _read_settings(path)
+        fingerprint, joint = tree.pop("fingerprint", None), tree.pop("joint", None)
+        try:
+            settings = build(Settings, tree, where=str(path))
+            models = [(folder / name).read_bytes() for name in _model_names(bool(joint))]
+        except TrmtError as error:
+            raise BundleError(str(error)) from error
+        except OSError as error:
+            raise BundleError(
+                f"cannot read {error.filename}: {error.strerror}; copy or train the tokenizer again"
+            ) from error
+        if _fingerprint(settings, models) != fingerprint:
+            raise BundleError(
+                f"the tokenizer in {folder} is not as it was written: its fingerprint differs; "
+                "copy or train it again"
+            )
+        return cls(settings, models)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Fail if writing a tokenizer to `folder` would replace something that is none."""
+    foreign = folder.exists() and not folder.is_dir()
+    if folder.is_dir():
+        foreign = any(folder.iterdir()) and not (folder / SETTINGS_FILE).is_file()
+    if foreign:
+        raise BundleError(f"{folder} is there and is no tokenizer; choose another place for this one")
+
+
+def _model_names(joint: bool) -> tuple[str, ...]:
+    return ("joint.model",) if joint else ("source.model", "target.model")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"there is no tokenizer in {path.parent}; train one with `trmt tokenizer`"
+        ) from error
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}; check the path and its rights") from error
+    except ValueError as error:
+        raise BundleError(f"{path} is not valid JSON; copy or train the tokenizer again") from error
+    if not isinstance(tree, dict) or tree.pop("format", None) != FORMAT:
+        raise BundleError(f"{path} is not of format {FORMAT}; train the tokenizer again with this trmt")
+    return tree
+
+
+def _fingerprint(settings: Settings, models: Sequence[bytes]) -> str:
+    """The same for equal settings and models on every machine."""
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    for model in models:
+        digest.update(hashlib.sha256(model).digest())
+    return digest.hexdigest()
+
+
+def _processor(model: bytes) -> Any:
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise BundleError(
+            "sentencepiece cannot read the tokenizer's model; copy or train it again"
+        ) from error
+    ids = (processor.pad_id(), processor.unk_id(), processor.bos_id(), processor.eos_id())
+    if ids != (PAD, UNK, BOS, EOS):
+        raise BundleError(
+            f"a sentencepiece model has the special ids {ids}, not {(PAD, UNK, BOS, EOS)}; "
+            "train it with `trmt tokenizer`"
+        )
+    return processor

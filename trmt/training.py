@@ -1,0 +1,480 @@
+"""Training: from a prepared set and a recipe to a run folder; run again, it goes on exactly where it stood.
+
+Exactness comes from keeping nothing in motion: the order of the data is a function of (seed, epoch,
+position), dropout is drawn from a generator seeded anew for each batch, and everything else is in the
+checkpoint. Validation and saving therefore cannot disturb the run.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trmt import bundles, checkpoints, console, optim
+from trmt.arch.base import Seq2Seq
+from trmt.batches import Batches, Column, Examples, Position
+from trmt.checkpoints import CONFIG, LOG, MODELS
+from trmt.config import Tree, build, read_toml, to_toml, tree_of
+from trmt.errors import BundleError, ConfigError, DataError, TrmtError
+from trmt.files import atomic_file, sweep
+from trmt.learner import Learner
+from trmt.recipe import MAY_CHANGE, Recipe, differences, fitting, load_recipe, safe_name
+from trmt.shards import PreparedSet
+from trmt.tokenizer import Tokenizer
+
+DATA = Path("data")
+
+
+class Interrupted(TrmtError):
+    """A signal asked the run to stop; everything is saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a look at the dev set found: scores with signatures, and some translations."""
+
+    scores: tuple[dict[str, Any], ...] = ()
+    samples: tuple[dict[str, Any], ...] = ()
+
+
+Validate = Callable[[Seq2Seq, Tokenizer, PreparedSet, Recipe], Validation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What `trmt train` takes; None means the sensible choice, which is said."""
+
+    run: Path | None = None
+    data: Path | None = None
+    recipe: str | None = None
+    settings: list[str] = field(default_factory=list)
+    init_from: Path | None = None
+    dry_run: bool = False
+    trust_code: bool = False
+
+
+@dataclass
+class Progress:
+    """What changes during a run, apart from tensors; saved with every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    best: float | None = None
+    stale: int = 0  # validations since the best one
+    target_tokens: int = 0
+    seconds: float = 0.0
+
+
+def train(options: TrainOptions, validate: Validate | None = None) -> Path:
+    """Train, or go on training, and return the run folder.
+
+    `validate` translates and scores the dev set; without it only the loss is looked at.
+    """
+    data = PreparedSet.open(options.data or _default_data())
+    tokenizer = Tokenizer.load(data.tokenizer_folder)
+    recipe, name = _resolved_recipe(options, data, tokenizer, translates=validate is not None)
+    run_folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
+    recipe = _same_run(run_folder, recipe)
+    run = Run(run_folder, recipe, data, tokenizer, validate=validate, options=options)
+    if options.dry_run:
+        run.describe()
+        return run_folder
+    run.begin()
+    run.loop()
+    return run_folder
+
+
+def _default_data() -> Path:
+    """The only or newest prepared set in data/."""
+    found = [index.parent for index in DATA.glob("*/index.json")]
+    if not found:
+        raise DataError(f"there is no prepared set in {DATA}/; run trmt prepare first, or pass --data")
+    newest = max(found, key=lambda folder: (folder / "index.json").stat().st_mtime)
+    console.say(f"data: {newest}" + (" (the newest)" if len(found) > 1 else ""))
+    return newest
+
+
+def _resolved_recipe(
+    options: TrainOptions, data: PreparedSet, tokenizer: Tokenizer, *, translates: bool
+) -> tuple[Recipe, str]:
+    """The recipe with the data's sizes and, for fine-tuning, the old network's sizes filled in; its name."""
+    name, pairs = options.recipe, len(data.split("train"))
+    if name is None:
+        name = fitting(pairs, gpu=torch.cuda.is_available())
+        console.say(f"recipe: {name} (fits {pairs:,} pairs)")
+    network: Tree = {
+        "source_vocabulary": tokenizer.source.vocabulary,
+        "target_vocabulary": tokenizer.target.vocabulary,
+    }
+    settings = list(options.settings)
+    if options.init_from:
+        manifest = bundles.read_manifest(checkpoints.find_bundle(options.init_from))
+        if manifest.tokenizer != tokenizer.fingerprint:
+            raise BundleError(
+                f"{options.init_from} was trained with another tokenizer than {data.folder}; prepare the "
+                f"data with --tokenizer {options.init_from / 'tokenizer'}"
+            )
+        network = dict(manifest.network)
+        settings.insert(0, f"architecture={json.dumps(manifest.architecture)}")
+    elif not tokenizer.joint:
+        network["tied"] = "target"
+    if not translates:
+        settings += ["validation.sentences=0", 'validation.metric="loss"']
+    stem = Path(name).stem
+    return load_recipe(name, settings, network=network), stem
+
+
+def _same_run(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe to go on with; a difference that would make it another run is refused by name."""
+    if not (folder / CONFIG).is_file():
+        return recipe
+    before = build(Recipe, read_toml(folder / CONFIG), where=str(folder / CONFIG))
+    changed = differences(before, recipe)
+    for key, (old, new) in changed.items():
+        if key not in MAY_CHANGE:
+            raise ConfigError(
+                f"{folder} was begun with {key} = {old!r} and cannot go on with {new!r}; "
+                "set it back, or name another run folder"
+            )
+    for key, (old, new) in changed.items():
+        console.say(f"{key}: {old!r} -> {new!r}")
+    return recipe
+
+
+def resample_with(tokenizer: Tokenizer, alpha: float) -> Callable[[str, Column, int], Column]:
+    """Subword sampling as a transform of batches."""
+
+    def resample(name: str, column: Column, seed: int) -> Column:
+        side = tokenizer.source if name.startswith("source") else tokenizer.target
+        sentences = np.split(column.ids, np.cumsum(column.lengths)[:-1])
+        drawn = side.sample([sentence.tolist() for sentence in sentences], alpha=alpha, seed=seed)
+        lengths = np.array([len(sentence) for sentence in drawn], dtype=np.int64)
+        return Column(np.array([token for sentence in drawn for token in sentence]), lengths)
+
+    return resample
+
+
+class Run:
+    """One training run: its network, its folder, and the loop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        data: PreparedSet,
+        tokenizer: Tokenizer,
+        *,
+        validate: Validate | None,
+        options: TrainOptions,
+    ) -> None:
+        self.folder, self.recipe, self.data, self.tokenizer = folder, recipe, data, tokenizer
+        self.validate, self.options = validate, options
+        alpha = recipe.batches.subword_alpha
+        self.batches = Batches(
+            data,
+            recipe.batches,
+            seed=recipe.training.seed,
+            resample=resample_with(tokenizer, alpha) if alpha else None,
+        )
+        self.dev = Batches(data, recipe.batches, seed=0, split="dev")
+        rate = optim.learning_rate(
+            recipe.optim, width=int(recipe.network.get("width", 512)), steps=self.last_step or 0
+        )
+        self.learner = Learner(recipe, rate)
+        self.progress = Progress()
+        self.signal: int | None = None
+        self._log_sums = (0.0, 0)  # negative log likelihood and tokens since the last log line
+
+    @property
+    def last_step(self) -> int | None:
+        """The step at which training ends, unless patience ends it before."""
+        limits = []
+        if self.recipe.training.steps:
+            limits.append(self.recipe.training.steps)
+        if self.recipe.training.epochs:
+            # Epochs differ by a batch or so; the first one's length stands for all.
+            limits.append(self.recipe.training.epochs * len(self.batches.plan(0)))
+        return min(limits, default=None)
+
+    # Restore
+
+    def begin(self) -> None:
+        """Take up the newest checkpoint, or start a new run folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+        found = [point for point in checkpoints.steps(self.folder) if point.resumable()]
+        if found:
+            self._restore(*found[-1].state())
+            console.say(f"resuming {self.folder} at step {self.progress.step:,}")
+        elif self.options.init_from:
+            place = checkpoints.find_bundle(self.options.init_from)
+            weights = bundles.read_weights(place, bundles.read_manifest(place))
+            self.learner.start_from(weights, where=str(place))
+            console.say(f"starting from the weights of {place}")
+        with atomic_file(self.folder / CONFIG) as stream:
+            stream.write(to_toml(tree_of(self.recipe)).encode())
+        learner = self.learner
+        self.log(
+            "resume" if found else "begin",
+            data=str(self.data.folder),
+            fingerprint=self.data.fingerprint,
+            parameters=learner.parameters,
+            **learner.machine(),
+        )
+        console.say(
+            f"{self.recipe.architecture}, {learner.parameters / 1e6:.1f}M parameters, "
+            f"{learner.device.type} {learner.precision}, {len(self.batches.split):,} pairs, "
+            f"{len(self.batches.plan(0)):,} steps an epoch -> {self.folder}"
+        )
+
+    def _restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        if plain["data"] != self.data.fingerprint:
+            raise DataError(
+                f"{self.data.folder} is not the data that {self.folder} was trained on; prepare it as "
+                "before, or name another run folder to start a new run"
+            )
+        self.learner.restore(plain["learner"], tensors)
+        self.progress = Progress(**plain["progress"])
+
+    # Step
+
+    def loop(self) -> None:
+        """Train to the end of the recipe, to the end of patience, or until a signal."""
+        recipe, progress, last = self.recipe, self.progress, self.last_step
+        if self.finished():
+            console.say(f"{self.folder} has ended at step {progress.step:,}; raise training.steps to go on")
+            return
+        stream = self.batches.steps(Position(progress.epoch, progress.position))
+        mark = Clock(progress.target_tokens)
+        with _signals(self), console.progress("training", last, unit="steps") as bar:
+            bar.advance(progress.step)
+            try:
+                while not self.finished():
+                    after, examples = next(stream)
+                    self._learn(examples)
+                    progress.epoch, progress.position = after
+                    progress.seconds += mark.lap()
+                    if progress.step % recipe.training.log_every == 0:
+                        self._report(mark)
+                    bar.advance(1, mark.note)
+                    validating = progress.step % recipe.validation.every == 0 or self.finished()
+                    saving = validating or bool(
+                        recipe.training.save_every and progress.step % recipe.training.save_every == 0
+                    )
+                    if self.signal is not None and not validating:
+                        self.save(Validation())
+                        self._stop(self.signal)
+                    if saving:
+                        self.save(self.look() if validating else Validation())
+                        mark.skip()
+                    if self.signal is not None:
+                        self._stop(self.signal)
+            finally:
+                stream.close()  # type: ignore[attr-defined]
+        self.log("end", seconds=round(progress.seconds, 1))
+        console.say(f"done: {progress.step:,} steps in {console.duration(progress.seconds)} -> {self.folder}")
+
+    def _learn(self, examples: list[Examples]) -> None:
+        learned = self.learner.learn(examples, self.progress.step)
+        self.progress.step += 1
+        self.progress.target_tokens += learned.tokens
+        self._log_sums = (self._log_sums[0] + learned.nll, self._log_sums[1] + learned.tokens)
+        if not learned.usable and not self.learner.scaler.is_enabled():
+            self.log("bad gradient")
+            console.warn(f"step {self.progress.step:,}: the gradient is not finite; the step is left out")
+
+    def finished(self) -> bool:
+        """Whether steps, epochs or patience are used up."""
+        patience = self.recipe.training.patience
+        last = self.last_step
+        out_of_patience = bool(patience) and self.progress.stale >= patience
+        return out_of_patience or (last is not None and self.progress.step >= last)
+
+    # Log
+
+    def log(self, event: str, **values: Any) -> None:
+        """One line in the run's log."""
+        entry = {"event": event, "step": self.progress.step, "time": round(time.time(), 3), **values}
+        with (self.folder / LOG).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def _report(self, mark: Clock) -> None:
+        nll, tokens = float(self._log_sums[0]), self._log_sums[1]
+        self._log_sums = (0.0, 0)
+        speed = mark.speed(self.progress.target_tokens)
+        mark.note = f"loss {nll / tokens:.3f}  {speed:,.0f} tokens/s"
+        self.log(
+            "train",
+            epoch=self.progress.epoch,
+            loss=round(nll / tokens, 5),
+            lr=self.learner.rate(self.progress.step),
+            tokens_per_second=round(speed, 1),
+        )
+
+    # Validate
+
+    def look(self) -> Validation:
+        """The dev set through the eyes of the weights that are kept."""
+        began = time.monotonic()
+        with self.learner.at_rest():
+            loss = self.learner.dev_loss(self.dev)
+            net = self.learner.net
+            found = self.validate(net, self.tokenizer, self.data, self.recipe) if self.validate else None
+        scores: list[dict[str, Any]] = [
+            {"metric": "loss", "value": loss, "signature": "nats per target token, dev set"}
+        ]
+        if found:
+            scores += found.scores
+        metric = self.recipe.validation.metric
+        scores.sort(key=lambda score: score["metric"] != metric)
+        self._count_patience(float(scores[0]["value"]), lower_is_better=metric == "loss")
+        shown = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in scores)
+        better = "  (best)" if self.progress.stale == 0 else ""
+        console.say(f"step {self.progress.step:,}: {shown}{better}")
+        samples = found.samples if found else ()
+        for sample in samples[:1]:
+            console.say(f"  {sample['source']}\n  -> {sample['translation']}")
+        self.log("validate", scores=scores, samples=samples, seconds=round(time.monotonic() - began, 2))
+        return Validation(tuple(scores), samples)
+
+    def _count_patience(self, value: float, *, lower_is_better: bool) -> None:
+        best = self.progress.best
+        better = best is None or (value < best if lower_is_better else value > best)
+        if better:
+            self.progress.best = value
+        self.progress.stale = 0 if better else self.progress.stale + 1
+
+    # Save
+
+    def save(self, validation: Validation) -> None:
+        """Write a checkpoint, and let go of those that are neither among the best nor among the last."""
+        progress, training = self.progress, self.recipe.training
+        manifest = bundles.describe(
+            self.learner.net,
+            self.recipe.architecture,
+            self.tokenizer,
+            longest=self._longest(),
+            data={"set": self.data.folder.name, "fingerprint": self.data.fingerprint},
+            training={
+                "step": progress.step,
+                "epoch": progress.epoch,
+                "target_tokens": progress.target_tokens,
+            },
+            scores=validation.scores,
+            golden=validation.samples,
+        )
+        state = {
+            "progress": vars(progress),
+            "data": self.data.fingerprint,
+            "learner": self.learner.state(),
+        }
+        checkpoints.save(
+            self.folder,
+            manifest,
+            self.learner.weights(),
+            self.tokenizer,
+            step=progress.step,
+            state=(state, self.learner.tensors()),
+        )
+        checkpoints.prune(self.folder, best=training.keep_best, last=training.keep_last)
+
+    def _longest(self) -> dict[str, int]:
+        """The longest sentences met in training: beyond them the network has seen nothing."""
+        return {"source": int(self.batches.by_source.max()), "target": int(self.batches.by_target.max())}
+
+    # Stop
+
+    def _stop(self, number: int) -> None:
+        self.log("interrupted", signal=number)
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name} after step {self.progress.step:,}, which is saved; "
+            "the same command goes on from there",
+            number,
+        )
+
+    # Plan
+
+    def describe(self) -> None:
+        """What training would take: parameters, memory, steps."""
+        learner, steps = self.learner, len(self.batches.plan(0))
+        copies = 4 + bool(learner.mean)  # weights, gradients, two moments, the running mean
+        activations = learner.activation_bytes(self.batches)
+        last = f"{self.last_step:,}" if self.last_step else "until patience ends it"
+        rows = [
+            ["parameters", f"{learner.parameters:,}"],
+            ["weights, gradients, optimiser", f"{learner.parameters * 4 * copies / 2**20:,.0f} MiB"],
+            ["activations of the largest batch", f"{activations / 2**20:,.0f} MiB"],
+            ["steps per epoch", f"{steps:,}"],
+            ["steps in all", last],
+            ["pairs", f"{len(self.batches.split):,}"],
+            ["target tokens per epoch", f"{int((self.batches.by_target + 1).sum()):,}"],
+            ["device and precision", f"{learner.device} {learner.precision}"],
+        ]
+        console.table(f"plan for {self.folder}", ["what", "how much"], rows)
+
+
+class Clock:
+    """Time spent in steps, without what validating and saving took."""
+
+    def __init__(self, tokens: int) -> None:
+        self.note = ""
+        self.tokens = tokens
+        self.spent = 0.0
+        self.last = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.monotonic()
+        passed, self.last = now - self.last, now
+        self.spent += passed
+        return passed
+
+    def skip(self) -> None:
+        """Leave out what has passed since the last lap."""
+        self.last = time.monotonic()
+
+    def speed(self, tokens: int) -> float:
+        """Tokens per second since the last time it was asked."""
+        rate = (tokens - self.tokens) / max(self.spent, 1e-9)
+        self.tokens, self.spent = tokens, 0.0
+        return rate
+
+
+@contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM end the run after its step; the second one acts at once."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        run.signal = number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        console.say(
+            "stopping after this step; once more stops at once and loses the steps since the last save"
+        )
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals are somebody else's
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
