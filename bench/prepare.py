@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+from provenance import ROOT, record
+
 CHUNK = 50_000
 DUPLICATES = 0.02
 
@@ -54,10 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
             command = [sys.executable, __file__, str(arguments.pairs), "--workers", str(arguments.workers)]
             command += ["--longest", str(arguments.longest), "--folder", folder, "--stage", stage]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT)
-    result = json.loads(done.stdout) | provenance(arguments)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"prepare-{arguments.pairs}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    command = f"python bench/prepare.py {arguments.pairs} --workers {arguments.workers}"
+    path = record(f"prepare-{arguments.pairs}", json.loads(done.stdout), command=command)
     print(path.read_text(encoding="utf-8"), end="")
 
 
@@ -134,31 +130,6 @@ def measure(folder: Path, count: int, workers: int) -> dict[str, object]:
         "dropped": prepared.index["corpora"][0]["dropped"],
         "values": prepared.index["splits"]["train"]["values"],
     }
-
-
-def provenance(arguments: argparse.Namespace) -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, cwd=ROOT, check=False
-    )
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "sentencepiece", "numpy")},
-        "commit": commit.stdout.decode().strip() or None,
-        "command": f"python bench/prepare.py {arguments.pairs} --workers {arguments.workers} "
-        f"--longest {arguments.longest}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -110,7 +110,14 @@ STRONG = {  # also the endings of dieser
     "acc": {"m": "en", "f": "e", "n": "es", "p": "e"},
     "dat": {"m": "em", "f": "er", "n": "em", "p": "en"},
 }
-CONTRACTED = {"zu dem": "zum", "zu der": "zur", "in dem": "im", "in das": "ins", "an dem": "am", "von dem": "vom"}
+CONTRACTED = {
+    "zu dem": "zum",
+    "zu der": "zur",
+    "in dem": "im",
+    "in das": "ins",
+    "an dem": "am",
+    "von dem": "vom",
+}
 IRREGULAR_STEMS = {"teuer": "teur", "dunkel": "dunkl"}
 
 # The masculine form of a determiner -> (kind, stem or preposition, case).
@@ -277,7 +284,9 @@ def clock(hour: int, minute: int) -> Word:
         30: f"halb {before}",
         35: f"fünf nach halb {before}",
         45: f"Viertel vor {before}",
-    }.get(minute) or (f"{german_number(minute)} nach {after}" if past else f"{german_number(to)} vor {before}")
+    }.get(minute) or (
+        f"{german_number(minute)} nach {after}" if past else f"{german_number(to)} vor {before}"
+    )
     return Word(en={"": en if minute else f"{english_number(hour)} o'clock"}, de={"": de})
 
 
@@ -291,7 +300,7 @@ class Month:
 
 
 def date_in_words(day: int, month: Month) -> Word:
-    """`the third of May`: plain is `der dritte Mai`, `am` is `am dritten Mai`, `oblique` lacks the article."""
+    """`the third of May`: plain `der dritte Mai`, `am` is `am dritten Mai`, `oblique` lacks the article."""
     ordinal = german_ordinal(day)
     forms = {
         "": f"der {ordinal}e {month.de}",
