@@ -55,7 +55,13 @@ def with_threads(threads: int, statement: str) -> str:
     code = (
         f"import torch; torch.set_num_threads({threads}); from tests.test_linear import *\nprint({statement})"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "KMP_BLOCKTIME": "0",
+        "GOMP_SPINCOUNT": "0",
+        "MKL_DYNAMIC": "FALSE",
+    }
     command = [sys.executable, "-c", code]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
 

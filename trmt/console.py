@@ -20,6 +20,7 @@ T = TypeVar("T")
 PLAIN_INTERVAL = 30.0  # seconds between progress lines where no terminal is watching
 
 _quiet = False
+_drawing: Console | None = None  # the console of the bar that is on the screen: lines go above it
 
 
 def set_quiet(quiet: bool) -> None:
@@ -31,6 +32,8 @@ def set_quiet(quiet: bool) -> None:
 def _console() -> Console:
     from rich.console import Console
 
+    if _drawing is not None:
+        return _drawing
     # Made anew each time: tests and callers exchange sys.stderr, and a cached console would keep the old one.
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -56,9 +59,7 @@ def fail(message: str) -> None:
     _console().print(f"error: {message}", style="red")
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str | None = None
-) -> None:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A small table; columns whose cells are numbers are set to the right."""
     if _quiet:
         return
@@ -66,12 +67,14 @@ def table(
     from rich.text import Text
 
     body = [list(row) for row in rows]
-    grid = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    grid = Table()
     for index, column in enumerate(columns):
         numeric = bool(body) and all(_is_number(row[index]) for row in body if row[index])
         grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in body:
         grid.add_row(*(Text(cell) for cell in row))
+    # Rich would fold a title to the width of the table.
+    _console().print(title)
     _console().print(grid, soft_wrap=False)
 
 
@@ -150,8 +153,14 @@ def progress(title: str, total: float | None = None, *, unit: str = "lines") -> 
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Bars(*columns, console=_console(), transient=True) as bars:
-        yield _Bar(bars, bars.add_task(title, total=total, note=""))
+    global _drawing
+    before, console = _drawing, _console()
+    with Bars(*columns, console=console, transient=True) as bars:
+        _drawing = console
+        try:
+            yield _Bar(bars, bars.add_task(title, total=total, note=""))
+        finally:
+            _drawing = before
 
 
 def duration(seconds: float) -> str:

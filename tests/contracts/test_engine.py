@@ -31,7 +31,14 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 SEARCHES: list[Search] = [
     Greedy(), Beam(size=4, n_best=2), Beam(size=20), Sampling(samples=2), Sampling(top_k=5, temperature=0.7),
 ]  # fmt: skip
-LARGER = {"width": 64, "feed_forward": 256, "heads": 4, "source_vocabulary": 200, "target_vocabulary": 200}
+LARGER = {
+    "longest": 200,
+    "width": 64,
+    "feed_forward": 256,
+    "heads": 4,
+    "source_vocabulary": 200,
+    "target_vocabulary": 200,
+}
 
 
 def named(variant: tuple[str, dict[str, Any]]) -> str:
@@ -116,16 +123,15 @@ def test_it_equals_naive_decoding(kind: str, size: int) -> None:
                 assert one.score == pytest.approx(other.score, abs=1e-4), name
 
 
+@torch.inference_mode()
 def test_sampled_scores_are_those_of_the_network() -> None:
     requests = requests_of(6, longest=8)
     for name, net in networks():
         found = translated(engine_of("eager", net, Sampling(temperature=0.7, top_p=0.9)), requests)
         for request, (hypothesis,) in zip(requests, found, strict=True):
-            # A naive search whose whole translation is its prefix is left with the score of the end alone.
             ids = (*hypothesis.ids, EOS)
-            with torch.inference_mode():
-                hidden = net(Source.of([request.source]), Ragged.of([[BOS, *ids[:-1]]])).hidden
-                logits = net.readout(hidden).double()
+            hidden = net(Source.of([request.source]), Ragged.of([[BOS, *ids[:-1]]])).hidden
+            logits = net.readout(hidden).double()
             logits[:, list(BANNED)] = -torch.inf
             logs = logits.log_softmax(1)[range(len(ids)), list(ids)]
             counted = logs[len(request.prefix) : request.limit]
@@ -135,12 +141,12 @@ def test_sampled_scores_are_those_of_the_network() -> None:
 # --- the same bits whatever the batch
 
 
-def unequal(kind: str, *, count: int, longest: int, batches: Sequence[int] = (1, 3, 16, 64)) -> list[str]:
+def unequal(kind: str, *, count: int, longest: int, batches: Sequence[int], searches: int = 5) -> list[str]:
     """Where the batch size changed ids or the last bit of a score, as sentences."""
     differences = []
     requests = requests_of(count, longest=longest)
     for name, net in networks(**LARGER):
-        for search in SEARCHES:
+        for search in SEARCHES[:searches]:
             first, *others = (
                 translated(engine_of(kind, net, search, sentences=sentences), requests)
                 for sentences in batches
@@ -162,7 +168,7 @@ def unequal_with(threads: int, **sizes: Any) -> list[str]:
         "from tests.contracts.test_engine import unequal\n"
         f"print(json.dumps(unequal('eager', **{sizes!r})))"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
     command = [sys.executable, "-c", code]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(answer.stdout)
@@ -170,14 +176,14 @@ def unequal_with(threads: int, **sizes: Any) -> list[str]:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_batch_size_changes_no_bit(threads: int) -> None:
-    assert unequal_with(threads, count=40, longest=24, batches=(1, 7, 40)) == []
+    assert unequal_with(threads, count=10, longest=12, batches=(1, 10)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_batch_size_changes_no_bit_of_thousands(threads: int) -> None:
-    assert unequal_with(threads, count=2000, longest=50, batches=(5, 64, 300)) == []
-    assert unequal_with(threads, count=150, longest=90) == []
+    assert unequal_with(threads, count=2000, longest=30, batches=(16, 64), searches=2) == []
+    assert unequal_with(threads, count=40, longest=90, batches=(1, 3, 40)) == []
 
 
 # --- the driver

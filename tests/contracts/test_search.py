@@ -1,4 +1,4 @@
-"""Every registered search answers to these, on scripted networks whose right answers plain Python can find."""
+"""Every registered search answers to these, on scripted networks whose right answers plain Python finds."""
 
 from __future__ import annotations
 
@@ -69,10 +69,14 @@ def run(
 def requests_of(count: int, *, limit: int = 6) -> list[Request]:
     """Requests of different lengths and limits, some with prefixes."""
     return [
-        Request((5,) * (index % 4 + 1), limit=index % limit + 1, prefix=(4, 3)[: index % 3 % (index % limit + 2)],
-                key=index)
+        Request(
+            (5,) * (index % 4 + 1),
+            limit=index % limit + 1,
+            prefix=(4, 3)[: min(index % 3, index % limit + 1)],
+            key=index,
+        )
         for index in range(count)
-    ]  # fmt: skip
+    ]
 
 
 # --- the slow obvious twins
@@ -80,6 +84,7 @@ def requests_of(count: int, *, limit: int = 6) -> list[Request]:
 
 def log_probabilities(scores: Tensor, request: Request) -> Callable[[tuple[int, ...]], dict[int, float]]:
     """The logarithm of the probability of each token that may follow a prefix."""
+
     def following(prefix: tuple[int, ...]) -> dict[int, float]:
         if len(prefix) < len(request.prefix):
             return {request.prefix[len(prefix)]: 0.0}
@@ -332,18 +337,14 @@ def test_samples_follow_the_distribution(temperature: float) -> None:
 
 def test_sentences_draw_independent_lots() -> None:
     count, scores = 4_000, scripted(5, seed=8, spread=0.5)
-    found = run(
-        scores, Sampling(), [Request((5,), limit=1, key=key) for key in range(count)], sentences=1000
-    )
+    found = run(scores, Sampling(), [Request((5,), limit=1, key=key) for key in range(count)], sentences=1000)
     expected = {() if token == EOS else (token,): math.exp(log)
                 for token, log in log_probabilities(scores, Request((5,), limit=1))(()).items()}  # fmt: skip
     firsts = [each.ids for (each,) in found]
     near(frequencies(firsts, list(expected)), torch.tensor(list(expected.values())), count)
     pairs = list(itertools.product(expected, expected))
     # Neighbouring keys must not be alike.
-    together = torch.tensor(
-        [sum(pair == each for each in zip(firsts, firsts[1:], strict=False)) for pair in pairs]
-    )
+    together = torch.tensor([sum(pair == each for each in itertools.pairwise(firsts)) for pair in pairs])
     chances = torch.tensor([expected[one] * expected[other] for one, other in pairs])
     near(together / (count - 1), chances, count // 2)
 

@@ -61,6 +61,20 @@ def test_any_split_into_steps_equals_teacher_forcing(net: Seq2Seq, chunks: list[
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("reorders", [True, False])
+def test_long_translations_outgrow_the_first_room(net: Seq2Seq, reorders: bool) -> None:
+    target = torch.randint(4, VOCABULARY, (70,), generator=torch.Generator().manual_seed(4)).tolist()
+    stepper = net.frozen(eager)
+    state = stepper.start(Source.of(SOURCES[:1]), hypotheses=3, room=70, reorders=reorders)
+    for token in target:
+        output, state = stepper.step(torch.tensor([[[5], [token], [6]]]), state)
+        if reorders:
+            state = state.reorder(torch.tensor([[1, 1, 1]]))
+    want = teacher_forced(net, SOURCES[:1], [target])[0][-1]
+    torch.testing.assert_close(stepper.readout(output.hidden)[0, 1, 0], want, **CLOSE)
+
+
+@torch.inference_mode()
 def test_a_batch_equals_its_sentences_one_by_one(net: Seq2Seq) -> None:
     together = teacher_forced(net, SOURCES, TARGETS)
     alone = [teacher_forced(net, [s], [t])[0] for s, t in zip(SOURCES, TARGETS, strict=True)]

@@ -1,7 +1,7 @@
 """ConvS2S: gated convolutions with attention in every decoder layer (Gehring et al., arXiv 1705.03122).
 
 Axes: S sentence, K hypothesis, L source position, T target position, W inputs that a step looks at,
-N all tokens of a batch in a row, D width, V vocabulary.
+N all tokens of a batch in a row, Q queries (K * T of them), H heads (one here), D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source
 from trmt.errors import ConfigError
 
 HALF = 0.5**0.5  # keeps the variance of a sum of two
+EMBEDDING_STD = 0.1  # section 4.2 of the paper; attention has no scaling, so larger ones would saturate it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,8 @@ class ConvS2S(Seq2Seq):
             else nn.Embedding(config.target_vocabulary, width)
         )
         for embedding in (self.source_embedding, self.target_embedding, self.output):
-            nn.init.normal_(embedding.weight, std=width**-0.5)
-        self.positions = nn.Parameter(torch.randn(2, config.longest, width) * width**-0.5)
+            nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
+        self.positions = nn.Parameter(torch.randn(2, config.longest, width) * EMBEDDING_STD)
         self.encoder = nn.ModuleList(Convolution(config, cross=False) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(Convolution(config, cross=True) for _ in range(config.decoder_layers))
         self.last = layers.xavier(nn.Linear(width, width))
@@ -103,7 +104,7 @@ class ConvS2S(Seq2Seq):
 def _embed(net: Any, config: ConvS2SConfig, ids: Tensor, position: Tensor, *, side: int) -> Tensor:
     weight = (net.target_embedding if side else net.source_embedding).weight
     x = F.embedding(ids, weight) + net.positions[side, position]
-    return net.drop(x * config.width**0.5)
+    return net.drop(x)
 
 
 def _gated(net: Any, layer: Any, x_WD: Tensor, kernel: int) -> Tensor:
@@ -116,7 +117,7 @@ def encode(net: Any, config: ConvS2SConfig, source: Source) -> Memory:
     """Read the source: keys are the last layer's outputs, values have the embeddings added."""
     if source.longest > config.longest:
         raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
-    ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
+    ids_SL, real_SL = source.padded(layers.key_multiple(net))
     real_SL1 = real_SL[..., None]
     position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=config.longest - 1)
     embedded_SLD = _embed(net, config, ids_SL, position_L, side=0)

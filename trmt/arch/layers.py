@@ -19,6 +19,12 @@ from trmt.arch.base import Linear
 
 # On the CPU, attention gives the same bits for any padding when the number of keys is a multiple of this.
 KEY_MULTIPLE = 16
+FIRST_COLUMNS = 32  # of a new store
+
+
+def key_multiple(net: Any) -> int:
+    """To what multiple the source is padded: in training nobody needs equal bits, and padding costs time."""
+    return 1 if getattr(net, "training", False) else KEY_MULTIPLE
 
 
 def heads(x_SQD: Tensor, count: int) -> Tensor:
@@ -130,7 +136,8 @@ class AncestorStore:
 
     Slot `c * K + k` holds what hypothesis k saw in column c. `reorder` moves no keys: it rearranges
     `table_SKC`, whose entry says in which slot of column c the ancestor of hypothesis k lies, or -1
-    where there is none. The hypotheses of a sentence are queries over its common slots.
+    where there is none. The hypotheses of a sentence are queries over its common slots. The store begins
+    small and doubles when it is full: few translations come near their limit.
     """
 
     keys: list[Tensor]  # of each layer, [S, H, J, P]
@@ -142,9 +149,9 @@ class AncestorStore:
     def empty(
         cls, like: Tensor, sizes: tuple[int, int], *, layers: int, heads: int, width: int, room: int
     ) -> AncestorStore:
-        """Room for `room` columns of `sizes` = (sentences, hypotheses)."""
+        """A store for `sizes` = (sentences, hypotheses), which will hardly see more than `room` columns."""
         sentences, hypotheses = sizes
-        columns = _padded(room, hypotheses)
+        columns = _padded(min(room, FIRST_COLUMNS), hypotheses)
         shape = (sentences, heads, columns * hypotheses, width // heads)
         # Zeros and not garbage: masked slots are multiplied by zero, and zero times NaN is NaN.
         return cls(
@@ -160,8 +167,9 @@ class AncestorStore:
     def advance(self, count: int) -> Tensor:
         """Open `count` columns; returns the additive mask [S, 1, Q, J] of the queries that fill them."""
         first, last = self.columns, self.columns + count
-        width, hypotheses = self.table_SKC.shape[2], self.hypotheses
-        assert last <= width, f"the state has room for {width} tokens"
+        hypotheses = self.hypotheses
+        if last > self.table_SKC.shape[2]:
+            self._grow(last)
         self.columns = last
         slot_K = torch.arange(hypotheses, device=self.table_SKC.device)
         self.table_SKC[:, :, first:last] = slot_K[:, None]
@@ -199,8 +207,7 @@ class AncestorStore:
     def join(self, other: AncestorStore) -> AncestorStore:
         """Both stores, aligned at their newest column; the younger sentences have empty columns before."""
         columns = max(self.columns, other.columns)
-        room = max(store.table_SKC.shape[2] - store.columns for store in (self, other))
-        width = _padded(columns + room, self.hypotheses)
+        width = _padded(columns + FIRST_COLUMNS, self.hypotheses)
         both = [store._shifted(columns - store.columns, width) for store in (self, other)]
         return AncestorStore(
             [torch.cat(pair) for pair in zip(both[0].keys, both[1].keys, strict=True)],
@@ -208,6 +215,10 @@ class AncestorStore:
             torch.cat([both[0].table_SKC, both[1].table_SKC]),
             columns,
         )
+
+    def _grow(self, columns: int) -> None:
+        larger = self._shifted(0, _padded(max(columns, 2 * self.table_SKC.shape[2]), self.hypotheses))
+        self.keys, self.values, self.table_SKC = larger.keys, larger.values, larger.table_SKC
 
     def _shifted(self, by: int, width: int) -> AncestorStore:
         """The same store with `by` empty columns in front and room for `width` columns."""

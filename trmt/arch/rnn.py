@@ -1,6 +1,7 @@
 """A GRU encoder-decoder with additive attention (Bahdanau et al., arXiv 1409.0473).
 
-Axes: S sentence, K hypothesis, L source position, T target position, D width, G the three gates of a GRU.
+Axes: S sentence, K hypothesis, L source position, T target position, N all tokens of a batch in a row,
+D width, G the three gates of a GRU, V vocabulary.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class RNN(Seq2Seq):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
-        ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
+        ids_SL, real_SL = source.padded(layers.key_multiple(self))
         x_SLD = self.drop(self.source_embedding(ids_SL))
         packed = pack_padded_sequence(x_SLD, source.lengths_S.cpu(), batch_first=True, enforce_sorted=False)
         states_SLD, _ = pad_packed_sequence(

@@ -182,7 +182,7 @@ def encode(net: Any, config: TransformerConfig, source: Source) -> Memory:
     """Read the source: keys and values for every decoder layer, and the mask over them."""
     if source.longest > config.longest:
         raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
-    ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
+    ids_SL, real_SL = source.padded(layers.key_multiple(net))
     mask = layers.blocked(real_SL)[:, None, None]
     position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=config.longest - 1)
     x_SLD = embed(net, config, ids_SL, position_L, side=0)
@@ -218,6 +218,7 @@ def decode(
 ) -> tuple[Tensor, Tensor | None]:
     """The decoder's layers; `own(layer index, query, key, value)` is attention to what went before."""
     both_SAHLP, mask = memory["both"], memory["mask"]
+    dropout = config.attention_dropout if getattr(net, "training", False) else 0.0
     weights_ASHQL: list[Tensor] = []
 
     for index, layer in enumerate(net.decoder):
@@ -230,7 +231,8 @@ def decode(
             key_SHLP, value_SHLP = both_SAHLP[:, 2 * index], both_SAHLP[:, 2 * index + 1]
             if "attention" in want:
                 weights_ASHQL.append(layers.attention_weights(query_SHQP, key_SHLP, mask))
-            return layer.cross_out(layers.attend(query_SHQP, key_SHLP, value_SHLP, mask))
+            found_SQD = layers.attend(query_SHQP, key_SHLP, value_SHLP, mask, dropout=dropout)
+            return layer.cross_out(found_SQD)
 
         def feed(x_SQD: Tensor, layer: Any = layer) -> Tensor:
             return _feed(layer, config, x_SQD)

@@ -19,6 +19,8 @@ from torch import Tensor
 from trmt.decode.base import Hypothesis, Search, SearchState, top
 from trmt.errors import ConfigError
 
+ROUNDING = 1e-6  # what normalised scores are off by, at most, relative to themselves
+
 
 @dataclass(frozen=True)
 class BeamState(SearchState):
@@ -110,6 +112,7 @@ class Beam(Search):
         worst_S = self._normalised(ended_score_SK, ended_length_SK).topk(self.n_best, 1).values[:, -1]
         # A log probability only falls and the penalty is largest at full length: more is out of reach.
         hope_S = self._normalised(living_SK, torch.full_like(ended_length_SK, history_SKT.shape[2])).amax(1)
+        hope_S = hope_S * (1 - ROUNDING)
         return BeamState(
             done_S=state.done_S | (ended_S >= self.size) | (worst_S >= hope_S),
             length_S=length_S,
@@ -126,25 +129,24 @@ class Beam(Search):
         return score / ((5 + length) / 6) ** self.length_penalty
 
     def results(self, state: BeamState) -> list[list[Hypothesis]]:
-        normalised_SK = self._normalised(state.ended_score_SK, state.ended_length_SK)
-        order_SK = normalised_SK.sort(dim=1, descending=True, stable=True).indices.tolist()
         rows = zip(
-            order_SK,
             state.ended_S.tolist(),
-            normalised_SK.tolist(),
             state.ended_score_SK.tolist(),
             state.ended_length_SK.tolist(),
             state.ended_tokens_SKT.tolist(),
             strict=True,
         )
         return [
-            [
-                Hypothesis(tuple(tokens[k][: lengths[k] - 1]), scores[k], normalised[k])
-                for k in order
-                if k < ended
-            ][: self.n_best]
-            for order, ended, normalised, scores, lengths, tokens in rows
+            self._ranked(scores[:ended], lengths[:ended], tokens) for ended, scores, lengths, tokens in rows
         ]
+
+    def _ranked(self, scores: list[float], lengths: list[int], tokens: list[list[int]]) -> list[Hypothesis]:
+        # In Python: a tensor's powers differ in the last bit with the place of a number in it.
+        found = [
+            Hypothesis(tuple(ids[: length - 1]), score, score / ((5 + length) / 6) ** self.length_penalty)
+            for score, length, ids in zip(scores, lengths, tokens, strict=False)
+        ]
+        return sorted(found, key=lambda each: -each.normalised)[: self.n_best]
 
 
 def _put(kept: Tensor, place_SK: Tensor, new: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""Writes the tables of README.md from the files in bench/results: `python bench/readme.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_bytes())
+
+
+def source(result: dict) -> str:
+    """Where a figure comes from, in one line."""
+    versions = f"Python {result['python']}, torch {result['versions']['torch']}"
+    machine = f"{result['cores']} cores of {result['cpu']}"
+    return f"`{result['command']}` at {result['commit']}, {result['date']}: {machine}, {versions}."
+
+
+def phrasebook() -> str:
+    result = load("phrasebook")
+    figures, scores = result["figures"], result["figures"]["scores"]
+    rows = [
+        ("BLEU", f"{scores['bleu'][0]:.1f}", f"`{scores['bleu'][1]}`"),
+        ("chrF", f"{scores['chrf'][0]:.1f}", f"`{scores['chrf'][1]}`"),
+        ("word for word right", f"{figures['exact']:,}", f"of {figures['sentences']:,} held-out sentences"),
+        ("training", f"{figures['training_tokens_per_second']:,}", "target tokens/s"),
+        ("translating, beam 4", f"{figures['translating_tokens_per_second']:,}", "target tokens/s"),
+        ("the whole demo", f"{figures['demo_seconds']:.0f} s", "after installing"),
+    ]
+    return table(("", "", ""), rows) + f"\n\n{source(result)}"
+
+
+def prepare() -> str:
+    results = sorted(
+        (json.loads(path.read_bytes()) for path in RESULTS.glob("prepare-*.json")),
+        key=lambda result: result["figures"]["pairs"],
+    )
+    rows = [
+        (
+            f"{figures['pairs']:,}",
+            f"{figures['workers']}",
+            f"{figures['pairs_per_second']:,}",
+            f"{figures['pairs_per_cpu_second']:,}",
+            f"{figures['peak_mib_all']:,} MiB",
+        )
+        for figures in (result["figures"] for result in results)
+    ]
+    head = ("pairs", "workers", "pairs/s", "pairs per CPU second", "peak memory, all processes")
+    return table(head, rows) + "\n\n" + " ".join(source(result) for result in results[-1:])
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TABLES = {"phrasebook": phrasebook, "prepare": prepare}
+
+
+def generated(text: str) -> str:
+    """README's text with every table made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- results: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(generated(README.read_text(encoding="utf-8")), encoding="utf-8")

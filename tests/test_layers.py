@@ -1,0 +1,90 @@
+"""What the networks share, against formulas written out and against torch's own modules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.fakes import random_sentences, small_network
+from trmt.arch import layers
+from trmt.arch.base import Source
+from trmt.arch.rnn import RNN, Cell, gru
+from trmt.engines.linear import eager
+
+
+@pytest.mark.parametrize("width", [2, 6, 64, 7])
+def test_sinusoids_are_the_formula_of_the_paper(width: int) -> None:
+    table = layers.sinusoids(50, width)
+    assert table.shape == (50, width)
+    for position in range(50):
+        for column in range(width):
+            angle = position / 10000 ** ((column - column % 2) / width)
+            expected = math.cos(angle) if column % 2 else math.sin(angle)
+            assert float(table[position, column]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_rotary_scores_depend_on_the_distance_only() -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key = torch.randn(2, 1, 1, 1, 16, generator=generator)
+    table = layers.sinusoids(100, 16)
+
+    def score(at: int, other: int) -> float:
+        turned = (layers.rotated(x, table, torch.tensor([p])) for x, p in ((query, at), (key, other)))
+        return float(torch.mul(*turned).sum())
+
+    for distance in (0, 1, 7, 30):
+        for start in (1, 20, 60):
+            assert score(start + distance, start) == pytest.approx(score(distance, 0), abs=1e-4)
+    assert score(0, 0) == pytest.approx(float((query * key).sum()), abs=1e-5)
+    assert abs(score(5, 0) - score(0, 5)) > 1e-3  # the direction counts
+
+
+def test_rotary_positions_of_each_sentence() -> None:
+    x, table = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(2)), layers.sinusoids(30, 8)
+    position_SQ = torch.tensor([[0, 1, 2, 3], [9, 10, 11, 12], [5, 5, 6, 7]])
+    together = layers.rotated(x, table, position_SQ)
+    for row, position_Q in enumerate(position_SQ):
+        assert torch.equal(layers.rotated(x[row : row + 1], table, position_Q)[0], together[row])
+
+
+def test_attention_and_its_weights_agree() -> None:
+    query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(3))
+    mask = layers.blocked(torch.tensor([[True] * 5, [True] * 2 + [False] * 3]))[:, None, None]
+    weights = layers.attention_weights(query, key, mask)
+    found = (weights @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layers.attend(query, key, value, mask), found, atol=1e-5, rtol=1e-5)
+    assert (weights[1, ..., 2:] == 0).all()
+
+
+def test_merged_products_begin_like_separate_ones() -> None:
+    torch.manual_seed(4)
+    merged = layers.xavier(nn.Linear(64, 3 * 64), 3)
+    bound = math.sqrt(6 / (64 + 64))  # Glorot's, of one part alone
+    for part in merged.weight.detach().chunk(3):
+        assert 0.95 * bound < part.abs().max().item() <= bound
+    assert not merged.bias.any()
+
+
+def test_a_step_is_torchs_gru_cell() -> None:
+    torch.manual_seed(5)
+    theirs, ours = nn.GRUCell(12, 8), Cell(12, 8)
+    ours.input.load_state_dict({"weight": theirs.weight_ih, "bias": theirs.bias_ih})
+    ours.recur.load_state_dict({"weight": theirs.weight_hh, "bias": theirs.bias_hh})
+    x, state = torch.randn(5, 12), torch.randn(5, 8)
+    found = gru(ours.input(x), ours.recur(state), state)
+    torch.testing.assert_close(found, theirs(x, state), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_frozen_encoder_is_torchs_gru() -> None:
+    net = small_network("rnn", encoder_layers=2)
+    assert isinstance(net, RNN)
+    sentences = random_sentences(6, longest=20, seed=6)
+    memory, _, _ = net.frozen(eager).start(Source.of(sentences), hypotheses=1, room=1).take()
+    for row, sentence in enumerate(sentences):
+        expected, _ = net.encoder(net.source_embedding(torch.tensor([sentence])))
+        found = memory["states"][row, : len(sentence)]
+        torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=1e-5)
