@@ -26,7 +26,7 @@ def average(options: AverageOptions) -> Path:
     """Average checkpoints into a bundle and return its folder."""
     if options.best is not None and options.last is not None:
         raise ConfigError("--best and --last exclude each other; choose one")
-    if min(options.best or 1, options.last or 1) < 1:
+    if any(count is not None and count < 1 for count in (options.best, options.last)):
         raise ConfigError("--best and --last take a number of at least 1")
     places = options.places or (_newest_run(),)
     if len(places) == 1 and not bundles.is_bundle(places[0]):
@@ -44,13 +44,15 @@ def average(options: AverageOptions) -> Path:
         chosen, out = list(places), options.out
     if out.exists() and not bundles.is_bundle(out):
         raise BundleError(f"{out} is there and is no bundle; choose another place with --out")
+    if out.resolve() in [place.resolve() for place in chosen] or (out / checkpoints.TRAINING).exists():
+        raise BundleError(f"{out} is a checkpoint that would be lost; choose another place with --out")
     checkpoints.average(chosen, out)
     console.say(f"average of {', '.join(place.name for place in chosen)} -> {out}")
     return out
 
 
 def _newest_run() -> Path:
-    runs = [folder for folder in MODELS.iterdir() if checkpoints.steps(folder)] if MODELS.is_dir() else []
+    runs = [folder for folder in checkpoints.runs(MODELS) if checkpoints.steps(folder)]
     if not runs:
         raise BundleError(f"there is no run in {MODELS}/; name one, or train one with trmt train")
     newest = max(runs, key=lambda folder: checkpoints.steps(folder)[-1].folder.stat().st_mtime)

@@ -101,14 +101,16 @@ class Batches:
 
     def plan(self, epoch: int) -> list[list[Indices]]:
         """The steps of an epoch, each a list of `accumulate` batches of pair numbers."""
-        if self._planned is None or self._planned[0] != epoch:
+        # Read once: the thread that reads ahead may exchange it for another epoch's meanwhile.
+        planned = self._planned
+        if planned is None or planned[0] != epoch:
             batches = self._cut(self._chosen(epoch))
             order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches))
             shuffled = [batches[place] for place in order]
             size = self.config.accumulate
             steps = [shuffled[at : at + size] for at in range(0, len(shuffled), size)]
-            self._planned = (epoch, steps)
-        return self._planned[1]
+            self._planned = planned = (epoch, steps)
+        return planned[1]
 
     def _chosen(self, epoch: int) -> Indices:
         """The pairs of an epoch, near ones alike in length; corpus weights repeat pairs or leave some out."""

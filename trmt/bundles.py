@@ -105,17 +105,21 @@ def write_bundle(
     folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> Manifest:
     """Write a bundle into an existing folder, which its caller makes appear atomically."""
-    stored = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in weights.items()
-        if name not in manifest.tied
-    }
-    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, {name: t for name, t in weights.items() if name not in manifest.tied})
     tokenizer.save(folder / TOKENIZER)
     size = (folder / WEIGHTS).stat().st_size
     manifest = replace(manifest, weights={"bytes": size, "sha256": checksum(folder / WEIGHTS)})
     write_json(folder / MANIFEST, {"format": FORMAT, **tree_of(manifest)})
     return manifest
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors; a disk that is full is an OSError."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(stored, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its own kind even where the system refused to write
+        raise OSError(str(error)) from error
 
 
 def save_bundle(
@@ -157,7 +161,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return build(Manifest, {k: v for k, v in tree.items() if k in known}, where=str(path))
     except TrmtError as error:
-        raise BundleError(f"{error} (or copy the bundle again)") from error
+        what = str(error).partition(";")[0]  # what follows is advice about recipes
+        raise BundleError(f"{what}; copy the bundle again") from error
 
 
 def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> dict[str, Tensor]:
@@ -165,7 +170,9 @@ def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> di
     path = folder / WEIGHTS
     try:
         if verify and checksum(path) != manifest.weights.get("sha256"):
-            raise BundleError(f"{path} is not as it was written: its checksum differs; copy the bundle again")
+            raise BundleError(
+                f"{path} is not as it was written: its checksum differs; copy it again, or remove {folder}"
+            )
         stored = load_file(path)
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}; copy the bundle again") from error

@@ -13,6 +13,7 @@ its best checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,20 +22,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trmt import bundles, console
 from trmt.bundles import Manifest
 from trmt.errors import BundleError
-from trmt.files import atomic_folder, recover, write_json
+from trmt.files import PARTIAL, atomic_folder, checksum, recover, write_json
 from trmt.tokenizer import Tokenizer
 
 STEP = re.compile(r"step-(\d+)")
 TRAINING, STATE, TENSORS = "training", "state.json", "state.safetensors"
 CONFIG, LOG, AVERAGE = "config.toml", "log.jsonl", "average"
 MODELS = Path("models")
+FORMAT = 1  # of the training state
+
+State = tuple[Mapping[str, Any], Mapping[str, Tensor]]  # the plain and the tensor part
+
+
+class Damaged(BundleError):
+    """A training state that is not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +63,22 @@ class Checkpoint:
         scores = self.manifest.scores
         return (str(scores[0]["metric"]), float(scores[0]["value"])) if scores else None
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The plain and the tensor part of the training state."""
+    def state(self) -> State:
+        """The training state, whole or not at all."""
         folder = self.folder / TRAINING
         try:
             plain = json.loads((folder / STATE).read_bytes())
+            if plain["format"] != FORMAT:
+                raise BundleError(
+                    f"{folder} is of format {plain['format']}, not {FORMAT}; use the trmt that wrote it"
+                )
+            if checksum(folder / TENSORS) != plain["sha256"]:
+                raise Damaged(f"{folder / TENSORS} is not as it was written: its checksum differs")
             return plain, load_file(folder / TENSORS)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise BundleError(
-                f"cannot resume from {folder}: {error}; remove {self.folder} to resume from an older one"
-            ) from error
+        except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise Damaged(f"{folder} is damaged: {error}") from error
+        except OSError as error:
+            raise BundleError(f"cannot read {folder}: {error.strerror}; check the disk") from error
 
     def resumable(self) -> bool:
         """Whether it still has its training state; only the newest ones keep it."""
@@ -89,7 +104,7 @@ def save(
     tokenizer: Tokenizer,
     *,
     step: int,
-    state: tuple[Mapping[str, Any], Mapping[str, Tensor]],
+    state: State,
 ) -> Checkpoint:
     """Write a checkpoint; it is there whole or not at all."""
     folder = run / f"step-{step:08d}"
@@ -97,21 +112,47 @@ def save(
     with atomic_folder(folder) as partial:
         bundles.write_bundle(partial, manifest, weights, tokenizer)
         (partial / TRAINING).mkdir()
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(stored, partial / TRAINING / TENSORS)
-        write_json(partial / TRAINING / STATE, dict(plain))
+        bundles.write_tensors(partial / TRAINING / TENSORS, tensors)
+        proof = {"format": FORMAT, "sha256": checksum(partial / TRAINING / TENSORS)}
+        write_json(partial / TRAINING / STATE, {**proof, **plain})
     return Checkpoint(folder, step)
+
+
+def newest_state(run: Path) -> State | None:
+    """What to resume from: the newest whole training state; None for a run that has no checkpoints.
+
+    Damaged checkpoints that are newer are set aside, which is said: the run is going to write them again.
+    """
+    found = steps(run)
+    damaged: list[tuple[Checkpoint, Damaged]] = []
+    for point in reversed([point for point in found if point.resumable()]):
+        try:
+            state = point.state()
+        except Damaged as error:
+            damaged.append((point, error))
+            continue
+        for broken, reason in damaged:
+            aside = broken.folder.with_name(f"damaged-{broken.folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            broken.folder.replace(aside)
+            console.warn(f"{reason}; it is now {aside}, and training goes on from {point.folder}")
+        return state
+    if found:
+        why = f": {damaged[0][1]}" if damaged else ""
+        raise BundleError(f"no checkpoint in {run} can be resumed from{why}; name another run folder")
+    return None
 
 
 def ranked(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """The validated ones, best first; of equals the older."""
     scored = [(checkpoint, score) for checkpoint in checkpoints if (score := checkpoint.score())]
-    return [
-        checkpoint
-        for checkpoint, (metric, value) in sorted(
-            scored, key=lambda pair: pair[1][1] if pair[1][0] == "loss" else -pair[1][1]
-        )
-    ]
+    return [checkpoint for checkpoint, (metric, value) in sorted(scored, key=lambda pair: _badness(*pair[1]))]
+
+
+def _badness(metric: str, value: float) -> float:
+    if math.isnan(value):  # it would leave the order undefined
+        return math.inf
+    return value if metric == "loss" else -value
 
 
 def prune(run: Path, *, best: int, last: int) -> None:
@@ -150,10 +191,9 @@ def default_bundle(models: Path = MODELS) -> Path:
     named = os.environ.get("TRMT_MODEL")
     if named:
         return find_bundle(Path(named))
-    candidates = [folder for folder in models.iterdir() if folder.is_dir()] if models.is_dir() else []
     found = [
         find_bundle(folder)
-        for folder in candidates
+        for folder in runs(models)
         if bundles.is_bundle(folder) or bundles.is_bundle(folder / AVERAGE) or steps(folder)
     ]
     if not found:
@@ -161,6 +201,13 @@ def default_bundle(models: Path = MODELS) -> Path:
             f"there is no model in {models}/; name one, set TRMT_MODEL, or train one with trmt train"
         )
     return max(found, key=lambda folder: (folder / bundles.MANIFEST).stat().st_mtime)
+
+
+def runs(models: Path = MODELS) -> list[Path]:
+    """The folders in which runs or bundles may be, without what killed writers left."""
+    if not models.is_dir():
+        return []
+    return [place for place in models.iterdir() if place.is_dir() and not place.name.startswith(PARTIAL)]
 
 
 def average(places: Sequence[Path], out: Path) -> Manifest:
@@ -180,15 +227,16 @@ def average(places: Sequence[Path], out: Path) -> Manifest:
         if manifest.tokenizer != first.tokenizer:
             raise BundleError(f"{place} and {places[0]} differ in tokenizer; average checkpoints of one run")
     total: dict[str, Tensor] = {}
+    kinds: dict[str, torch.dtype] = {}
     for place, manifest in zip(places, manifests, strict=True):
         for name, tensor in bundles.read_weights(place, manifest).items():
             if name in first.tied:
                 continue
+            kinds.setdefault(name, tensor.dtype)
             if tensor.is_floating_point():
                 total[name] = total[name].add_(tensor) if name in total else tensor.double()
             else:
                 total.setdefault(name, tensor)
-    kinds = {n: t.dtype for n, t in bundles.read_weights(places[0], first, verify=False).items()}
     mean = {
         name: (tensor / len(places)).to(kinds[name]) if tensor.is_floating_point() else tensor
         for name, tensor in total.items()

@@ -6,6 +6,7 @@ An unknown key or a value of the wrong type is an error that names the key and t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -27,8 +28,10 @@ def read_toml(path: Path) -> Tree:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no recipe {path}; check the path") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}; check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        raise ConfigError(f"{path} is not valid TOML: {error}; mend it") from error
 
 
 def parse_value(text: str) -> Any:
@@ -41,19 +44,19 @@ def parse_value(text: str) -> Any:
 
 def with_settings(tree: Tree, settings: list[str]) -> Tree:
     """A copy of `tree` with each dotted `key=value` put in."""
-    copy: Tree = json.loads(json.dumps(tree))
+    changed = copy.deepcopy(tree)
     for setting in settings:
         dotted, equals, text = setting.partition("=")
         if not equals or not dotted.strip():
             raise ConfigError(f"--set takes key=value, not {setting!r}; for example --set optim.lr=5e-4")
         *parents, leaf = dotted.strip().split(".")
-        table = copy
+        table = changed
         for parent in parents:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {setting}: {parent!r} is a value, not a table")
         table[leaf] = parse_value(text.strip())
-    return copy
+    return changed
 
 
 def merged(base: Tree, over: Tree) -> Tree:
@@ -101,6 +104,8 @@ def _checked(hint: Any, value: Any, *, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} is a list, not {value!r}")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise ConfigError(f"{where} = {value!r}: expected {len(args)} values")
         return tuple(_checked(args[0], item, where=where) for item in value)
     if origin is dict:
         if not isinstance(value, dict):
@@ -145,14 +150,19 @@ def _table(name: str, tree: Tree) -> list[str]:
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quoted(key)
+
+
+def _quoted(text: str) -> str:
+    # JSON's escapes are TOML's too, but JSON lets DEL stand as it is.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return _quoted(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return repr(value)

@@ -6,7 +6,7 @@ what was computed before, and a resumed run draws the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,15 +38,17 @@ class Learned:
 
 
 class Learner:
-    """A network with its objective, optimiser, running mean and precision."""
+    """A network with its objective, optimiser, running mean and precision; training ends at step `steps`."""
 
-    def __init__(self, recipe: Recipe, rate: Callable[[int], float]) -> None:
-        self.recipe, self.rate = recipe, rate
+    def __init__(self, recipe: Recipe, *, steps: int) -> None:
+        self.recipe = recipe
         self.device = choose_device(recipe.training.device)
         self.precision = choose_precision(recipe.training.precision, self.device)
         torch.manual_seed(recipe.training.seed)
         self.net = bundles.build_network(recipe.architecture, recipe.network, trust_code=True)
         self.net.to(self.device).train()
+        width = int(getattr(self.net.config, "width", 512))
+        self.rate = optim.learning_rate(recipe.optim, width=width, steps=steps)
         objective = resolve(OBJECTIVES, recipe.objective, trust_code=True)
         loss = build(objective.config_class, recipe.loss, where="loss")
         self.objective: Objective = objective(loss, Specials(bos=BOS, eos=EOS))
@@ -71,8 +73,11 @@ class Learner:
             try:
                 nll = self._gradients(self._in_parts(examples), tokens, step)
                 break
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                self._split_more(examples, error)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the handler: the error holds on to the tensors of the attempt that failed.
+            self._split_more(max(len(batch) for batch in examples))
         return Learned(nll, tokens, usable=self._update(step))
 
     def _gradients(self, parts: list[Examples], tokens: int, step: int) -> Any:
@@ -92,18 +97,17 @@ class Learner:
             examples = [half for batch in examples for half in (halves(batch) if len(batch) > 1 else [batch])]
         return examples
 
-    def _split_more(self, examples: list[Examples], error: BaseException) -> None:
-        """Go on with smaller parts if memory was short; raise anything else."""
-        if not _is_out_of_memory(error):
-            raise error
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.halvings += 1
-        if 2**self.halvings > 2 * max(len(batch) for batch in examples):
+    def _split_more(self, pairs: int) -> None:
+        """Go on with smaller parts of batches, the largest of which has so many pairs."""
+        if 2**self.halvings >= pairs:
             raise TrmtError(
                 "a single pair does not fit into memory; use a smaller network, or prepare the data again "
                 "with a lower --max-length"
-            ) from error
+            )
+        self.halvings += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         console.warn(f"out of memory: going on with batches in {2**self.halvings} parts")
 
     def _update(self, step: int) -> bool:
@@ -116,8 +120,8 @@ class Learner:
         self.scaler.update()
         if self.mean:
             self.mean.update(step)
-        # A loss scale that is still being found meets infinities on purpose.
-        self.bad_steps = 0 if usable or self.scaler.is_enabled() else self.bad_steps + 1
+        # A loss scale that is still being found meets infinities on purpose, but not so many in a row.
+        self.bad_steps = 0 if usable else self.bad_steps + 1
         if self.bad_steps >= BAD_STEPS:
             raise TrmtError(
                 f"training fell apart: {BAD_STEPS} steps in a row had no finite gradient; start a new run "
@@ -151,8 +155,8 @@ class Learner:
     def dev_loss(self, batches: Batches) -> float:
         """Negative log likelihood per token of a dev set, in nats."""
         nll, tokens = 0.0, 0
-        for examples in batches.whole():
-            batch = self.objective.collate(examples, self.device)
+        for part in (part for examples in batches.whole() for part in self._in_parts([examples])):
+            batch = self.objective.collate(part, self.device)
             with autocast(self.precision, self.device):
                 loss = self.objective.loss(self.net, batch)
             nll += float(loss.nll)
@@ -251,7 +255,8 @@ def _seed(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # The CPU's allocator raises a plain RuntimeError.

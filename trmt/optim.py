@@ -34,6 +34,11 @@ class OptimConfig:
                 "optim.lr must be above 0, optim.warmup and optim.clip at least 0, "
                 "optim.ema from 0 to below 1"
             )
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1) or min(self.epsilon, self.weight_decay) < 0:
+            raise ConfigError(
+                "optim.beta1 and optim.beta2 are from 0 to below 1, "
+                "optim.epsilon and optim.weight_decay at least 0"
+            )
         if self.schedule == "paper" and not self.warmup:
             raise ConfigError('optim.schedule = "paper" needs optim.warmup; set it above 0')
 
@@ -108,11 +113,13 @@ def moments(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
 
 def restore_moments(net: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
     """Give an optimiser the memory that `moments` returned."""
+    # The fused kernels count steps beside the weights, the others on the CPU.
+    fused = bool(optimizer.defaults.get("fused"))
     for name, parameter in net.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{key}:{name}" in saved:
-                value = saved[f"{key}:{name}"]
-                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+                device = parameter.device if fused or key != "step" else torch.device("cpu")
+                optimizer.state[parameter][key] = saved[f"{key}:{name}"].to(device)
 
 
 class RunningMean:

@@ -108,14 +108,25 @@ def names() -> list[str]:
     )
 
 
-def load_recipe(name: str, settings: list[str] | None = None, *, network: Tree | None = None) -> Recipe:
-    """The recipe of this name or path, with settings applied; `network` is laid over its network table."""
+def load_recipe(
+    name: str,
+    settings: list[str] | None = None,
+    *,
+    network: Tree | None = None,
+    architecture: str | None = None,
+) -> Recipe:
+    """The recipe of this name or path, with settings applied.
+
+    `network` is laid over its network table; with `architecture`, they take the place of the recipe's.
+    """
     if name.endswith(".toml"):
         tree = read_toml(Path(name))
     elif name in names():
         tree = read_toml(Path(str(files("trmt") / "recipes" / f"{name}.toml")))
     else:
         raise ConfigError(f"there is no recipe {name!r}; {suggestion(name, names())}, or name a .toml file")
+    if architecture is not None:
+        tree = {**tree, "architecture": architecture, "network": {}}
     tree = merged(tree, {"network": network or {}})
     return build(Recipe, with_settings(tree, settings or []), where="recipe")
 

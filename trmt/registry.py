@@ -59,5 +59,5 @@ def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) ->
     module, _, attribute = path.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot load {path!r}: {error}; check the module and class name") from error

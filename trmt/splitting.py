@@ -37,6 +37,13 @@ _CHINESE_OR_JAPANESE = re.compile(
     "[\u2e80-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
 
+# Thai and its kind have spaces between sentences, but none between words.
+_UNSPACED_LETTER = re.compile(
+    f"{_CHINESE_OR_JAPANESE.pattern}|[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]"
+)
+# ISO 639 codes, of two letters and of three: Chinese languages and Japanese.
+_UNSPACED_LANGUAGES = frozenset(("zh", "zho", "chi", "cmn", "yue", "wuu", "hak", "nan", "lzh", "ja", "jpn"))
+
 _LONGEST_ABBREVIATION = 24
 _ABBREVIATIONS = frozenset(
     word
@@ -82,6 +89,20 @@ def split_text(text: str, fits: Fits) -> list[Piece]:
             return pieces
         guess = max(cut - start, FIRST_TRY)
         start = cut + len(space)
+
+
+def joiner_for(piece: Piece, language: str) -> str:
+    """What to put between the translations of this piece and of the next one into `language`.
+
+    Only the sentences of Chinese and Japanese stand without a space between them. Where nothing is known of
+    the language, it is taken for one that is written like the original.
+    """
+    code = language.lower().replace("_", "-").partition("-")[0]
+    if code in _UNSPACED_LANGUAGES:
+        return ""
+    if code and _UNSPACED_LETTER.match(piece.text[-1:]):
+        return " "
+    return piece.joiner
 
 
 @dataclass(frozen=True)

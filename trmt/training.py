@@ -7,33 +7,32 @@ checkpoint. Validation and saving therefore cannot disturb the run.
 
 from __future__ import annotations
 
-import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from trmt import bundles, checkpoints, console, optim
+from trmt import bundles, checkpoints, console
 from trmt.arch.base import Seq2Seq
 from trmt.batches import Batches, Column, Examples, Position
 from trmt.checkpoints import CONFIG, LOG, MODELS
-from trmt.config import Tree, build, read_toml, to_toml, tree_of
-from trmt.errors import BundleError, ConfigError, DataError, TrmtError
+from trmt.config import to_toml, tree_of
+from trmt.errors import DataError, TrmtError
 from trmt.files import atomic_file, sweep
-from trmt.learner import Learner
-from trmt.recipe import MAY_CHANGE, Recipe, differences, fitting, load_recipe, safe_name
+from trmt.learner import Learner, is_out_of_memory
+from trmt.logbook import Clock, Logbook
+from trmt.planning import TrainOptions, default_data, resolved_recipe, same_run
+from trmt.recipe import Recipe, safe_name
 from trmt.shards import PreparedSet
 from trmt.tokenizer import Tokenizer
-
-DATA = Path("data")
 
 
 class Interrupted(TrmtError):
@@ -55,19 +54,6 @@ class Validation:
 Validate = Callable[[Seq2Seq, Tokenizer, PreparedSet, Recipe], Validation]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """What `trmt train` takes; None means the sensible choice, which is said."""
-
-    run: Path | None = None
-    data: Path | None = None
-    recipe: str | None = None
-    settings: list[str] = field(default_factory=list)
-    init_from: Path | None = None
-    dry_run: bool = False
-    trust_code: bool = False
-
-
 @dataclass
 class Progress:
     """What changes during a run, apart from tensors; saved with every checkpoint."""
@@ -86,75 +72,28 @@ def train(options: TrainOptions, validate: Validate | None = None) -> Path:
 
     `validate` translates and scores the dev set; without it only the loss is looked at.
     """
-    data = PreparedSet.open(options.data or _default_data())
+    data = PreparedSet.open(options.data or default_data())
     tokenizer = Tokenizer.load(data.tokenizer_folder)
-    recipe, name = _resolved_recipe(options, data, tokenizer, translates=validate is not None)
+    recipe, name = resolved_recipe(options, data, tokenizer, translates=validate is not None)
     run_folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
-    recipe = _same_run(run_folder, recipe)
+    recipe = same_run(run_folder, recipe)
     run = Run(run_folder, recipe, data, tokenizer, validate=validate, options=options)
     if options.dry_run:
         run.describe()
         return run_folder
-    run.begin()
-    run.loop()
+    try:
+        run.begin()
+        run.loop()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrmtError(
+            f"there is not enough memory for this network on {run.learner.device}; use a smaller one, "
+            "lower batches.tokens, or another device"
+        ) from error
+    finally:
+        run.close()
     return run_folder
-
-
-def _default_data() -> Path:
-    """The only or newest prepared set in data/."""
-    found = [index.parent for index in DATA.glob("*/index.json")]
-    if not found:
-        raise DataError(f"there is no prepared set in {DATA}/; run trmt prepare first, or pass --data")
-    newest = max(found, key=lambda folder: (folder / "index.json").stat().st_mtime)
-    console.say(f"data: {newest}" + (" (the newest)" if len(found) > 1 else ""))
-    return newest
-
-
-def _resolved_recipe(
-    options: TrainOptions, data: PreparedSet, tokenizer: Tokenizer, *, translates: bool
-) -> tuple[Recipe, str]:
-    """The recipe with the data's sizes and, for fine-tuning, the old network's sizes filled in; its name."""
-    name, pairs = options.recipe, len(data.split("train"))
-    if name is None:
-        name = fitting(pairs, gpu=torch.cuda.is_available())
-        console.say(f"recipe: {name} (fits {pairs:,} pairs)")
-    network: Tree = {
-        "source_vocabulary": tokenizer.source.vocabulary,
-        "target_vocabulary": tokenizer.target.vocabulary,
-    }
-    settings = list(options.settings)
-    if options.init_from:
-        manifest = bundles.read_manifest(checkpoints.find_bundle(options.init_from))
-        if manifest.tokenizer != tokenizer.fingerprint:
-            raise BundleError(
-                f"{options.init_from} was trained with another tokenizer than {data.folder}; prepare the "
-                f"data with --tokenizer {options.init_from / 'tokenizer'}"
-            )
-        network = dict(manifest.network)
-        settings.insert(0, f"architecture={json.dumps(manifest.architecture)}")
-    elif not tokenizer.joint:
-        network["tied"] = "target"
-    if not translates:
-        settings += ["validation.sentences=0", 'validation.metric="loss"']
-    stem = Path(name).stem
-    return load_recipe(name, settings, network=network), stem
-
-
-def _same_run(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe to go on with; a difference that would make it another run is refused by name."""
-    if not (folder / CONFIG).is_file():
-        return recipe
-    before = build(Recipe, read_toml(folder / CONFIG), where=str(folder / CONFIG))
-    changed = differences(before, recipe)
-    for key, (old, new) in changed.items():
-        if key not in MAY_CHANGE:
-            raise ConfigError(
-                f"{folder} was begun with {key} = {old!r} and cannot go on with {new!r}; "
-                "set it back, or name another run folder"
-            )
-    for key, (old, new) in changed.items():
-        console.say(f"{key}: {old!r} -> {new!r}")
-    return recipe
 
 
 def resample_with(tokenizer: Tokenizer, alpha: float) -> Callable[[str, Column, int], Column]:
@@ -165,7 +104,8 @@ def resample_with(tokenizer: Tokenizer, alpha: float) -> Callable[[str, Column, 
         sentences = np.split(column.ids, np.cumsum(column.lengths)[:-1])
         drawn = side.sample([sentence.tolist() for sentence in sentences], alpha=alpha, seed=seed)
         lengths = np.array([len(sentence) for sentence in drawn], dtype=np.int64)
-        return Column(np.array([token for sentence in drawn for token in sentence]), lengths)
+        ids = np.array([token for sentence in drawn for token in sentence], dtype=np.int64)
+        return Column(ids, lengths)
 
     return resample
 
@@ -193,10 +133,10 @@ class Run:
             resample=resample_with(tokenizer, alpha) if alpha else None,
         )
         self.dev = Batches(data, recipe.batches, seed=0, split="dev")
-        rate = optim.learning_rate(
-            recipe.optim, width=int(recipe.network.get("width", 512)), steps=self.last_step or 0
-        )
-        self.learner = Learner(recipe, rate)
+        # Epochs differ by a batch or so; the first one's length stands for all.
+        self.steps_per_epoch = len(self.batches.plan(0))
+        self.learner = Learner(recipe, steps=self.last_step or 0)
+        self.logbook: Logbook | None = None
         self.progress = Progress()
         self.signal: int | None = None
         self._log_sums = (0.0, 0)  # negative log likelihood and tokens since the last log line
@@ -208,8 +148,7 @@ class Run:
         if self.recipe.training.steps:
             limits.append(self.recipe.training.steps)
         if self.recipe.training.epochs:
-            # Epochs differ by a batch or so; the first one's length stands for all.
-            limits.append(self.recipe.training.epochs * len(self.batches.plan(0)))
+            limits.append(self.recipe.training.epochs * self.steps_per_epoch)
         return min(limits, default=None)
 
     # Restore
@@ -218,20 +157,21 @@ class Run:
         """Take up the newest checkpoint, or start a new run folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
-        found = [point for point in checkpoints.steps(self.folder) if point.resumable()]
-        if found:
-            self._restore(*found[-1].state())
+        state = checkpoints.newest_state(self.folder)
+        if state:
+            self._restore(*state)
             console.say(f"resuming {self.folder} at step {self.progress.step:,}")
         elif self.options.init_from:
             place = checkpoints.find_bundle(self.options.init_from)
             weights = bundles.read_weights(place, bundles.read_manifest(place))
             self.learner.start_from(weights, where=str(place))
             console.say(f"starting from the weights of {place}")
+        self.logbook = Logbook(self.folder / LOG, step=self.progress.step)
         with atomic_file(self.folder / CONFIG) as stream:
             stream.write(to_toml(tree_of(self.recipe)).encode())
         learner = self.learner
         self.log(
-            "resume" if found else "begin",
+            "resume" if state else "begin",
             data=str(self.data.folder),
             fingerprint=self.data.fingerprint,
             parameters=learner.parameters,
@@ -240,7 +180,7 @@ class Run:
         console.say(
             f"{self.recipe.architecture}, {learner.parameters / 1e6:.1f}M parameters, "
             f"{learner.device.type} {learner.precision}, {len(self.batches.split):,} pairs, "
-            f"{len(self.batches.plan(0)):,} steps an epoch -> {self.folder}"
+            f"{self.steps_per_epoch:,} steps an epoch -> {self.folder}"
         )
 
     def _restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -294,8 +234,9 @@ class Run:
         learned = self.learner.learn(examples, self.progress.step)
         self.progress.step += 1
         self.progress.target_tokens += learned.tokens
-        self._log_sums = (self._log_sums[0] + learned.nll, self._log_sums[1] + learned.tokens)
-        if not learned.usable and not self.learner.scaler.is_enabled():
+        if learned.usable:
+            self._log_sums = (self._log_sums[0] + learned.nll, self._log_sums[1] + learned.tokens)
+        elif not self.learner.scaler.is_enabled():
             self.log("bad gradient")
             console.warn(f"step {self.progress.step:,}: the gradient is not finite; the step is left out")
 
@@ -310,19 +251,24 @@ class Run:
 
     def log(self, event: str, **values: Any) -> None:
         """One line in the run's log."""
-        entry = {"event": event, "step": self.progress.step, "time": round(time.time(), 3), **values}
-        with (self.folder / LOG).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        assert self.logbook, "a run begins before it logs"
+        self.logbook.write(event, self.progress.step, **values)
+
+    def close(self) -> None:
+        """Let go of the log's files."""
+        if self.logbook:
+            self.logbook.close()
 
     def _report(self, mark: Clock) -> None:
         nll, tokens = float(self._log_sums[0]), self._log_sums[1]
         self._log_sums = (0.0, 0)
         speed = mark.speed(self.progress.target_tokens)
-        mark.note = f"loss {nll / tokens:.3f}  {speed:,.0f} tokens/s"
+        loss = nll / tokens if tokens else None
+        mark.note = f"loss {loss:.3f}  {speed:,.0f} tokens/s" if tokens else "no usable gradient"
         self.log(
             "train",
             epoch=self.progress.epoch,
-            loss=round(nll / tokens, 5),
+            loss=loss and round(loss, 5),
             lr=self.learner.rate(self.progress.step),
             tokens_per_second=round(speed, 1),
         )
@@ -356,6 +302,8 @@ class Run:
     def _count_patience(self, value: float, *, lower_is_better: bool) -> None:
         best = self.progress.best
         better = best is None or (value < best if lower_is_better else value > best)
+        if math.isnan(value):  # never an improvement, not even on nothing
+            better = False
         if better:
             self.progress.best = value
         self.progress.stale = 0 if better else self.progress.stale + 1
@@ -412,7 +360,7 @@ class Run:
 
     def describe(self) -> None:
         """What training would take: parameters, memory, steps."""
-        learner, steps = self.learner, len(self.batches.plan(0))
+        learner = self.learner
         copies = 4 + bool(learner.mean)  # weights, gradients, two moments, the running mean
         activations = learner.activation_bytes(self.batches)
         last = f"{self.last_step:,}" if self.last_step else "until patience ends it"
@@ -420,40 +368,13 @@ class Run:
             ["parameters", f"{learner.parameters:,}"],
             ["weights, gradients, optimiser", f"{learner.parameters * 4 * copies / 2**20:,.0f} MiB"],
             ["activations of the largest batch", f"{activations / 2**20:,.0f} MiB"],
-            ["steps per epoch", f"{steps:,}"],
+            ["steps per epoch", f"{self.steps_per_epoch:,}"],
             ["steps in all", last],
             ["pairs", f"{len(self.batches.split):,}"],
             ["target tokens per epoch", f"{int((self.batches.by_target + 1).sum()):,}"],
             ["device and precision", f"{learner.device} {learner.precision}"],
         ]
         console.table(f"plan for {self.folder}", ["what", "how much"], rows)
-
-
-class Clock:
-    """Time spent in steps, without what validating and saving took."""
-
-    def __init__(self, tokens: int) -> None:
-        self.note = ""
-        self.tokens = tokens
-        self.spent = 0.0
-        self.last = time.monotonic()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.monotonic()
-        passed, self.last = now - self.last, now
-        self.spent += passed
-        return passed
-
-    def skip(self) -> None:
-        """Leave out what has passed since the last lap."""
-        self.last = time.monotonic()
-
-    def speed(self, tokens: int) -> float:
-        """Tokens per second since the last time it was asked."""
-        rate = (tokens - self.tokens) / max(self.spent, 1e-9)
-        self.tokens, self.spent = tokens, 0.0
-        return rate
 
 
 @contextmanager
@@ -463,9 +384,11 @@ def _signals(run: Run) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         run.signal = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        console.say(
-            "stopping after this step; once more stops at once and loses the steps since the last save"
-        )
+        # Whoever is interrupted may be writing to the same stream, which refuses to be entered twice.
+        with suppress(RuntimeError):
+            console.say(
+                "stopping after this step; once more stops at once and loses the steps since the last save"
+            )
 
     before = {}
     try:

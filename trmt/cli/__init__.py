@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from trmt import __version__, console
 from trmt.cli import average, env, prepare, score, tokenizer, train, translate
 from trmt.errors import TrmtError
 
+
+class _Commands(TyperGroup):
+    """Ends that Typer would meet without a word, or with a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            console.fail("interrupted")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # The reader has gone: end quietly, and keep the interpreter from complaining when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="trmt",
     help="Train your own translator: tokenizer, prepare, train, average, translate, score.",
     no_args_is_help=True,
@@ -55,10 +73,3 @@ def main() -> None:
     except TrmtError as error:
         console.fail(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.fail("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader has gone: end quietly, and keep the interpreter from complaining when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)

@@ -33,11 +33,15 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would take: parameters, memory, steps.")
     ] = False,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Let a bundle or run folder name code outside trmt.")
+    ] = False,
 ) -> None:
     """Train a network. Run it again and it goes on exactly where it stopped."""
     import torch
 
-    from trmt.training import TrainOptions, train
+    from trmt.planning import TrainOptions
+    from trmt.training import train
     from trmt.validating import validate
 
     if threads:
@@ -46,6 +50,12 @@ def command(
     if device:
         changes.append(f'training.device="{device}"')
     options = TrainOptions(
-        run=run, data=data, recipe=recipe, settings=changes, init_from=init_from, dry_run=dry_run
+        run=run,
+        data=data,
+        recipe=recipe,
+        settings=changes,
+        init_from=init_from,
+        dry_run=dry_run,
+        trust_code=trust_code,
     )
     train(options, validate)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from trmt.streaming import Report
 
 
 def command(
@@ -13,15 +16,24 @@ def command(
         Path | None,
         typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
     ] = None,
-    beam: Annotated[int, typer.Option("--beam", help="Size of the beam; 1 is greedy search.")] = 4,
+    beam: Annotated[
+        int | None, typer.Option("--beam", help="Size of the beam; 1 is greedy search. [default: 4]")
+    ] = None,
     length_penalty: Annotated[
-        float, typer.Option("--length-penalty", help="Exponent of the length penalty of Wu et al.")
-    ] = 0.6,
+        float | None,
+        typer.Option("--length-penalty", help="Exponent of the length penalty of Wu et al. [default: 0.6]"),
+    ] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw translations instead of searching.")] = False,
-    temperature: Annotated[float, typer.Option("--temperature", help="For --sample.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="For --sample: only the k most probable.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="For --sample: only the nucleus.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="For --sample.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="For --sample. [default: 1]")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="For --sample: only the k most probable. [default: all]")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="For --sample: only the nucleus. [default: 1]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="For --sample. [default: 1]")] = None,
     n_best: Annotated[
         int, typer.Option("--n-best", help="So many translations of a line, with tabs between them.")
     ] = 1,
@@ -35,44 +47,95 @@ def command(
     batch: Annotated[int, typer.Option("--batch", help="Sentences translated together.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines with scores.")] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    threads: Annotated[int, typer.Option("--threads", help="CPU threads. [default: all]")] = 0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
+    ] = None,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
     ] = False,
 ) -> None:
     """Translate standard input to standard output: one line out for one line in."""
-    import sys
+    searching = {"beam": beam, "length_penalty": length_penalty}
+    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    asked = _asked(searching, drawing, sample=sample)
+    source, out = _streams()
 
     import torch
 
     from trmt import console
-    from trmt.translating import TranslateOptions, Translator, translate_stream
+    from trmt.streaming import translate_stream
+    from trmt.translating import TranslateOptions, Translator
 
     if threads:
         torch.set_num_threads(threads)
     options = TranslateOptions(
         search="sampling" if sample else "greedy" if beam == 1 and n_best == 1 else "beam",
-        beam=beam,
-        length_penalty=length_penalty,
         n_best=n_best,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         max_length=max_length,
         batch=batch,
         device=device,
+        **asked,
     )
     translator = Translator.load(model, options=options, trust_code=trust_code)
-    if sys.stdin.isatty():
+    if source.isatty():
         console.say("type a line to have it translated, Ctrl-D to end")
-    report = translate_stream(
-        translator, sys.stdin.buffer, sys.stdout.buffer, as_json=as_json, prefixed=prefixed
-    )
-    for what, numbers in (
-        ("were longer than anything in training and were translated in pieces", report.split),
-        ("were not valid UTF-8; what could not be read was replaced", report.undecodable),
+    try:
+        report = translate_stream(translator, source, out, as_json=as_json, prefixed=prefixed)
+    except OSError as error:
+        _leave(error)
+    _warn(report)
+
+
+def _asked(searching: dict[str, Any], drawing: dict[str, Any], *, sample: bool) -> dict[str, Any]:
+    """The options that were given; those of the other way to translate must not be among them."""
+    from trmt.errors import ConfigError
+
+    for name, value in (searching if sample else drawing).items():
+        if value is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} and --sample exclude each other; leave one out"
+                if sample
+                else f"{flag} is only for drawing; add --sample or leave it out"
+            )
+    return {name: value for name, value in {**searching, **drawing}.items() if value is not None}
+
+
+def _streams() -> tuple[BinaryIO, BinaryIO]:
+    import sys
+
+    from trmt.errors import DataError
+
+    if None in (sys.stdin, sys.stdout):
+        raise DataError("standard input or output is closed; connect it to a file, a pipe or a terminal")
+    # Without its buffer, so that a thread which still waits for input cannot keep Python from exiting.
+    return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), sys.stdout.buffer
+
+
+def _leave(error: OSError) -> NoReturn:
+    """End after a failed write: quietly if the reader has gone."""
+    import os
+    import sys
+
+    from trmt.errors import DataError
+
+    # What the buffer still holds cannot be written either, and Python would try again when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        raise typer.Exit(141) from error
+    raise DataError(
+        f"cannot write the translations: {error.strerror}; free some space or choose another place"
+    ) from error
+
+
+def _warn(report: Report) -> None:
+    from trmt import console
+
+    for numbers, what in (
+        (report.split, "longer than anything in training, translated in pieces"),
+        (report.undecodable, "not valid UTF-8, what could not be read was replaced"),
+        (report.prefix_cut, "with a prefix longer than any translation, its end was left out"),
     ):
         if numbers:
-            first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-            console.warn(f"{len(numbers)} lines {what} (line {first})")
+            shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+            console.warn(f"{'line' if len(numbers) == 1 else f'{len(numbers):,} lines'} {what}: {shown}")

@@ -1,0 +1,34 @@
+"""What many tests share: a prepared set of the toy language, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import toy
+from trmt import console
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # The tensors here are so small that threads would only wait for each other.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _not_quiet() -> None:
+    console.set_quiet(False)
+
+
+@pytest.fixture(scope="session")
+def toy_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared set with a joint tokenizer."""
+    return toy.make_set(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def separate_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same text with a tokenizer for each side."""
+    return toy.make_set(tmp_path_factory.mktemp("separate"), joint=False)

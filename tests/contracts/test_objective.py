@@ -1,0 +1,120 @@
+"""Every registered objective answers to these; the translation loss also to PyTorch's own."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.fakes import VOCABULARY, random_sentences, small_network
+from trmt.batches import Column, Examples
+from trmt.config import build
+from trmt.errors import ConfigError
+from trmt.objectives.base import Objective, Specials
+from trmt.objectives.translation import SmoothedCrossEntropy, Translation, TranslationConfig
+from trmt.registry import ARCHITECTURES, OBJECTIVES, resolve
+
+BOS, EOS = 2, 3
+CPU = torch.device("cpu")
+
+
+def examples(count: int = 6) -> Examples:
+    def column(seed: int) -> Column:
+        sentences = random_sentences(count, seed=seed)
+        lengths = np.array([len(sentence) for sentence in sentences])
+        return Column(np.concatenate(sentences).astype(np.uint16), lengths)
+
+    return Examples({"source.ids": column(1), "target.ids": column(2)})
+
+
+@pytest.fixture(params=list(OBJECTIVES))
+def objective(request: pytest.FixtureRequest) -> Objective:
+    kind = resolve(OBJECTIVES, request.param)
+    made: Objective = kind(build(kind.config_class, {}, where="loss"), Specials(bos=BOS, eos=EOS))
+    return made
+
+
+@pytest.mark.parametrize("cuts", [[0, 3, 6], [0, 1, 2, 3, 4, 5, 6], [0, 5, 6]])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_sums_add_up_over_any_split(objective: Objective, architecture: str, cuts: list[int]) -> None:
+    net = small_network(architecture)
+    whole = examples()
+
+    def gradients(parts: list[Examples]) -> tuple[float, float, int, list[torch.Tensor]]:
+        net.zero_grad()
+        losses = [objective.loss(net, objective.collate(part, CPU)) for part in parts]
+        torch.stack([loss.total for loss in losses]).sum().backward()
+        grads = [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
+        total, nll = (
+            sum(float(x.detach()) for x in xs) for xs in zip(*((a.total, a.nll) for a in losses), strict=True)
+        )
+        return total, nll, sum(loss.tokens for loss in losses), grads
+
+    one = gradients([whole])
+    many = gradients([whole.part(begin, end) for begin, end in pairwise(cuts)])
+    assert one[0] == pytest.approx(many[0], rel=1e-5)
+    assert one[1] == pytest.approx(many[1], rel=1e-5)
+    assert one[2] == many[2] == objective.tokens(whole)
+    for ours, theirs in zip(one[3], many[3], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_the_target_is_shifted_by_one_and_the_source_ends_with_eos() -> None:
+    column = Column(np.array([5, 6, 7, 8], np.uint16), np.array([3, 1]))
+    objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
+    batch = objective.collate(Examples({"source.ids": column, "target.ids": column}), CPU)
+    assert batch.source.ids_N.tolist() == [5, 6, 7, EOS, 8, EOS]
+    assert batch.before.ids_N.tolist() == [BOS, 5, 6, 7, BOS, 8]
+    assert batch.after_N.tolist() == [5, 6, 7, EOS, 8, EOS]
+    assert batch.source.lengths_S.tolist() == batch.before.lengths_S.tolist() == [4, 2]
+    assert batch.source.longest == 4
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_every_column_of_the_logits_is_a_real_id(architecture: str) -> None:
+    """So no padded id can take part in the normaliser or in the mass of smoothing."""
+    net = small_network(architecture)
+    batch = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS)).collate(examples(), CPU)
+    hidden = net(batch.source, batch.before).hidden
+    assert net.readout(hidden).shape == (len(batch.after_N), VOCABULARY)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+def test_the_smoothed_loss_is_torchs(smoothing: float) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(9, 13, dtype=torch.double)).requires_grad_()
+    twin = logits.detach().clone().requires_grad_()
+    target = torch.randint(13, (9,))
+    total, nll = SmoothedCrossEntropy.apply(logits, target, smoothing)
+    expected = F.cross_entropy(twin, target, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(nll, F.cross_entropy(twin.detach(), target, reduction="sum"))
+    (2.5 * total).backward()
+    (2.5 * expected).backward()
+    torch.testing.assert_close(logits.grad, twin.grad)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_handwritten_gradient_is_that_of_the_loss(smoothing: float) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(4, 6, dtype=torch.double, requires_grad=True)
+    target = torch.randint(6, (4,))
+    assert torch.autograd.gradcheck(lambda x: SmoothedCrossEntropy.apply(x, target, smoothing)[0], (logits,))
+
+
+def test_huge_logits_stay_finite() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    total, _ = SmoothedCrossEntropy.apply(logits, torch.tensor([1]), 0.1)
+    total.backward()
+    assert total.isfinite()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0])
+def test_smoothing_out_of_range_is_refused(wrong: float) -> None:
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        TranslationConfig(label_smoothing=wrong)

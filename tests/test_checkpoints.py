@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fakes import small_network
+from trmt import bundles, checkpoints
+from trmt.checkpoints import Damaged, default_bundle, find_bundle, prune, ranked, steps
+from trmt.errors import BundleError
+from trmt.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "models" / "run"
+
+
+@pytest.fixture
+def tokenizer(toy_set: Path) -> Tokenizer:
+    return Tokenizer.load(toy_set / "tokenizer")
+
+
+def add(
+    run: Path, tokenizer: Tokenizer, step: int, value: float | None = None, metric: str = "chrf"
+) -> checkpoints.Checkpoint:
+    net = small_network("rnn", source_vocabulary=60, target_vocabulary=60)
+    scores = () if value is None else ({"metric": metric, "value": value, "signature": "s"},)
+    manifest = bundles.describe(net, "rnn", tokenizer, longest={"source": 9, "target": 9}, scores=scores)
+    state = ({"step": step}, {"live:x": torch.full((3,), float(step))})
+    return checkpoints.save(run, manifest, net.state_dict(), tokenizer, step=step, state=state)
+
+
+def numbers(points: list[checkpoints.Checkpoint]) -> list[int]:
+    return [point.step for point in points]
+
+
+def test_a_checkpoint_makes_the_round_trip(run: Path, tokenizer: Tokenizer) -> None:
+    point = add(run, tokenizer, 7, 3.5)
+    plain, tensors = point.state()
+    assert plain["step"] == 7
+    assert torch.equal(tensors["live:x"], torch.full((3,), 7.0))
+    assert point.score() == ("chrf", 3.5)
+    assert numbers(steps(run)) == [7]
+    assert bundles.load_bundle(point.folder)
+
+
+def test_the_steps_are_in_order_and_half_ones_are_none(run: Path, tokenizer: Tokenizer) -> None:
+    for step in (10, 2, 100_000_000_000):
+        add(run, tokenizer, step)
+    (run / "step-00000005").mkdir()
+    (run / "step-x").mkdir()
+    add(run, tokenizer, 3).folder.replace(run / ".partial-step-00000003")
+    assert numbers(steps(run)) == [2, 10, 100_000_000_000]
+    assert steps(run / "nowhere") == []
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("chrf", [2, 4, 1]), ("loss", [1, 2, 4])])
+def test_ranking_knows_which_way_is_better(
+    run: Path, tokenizer: Tokenizer, metric: str, expected: list[int]
+) -> None:
+    for step, value in ((1, 1.0), (2, 5.0), (3, None), (4, 5.0)):
+        add(run, tokenizer, step, value, metric)
+    assert numbers(ranked(steps(run))) == expected
+
+
+def test_pruning_keeps_the_best_and_the_last(run: Path, tokenizer: Tokenizer) -> None:
+    for step, value in ((1, 9.0), (2, 1.0), (3, 8.0), (4, 2.0), (5, None), (6, 3.0)):
+        add(run, tokenizer, step, value)
+    prune(run, best=2, last=2)
+    assert numbers(steps(run)) == [1, 3, 5, 6]
+    assert [point.resumable() for point in steps(run)] == [False, False, True, True]
+    assert not list(run.glob(".partial*"))
+    prune(run, best=0, last=0)
+    assert numbers(steps(run)) == [6], "the newest is never removed"
+
+
+def test_of_a_killed_removal_nothing_is_left_that_looks_whole(
+    run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        add(run, tokenizer, step)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    prune(run, best=0, last=1)
+    assert numbers(steps(run)) == [2]
+
+
+def test_the_newest_whole_state_is_found(
+    run: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checkpoints.newest_state(run) is None
+    for step in (1, 2, 3):
+        add(run, tokenizer, step)
+    (run / "step-00000003/training/state.safetensors").write_bytes(b"junk")
+    (run / "step-00000002/training/state.json").write_bytes(b"{}")
+    with pytest.raises(Damaged, match="checksum"):
+        steps(run)[-1].state()
+    state = checkpoints.newest_state(run)
+    assert state is not None
+    assert state[0]["step"] == 1
+    assert numbers(steps(run)) == [1]
+    said = capsys.readouterr().err
+    for step in (2, 3):
+        assert f"damaged-step-0000000{step}" in said
+        assert (run / f"damaged-step-0000000{step}").is_dir()
+
+
+def test_a_state_of_another_format_is_no_damage(run: Path, tokenizer: Tokenizer) -> None:
+    path = add(run, tokenizer, 1).folder / "training/state.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"format": 9}))
+    with pytest.raises(BundleError, match="is of format 9"):
+        checkpoints.newest_state(run)
+    assert numbers(steps(run)) == [1]
+
+
+def test_a_run_folder_stands_for_its_average_else_its_best_else_its_last(
+    run: Path, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(BundleError, match="there is no model in"):
+        find_bundle(run)
+    add(run, tokenizer, 1)
+    add(run, tokenizer, 2)
+    assert find_bundle(run).name == "step-00000002"
+    add(run, tokenizer, 3, 5.0)
+    add(run, tokenizer, 4, 4.0)
+    assert find_bundle(run).name == "step-00000003"
+    shutil.copytree(run / "step-00000001", run / "average")
+    assert find_bundle(run) == run / "average"
+    assert find_bundle(run / "step-00000002") == run / "step-00000002"
+    # Killed between its two renames, a writer leaves the old one like this.
+    (run / "average").replace(run / ".partial-old-average")
+    assert find_bundle(run) == run / "average"
+
+
+def test_the_default_is_the_named_or_the_newest(
+    run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = run.parent
+    monkeypatch.delenv("TRMT_MODEL", raising=False)
+    with pytest.raises(BundleError, match="TRMT_MODEL"):
+        default_bundle(models)
+    add(run, tokenizer, 1)
+    add(models / "other", tokenizer, 1)
+    add(models / ".partial-killed", tokenizer, 1)
+    (models / "empty").mkdir()
+    (models / "README").write_text("not a model")
+    for age, name in enumerate((".partial-killed", "other", "run")):
+        os.utime(models / name / "step-00000001/manifest.json", (1e9 - age, 1e9 - age))
+    assert default_bundle(models) == models / "other/step-00000001"
+    monkeypatch.setenv("TRMT_MODEL", str(run))
+    assert default_bundle(models) == run / "step-00000001"
+    monkeypatch.setenv("TRMT_MODEL", str(run / "nothing"))
+    with pytest.raises(BundleError, match="nothing"):
+        default_bundle(models)

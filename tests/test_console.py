@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+
+from trmt import console
+
+
+def test_messages_go_to_standard_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "word " * 100
+    console.say(f"[bold]not markup[/bold] :smile: {long}")
+    console.warn("careful")
+    console.fail("no")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        f"[bold]not markup[/bold] :smile: {long}",
+        "warning: careful",
+        "error: no",
+    ]
+
+
+def test_quiet_keeps_warnings_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    console.set_quiet(True)
+    console.say("a")
+    console.table("title", ["x"], [["1"]])
+    with console.progress("work", 3) as bar:
+        bar.advance(3)
+    console.warn("b")
+    console.fail("c")
+    assert capsys.readouterr().err.splitlines() == ["warning: b", "error: c"]
+
+
+def test_a_table_shows_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table("counts", ["what", "how many"], [["[red]", "12"], ["other", "1,345"]])
+    said = capsys.readouterr().err
+    for word in ("counts", "what", "how many", "[red]", "12", "1,345"):
+        assert word in said
+
+
+def test_where_no_terminal_is_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("work", 10) as bar:
+        for _ in range(10):
+            bar.advance()
+    assert capsys.readouterr().err == ""
+
+
+def test_where_no_terminal_is_long_work_says_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with console.progress("reading", 4, unit="pairs") as bar:
+        for _ in range(4):
+            bar.advance(1, "fine")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "reading: 1 of 4 pairs, 2 min 00 s left  fine"
+    assert lines[-1] == "reading: 4 of 4 pairs, 0 s left  fine"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (-3, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_durations_are_as_people_say_them(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text

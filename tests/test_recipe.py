@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fakes import VOCABULARY
+from trmt.bundles import build_network
+from trmt.config import build, read_toml, to_toml, tree_of
+from trmt.errors import ConfigError
+from trmt.objectives.translation import TranslationConfig
+from trmt.optim import learning_rate
+from trmt.recipe import MAY_CHANGE, Recipe, _flat, differences, fitting, load_recipe, names, safe_name
+
+
+def sizes(source: int, target: int) -> dict[str, Any]:
+    return {"source_vocabulary": source, "target_vocabulary": target}
+
+
+def parameters(name: str, network: dict[str, Any]) -> int:
+    recipe = load_recipe(name, network=network)
+    with torch.device("meta"):
+        net = build_network(recipe.architecture, recipe.network)
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_loads_and_builds(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, network=sizes(8000, 8000))
+    assert recipe.description
+    assert parameters(name, sizes(8000, 8000)) < parameters(name, sizes(8000, 9000) | {"tied": "target"})
+    build(TranslationConfig, recipe.loss, where="loss")
+    assert learning_rate(recipe.optim, width=512, steps=recipe.training.steps)(1) > 0
+    (tmp_path / "config.toml").write_bytes(to_toml(tree_of(recipe)).encode())
+    assert build(Recipe, read_toml(tmp_path / "config.toml"), where="config") == recipe
+
+
+def test_the_base_model_has_the_papers_size() -> None:
+    """The paper prints 65M and 213M; with biases and its shared vocabulary of 37,000 these are the sums."""
+    assert round(parameters("transformer-base", sizes(37000, 37000)) / 1e6, 1) == 63.1
+    assert round(parameters("transformer-big", sizes(37000, 37000)) / 1e6) == pytest.approx(214, abs=2)
+
+
+def test_the_base_recipe_is_the_papers() -> None:
+    recipe = load_recipe("transformer-base", network=sizes(VOCABULARY, VOCABULARY))
+    assert (recipe.optim.beta1, recipe.optim.beta2, recipe.optim.epsilon) == (0.9, 0.98, 1e-9)
+    assert (recipe.optim.schedule, recipe.optim.lr, recipe.optim.warmup) == ("paper", 1.0, 4000)
+    assert recipe.loss["label_smoothing"] == 0.1
+    assert recipe.batches.tokens * recipe.batches.accumulate == 25_000
+    assert recipe.training.steps == 100_000
+
+
+def test_a_recipe_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'transformer-base'"):
+        load_recipe("transformer-bse")
+    with pytest.raises(ConfigError, match="there is no recipe"):
+        load_recipe(str(tmp_path / "mine.toml"))
+
+
+def test_a_recipe_of_ones_own_with_settings(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('architecture = "rnn"\n[training]\nsteps = 5\n', "utf-8")
+    recipe = load_recipe(
+        str(tmp_path / "mine.toml"), ["training.steps=7", "optim.lr=1"], network={"width": 8}
+    )
+    assert (recipe.training.steps, recipe.optim.lr, recipe.network) == (7, 1.0, {"width": 8})
+
+
+def test_another_architecture_takes_its_own_network_along() -> None:
+    recipe = load_recipe("transformer-tiny", network={"width": 8}, architecture="rnn")
+    assert (recipe.architecture, recipe.network) == ("rnn", {"width": 8})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["training.stpes=5"], "did you mean 'steps'"),
+        (["training.steps=0", "training.patience=0"], "nothing would end this training"),
+        (["training.steps=-1"], "at least 0"),
+        (["training.log_every=0"], "at least 1"),
+        (["training.keep_last=0"], "at least 1"),
+        (["training.precision=fp8"], "choose one of"),
+        (["validation.every=0"], "at least 1"),
+        (["validation.sentences=0"], "needs translations"),
+        (["validation.metric=ter"], "choose one of"),
+        (["optim.lr=fast"], "expected a value of type float"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_recipe("transformer-tiny", settings)
+
+
+def test_differences_are_named_by_their_path() -> None:
+    before = load_recipe("transformer-tiny")
+    now = load_recipe("transformer-tiny", ["optim.lr=0.5", "network.heads=8", "network.extra=1"])
+    assert differences(before, now) == {
+        "network.extra": (None, 1),
+        "network.heads": (4, 8),
+        "optim.lr": (0.002, 0.5),
+    }
+    assert differences(before, before) == {}
+
+
+def test_what_may_change_is_there() -> None:
+    assert set(_flat(tree_of(load_recipe("transformer-tiny")))) >= MAY_CHANGE
+
+
+def test_the_recipe_fits_the_data() -> None:
+    found = [fitting(pairs, gpu=True) for pairs in (1_000, 500_000, 4_000_000, 40_000_000)]
+    assert found == ["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"]
+    assert fitting(40_000_000, gpu=False) == "transformer-small"
+    assert set(found) <= set(names())
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("data-tiny", "data-tiny"), ("a/b c", "a-b-c"), ("..", "run"), ("日本", "日本")]
+)
+def test_names_are_safe_for_folders(text: str, name: str) -> None:
+    assert safe_name(text) == name

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from trmt import registry
+from trmt.arch.base import Seq2Seq
+from trmt.decode.base import Ranker, Search
+from trmt.engines.base import Engine
+from trmt.errors import ConfigError
+from trmt.objectives.base import Objective
+from trmt.registry import ARCHITECTURES, ENGINES, OBJECTIVES, RANKERS, SEARCHES, resolve
+
+CONTRACTS = [
+    (ARCHITECTURES, Seq2Seq),
+    (OBJECTIVES, Objective),
+    (SEARCHES, Search),
+    (RANKERS, Ranker),
+    (ENGINES, Engine),
+]
+ENTRIES = [(table, name, contract) for table, contract in CONTRACTS for name in table]
+
+
+def test_every_table_is_tried_here() -> None:
+    tables = [value for key, value in vars(registry).items() if key.isupper() and isinstance(value, dict)]
+    assert tables == [table for table, _ in CONTRACTS]
+
+
+@pytest.mark.parametrize(("table", "name", "contract"), ENTRIES)
+def test_every_entry_is_what_its_table_says(table: Mapping[str, str], name: str, contract: type) -> None:
+    found = resolve(table, name)
+    assert issubclass(found, contract)
+    assert not getattr(found, "__abstractmethods__", None)
+
+
+def test_a_wrong_name_suggests_the_right_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'transformer'"):
+        resolve(ARCHITECTURES, "transfromer")
+    with pytest.raises(ConfigError, match="known are conv, rnn, transformer"):
+        resolve(ARCHITECTURES, "qqq")
+
+
+def test_code_outside_is_loaded_with_trust_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiment.py").write_text("class Mine: pass\n", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="--trust-code"):
+        resolve(ARCHITECTURES, "experiment:Mine")
+    assert "experiment" not in sys.modules
+    assert resolve(ARCHITECTURES, "experiment:Mine", trust_code=True).__name__ == "Mine"
+    monkeypatch.delitem(sys.modules, "experiment")
+
+
+@pytest.mark.parametrize("name", ["no_such_module:X", "json:NoSuchClass", ":X", "json:"])
+def test_what_cannot_be_loaded_is_said(name: str) -> None:
+    with pytest.raises(ConfigError, match="check the module and class name"):
+        resolve(ARCHITECTURES, name, trust_code=True)
+
+
+def test_the_tables_load_nothing() -> None:
+    code = "import sys, trmt.registry; sys.exit(any(n.startswith('trmt.arch') for n in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,731 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tests import toy
+from tests.contracts.test_training import HARD, final, log
+from tests.toy import options
+from trmt import bundles, checkpoints
+from trmt.batches import Examples, halves
+from trmt.checkpoints import find_bundle
+from trmt.config import tree_of
+from trmt.errors import BundleError, ConfigError, DataError, TrmtError
+from trmt.learner import Learner
+from trmt.objectives.base import Loss
+from trmt.objectives.translation import Translation
+from trmt.planning import TrainOptions
+from trmt.recipe import load_recipe
+from trmt.shards import PreparedSet
+from trmt.training import Interrupted, Run, Validation, train
+
+ALL = {"batches": {"tokens": 150}, "training": {"steps": 150, "save_every": 10, "keep_last": 3}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / f"step-{step:08d}" / "weights.safetensors")
+
+
+# Killed by force
+
+
+def spawn(run: Path, data: Path, recipe: str, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "trmt", "train", str(run), "--data", str(data), "--recipe", recipe]
+    return subprocess.Popen(
+        [*command, *more], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    )
+
+
+def wait_for(process: subprocess.Popen[bytes], run: Path, pattern: str) -> None:
+    """Until something in the run folder matches, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while not list(run.glob(pattern)) and process.poll() is None:
+        assert time.monotonic() < deadline, f"no {pattern} in {run}"
+        time.sleep(0.001)
+
+
+def test_a_run_killed_by_force_ends_with_the_same_weights(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, {**ALL, "validation": {"every": 30}})
+    train(options(tmp_path / "whole", toy_set, recipe))
+    # The command line translates while validating; this run looks at the loss only, like its twin.
+    process = spawn(run, toy_set, recipe)
+    wait_for(process, run, "step-00000020")
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run is meant to be killed before its end"
+    train(options(run, toy_set, recipe))
+    assert len(log(run, "resume")) == 1
+    assert final(run, 150) == final(tmp_path / "whole", 150)
+    assert not list(run.glob(".partial*"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_weights(
+    toy_set: Path, tmp_path: Path, run: Path
+) -> None:
+    changes = {
+        "batches": {"tokens": 150},
+        "optim": {"ema": 0.9},
+        "training": {"steps": 120, "save_every": 5, "keep_best": 3, "patience": 100},
+        "validation": {"every": 10, "metric": "chrf", "sentences": 10},
+    }
+    recipe = toy.recipe(tmp_path, changes)
+    whole = tmp_path / "whole"
+    spawn(whole, toy_set, recipe).communicate()
+    chooser = np.random.default_rng(5)
+    kills = 0
+    # Once while a checkpoint is being written, then whenever.
+    for pattern in (".partial-step*", "step-0000002*", "step-0000004*", "step-0000007*"):
+        process = spawn(run, toy_set, recipe)
+        wait_for(process, run, pattern)
+        time.sleep(float(chooser.uniform(0, 0.1)))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 3
+    process = spawn(run, toy_set, recipe)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert final(run, 120) == final(whole, 120)
+    ranks = [[point.step for point in checkpoints.ranked(checkpoints.steps(r))] for r in (run, whole)]
+    assert ranks[0] == ranks[1]
+    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+# Asked to stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [3, 4])  # 4 is validated, 3 is not
+def test_a_signal_saves_and_ends(
+    toy_set: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, number: int, at: int
+) -> None:
+    recipe = toy.recipe(tmp_path, HARD)
+    train(options(tmp_path / "whole", toy_set, recipe))
+    learn = Learner.learn
+
+    def signalled(self: Learner, examples: list[Examples], step: int) -> Any:
+        if step == at - 1:
+            os.kill(os.getpid(), number)
+        return learn(self, examples, step)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "learn", signalled)
+        with pytest.raises(Interrupted, match=f"after step {at}, which is saved") as caught:
+            train(options(run, toy_set, recipe))
+    assert caught.value.exit_code == 128 + number
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert checkpoints.steps(run)[-1].step == at
+    train(options(run, toy_set, recipe))
+    assert final(run) == final(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_stops_at_a_signal(toy_set: Path, tmp_path: Path, run: Path, number: int) -> None:
+    recipe = toy.recipe(tmp_path, ALL)
+    process = spawn(run, toy_set, recipe, "--set", "training.steps=5000")
+    wait_for(process, run, "step-00000010")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert b"error: stopped by" in said
+    assert b"Traceback" not in said
+    assert log(run, "interrupted")[0]["signal"] == number
+
+
+# Gone on with
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(
+    toy_set: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy.recipe(tmp_path, HARD)
+    train(options(run, toy_set, recipe, "training.steps=4"))
+    before = final(run, 4)
+    capsys.readouterr()
+    train(options(run, toy_set, recipe, "training.steps=4"))
+    assert "has ended at step 4" in capsys.readouterr().err
+    assert final(run, 4) == before
+    train(options(run, toy_set, recipe))
+    assert "training.steps: 4 -> 10" in capsys.readouterr().err
+    assert checkpoints.steps(run)[-1].step == 10
+
+
+def test_the_folder_alone_is_enough_to_go_on(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, HARD)
+    train(options(run, toy_set, recipe, "training.steps=4", "optim.lr=0.002"))
+    train(TrainOptions(run=run, data=toy_set, settings=["training.steps=6"]))
+    assert checkpoints.steps(run)[-1].step == 6
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("optim.lr=0.5", "optim.lr"),
+        ("training.seed=2", "training.seed"),
+        ("network.width=32", "network.width"),
+        ("batches.tokens=151", "batches.tokens"),
+        ("loss.label_smoothing=0.2", "loss.label_smoothing"),
+        ("validation.every=4", "validation.every"),
+        ("architecture=rnn", "architecture"),
+    ],
+)
+def test_what_would_be_another_run_is_refused_by_name(
+    toy_set: Path, tmp_path: Path, run: Path, setting: str, name: str
+) -> None:
+    recipe = toy.recipe(tmp_path)
+    train(options(run, toy_set, recipe, "training.steps=1"))
+    saved = (run / "config.toml").read_bytes()
+    with pytest.raises(ConfigError, match=name):
+        train(options(run, toy_set, recipe, "training.steps=2", setting))
+    assert (run / "config.toml").read_bytes() == saved
+
+
+def test_what_may_change_does(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, {"training": {"steps": 2}})
+    train(options(run, toy_set, recipe))
+    may = ("training.log_every=1", "training.keep_best=2", "training.patience=4", "description=new")
+    train(options(run, toy_set, recipe, "training.steps=3", *may))
+    assert checkpoints.steps(run)[-1].step == 3
+
+
+def test_other_data_is_refused(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    train(options(run, toy_set, recipe))
+    other = toy.make_set(tmp_path / "other", seed=50)
+    sizes = [f"network.{side}_vocabulary={60}" for side in ("source", "target")]
+    with pytest.raises(DataError, match="is not the data"):
+        train(options(run, other, recipe, *sizes, "training.steps=9"))
+
+
+def test_other_threads_are_warned_of(
+    toy_set: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy.recipe(tmp_path)
+    train(options(run, toy_set, recipe))
+    torch.set_num_threads(2)
+    try:
+        train(options(run, toy_set, recipe, "training.steps=7"))
+    finally:
+        torch.set_num_threads(1)
+    assert "saved with threads 1 and goes on with 2" in capsys.readouterr().err
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        place = len(content) - 5
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    else:
+        path.unlink()
+
+
+DAMAGES = [
+    ("training/state.safetensors", "truncated"),
+    ("training/state.safetensors", "flipped"),
+    ("training/state.safetensors", "missing"),
+    ("training/state.json", "truncated"),
+    ("training/state.json", "missing"),
+    ("weights.safetensors", "truncated"),
+]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(
+    toy_set: Path,
+    tmp_path: Path,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    how: str,
+) -> None:
+    recipe = toy.recipe(tmp_path, HARD)
+    train(options(tmp_path / "whole", toy_set, recipe))
+    train(options(run, toy_set, recipe, "training.steps=4"))
+    damage(run / "step-00000004" / name, how)
+    capsys.readouterr()
+    train(options(run, toy_set, recipe))
+    assert final(run) == final(tmp_path / "whole")
+    said = capsys.readouterr().err
+    # What going on does not need may be damaged; what is not there at all is a checkpoint without a state.
+    assert ("at step 4" in said) == (name == "weights.safetensors")
+    assert ("damaged-step-00000004" in said) == (name.startswith("training") and (name, how) != DAMAGES[4])
+
+
+def test_a_run_without_any_whole_checkpoint_is_not_begun_anew(
+    toy_set: Path, tmp_path: Path, run: Path
+) -> None:
+    recipe = toy.recipe(tmp_path, HARD)
+    train(options(run, toy_set, recipe, "training.steps=4"))
+    for point in checkpoints.steps(run):
+        damage(point.folder / "training/state.safetensors", "truncated")
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"no checkpoint in .* can be resumed from"):
+            train(options(run, toy_set, recipe))
+    assert [point.step for point in checkpoints.steps(run)] == [2, 4]
+
+
+# What goes wrong
+
+
+def nan_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the gradients of these steps not a number."""
+    learn, loss = Learner.learn, Translation.loss
+    now: list[int] = []
+
+    def learned(self: Learner, examples: list[Examples], step: int) -> Any:
+        now[:] = [step]
+        return learn(self, examples, step)
+
+    def broken(self: Translation, net: Any, batch: Any) -> Loss:
+        found = loss(self, net, batch)
+        if torch.is_grad_enabled() and now[0] in steps:
+            return Loss(found.total * float("nan"), found.nll * float("nan"), found.tokens)
+        return found
+
+    monkeypatch.setattr(Learner, "learn", learned)
+    monkeypatch.setattr(Translation, "loss", broken)
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(
+    toy_set: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy.recipe(tmp_path, {"training": {"steps": 4, "save_every": 1, "keep_last": 9, "log_every": 1}})
+    nan_at({2}, monkeypatch)
+    train(options(run, toy_set, recipe))
+    assert [entry["step"] for entry in log(run, "bad gradient")] == [3]
+    before, after, later = (weights(run, step) for step in (2, 3, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(after[name], later[name]) for name in after)
+    losses = [entry["loss"] for entry in log(run, "train")]
+    assert losses[2] is None
+    assert all(np.isfinite(loss) for loss in losses[:2] + losses[3:])
+
+
+def test_twenty_such_steps_in_a_row_end_training_with_advice(
+    toy_set: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy.recipe(tmp_path, {"training": {"steps": 100}, "validation": {"every": 10}})
+    nan_at(set(range(5, 100)), monkeypatch)
+    with pytest.raises(TrmtError, match=r"20 steps in a row.*optim\.lr"):
+        train(options(run, toy_set, recipe))
+    assert len(log(run, "bad gradient")) == 19
+
+
+@contextmanager
+def memory_for(
+    sentences: int, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> Iterator[list[int]]:
+    """Memory ends where a batch has more sentences; yields the sizes that did fit."""
+    loss = Translation.loss
+    fitted: list[int] = []
+
+    def scarce(self: Translation, net: Any, batch: Any) -> Loss:
+        if torch.is_grad_enabled() and len(batch.source) > sentences:
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+        fitted.append(len(batch.source))
+        return loss(self, net, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Translation, "loss", scarce)
+        yield fitted
+
+
+def learner_and_batches(data: Path, recipe_file: str) -> tuple[Learner, list[Examples]]:
+    vocabulary = {"source_vocabulary": 60, "target_vocabulary": 60}
+    recipe = load_recipe(recipe_file, ["network.dropout=0.0"], network=vocabulary)
+    made = Run(
+        data.parent / "nowhere",
+        recipe,
+        PreparedSet.open(data),
+        bundles.Tokenizer.load(data / "tokenizer"),
+        validate=None,
+        options=TrainOptions(),
+    )
+    some = [made.batches.load(pairs) for step in made.batches.plan(0) for pairs in step]
+    return made.learner, sorted(some, key=len)[-2:]
+
+
+def gradients(learner: Learner) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in learner.net.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_short_memory_splits_batches_and_drops_nothing(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    recipe = toy.recipe(tmp_path)
+    plenty, batches = learner_and_batches(toy_set, recipe)
+    expected = plenty.learn(batches, 0)
+    scarce, _ = learner_and_batches(toy_set, recipe)
+    with memory_for(7, monkeypatch, error) as fitted:
+        found = scarce.learn(batches, 0)
+    total = sum(len(batch) for batch in batches)
+    largest = max(len(batch) for batch in batches)
+    assert max(fitted) <= 7 < largest <= 7 * 2**scarce.halvings < 4 * largest
+    assert sum(fitted[-2 * 2**scarce.halvings :]) == total
+    assert found.tokens == expected.tokens
+    assert float(found.nll) == pytest.approx(float(expected.nll), rel=1e-5)
+    for ours, theirs in zip(gradients(scarce), gradients(plenty), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_a_pair_that_does_not_fit_is_said(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Path
+) -> None:
+    with (
+        memory_for(0, monkeypatch, torch.OutOfMemoryError) as fitted,
+        pytest.raises(TrmtError, match="a single pair does not fit into memory"),
+    ):
+        train(options(run, toy_set, toy.recipe(tmp_path)))
+    assert not fitted
+
+
+def test_memory_that_ends_elsewhere_is_said(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Path
+) -> None:
+    def full(*_: Any) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Learner, "_update", full)
+    with pytest.raises(TrmtError, match=r"not enough memory.*batches\.tokens"):
+        train(options(run, toy_set, toy.recipe(tmp_path)))
+
+
+def test_another_error_is_not_taken_for_short_memory(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Path
+) -> None:
+    def broken(*_: Any) -> Loss:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Translation, "loss", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(options(run, toy_set, toy.recipe(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_leaves_the_older_checkpoint(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Path, error: Exception
+) -> None:
+    recipe = toy.recipe(tmp_path, HARD)
+    train(options(tmp_path / "whole", toy_set, recipe))
+    train(options(run, toy_set, recipe, "training.steps=4"))
+    before = sorted(path.name for path in run.iterdir())
+
+    def full(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundles, "save_file", full)
+        with pytest.raises(TrmtError, match=r"cannot write .*step-00000006.*No space.*free some space"):
+            train(options(run, toy_set, recipe))
+    assert sorted(path.name for path in run.iterdir()) == before
+    train(options(run, toy_set, recipe))
+    assert final(run) == final(tmp_path / "whole")
+
+
+def test_a_real_limit_on_file_size_is_said(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    resource = pytest.importorskip("resource")
+    recipe = toy.recipe(tmp_path, HARD)
+    train(options(run, toy_set, recipe, "training.steps=4"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
+    try:
+        with pytest.raises(TrmtError, match="free some space"):
+            train(options(run, toy_set, recipe))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [point.step for point in checkpoints.steps(run)] == [2, 4]
+    assert not list(run.glob(".partial*"))
+    train(options(run, toy_set, recipe))
+    assert checkpoints.steps(run)[-1].step == 10
+
+
+def test_a_log_that_cannot_be_written_is_said(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    (run / "log.jsonl").mkdir(parents=True)
+    with pytest.raises(TrmtError, match=r"cannot write .*log\.jsonl"):
+        train(options(run, toy_set, toy.recipe(tmp_path)))
+
+
+# Ends
+
+
+def scripted(values: list[float]) -> Any:
+    """A validation that finds these scores one after the other."""
+    left = iter(values)
+
+    def validate(*_: Any) -> Validation:
+        return Validation(({"metric": "chrf", "value": next(left), "signature": "scripted"},))
+
+    return validate
+
+
+CHRF = ["validation.metric=chrf", "validation.sentences=5", "validation.every=1", "training.steps=20"]
+
+
+def test_patience_ends_training_and_the_best_is_kept(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, {"training": {"patience": 3, "keep_best": 2, "keep_last": 1}})
+    train(options(run, toy_set, recipe, *CHRF), scripted([10.0, 30.0, 20.0, 30.0, 25.0, 99.0]))
+    found = checkpoints.steps(run)
+    assert [point.step for point in found] == [2, 4, 5], "the best two and the last"
+    assert [point.step for point in checkpoints.ranked(found)] == [2, 4, 5]
+    assert [point.resumable() for point in found] == [False, False, True]
+    state = final(run, 5)[2]["progress"]
+    assert (state["best"], state["stale"]) == (30.0, 3)
+
+
+def test_patience_is_remembered(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, {"training": {"patience": 3}})
+    values = [10.0, 9.0, 8.0]
+    train(options(run, toy_set, recipe, *CHRF, "training.steps=3"), scripted(values))
+    train(options(run, toy_set, recipe, *CHRF), scripted([7.0, 6.0]))
+    assert checkpoints.steps(run)[-1].step == 4
+
+
+def test_a_score_that_is_no_number_is_never_the_best(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    values = [float("nan"), 5.0, float("nan"), 4.0]
+    train(options(run, toy_set, recipe, *CHRF, "training.steps=4"), scripted(values))
+    assert [point.step for point in checkpoints.ranked(checkpoints.steps(run))][:2] == [2, 4]
+    assert final(run, 4)[2]["progress"]["best"] == 5.0
+
+
+def test_epochs_end_training(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, {"training": {"steps": 0, "epochs": 2}, "batches": {"tokens": 600}})
+    train(options(run, toy_set, recipe))
+    last = checkpoints.steps(run)[-1]
+    progress = final(run, last.step)[2]["progress"]
+    assert progress["epoch"] == 2
+    tokens = PreparedSet.open(toy_set).split("train").lengths("target.ids") + 1
+    assert progress["target_tokens"] == 2 * int(tokens.sum())
+
+
+# Starts
+
+
+def test_fine_tuning_starts_from_the_weights(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, {"optim": {"ema": 0.9}})
+    old = train(options(tmp_path / "old", toy_set, recipe))
+    (expected,) = {s["value"] for s in checkpoints.steps(old)[-1].manifest.scores}
+    tiny = ("optim.lr=1e-12", "training.steps=1", "optim.ema=0.0")
+    train(options(run, toy_set, recipe, *tiny, init_from=old))
+    assert log(run, "validate")[0]["scores"][0]["value"] != log(old, "validate")[0]["scores"][0]["value"]
+    (found,) = {s["value"] for s in checkpoints.steps(run)[-1].manifest.scores}
+    best = checkpoints.ranked(checkpoints.steps(old))[0].manifest.scores[0]["value"]
+    assert found == pytest.approx(best, rel=1e-6)
+    assert best == pytest.approx(expected, rel=1)
+
+
+def test_fine_tuning_takes_the_network_of_the_bundle(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    old = train(options(tmp_path / "old", toy_set, toy.recipe(tmp_path, architecture="rnn")))
+    train(options(run, toy_set, toy.recipe(tmp_path), "training.steps=1", init_from=old))
+    assert checkpoints.steps(run)[-1].manifest.architecture == "rnn"
+
+
+def test_fine_tuning_refuses_another_tokenizer(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    old = train(options(tmp_path / "old", toy_set, recipe))
+    other = toy.make_set(tmp_path / "other", seed=70)
+    with pytest.raises(BundleError, match="another tokenizer") as caught:
+        train(options(run, other, recipe, init_from=old))
+    assert str(find_bundle(old) / "tokenizer") in str(caught.value)
+    assert not run.exists()
+
+
+def test_neither_a_bundle_nor_a_run_folder_runs_code(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    old = train(options(tmp_path / "old", toy_set, recipe))
+    bundles.rewrite_manifest(find_bundle(old), architecture="os:system")
+    with pytest.raises(ConfigError, match="--trust-code"):
+        train(options(run, toy_set, recipe, init_from=find_bundle(old)))
+    run.mkdir()
+    text = (old / "config.toml").read_text("utf-8")
+    (run / "config.toml").write_text(text.replace('"transformer"', '"os:system"'), "utf-8")
+    with pytest.raises(ConfigError, match="--trust-code"):
+        train(TrainOptions(run=run, data=toy_set))
+
+
+def test_an_architecture_of_ones_own_needs_no_fork(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    own = "trmt.arch.transformer:Transformer"
+    train(options(run, toy_set, toy.recipe(tmp_path), f'architecture="{own}"', "training.steps=1"))
+    manifest = checkpoints.steps(run)[-1].manifest
+    assert manifest.architecture == own
+    with pytest.raises(BundleError, match="--trust-code"):
+        bundles.load_bundle(find_bundle(run))
+    assert bundles.load_bundle(find_bundle(run), trust_code=True)
+
+
+@pytest.mark.parametrize("tied", ["all", "none"])
+def test_separate_vocabularies_tie_what_can_be_tied(
+    separate_set: Path, tmp_path: Path, run: Path, tied: str
+) -> None:
+    recipe = toy.recipe(tmp_path, {"network": {"tied": tied}, "training": {"steps": 1}})
+    train(options(run, separate_set, recipe))
+    expected = {"all": "target", "none": "none"}[tied]
+    assert checkpoints.steps(run)[-1].manifest.network["tied"] == expected
+
+
+def test_a_dry_run_writes_nothing(
+    toy_set: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy.recipe(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    train(options(run, toy_set, recipe, dry_run=True))
+    assert sorted(tmp_path.rglob("*")) == before
+    said = capsys.readouterr()
+    assert said.out == ""
+    for word in ("parameters", "steps per epoch", "activations", "optimiser", "MiB"):
+        assert word in said.err
+
+
+def test_the_newest_set_and_a_fitting_recipe_are_chosen(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy_set, tmp_path / "data/older")
+    shutil.copytree(toy_set, tmp_path / "data/newer")
+    os.utime(tmp_path / "data/older/index.json", (1, 1))
+    folder = train(TrainOptions(dry_run=True))
+    assert folder == Path("models/newer-transformer-tiny")
+    said = capsys.readouterr().err
+    assert "newer (the newest)" in said
+    assert "transformer-tiny (fits" in said
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(DataError, match="run trmt prepare first"):
+        train(TrainOptions())
+
+
+# Log
+
+
+def test_the_log_is_json_lines(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    train(options(run, toy_set, toy.recipe(tmp_path, {"training": {"steps": 6, "log_every": 2}})))
+    entries = log(run, "train")
+    assert [entry["step"] for entry in entries] == [2, 4, 6]
+    for entry in entries:
+        assert 0 < entry["loss"] < 10
+        assert entry["lr"] == pytest.approx(0.003)
+        assert entry["tokens_per_second"] > 0
+    assert len(log(run, "begin")) == len(log(run, "end")) == 1
+    assert [entry["step"] for entry in log(run, "validate")] == [3, 6]
+
+
+def test_half_a_line_in_the_log_is_dropped(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    train(options(run, toy_set, recipe, "training.steps=2"))
+    with (run / "log.jsonl").open("ab") as stream:
+        stream.write(b'{"event": "tra')
+    train(options(run, toy_set, recipe, "training.steps=4"))
+    assert [len(log(run, event)) for event in ("begin", "resume", "end")] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_curves_are_drawn_where_tensorboard_is_installed(
+    toy_set: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    drawn: list[tuple[str, float, int]] = []
+    opened: list[tuple[str, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, *, purge_step: int) -> None:
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            drawn.append((name, value, step))
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None:
+            opened.append(("closed", 0))
+
+    fake = ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    # None in sys.modules makes the import fail.
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake if installed else None)  # type: ignore[arg-type]
+    train(options(run, toy_set, toy.recipe(tmp_path)))
+    if not installed:
+        assert not drawn
+        return
+    assert opened == [(str(run / "tensorboard"), 1), ("closed", 0)]
+    assert {name for name, _, _ in drawn} >= {"train/loss", "train/lr", "validate/loss"}
+    losses = {entry["step"]: entry["loss"] for entry in log(run, "train")}
+    assert {step: value for name, value, step in drawn if name == "train/loss"} == losses
+
+
+# Sums
+
+
+def test_accumulated_batches_are_one_batch(toy_set: Path, tmp_path: Path) -> None:
+    one, batches = learner_and_batches(toy_set, toy.recipe(tmp_path))
+    two, _ = learner_and_batches(toy_set, toy.recipe(tmp_path))
+    whole = one.learn([batches[0]], 0)
+    parts = two.learn(halves(batches[0]), 0)
+    assert whole.tokens == parts.tokens
+    assert float(whole.nll) == pytest.approx(float(parts.nll), rel=1e-5)
+    for ours, theirs in zip(gradients(two), gradients(one), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_the_dev_loss_is_the_mean_over_all_tokens(toy_set: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(toy.recipe(tmp_path), network={"source_vocabulary": 60, "target_vocabulary": 60})
+    made = Run(
+        tmp_path / "run",
+        recipe,
+        PreparedSet.open(toy_set),
+        bundles.Tokenizer.load(toy_set / "tokenizer"),
+        validate=None,
+        options=TrainOptions(),
+    )
+    learner = made.learner
+    with learner.at_rest():
+        found = learner.dev_loss(made.dev)
+        total = tokens = 0.0
+        for pair in range(len(made.dev.split)):
+            batch = learner.objective.collate(made.dev.load(np.array([pair])), learner.device)
+            loss = learner.objective.loss(learner.net, batch)
+            total, tokens = total + float(loss.nll), tokens + loss.tokens
+    assert found == pytest.approx(total / tokens, rel=1e-5)
+    assert learner.net.training
+
+
+def test_half_precision_learns(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, {"training": {"steps": 40}, "validation": {"every": 20}})
+    train(options(run, toy_set, recipe, "training.precision=bf16", "optim.lr=0.01"))
+    first, last = (entry["scores"][0]["value"] for entry in log(run, "validate"))
+    assert last < first
+    assert log(run, "begin")[0]["precision"] == "bf16"
+    assert {tensor.dtype for tensor in weights(run, 40).values()} == {torch.float32}
+
+
+def test_the_config_says_everything(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    train(options(run, toy_set, toy.recipe(tmp_path), "training.steps=1"))
+    again = load_recipe(str(run / "config.toml"))
+    assert tree_of(again)["network"]["source_vocabulary"] == 60
+    assert again.training.steps == 1

@@ -1,0 +1,99 @@
+"""The log of a run: a line of JSON for each event, curves for TensorBoard where it is installed, a clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from trmt.errors import TrmtError
+
+CURVES = ("train", "validate")  # the events whose numbers are drawn
+TENSORBOARD = "tensorboard"
+
+
+class Logbook:
+    """The log of the run in a folder; it is only ever added to."""
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        self.path = path
+        try:
+            _drop_half_line(path)
+        except OSError as error:
+            raise self._explained(error) from error
+        self.curves = _curves(path.parent / TENSORBOARD, step)
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Add what happened after `step`."""
+        entry = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            if self.curves is not None and event in CURVES:
+                for name, number in _numbers(values).items():
+                    self.curves.add_scalar(f"{event}/{name}", number, step)
+                self.curves.flush()
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def close(self) -> None:
+        """Let go of the curves' file."""
+        if self.curves is not None:
+            self.curves.close()
+
+    def _explained(self, error: OSError) -> TrmtError:
+        return TrmtError(
+            f"cannot write {self.path}: {error.strerror or error}; free some space, "
+            "and the same command goes on from the last checkpoint"
+        )
+
+
+def _drop_half_line(path: Path) -> None:
+    """Remove the beginning of a line that a kill or a full disk has left at the end."""
+    if path.is_file():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
+
+
+def _curves(folder: Path, step: int) -> Any:
+    """A writer of curves, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    # What an interrupted run drew after this step is going to be drawn again.
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+    return numbers | {score["metric"]: float(score["value"]) for score in values.get("scores", ())}
+
+
+class Clock:
+    """Time spent in steps, without what validating and saving took."""
+
+    def __init__(self, tokens: int) -> None:
+        self.note = ""
+        self.tokens = tokens
+        self.spent = 0.0
+        self.last = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.monotonic()
+        passed, self.last = now - self.last, now
+        self.spent += passed
+        return passed
+
+    def skip(self) -> None:
+        """Leave out what has passed since the last lap."""
+        self.last = time.monotonic()
+
+    def speed(self, tokens: int) -> float:
+        """Tokens per second since the last time it was asked."""
+        rate = (tokens - self.tokens) / max(self.spent, 1e-9)
+        self.tokens, self.spent = tokens, 0.0
+        return rate

@@ -1,0 +1,104 @@
+"""What a training run is to be: its data, its recipe, and whether that is the run it was before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from trmt import bundles, checkpoints, console
+from trmt.checkpoints import CONFIG
+from trmt.config import Tree, build, read_toml
+from trmt.errors import BundleError, ConfigError, DataError
+from trmt.recipe import MAY_CHANGE, Recipe, differences, fitting, load_recipe
+from trmt.registry import ARCHITECTURES, OBJECTIVES, resolve
+from trmt.shards import PreparedSet
+from trmt.tokenizer import Tokenizer
+
+DATA = Path("data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What `trmt train` takes; None means the sensible choice, which is said."""
+
+    run: Path | None = None
+    data: Path | None = None
+    recipe: str | None = None
+    settings: list[str] = field(default_factory=list)
+    init_from: Path | None = None
+    dry_run: bool = False
+    trust_code: bool = False
+
+
+def default_data() -> Path:
+    """The only or newest prepared set in data/."""
+    found = [index.parent for index in DATA.glob("*/index.json")]
+    if not found:
+        raise DataError(f"there is no prepared set in {DATA}/; run trmt prepare first, or pass --data")
+    newest = max(found, key=lambda folder: (folder / "index.json").stat().st_mtime)
+    console.say(f"data: {newest}" + (" (the newest)" if len(found) > 1 else ""))
+    return newest
+
+
+def _usual_recipe(options: TrainOptions, pairs: int) -> str:
+    """The recipe that the run was begun with, else one that fits the size of the data."""
+    if options.run and (options.run / CONFIG).is_file():
+        console.say(f"recipe: that of {options.run}")
+        return str(options.run / CONFIG)
+    name = fitting(pairs, gpu=torch.cuda.is_available())
+    console.say(f"recipe: {name} (fits {pairs:,} pairs)")
+    return name
+
+
+def resolved_recipe(
+    options: TrainOptions, data: PreparedSet, tokenizer: Tokenizer, *, translates: bool
+) -> tuple[Recipe, str]:
+    """The recipe with the data's sizes and, for fine-tuning, the old network's sizes filled in; its name."""
+    name = options.recipe or _usual_recipe(options, len(data.split("train")))
+    settings = list(options.settings)
+    if not translates:
+        settings += ["validation.sentences=0", 'validation.metric="loss"']
+    if options.init_from:
+        place = checkpoints.find_bundle(options.init_from)
+        manifest = bundles.read_manifest(place)
+        if manifest.tokenizer != tokenizer.fingerprint:
+            raise BundleError(
+                f"{place} was trained with another tokenizer than {data.folder}; prepare the "
+                f"data with --tokenizer {place / bundles.TOKENIZER}"
+            )
+        recipe = load_recipe(name, settings, network=manifest.network, architecture=manifest.architecture)
+    else:
+        recipe = load_recipe(name, settings, network=_sizes(tokenizer))
+    # What the user wrote may name code; a bundle or a run folder may come from anywhere.
+    trusted = options.trust_code or not (options.init_from or Path(name).name == CONFIG)
+    network = resolve(ARCHITECTURES, recipe.architecture, trust_code=trusted)
+    resolve(OBJECTIVES, recipe.objective, trust_code=trusted)
+    if not tokenizer.joint and recipe.network.get("tied", getattr(network.config_class, "tied", "")) == "all":
+        recipe = replace(recipe, network={**recipe.network, "tied": "target"})
+    return recipe, Path(name).stem
+
+
+def _sizes(tokenizer: Tokenizer) -> Tree:
+    return {
+        "source_vocabulary": tokenizer.source.vocabulary,
+        "target_vocabulary": tokenizer.target.vocabulary,
+    }
+
+
+def same_run(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe to go on with; a difference that would make it another run is refused by name."""
+    if not (folder / CONFIG).is_file():
+        return recipe
+    before = build(Recipe, read_toml(folder / CONFIG), where=str(folder / CONFIG))
+    changed = differences(before, recipe)
+    for key, (old, new) in changed.items():
+        if key not in MAY_CHANGE:
+            raise ConfigError(
+                f"{folder} was begun with {key} = {old!r} and cannot go on with {new!r}; "
+                "set it back, or name another run folder"
+            )
+    for key, (old, new) in changed.items():
+        console.say(f"{key}: {old!r} -> {new!r}")
+    return recipe
