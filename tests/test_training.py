@@ -517,6 +517,27 @@ def test_a_score_that_is_no_number_is_never_the_best(toy_set: Path, tmp_path: Pa
     assert final(run, 4)[2]["progress"]["best"] == 5.0
 
 
+def test_without_a_dev_set_it_trains_and_saves(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = toy.make_set(tmp_path / "toy", dev=False)
+    train(options(run, data, toy.recipe(tmp_path)))
+    assert "no dev set" in capsys.readouterr().err
+    found = checkpoints.steps(run)
+    assert found[-1].step == 6 and not found[-1].score()
+    patient = ["training.steps=0", "training.patience=2"]
+    with pytest.raises(ConfigError, match=r"patience needs a dev set .* --dev"):
+        train(options(tmp_path / "other", data, toy.recipe(tmp_path), *patient))
+
+
+def test_sentences_longer_than_the_network_are_refused_at_the_start(
+    toy_set: Path, tmp_path: Path, run: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"sentences of \d+ tokens, the network positions for 5; raise"):
+        train(options(run, toy_set, toy.recipe(tmp_path), "network.longest=5"))
+    assert not run.exists()
+
+
 def test_epochs_end_training(toy_set: Path, tmp_path: Path, run: Path) -> None:
     recipe = toy.recipe(tmp_path, {"training": {"steps": 0, "epochs": 2}, "batches": {"tokens": 600}})
     train(options(run, toy_set, recipe))

@@ -31,12 +31,20 @@ def write_tsv(path: Path, some: Sequence[tuple[str, str]]) -> str:
     return str(path)
 
 
-def make_set(folder: Path, *, joint: bool = True, weight: str = "", kind: Any = "bpe", seed: int = 1) -> Path:
+def make_set(
+    folder: Path,
+    *,
+    joint: bool = True,
+    weight: str = "",
+    kind: Any = "bpe",
+    seed: int = 1,
+    dev: bool = True,
+) -> Path:
     """A prepared set in `folder`; with `weight`, half of its pairs come from a corpus of that weight."""
     folder.mkdir(parents=True, exist_ok=True)
     half = write_tsv(folder / "half.tsv", pairs(150, seed=seed))
     rest = write_tsv(folder / "rest.tsv", pairs(150, seed=seed + 1))
-    dev = write_tsv(folder / "dev.tsv", pairs(30, seed=seed + 2))
+    held_out = write_tsv(folder / "dev.tsv", pairs(30, seed=seed + 2))
     train_tokenizer(
         TokenizerOptions(
             corpora=(half, rest), languages=("x", "y"), size=60, joint=joint, byte_fallback=False, kind=kind
@@ -46,7 +54,7 @@ def make_set(folder: Path, *, joint: bool = True, weight: str = "", kind: Any = 
     prepare(
         PrepareOptions(
             train=(half + weight, rest),
-            dev=dev,
+            dev=held_out if dev else None,
             out=folder / "set",
             tokenizer=folder / "tokenizer",
             limits=Limits(max_ratio=0),

@@ -25,7 +25,7 @@ from trmt.arch.base import Seq2Seq
 from trmt.batches import Batches, Column, Examples, Position
 from trmt.checkpoints import CONFIG, LOG, MODELS
 from trmt.config import to_toml, tree_of
-from trmt.errors import DataError, TrmtError
+from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.files import atomic_file, sweep
 from trmt.learner import Learner, is_out_of_memory
 from trmt.logbook import Clock, Logbook
@@ -132,7 +132,7 @@ class Run:
             seed=recipe.training.seed,
             resample=resample_with(tokenizer, alpha) if alpha else None,
         )
-        self.dev = Batches(data, recipe.batches, seed=0, split="dev")
+        self.dev = Batches(data, recipe.batches, seed=0, split="dev") if "dev" in data.splits else None
         # Epochs differ by a batch or so; the first one's length stands for all.
         self.steps_per_epoch = len(self.batches.plan(0))
         self.learner = Learner(recipe, steps=self.last_step or 0)
@@ -140,6 +140,25 @@ class Run:
         self.progress = Progress()
         self.signal: int | None = None
         self._log_sums = (0.0, 0)  # negative log likelihood and tokens since the last log line
+        self._check()
+
+    def _check(self) -> None:
+        """What cannot work is said before the first step."""
+        positions = int(getattr(self.learner.net.config, "longest", 1 << 30))
+        for batches in (self.batches, self.dev):
+            if batches and batches.lengths.max() > positions:
+                raise ConfigError(
+                    f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network "
+                    f"positions for {positions}; raise network.longest, or prepare the data with a lower "
+                    "--max-length"
+                )
+        if not self.dev and self.recipe.training.patience and not self.last_step:
+            raise ConfigError(
+                f"training.patience needs a dev set and {self.data.folder} has none; prepare it again with "
+                "--dev, or set training.steps or training.epochs"
+            )
+        if not self.dev:
+            console.warn(f"{self.data.folder} has no dev set: nothing tells which checkpoint is best")
 
     @property
     def last_step(self) -> int | None:
@@ -277,6 +296,8 @@ class Run:
 
     def look(self) -> Validation:
         """The dev set through the eyes of the weights that are kept."""
+        if not self.dev:
+            return Validation()
         began = time.monotonic()
         with self.learner.at_rest():
             loss = self.learner.dev_loss(self.dev)
