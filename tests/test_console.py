@@ -61,6 +61,16 @@ def test_where_no_terminal_is_long_work_says_lines(
     assert lines[-1] == "reading: 4 of 4 pairs, 0 s left  fine"
 
 
+def test_what_was_done_before_does_not_count_as_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(0, 40)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with console.progress("training", 100, unit="steps", done=90) as bar:
+        bar.advance()
+    assert capsys.readouterr().err == "training: 91 of 100 steps, 6 min 00 s left\n"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

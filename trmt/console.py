@@ -96,9 +96,9 @@ class _Silent:
 class _Lines:
     """Progress for log files: a line every half minute, none for work that ends before."""
 
-    def __init__(self, title: str, total: float | None, unit: str) -> None:
+    def __init__(self, title: str, total: float | None, unit: str, done: int) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0.0
+        self.before, self.done = done, float(done)
         self.began = self.spoke = time.monotonic()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
@@ -111,9 +111,9 @@ class _Lines:
         say(f"{self.title}: {self.done:,.0f}{of} {self.unit}{self._eta(now)}{'  ' + note if note else ''}")
 
     def _eta(self, now: float) -> str:
-        if not self.total or not self.done:
+        if not self.total or self.done == self.before:
             return ""
-        left = (now - self.began) * (self.total - self.done) / self.done
+        left = (now - self.began) * (self.total - self.done) / (self.done - self.before)
         return f", {duration(left)} left"
 
 
@@ -126,13 +126,18 @@ class _Bar:
 
 
 @contextmanager
-def progress(title: str, total: float | None = None, *, unit: str = "lines") -> Iterator[Progress]:
-    """Progress with an estimate of the time left: a bar on a terminal, plain lines elsewhere."""
+def progress(
+    title: str, total: float | None = None, *, unit: str = "lines", done: int = 0
+) -> Iterator[Progress]:
+    """Progress with an estimate of the time left: a bar on a terminal, plain lines elsewhere.
+
+    `done` is what was done before, at another time.
+    """
     if _quiet:
         yield _Silent()
         return
     if not watched():
-        yield _Lines(title, total, unit)
+        yield _Lines(title, total, unit, done)
         return
     from rich.progress import (
         BarColumn,
@@ -158,7 +163,7 @@ def progress(title: str, total: float | None = None, *, unit: str = "lines") -> 
     with Bars(*columns, console=console, transient=True) as bars:
         _drawing = console
         try:
-            yield _Bar(bars, bars.add_task(title, total=total, note=""))
+            yield _Bar(bars, bars.add_task(title, total=total, completed=done, note=""))
         finally:
             _drawing = before
 

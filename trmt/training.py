@@ -221,8 +221,7 @@ class Run:
             return
         stream = self.batches.steps(Position(progress.epoch, progress.position))
         mark = Clock(progress.target_tokens)
-        with _signals(self), console.progress("training", last, unit="steps") as bar:
-            bar.advance(progress.step)
+        with _signals(self), console.progress("training", last, unit="steps", done=progress.step) as bar:
             try:
                 while not self.finished():
                     after, examples = next(stream)
