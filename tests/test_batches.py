@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -233,12 +234,18 @@ print(side.sample(side.encode(["ka lomo ti saru ne hikado mi"] * 20), alpha=0.3,
 """
 
 
-@pytest.mark.xfail(
-    strict=True, reason="sentencepiece 0.2.3 mixes something of the process into what it draws"
-)
-def test_subword_sampling_is_the_same_in_another_process(toy_set: Path) -> None:
-    command = [sys.executable, "-c", SAMPLE, str(toy_set / "tokenizer")]
-    drawn = {subprocess.run(command, capture_output=True, check=True).stdout for _ in range(3)}
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_subword_sampling_is_the_same_in_another_process(tmp_path: Path, kind: str) -> None:
+    folder = PreparedSet.open(toy.make_set(tmp_path, kind=kind)).tokenizer_folder
+    drawn = {
+        subprocess.run(
+            [sys.executable, "-c", SAMPLE, str(folder)],
+            capture_output=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": str(hash_seed)},
+        ).stdout
+        for hash_seed in range(3)
+    }
     assert len(drawn) == 1
 
 

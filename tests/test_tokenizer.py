@@ -72,6 +72,9 @@ def test_every_script_survives(options: TokenizerOptions, language: str, kind: s
         encoded = side.encode(sentences)
         assert [side.decode(ids) for ids in encoded] == sentences
         assert not SPECIAL & set(itertools.chain(*encoded))
+        drawn = side.sample(encoded, alpha=0.1, seed=1)
+        assert [side.decode(ids) for ids in drawn] == sentences
+        assert drawn != encoded
     assert (report.source.language, report.target.language) == ("en", language)
     for side_report in (report.source, report.target):
         assert side_report.sentences == 30
@@ -179,12 +182,16 @@ def test_what_a_rule_takes_away_is_reported(options: TokenizerOptions) -> None:
 
 def test_without_byte_fallback_rare_characters_are_unknown(options: TokenizerOptions) -> None:
     tokenizer, _ = train_tokenizer(replace(options, byte_fallback=False))
-    (ids,) = tokenizer.source.encode(["to 😀 go"])
+    (ids,) = tokenizer.source.encode(["to 😀 go there"])
     assert ids.count(UNK) == 1
     report = measure(tokenizer.source, ["to 😀 go"])
     assert report.unknown == 1
     assert [lost.character for lost in report.lost] == ["😀"]
-    assert tokenizer.source.sample([ids], alpha=0.5, seed=1) == [ids]
+    head, tail = (tokenizer.source.decode(part) for part in (ids[: ids.index(UNK)], ids[ids.index(UNK) :]))
+    for seed in range(20):
+        (drawn,) = tokenizer.source.sample([ids], alpha=0.5, seed=seed)
+        place = drawn.index(UNK)
+        assert [tokenizer.source.decode(part) for part in (drawn[:place], drawn[place:])] == [head, tail]
 
 
 def test_sampling_keeps_the_text_and_depends_on_its_arguments_only(tokenizer: Tokenizer) -> None:
@@ -196,11 +203,25 @@ def test_sampling_keeps_the_text_and_depends_on_its_arguments_only(tokenizer: To
     assert first != encoded
     assert not SPECIAL & set(itertools.chain(*first))
     assert side.sample(encoded, alpha=0.2, seed=8) != first
-    elsewhere: list[list[list[int]]] = []
-    other = threading.Thread(target=lambda: elsewhere.append(side.sample(encoded, alpha=0.2, seed=7)))
-    other.start()
-    other.join()
-    assert [*elsewhere, side.sample(encoded, alpha=0.2, seed=7)] == [first, first]
+    assert pickle.loads(pickle.dumps(side)).sample(encoded, alpha=0.2, seed=7) == first
+    assert side.sample(encoded, alpha=0.2, seed=7) == first
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+@pytest.mark.parametrize(("kind", "alpha"), [("bpe", 0.0), ("unigram", 1000.0)])
+def test_sampling_without_chance_is_sentencepiece(
+    options: TokenizerOptions, kind: str, alpha: float, byte_fallback: bool
+) -> None:
+    """No merge overlooked, or only the most probable pieces: what the model itself does, in any script."""
+    wanted = replace(options, kind=kind, byte_fallback=byte_fallback, size=900)
+    side = train_tokenizer(wanted)[0].source
+    sentences = [
+        *itertools.chain(*texts.ALL.values()),
+        *fuzzed(300, seed=8),
+        f"a{PLACEHOLDER}b {PLACEHOLDER}",
+    ]
+    encoded = side.encode(sentences)
+    assert side.sample(encoded, alpha=alpha, seed=1) == encoded
 
 
 def test_sampling_in_several_threads_at_once_changes_nothing(tokenizer: Tokenizer) -> None:
@@ -227,6 +248,26 @@ def test_sampling_keeps_tags_and_placeholders(tokenizer: Tokenizer) -> None:
     for seed in range(20):
         (drawn,) = side.sample([[tag, *ids]], alpha=0.5, seed=seed)
         assert drawn[0] == tag
+        assert side.pieces(drawn).count(PLACEHOLDER) == 1
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_sampling_spells_neither_bytes_nor_placeholders(
+    options: TokenizerOptions, tmp_path: Path, kind: str
+) -> None:
+    """Where text holds all characters of their names, the names could be written with them."""
+    corpus = tmp_path / "names.tsv"
+    names = " ".join("<0x123456789ABCDEF>{name}")
+    lines = (
+        f"{source} {names}\t{target}\n" for source, target in zip(texts.ENGLISH, texts.GERMAN, strict=True)
+    )
+    corpus.write_text("".join(lines), encoding="utf-8")
+    side = train_tokenizer(replace(options, corpora=(str(corpus),), kind=kind))[0].source
+    text = f"A 😀 {PLACEHOLDER}"
+    (ids,) = side.encode([text])
+    for seed in range(20):
+        (drawn,) = side.sample([ids], alpha=0.5, seed=seed)
+        assert side.decode(drawn) == text
         assert side.pieces(drawn).count(PLACEHOLDER) == 1
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from trmt.config import build
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.files import atomic_folder, write_json
 from trmt.registry import suggestion
+from trmt.subwords import Sampler
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 
@@ -31,9 +31,6 @@ NORMALISATIONS: tuple[str, ...] = get_args(Normalisation)
 
 FORMAT = 1
 SETTINGS_FILE = "tokenizer.json"
-
-# The seed of sentencepiece's random numbers belongs to the process, so one batch at a time may use it.
-_SAMPLING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -77,16 +74,18 @@ class Side:
 
     pad, unk, bos, eos = PAD, UNK, BOS, EOS
 
-    def __init__(self, model: bytes, normalisation: str) -> None:
+    def __init__(self, model: bytes, normalisation: str, placeholders: tuple[str, ...] = ()) -> None:
         self.model = model
         self.normalisation = normalisation
+        self.placeholders = placeholders
         self.normalise = normaliser(normalisation)
         self._processor = _processor(model)
         self.vocabulary: int = self._processor.vocab_size()
         self._control = frozenset(filter(self._processor.is_control, range(self.vocabulary)))
+        self._samplers: dict[float, Sampler] = {}
 
-    def __reduce__(self) -> tuple[type[Side], tuple[bytes, str]]:
-        return Side, (self.model, self.normalisation)
+    def __reduce__(self) -> tuple[type[Side], tuple[bytes, str, tuple[str, ...]]]:
+        return Side, (self.model, self.normalisation, self.placeholders)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text's pieces, without beginning and end of sentence."""
@@ -126,36 +125,23 @@ class Side:
     def sample(self, ids: Sequence[Sequence[int]], *, alpha: float, seed: int) -> list[list[int]]:
         """The same sentences cut into pieces at random: BPE dropout, or a draw from the unigram lattice.
 
-        `alpha` is the probability of leaving out a merge for BPE; for unigram it sharpens the draw, and the
-        most probable pieces come as it grows. The result depends on the arguments alone, not on what was
-        drawn before or in which thread. Control symbols at the beginning stay there, and a sentence with
-        unknown pieces is returned as it is, because its text is lost.
+        `alpha` is the probability of overlooking a merge for BPE; for unigram it sharpens the draw, and the
+        most probable pieces come as it grows. The result depends on the arguments and the model alone: not
+        on the process, the thread, or what was drawn before. Special symbols, placeholders, bytes and
+        unknown pieces stay as they are.
         """
-        sentences = [[int(token) for token in sentence] for sentence in ids]
-        heads = [self._head(sentence) for sentence in sentences]
-        texts = [self.decode(sentence[head:]) for sentence, head in zip(sentences, heads, strict=True)]
-        drawn: list[list[int]] = []
+        sampler = self._samplers.get(alpha)
+        if sampler is None:
+            sampler = self._samplers[alpha] = self._sampler(alpha)
+        return sampler.sample(ids, seed=seed)
 
-        def draw() -> None:
-            drawn.extend(
-                self._processor.encode(texts, enable_sampling=True, nbest_size=-1, alpha=alpha, num_threads=1)
-            )
-
-        # Some versions of sentencepiece read the seed only once in a thread, so the thread has to be new.
-        with _SAMPLING:
-            sentencepiece.set_random_generator_seed(seed % 2**32)
-            worker = threading.Thread(target=draw)
-            worker.start()
-            worker.join()
-        assert len(drawn) == len(sentences), "sentencepiece could not encode what it had decoded"
-        return [
-            sentence if UNK in sentence else sentence[:head] + body
-            for sentence, head, body in zip(sentences, heads, drawn, strict=True)
-        ]
-
-    def _head(self, sentence: Sequence[int]) -> int:
-        """How many control symbols the sentence begins with."""
-        return next((n for n, token in enumerate(sentence) if token not in self._control), len(sentence))
+    def _sampler(self, alpha: float) -> Sampler:
+        ids, model = range(self.vocabulary), self._processor
+        kept = {model.piece_to_id(placeholder) for placeholder in self.placeholders}
+        for stays in (model.is_control, model.is_unknown, model.is_byte, model.is_unused):
+            kept.update(filter(stays, ids))
+        pieces = [None if token in kept else model.id_to_piece(token) for token in ids]
+        return Sampler(pieces, [model.get_score(token) for token in ids], alpha=alpha)
 
 
 class Tokenizer:
@@ -166,9 +152,10 @@ class Tokenizer:
         self.settings = settings
         self.models = tuple(models)
         self.joint = len(models) == 1
-        self.source = Side(models[0], settings.normalise_source)
+        self.source = Side(models[0], settings.normalise_source, settings.placeholders)
         same = self.joint and settings.normalise_source == settings.normalise_target
-        self.target = self.source if same else Side(models[-1], settings.normalise_target)
+        other = (models[-1], settings.normalise_target, settings.placeholders)
+        self.target = self.source if same else Side(*other)
         self.fingerprint = _fingerprint(settings, self.models)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Settings, tuple[bytes, ...]]]:
