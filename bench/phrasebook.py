@@ -20,7 +20,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
-        report = [sys.executable, "data/demo_report.py", "models/phrasebook", "--json", str(out)]
+        report = [sys.executable, "data/demo_report.py", "models/demo", "--json", str(out)]
         subprocess.run(report, cwd=ROOT, check=True)
         figures = json.loads(out.read_bytes())
     figures["demo_seconds"] = round(seconds, 1)

@@ -3,7 +3,7 @@
 # `make demo` runs it; with trmt and python on the PATH it runs from any checkout.
 set -eu
 cd "$(dirname "$0")/.."
-run=models/phrasebook
+run=models/demo
 # What an earlier demo with other settings left would be another run.
 rm -rf "$run"
 

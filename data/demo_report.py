@@ -1,6 +1,6 @@
 """The end of the demo: translate the held-out sentences with the averaged model, score them, report.
 
-python data/demo_report.py models/phrasebook [--json figures.json]
+python data/demo_report.py models/demo [--json figures.json]
 """
 
 from __future__ import annotations

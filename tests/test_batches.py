@@ -187,7 +187,7 @@ def test_subword_sampling_is_keyed_by_position_and_keeps_the_text(tmp_path: Path
             data,
             BatchConfig(tokens=120, subword_alpha=0.3),
             seed=1,
-            resample=resample_with(tokenizer, 0.3),
+            resample=resample_with(tokenizer, 0.3, 1000),
         )
 
     whole = list(islice(sampled().steps(Position(0, 0)), 6))

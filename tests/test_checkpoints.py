@@ -156,3 +156,15 @@ def test_the_default_is_the_named_or_the_newest(
     monkeypatch.setenv("TRMT_MODEL", str(run / "nothing"))
     with pytest.raises(BundleError, match="nothing"):
         default_bundle(models)
+
+
+def test_an_average_older_than_its_run_is_said(
+    run: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = [add(run, tokenizer, step, 1.0) for step in (1, 2)]
+    checkpoints.average([point.folder for point in points[::-1]], run / "average")
+    assert find_bundle(run) == run / "average"
+    assert not capsys.readouterr().err
+    add(run, tokenizer, 3, 9.0)
+    assert find_bundle(run) == run / "average"
+    assert "run trmt average" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import bundles, checkpoints
-from trmt.batches import Examples, halves
+from trmt.batches import BatchConfig, Batches, Examples, halves
 from trmt.checkpoints import find_bundle
 from trmt.config import tree_of
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
@@ -64,21 +65,48 @@ def wait_for(process: subprocess.Popen[bytes], run: Path, pattern: str) -> None:
         time.sleep(0.001)
 
 
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in run.glob("step-*")), default=0)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+
+
+def kill_after_progress(process: subprocess.Popen[bytes], run: Path, *, since: int, pause: float = 0) -> None:
+    """Kill it once it has saved a step after `since`, the newest one before it was started."""
+    deadline = time.monotonic() + 120
+    while newest(run) <= since and process.poll() is None:
+        assert time.monotonic() < deadline, f"no step after {since} in {run}"
+        time.sleep(0.001)
+    time.sleep(pause)
+    kill(process)
+    assert newest(run) > since
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+# More than any machine does before it is killed; where to end is settled once the killing is over.
+ENDLESS = ("--set", "training.steps=1000000")
+
+
+@posix
 def test_a_run_killed_by_force_ends_with_the_same_weights(toy_set: Path, tmp_path: Path, run: Path) -> None:
     recipe = toy.recipe(tmp_path, {**ALL, "validation": {"every": 30}})
-    train(options(tmp_path / "whole", toy_set, recipe))
     # The command line translates while validating; this run looks at the loss only, like its twin.
-    process = spawn(run, toy_set, recipe)
-    wait_for(process, run, "step-00000020")
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run is meant to be killed before its end"
-    train(options(run, toy_set, recipe))
-    assert len(log(run, "resume")) == 1
-    assert final(run, 150) == final(tmp_path / "whole", 150)
+    for _ in range(2):
+        kill_after_progress(spawn(run, toy_set, recipe, *ENDLESS), run, since=newest(run))
+    last = newest(run) + 25
+    for folder in (run, tmp_path / "whole"):
+        train(options(folder, toy_set, recipe, f"training.steps={last}"))
+    assert len(log(run, "resume")) == 2
+    assert final(run, last) == final(tmp_path / "whole", last)
     assert not list(run.glob(".partial*"))
 
 
+@posix
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     toy_set: Path, tmp_path: Path, run: Path
@@ -86,27 +114,24 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     changes = {
         "batches": {"tokens": 150},
         "optim": {"ema": 0.9},
-        "training": {"steps": 120, "save_every": 5, "keep_best": 3, "patience": 100},
+        "training": {"save_every": 5, "keep_best": 3, "patience": 100_000},
         "validation": {"every": 10, "metric": "chrf", "sentences": 10},
     }
     recipe = toy.recipe(tmp_path, changes)
-    whole = tmp_path / "whole"
-    spawn(whole, toy_set, recipe).communicate()
     chooser = np.random.default_rng(5)
-    kills = 0
     # Once while a checkpoint is being written, then whenever.
-    for pattern in (".partial-step*", "step-0000002*", "step-0000004*", "step-0000007*"):
-        process = spawn(run, toy_set, recipe)
-        wait_for(process, run, pattern)
-        time.sleep(float(chooser.uniform(0, 0.1)))
-        process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills >= 3
-    process = spawn(run, toy_set, recipe)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
-    assert final(run, 120) == final(whole, 120)
+    process = spawn(run, toy_set, recipe, *ENDLESS)
+    wait_for(process, run, ".partial-step*")
+    kill(process)
+    for _ in range(4):
+        process = spawn(run, toy_set, recipe, *ENDLESS)
+        kill_after_progress(process, run, since=newest(run), pause=float(chooser.uniform(0, 0.1)))
+    last, whole = newest(run) + 25, tmp_path / "whole"
+    for folder in (run, whole):
+        process = spawn(folder, toy_set, recipe, "--set", f"training.steps={last}")
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert final(run, last) == final(whole, last)
     ranks = [[point.step for point in checkpoints.ranked(checkpoints.steps(r))] for r in (run, whole)]
     assert ranks[0] == ranks[1]
     assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in whole.iterdir())
@@ -536,6 +561,76 @@ def test_sentences_longer_than_the_network_are_refused_at_the_start(
     with pytest.raises(ConfigError, match=r"sentences of \d+ tokens, the network positions for 5; raise"):
         train(options(run, toy_set, toy.recipe(tmp_path), "network.longest=5"))
     assert not run.exists()
+
+
+def test_a_folder_without_checkpoints_begins_anew(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    run.mkdir()
+    (run / "config.toml").write_text("[optim]\nlr = 5.0\n[training]\nsteps = 3\n", encoding="utf-8")
+    train(options(run, toy_set, toy.recipe(tmp_path)))
+    assert checkpoints.steps(run)[-1].step == 6
+
+
+def test_a_run_remembers_its_data(
+    toy_set: Path, separate_set: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(options(run, toy_set, toy.recipe(tmp_path), "training.steps=3"))
+    (tmp_path / "data").mkdir()
+    shutil.copytree(separate_set, tmp_path / "data" / "newer")
+    train(TrainOptions(run=run, settings=["training.steps=6"]))
+    assert checkpoints.steps(run)[-1].step == 6
+    with pytest.raises(DataError, match="is not the data that"):
+        train(TrainOptions(run=run, data=separate_set, settings=["training.steps=9"]))
+
+
+def test_fine_tuning_that_stopped_early_starts_from_its_weights_again(
+    toy_set: Path, tmp_path: Path, run: Path
+) -> None:
+    recipe = toy.recipe(tmp_path)
+    parents = [tmp_path / "one", tmp_path / "two"]
+    for number, parent in enumerate(parents):
+        train(options(parent, toy_set, recipe, f"training.seed={number}"))
+    twin, tuned = tmp_path / "twin", run
+    train(options(twin, toy_set, recipe, init_from=parents[0]))
+    train(options(tuned, toy_set, recipe, init_from=parents[0]))
+    for point in checkpoints.steps(tuned):  # as if it had been stopped before the first of them
+        shutil.rmtree(point.folder)
+    train(TrainOptions(run=tuned))
+    assert final(tuned, 6)[:2] == final(twin, 6)[:2]
+    with pytest.raises(ConfigError, match="was begun with --init-from"):
+        train(options(tuned, toy_set, recipe, init_from=parents[1]))
+
+
+def test_two_processes_cannot_share_a_run(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    run.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (run / "lock").write_text(f"{other.pid} {platform.node()}", encoding="utf-8")
+        with pytest.raises(TrmtError, match=rf"process {other.pid} .* is at work in .*; wait for it"):
+            train(options(run, toy_set, toy.recipe(tmp_path)))
+    finally:
+        other.communicate(b"\n")
+    train(options(run, toy_set, toy.recipe(tmp_path)))  # its owner has gone: taken over
+    assert checkpoints.steps(run)[-1].step == 6 and not (run / "lock").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_translated_with(
+    toy_set: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> Validation:
+        raise AssertionError("translated with weights that are no numbers")
+
+    wild = ["optim.lr=1e30", "validation.every=2", "validation.metric=chrf", "validation.sentences=5"]
+    with pytest.raises(TrmtError, match="training fell apart"):
+        train(options(run, toy_set, toy.recipe(tmp_path), "training.steps=60", *wild), refuse)
+    assert "not a number" in capsys.readouterr().err
+
+
+def test_sampled_sentences_never_outgrow_the_network(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    longest = int(Batches(PreparedSet.open(toy_set), BatchConfig(), seed=1).lengths.max())
+    settings = ["batches.subword_alpha=0.9", f"network.longest={longest}", "training.epochs=1"]
+    train(options(run, toy_set, toy.recipe(tmp_path), *settings))
+    assert checkpoints.steps(run)
 
 
 def test_epochs_end_training(toy_set: Path, tmp_path: Path, run: Path) -> None:

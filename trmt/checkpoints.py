@@ -178,9 +178,14 @@ def find_bundle(place: Path) -> Path:
     if bundles.is_bundle(place):
         return place
     recover(place / AVERAGE)
-    if bundles.is_bundle(place / AVERAGE):
-        return place / AVERAGE
     found = steps(place)
+    if bundles.is_bundle(place / AVERAGE):
+        averaged = bundles.read_manifest(place / AVERAGE).training.get("averaged", [])
+        if found and found[-1].folder.name > max(averaged, default=""):
+            console.warn(
+                f"{place / AVERAGE} is older than {found[-1].folder}; run trmt average {place} again"
+            )
+        return place / AVERAGE
     if not found:
         raise BundleError(f"there is no model in {place}; name a bundle or a run folder that has one")
     return (ranked(found) or found[::-1])[0].folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 from trmt.errors import TrmtError
 
+LOCK = "lock"
 PARTIAL = ".partial-"  # marks what a killed command left behind; never read, swept by the next writer
 
 
@@ -108,6 +110,51 @@ def _sync_folder(folder: Path) -> None:
         if file.is_file():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Make `folder` if need be, and keep it to this process; a second one is refused with a sentence.
+
+    The lock of a process that was killed is recognised by its number, and taken over.
+    """
+    lock = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            try:
+                with lock.open("x", encoding="utf-8") as stream:
+                    stream.write(f"{os.getpid()} {platform.node()}")
+                break
+            except FileExistsError:
+                owner = lock.read_text(encoding="utf-8").split()
+                if len(owner) == 2 and (owner[1] != platform.node() or _runs(int(owner[0]))):
+                    raise TrmtError(
+                        f"process {owner[0]} on {owner[1]} is at work in {folder}; wait for it, or remove "
+                        f"{lock} if it is gone"
+                    ) from None
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        raise _advice(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process with this number, other than this one."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":  # there, asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,18 @@ from trmt.shards import PreparedSet
 from trmt.tokenizer import Tokenizer
 
 DATA = Path("data")
+FOLLOWS_THE_END = ("linear", "cosine")  # schedules
+ORIGIN = "origin.json"  # in a run folder: what the run was begun with
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run was begun with, so that it can go on from its folder alone."""
+
+    data: str
+    fingerprint: str  # of the data
+    init_from: str | None = None
+    init_weights: str | None = None  # their checksum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +43,37 @@ class TrainOptions:
     init_from: Path | None = None
     dry_run: bool = False
     trust_code: bool = False
+
+
+def remembered(options: TrainOptions) -> TrainOptions:
+    """The options with what the named run folder remembers of its beginning filled in."""
+    origin = read_origin(options.run) if options.run else None
+    if not origin or not options.run:
+        return options
+    init_from = options.init_from
+    if init_from is None and origin.init_from and not checkpoints.steps(options.run):
+        init_from = Path(origin.init_from)
+    return replace(options, data=options.data or Path(origin.data), init_from=init_from)
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """What the run in `folder` was begun with; None where there is none yet."""
+    path = folder / ORIGIN
+    try:
+        return build(Origin, json.loads(path.read_bytes()), where=str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {path}: {error}; name another run folder") from error
+
+
+def origin_of(options: TrainOptions, data: PreparedSet) -> Origin:
+    """What a run with these options begins with."""
+    if not options.init_from:
+        return Origin(str(data.folder), data.fingerprint)
+    place = checkpoints.find_bundle(options.init_from)
+    weights = bundles.read_manifest(place).weights.get("sha256")
+    return Origin(str(data.folder), data.fingerprint, str(options.init_from), weights)
 
 
 def default_data() -> Path:
@@ -87,10 +131,21 @@ def _sizes(tokenizer: Tokenizer) -> Tree:
     }
 
 
-def same_run(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe to go on with; a difference that would make it another run is refused by name."""
-    if not (folder / CONFIG).is_file():
-        return recipe
+def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
+    """Refuse by name what would make a run that has checkpoints another one."""
+    if not checkpoints.steps(folder):
+        return
+    began = read_origin(folder)
+    if began and began.fingerprint != origin.fingerprint:
+        raise DataError(
+            f"{origin.data} is not the data that {folder} was trained on; prepare it as before, or name "
+            "another run folder to start a new run"
+        )
+    if began and origin.init_from and began.init_weights != origin.init_weights:
+        raise ConfigError(
+            f"{folder} was begun with --init-from {began.init_from} and cannot go on from the weights of "
+            f"{origin.init_from}; name another run folder"
+        )
     before = build(Recipe, read_toml(folder / CONFIG), where=str(folder / CONFIG))
     changed = differences(before, recipe)
     for key, (old, new) in changed.items():
@@ -101,4 +156,8 @@ def same_run(folder: Path, recipe: Recipe) -> Recipe:
             )
     for key, (old, new) in changed.items():
         console.say(f"{key}: {old!r} -> {new!r}")
-    return recipe
+    if {"training.steps", "training.epochs"} & changed.keys() and recipe.optim.schedule in FOLLOWS_THE_END:
+        console.warn(
+            f'optim.schedule = "{recipe.optim.schedule}" follows the new end: the learning rate is not what '
+            "it would have been had the end been known from the start"
+        )

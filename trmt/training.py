@@ -26,10 +26,18 @@ from trmt.batches import Batches, Column, Examples, Position
 from trmt.checkpoints import CONFIG, LOG, MODELS
 from trmt.config import to_toml, tree_of
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.files import atomic_file, sweep
+from trmt.files import atomic_file, only_one, sweep, write_json
 from trmt.learner import Learner, is_out_of_memory
 from trmt.logbook import Clock, Logbook
-from trmt.planning import TrainOptions, default_data, resolved_recipe, same_run
+from trmt.planning import (
+    ORIGIN,
+    TrainOptions,
+    check_same_run,
+    default_data,
+    origin_of,
+    remembered,
+    resolved_recipe,
+)
 from trmt.recipe import Recipe, safe_name
 from trmt.shards import PreparedSet
 from trmt.tokenizer import Tokenizer
@@ -72,37 +80,43 @@ def train(options: TrainOptions, validate: Validate | None = None) -> Path:
 
     `validate` translates and scores the dev set; without it only the loss is looked at.
     """
+    options = remembered(options)
     data = PreparedSet.open(options.data or default_data())
     tokenizer = Tokenizer.load(data.tokenizer_folder)
     recipe, name = resolved_recipe(options, data, tokenizer, translates=validate is not None)
     run_folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
-    recipe = same_run(run_folder, recipe)
+    check_same_run(run_folder, recipe, origin_of(options, data))
     run = Run(run_folder, recipe, data, tokenizer, validate=validate, options=options)
     if options.dry_run:
         run.describe()
         return run_folder
     try:
-        run.begin()
-        run.loop()
+        with only_one(run_folder):
+            run.begin()
+            run.loop()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise TrmtError(
-            f"there is not enough memory for this network on {run.learner.device}; use a smaller one, "
-            "lower batches.tokens, or another device"
+            f"there is not enough memory for this network on {run.learner.device}; use a smaller one or "
+            "lower batches.tokens in a new run folder, or another device in this one"
         ) from error
     finally:
         run.close()
     return run_folder
 
 
-def resample_with(tokenizer: Tokenizer, alpha: float) -> Callable[[str, Column, int], Column]:
-    """Subword sampling as a transform of batches."""
+def resample_with(tokenizer: Tokenizer, alpha: float, longest: int) -> Callable[[str, Column, int], Column]:
+    """Subword sampling as a transform of batches; a draw of more than `longest` pieces is not taken."""
 
     def resample(name: str, column: Column, seed: int) -> Column:
         side = tokenizer.source if name.startswith("source") else tokenizer.target
         sentences = np.split(column.ids, np.cumsum(column.lengths)[:-1])
-        drawn = side.sample([sentence.tolist() for sentence in sentences], alpha=alpha, seed=seed)
+        before = [sentence.tolist() for sentence in sentences]
+        drawn = [
+            after if len(after) <= longest else sentence
+            for sentence, after in zip(before, side.sample(before, alpha=alpha, seed=seed), strict=True)
+        ]
         lengths = np.array([len(sentence) for sentence in drawn], dtype=np.int64)
         ids = np.array([token for sentence in drawn for token in sentence], dtype=np.int64)
         return Column(ids, lengths)
@@ -125,17 +139,14 @@ class Run:
     ) -> None:
         self.folder, self.recipe, self.data, self.tokenizer = folder, recipe, data, tokenizer
         self.validate, self.options = validate, options
-        alpha = recipe.batches.subword_alpha
-        self.batches = Batches(
-            data,
-            recipe.batches,
-            seed=recipe.training.seed,
-            resample=resample_with(tokenizer, alpha) if alpha else None,
-        )
+        self.batches = Batches(data, recipe.batches, seed=recipe.training.seed)
         self.dev = Batches(data, recipe.batches, seed=0, split="dev") if "dev" in data.splits else None
         # Epochs differ by a batch or so; the first one's length stands for all.
         self.steps_per_epoch = len(self.batches.plan(0))
         self.learner = Learner(recipe, steps=self.last_step or 0)
+        self.positions = int(getattr(self.learner.net.config, "longest", 1 << 30))
+        if alpha := recipe.batches.subword_alpha:
+            self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
         self.logbook: Logbook | None = None
         self.progress = Progress()
         self.signal: int | None = None
@@ -144,13 +155,12 @@ class Run:
 
     def _check(self) -> None:
         """What cannot work is said before the first step."""
-        positions = int(getattr(self.learner.net.config, "longest", 1 << 30))
         for batches in (self.batches, self.dev):
-            if batches and batches.lengths.max() > positions:
+            if batches and batches.lengths.max() > self.positions:
                 raise ConfigError(
                     f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network "
-                    f"positions for {positions}; raise network.longest, or prepare the data with a lower "
-                    "--max-length"
+                    f"positions for {self.positions}; raise network.longest, or prepare the data with a "
+                    "lower --max-length"
                 )
         if not self.dev and self.recipe.training.patience and not self.last_step:
             raise ConfigError(
@@ -174,7 +184,6 @@ class Run:
 
     def begin(self) -> None:
         """Take up the newest checkpoint, or start a new run folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
         state = checkpoints.newest_state(self.folder)
         if state:
@@ -188,6 +197,8 @@ class Run:
         self.logbook = Logbook(self.folder / LOG, step=self.progress.step)
         with atomic_file(self.folder / CONFIG) as stream:
             stream.write(to_toml(tree_of(self.recipe)).encode())
+        if not state:
+            write_json(self.folder / ORIGIN, tree_of(origin_of(self.options, self.data)))
         learner = self.learner
         self.log(
             "resume" if state else "begin",
@@ -217,7 +228,8 @@ class Run:
         """Train to the end of the recipe, to the end of patience, or until a signal."""
         recipe, progress, last = self.recipe, self.progress, self.last_step
         if self.finished():
-            console.say(f"{self.folder} has ended at step {progress.step:,}; raise training.steps to go on")
+            limit = "training.steps" if last is not None and progress.step >= last else "training.patience"
+            console.say(f"{self.folder} has ended at step {progress.step:,}; raise {limit} to go on")
             return
         stream = self.batches.steps(Position(progress.epoch, progress.position))
         mark = Clock(progress.target_tokens)
@@ -300,8 +312,11 @@ class Run:
         began = time.monotonic()
         with self.learner.at_rest():
             loss = self.learner.dev_loss(self.dev)
-            net = self.learner.net
-            found = self.validate(net, self.tokenizer, self.data, self.recipe) if self.validate else None
+            net, found = self.learner.net, None
+            if not math.isfinite(loss):
+                console.warn("the dev loss is not a number; nothing is translated with these weights")
+            elif self.validate:
+                found = self.validate(net, self.tokenizer, self.data, self.recipe)
         scores: list[dict[str, Any]] = [
             {"metric": "loss", "value": loss, "signature": "nats per target token, dev set"}
         ]

@@ -29,7 +29,7 @@ def command(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. [default: the best there is]")
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", help="CPU threads. [default: all]")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all.")] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would take: parameters, memory, steps.")
     ] = False,
