@@ -15,7 +15,7 @@ from tests.fakes import small_network
 from trmt import bundles
 from trmt.arch.base import Ragged, Seq2Seq, Source
 from trmt.bundles import describe, load_bundle, read_manifest, read_weights, save_bundle
-from trmt.errors import BundleError
+from trmt.errors import BundleError, ConfigError
 from trmt.registry import ARCHITECTURES
 from trmt.tokenizer import Tokenizer
 
@@ -181,3 +181,12 @@ def test_the_manifest_can_be_changed(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert after.scores == scores
     assert after.weights == before.weights
     assert load_bundle(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("longest", [10**15, 10**30])
+@pytest.mark.parametrize("architecture", ["transformer", "conv"])
+def test_sizes_that_no_machine_could_hold_are_one_sentence(architecture: str, longest: int) -> None:
+    options = {"source_vocabulary": 9, "target_vocabulary": 9, "longest": longest}
+    with pytest.raises(ConfigError, match="choose smaller ones") as caught:
+        bundles.build_network(architecture, options)
+    assert "\n" not in str(caught.value)

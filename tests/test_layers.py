@@ -12,7 +12,10 @@ from tests.fakes import random_sentences, small_network
 from trmt.arch import layers
 from trmt.arch.base import Source
 from trmt.arch.rnn import RNN, Cell, gru
+from trmt.config import tree_of
 from trmt.engines.linear import eager
+from trmt.errors import ConfigError
+from trmt.registry import ARCHITECTURES, resolve
 
 
 @pytest.mark.parametrize("width", [2, 6, 64, 7])
@@ -88,3 +91,13 @@ def test_the_frozen_encoder_is_torchs_gru() -> None:
         expected, _ = net.encoder(net.source_embedding(torch.tensor([sentence])))
         found = memory["states"][row, : len(sentence)]
         torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_sizes_and_fractions_out_of_range_are_refused(architecture: str) -> None:
+    kind = resolve(ARCHITECTURES, architecture).config_class
+    good = {"source_vocabulary": 9, "target_vocabulary": 9}
+    for name, value in tree_of(kind(**good)).items():
+        for wrong in {int: (0, -2), float: (-0.1, 1.0, math.nan)}.get(type(value), ()):
+            with pytest.raises(ConfigError, match=rf"network\.{name} = "):
+                kind(**{**good, name: wrong})

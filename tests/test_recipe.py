@@ -78,6 +78,8 @@ def test_another_architecture_takes_its_own_network_along() -> None:
         (["training.stpes=5"], "did you mean 'steps'"),
         (["training.steps=0", "training.patience=0"], "nothing would end this training"),
         (["training.steps=-1"], "at least 0"),
+        (["training.seed=-1"], "seed"),
+        (["optim.lr=nan"], "optim.lr = nan is not a finite number"),
         (["training.log_every=0"], "at least 1"),
         (["training.keep_last=0"], "at least 1"),
         (["training.precision=fp8"], "choose one of"),

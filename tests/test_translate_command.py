@@ -59,6 +59,10 @@ def trmt(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyP
         (["--n-best", "9"], ["--n-best 9", "beam"]),
         (["--beam", "0"], ["beam", "at least 1"]),
         (["--device", "abacus"], ["abacus", "auto"]),
+        (["--device", "cuda:x"], ["cuda:x", "auto"]),
+        (["--device", "cuda:999"], ["cuda:999", "auto"]),
+        (["--device", "cpu:-1"], ["cpu:-1", "auto"]),
+        (["--length-penalty", "11"], ["length penalty", "10"]),
     ],
     ids=str,
 )
@@ -157,8 +161,8 @@ def test_what_could_not_be_translated_as_it_was_is_named(trmt: Command, bundle: 
     code, out, err = trmt("translate", bundle, "--max-length", "5", stdin=data)
     assert code == 0 and out.count(b"\n") == 5 and b"\n\n" not in out
     split, undecodable = err.splitlines()
-    assert split.startswith("warning: line longer") and split.endswith(": 3")
-    assert undecodable.startswith("warning: 2 lines not valid UTF-8") and undecodable.endswith(": 2, 4")
+    assert split == "warning: line 3 is longer than anything in training and was translated in pieces"
+    assert undecodable.startswith("warning: 2 lines are not valid UTF-8; ") and undecodable.endswith(": 2, 4")
 
 
 def test_a_closed_stream_is_one_sentence(

@@ -26,7 +26,7 @@ import trmt
 from trmt import tokenizer as tokenizers
 from trmt.arch.base import Seq2Seq
 from trmt.config import build, tree_of
-from trmt.errors import BundleError, TrmtError
+from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.files import atomic_folder, checksum, write_json
 from trmt.registry import ARCHITECTURES, resolve
 from trmt.tokenizer import Tokenizer
@@ -70,7 +70,15 @@ def build_network(architecture: str, options: Mapping[str, Any], *, trust_code: 
     """A network with fresh weights."""
     network = resolve(ARCHITECTURES, architecture, trust_code=trust_code)
     config = build(network.config_class, dict(options), where="network")
-    return network(config)
+    try:
+        return network(config)
+    except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        # Torch's own words for sizes that no machine could hold; they go on for lines.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"cannot make a network of architecture {architecture!r} with these sizes ({reason}); "
+            "choose smaller ones"
+        ) from error
 
 
 def describe(net: Seq2Seq, architecture: str, tokenizer: Tokenizer, **rest: Any) -> Manifest:

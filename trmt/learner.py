@@ -32,7 +32,7 @@ BAD_STEPS = 20  # steps in a row without a usable gradient after which training 
 class Learned:
     """What one step saw."""
 
-    nll: Any  # sum of negative log likelihoods; on a GPU a tensor, so that nobody waits for it
+    nll: Any  # sum of negative log likelihoods; kept as a tensor: a number would make us wait for the device
     tokens: int
     usable: bool  # whether the gradient was finite and the step taken
 
@@ -195,6 +195,7 @@ class Learner:
         """What must be the same for a resumed run to be the same to the last bit."""
         return {
             "torch": torch.__version__,
+            "numpy": np.__version__,
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "precision": self.precision,

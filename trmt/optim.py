@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -29,15 +29,19 @@ class OptimConfig:
     ema: float = 0.0  # decay of the running mean of weights, which is then what is kept; 0 is off
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"optim.{field.name} = {value} is not a finite number; choose one")
         if self.lr <= 0 or self.warmup < 0 or not 0 <= self.ema < 1 or self.clip < 0:
             raise ConfigError(
                 "optim.lr must be above 0, optim.warmup and optim.clip at least 0, "
                 "optim.ema from 0 to below 1"
             )
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1) or min(self.epsilon, self.weight_decay) < 0:
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1) or self.epsilon <= 0 or self.weight_decay < 0:
             raise ConfigError(
                 "optim.beta1 and optim.beta2 are from 0 to below 1, "
-                "optim.epsilon and optim.weight_decay at least 0"
+                "optim.epsilon above 0, and optim.weight_decay at least 0"
             )
         if self.schedule == "paper" and not self.warmup:
             raise ConfigError('optim.schedule = "paper" needs optim.warmup; set it above 0')

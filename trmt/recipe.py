@@ -34,8 +34,10 @@ class TrainingConfig:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.epochs, self.patience, self.save_every, self.keep_best) < 0:
-            raise ConfigError("training's steps, epochs, patience, save_every, keep_best are at least 0")
+        if min(self.steps, self.epochs, self.patience, self.seed, self.save_every, self.keep_best) < 0:
+            raise ConfigError(
+                "training's steps, epochs, patience, seed, save_every and keep_best are at least 0"
+            )
         if self.log_every < 1 or self.keep_last < 1:
             raise ConfigError("training.log_every and training.keep_last are at least 1")
 

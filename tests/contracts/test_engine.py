@@ -19,6 +19,7 @@ from trmt.decode.beam import Beam
 from trmt.decode.greedy import Greedy
 from trmt.decode.sampling import Sampling
 from trmt.engines.base import Batching, Engine, Request
+from trmt.errors import ConfigError
 from trmt.registry import ARCHITECTURES, ENGINES, resolve
 
 BOS, EOS, BANNED = 1, 2, (0, 1, 3)
@@ -219,3 +220,11 @@ def test_training_mode_does_not_matter() -> None:
     for name, net in networks(dropout=0.5):
         expected = translated(engine_of("eager", net.eval(), Beam()), requests)
         assert translated(engine_of("eager", net.train(), Beam()), requests) == expected, name
+
+
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_a_network_that_couples_its_batch_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_network("rnn")
+    monkeypatch.setattr(type(net), "couples_batch", True)
+    with pytest.raises(ConfigError, match="sentences beside them"):
+        resolve(ENGINES, name)(net, Greedy(), bos=BOS, eos=EOS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,5 +118,18 @@ def test_huge_logits_stay_finite() -> None:
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.0])
 def test_smoothing_out_of_range_is_refused(wrong: float) -> None:
-    with pytest.raises(ConfigError, match="label_smoothing"):
+    with pytest.raises(ConfigError, match=r"loss\.label_smoothing"):
         TranslationConfig(label_smoothing=wrong)
+
+
+def test_losses_that_would_be_left_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
+    net = small_network("rnn")
+    plain = net.forward
+
+    def with_aux(*args: Any, **options: Any) -> Any:
+        return replace(plain(*args, **options), aux={"balance": (torch.tensor(1.0), torch.tensor(1))})
+
+    monkeypatch.setattr(net, "forward", with_aux)
+    with pytest.raises(ConfigError, match="balance"):
+        objective.loss(net, objective.collate(examples(), CPU))

@@ -397,6 +397,8 @@ def test_every_lot_has_a_token() -> None:
     [
         (Beam, {"size": 0}),
         (Beam, {"length_penalty": -1.0}),
+        (Beam, {"length_penalty": 10.5}),
+        (Beam, {"length_penalty": math.nan}),
         (Beam, {"size": 2, "n_best": 3}),
         (Beam, {"n_best": 0}),
         (Sampling, {"temperature": -0.1}),

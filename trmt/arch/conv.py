@@ -38,6 +38,7 @@ class ConvS2SConfig:
     longest: int = 1024  # positions there are
 
     def __post_init__(self) -> None:
+        layers.check_sizes(self)
         if self.kernel % 2 == 0:
             raise ConfigError(f"kernel = {self.kernel} has no middle; choose an odd number")
 

@@ -7,7 +7,7 @@ decoding), C columns of the store, J slots of the store (C * K), H heads, D widt
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -16,10 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trmt.arch.base import Linear
+from trmt.errors import ConfigError
 
 # On the CPU, attention gives the same bits for any padding when the number of keys is a multiple of this.
 KEY_MULTIPLE = 16
 FIRST_COLUMNS = 32  # of a new store
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse a config whose whole numbers, all sizes, or fractions, all dropouts, are out of range."""
+    for name, value in ((field.name, getattr(config, field.name)) for field in fields(config)):
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"network.{name} = {value} is too small; set it to at least 1")
+        if isinstance(value, float) and not 0 <= value < 1:
+            raise ConfigError(f"network.{name} = {value} is out of range; set it from 0 to below 1")
 
 
 def key_multiple(net: Any) -> int:

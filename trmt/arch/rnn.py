@@ -33,6 +33,9 @@ class RNNConfig:
     tied: Literal["target", "none"] = "target"  # whether the output shares the target embedding
     longest: int = 1024  # it has no positions; the limit keeps translations from running away
 
+    def __post_init__(self) -> None:
+        layers.check_sizes(self)
+
 
 class Cell(nn.Module):
     """The weights of one GRU step; `gru` is its arithmetic."""

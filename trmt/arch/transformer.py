@@ -44,6 +44,7 @@ class TransformerConfig:
     longest: int = 1024  # positions there are
 
     def __post_init__(self) -> None:
+        layers.check_sizes(self)
         if self.width % self.heads:
             raise ConfigError(f"width = {self.width} cannot be divided into heads = {self.heads}; change one")
         if self.positions == "rotary" and self.width // self.heads % 2:

@@ -131,11 +131,25 @@ def _leave(error: OSError) -> NoReturn:
 def _warn(report: Report) -> None:
     from trmt import console
 
-    for numbers, what in (
-        (report.split, "longer than anything in training, translated in pieces"),
-        (report.undecodable, "not valid UTF-8, what could not be read was replaced"),
-        (report.prefix_cut, "with a prefix longer than any translation, its end was left out"),
+    for numbers, one, several in (
+        (
+            report.split,
+            "is longer than anything in training and was translated in pieces",
+            "are longer than anything in training and were translated in pieces",
+        ),
+        (
+            report.undecodable,
+            "is not valid UTF-8; what could not be read was replaced",
+            "are not valid UTF-8; what could not be read was replaced",
+        ),
+        (
+            report.prefix_cut,
+            "has a prefix longer than any translation; its end was left out",
+            "have prefixes longer than any translation; their ends were left out",
+        ),
     ):
-        if numbers:
+        if len(numbers) == 1:
+            console.warn(f"line {numbers[0]} {one}")
+        elif numbers:
             shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-            console.warn(f"{'line' if len(numbers) == 1 else f'{len(numbers):,} lines'} {what}: {shown}")
+            console.warn(f"{len(numbers):,} lines {several}: {shown}")

@@ -9,7 +9,6 @@ lives could overtake the worst one asked for, whatever it went on with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from trmt.decode.base import Hypothesis, Search, SearchState, top
 from trmt.errors import ConfigError
 
 ROUNDING = 1e-6  # what normalised scores are off by, at most, relative to themselves
+MAX_PENALTY = 10  # as an exponent; far larger ones overflow and make all hypotheses equal
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Beam(Search):
     n_best: int = 1
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.n_best < 1 or not 0 <= self.length_penalty < math.inf:
+        if self.size < 1 or self.n_best < 1 or not 0 <= self.length_penalty <= MAX_PENALTY:
             raise ConfigError(
-                "a beam needs a size of at least 1, a length penalty of at least 0, and at least one result"
+                f"a beam needs a size of at least 1, a length penalty from 0 to {MAX_PENALTY}, "
+                "and at least one result"
             )
         if self.n_best > self.size:
             raise ConfigError(f"--n-best {self.n_best} needs a beam of at least that size, not {self.size}")

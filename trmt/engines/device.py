@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from trmt.errors import ConfigError
-
-KINDS = ("cpu", "cuda", "mps")
 
 
 def choose_device(name: str) -> torch.device:
@@ -17,16 +16,14 @@ def choose_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if name.partition(":")[0] not in KINDS:
-        raise ConfigError(
-            f"there is no device {name!r}; choose auto, {', '.join(KINDS)}, or cuda:1 and so on"
-        )
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise ConfigError(f"there is no device {name!r}; choose auto, cpu, mps, cuda, or cuda:1 and so on")
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{name} was asked for, but torch sees {torch.cuda.device_count()} GPUs; use auto")
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("mps was asked for, but this machine has none; use auto")
-    return device
+    return torch.device(kind, int(number)) if number else torch.device(kind)
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -16,7 +16,7 @@ from trmt.arch.base import Seq2Seq, Source, State, Stepper
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Engine, Request
-from trmt.errors import BundleError
+from trmt.errors import BundleError, ConfigError
 
 COMPACT_AT = 0.25  # share of finished sentences at which the batch is made smaller
 LOOK_EVERY = 8  # steps between two looks at an accelerator, each of which waits for it
@@ -35,6 +35,11 @@ class Eager(Engine):
         banned: Collection[int] = (),
         batching: Batching = Batching(),
     ) -> None:
+        if net.couples_batch:
+            raise ConfigError(
+                f"translations of {type(net).__name__} would depend on the sentences beside them, "
+                "which this engine does not allow; choose another network"
+            )
         self.stepper: Stepper = net.frozen(linear.eager)
         self.search = search
         self.bos, self.eos = bos, eos

@@ -33,7 +33,9 @@ class TranslationConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ConfigError("objective.label_smoothing is from 0 to below 1")
+            raise ConfigError(
+                f"loss.label_smoothing = {self.label_smoothing} is out of range; set it from 0 to below 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,13 @@ class Translation(Objective):
         )
 
     def loss(self, net: Seq2Seq, batch: TranslationBatch) -> Loss:
-        hidden_ND = net(batch.source, batch.before).hidden
-        logits_NV = net.readout(hidden_ND).float()
+        output = net(batch.source, batch.before)
+        if output.aux:
+            raise ConfigError(
+                f"the network has losses of its own ({', '.join(sorted(output.aux))}), which the objective "
+                "translation does not add up; choose another objective or network"
+            )
+        logits_NV = net.readout(output.hidden).float()
         smoothed: Any = SmoothedCrossEntropy.apply  # torch leaves it untyped
         total, nll = smoothed(logits_NV, batch.after_N, self.config.label_smoothing)
         return Loss(total, nll.detach(), batch.after_N.shape[0])
