@@ -55,12 +55,39 @@ def prepare() -> str:
     return table(head, rows) + "\n\n" + " ".join(source(result) for result in results[-1:])
 
 
+def multi30k() -> str:
+    result = load("multi30k-short")
+    figures = result["figures"]
+    rows = [
+        (
+            "steps",
+            f"{figures['steps']:,}",
+            f"stopped by SIGTERM after {figures['stopped_and_resumed_at']:,}, resumed",
+        ),
+        ("from text to score", f"{figures['seconds']:.0f} s", "all commands together"),
+        *(
+            (found["name"], f"{found['value']:.1f}", f"`{found['signature']}`")
+            for found in scores_in(figures["scores"])
+        ),
+    ]
+    return table(("", "", ""), rows) + f"\n\n{source(result)}"
+
+
+def scores_in(tree: object) -> list[dict]:
+    """The scores in what `trmt score --json` printed."""
+    if isinstance(tree, dict):
+        if "signature" in tree:
+            return [tree]
+        tree = list(tree.values())
+    return [found for part in tree for found in scores_in(part)] if isinstance(tree, list) else []
+
+
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TABLES = {"phrasebook": phrasebook, "prepare": prepare}
+TABLES = {"phrasebook": phrasebook, "prepare": prepare, "multi30k": multi30k}
 
 
 def generated(text: str) -> str:
