@@ -83,6 +83,7 @@ def scores_in(tree: object) -> list[dict]:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
