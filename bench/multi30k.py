@@ -55,7 +55,7 @@ def run(work: Path, texts: Path, steps: int) -> dict:
         "steps": steps,
         "stopped_and_resumed_at": stopped,
         "seconds": round(time.perf_counter() - began, 1),
-        "scores": scores,
+        "scores": scores["systems"][0]["scores"],
     }
 
 

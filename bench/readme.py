@@ -67,19 +67,10 @@ def multi30k() -> str:
         ("from text to score", f"{figures['seconds']:.0f} s", "all commands together"),
         *(
             (found["name"], f"{found['value']:.1f}", f"`{found['signature']}`")
-            for found in scores_in(figures["scores"])
+            for found in figures["scores"].values()
         ),
     ]
     return table(("", "", ""), rows) + f"\n\n{source(result)}"
-
-
-def scores_in(tree: object) -> list[dict]:
-    """The scores in what `trmt score --json` printed."""
-    if isinstance(tree, dict):
-        if "signature" in tree:
-            return [tree]
-        tree = list(tree.values())
-    return [found for part in tree for found in scores_in(part)] if isinstance(tree, list) else []
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
