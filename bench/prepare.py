@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from provenance import ROOT, record
 
@@ -81,7 +82,7 @@ def write_corpus(folder: Path, count: int, longest: int) -> None:
                 file.write("".join(picked).encode())
 
 
-def _sentences(chooser, words, lengths):  # type: ignore[no-untyped-def]
+def _sentences(chooser: Any, words: Any, lengths: Any) -> list[str]:
     picked = words[(chooser.zipf(1.2, int(lengths.sum())) - 1) % len(words)].tolist()
     sentences, begin = [], 0
     for length in lengths.tolist():

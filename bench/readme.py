@@ -52,7 +52,7 @@ def prepare() -> str:
         for figures in (result["figures"] for result in results)
     ]
     head = ("pairs", "workers", "pairs/s", "pairs per CPU second", "peak memory, all processes")
-    return table(head, rows) + "\n\n" + " ".join(source(result) for result in results[-1:])
+    return table(head, rows) + "\n\n" + "\n".join(f"- {source(result)}" for result in results)
 
 
 def multi30k() -> str:
