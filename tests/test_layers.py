@@ -35,7 +35,7 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
     table = layers.sinusoids(100, 16)
 
     def score(at: int, other: int) -> float:
-        turned = (layers.rotated(x, table, torch.tensor([p])) for x, p in ((query, at), (key, other)))
+        turned = (layers.rotated(x, table[[p]]) for x, p in ((query, at), (key, other)))
         return float(torch.mul(*turned).sum())
 
     for distance in (0, 1, 7, 30):
@@ -48,9 +48,9 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
 def test_rotary_positions_of_each_sentence() -> None:
     x, table = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(2)), layers.sinusoids(30, 8)
     position_SQ = torch.tensor([[0, 1, 2, 3], [9, 10, 11, 12], [5, 5, 6, 7]])
-    together = layers.rotated(x, table, position_SQ)
+    together = layers.rotated(x, table[position_SQ][:, None])
     for row, position_Q in enumerate(position_SQ):
-        assert torch.equal(layers.rotated(x[row : row + 1], table, position_Q)[0], together[row])
+        assert torch.equal(layers.rotated(x[row : row + 1], table[position_Q])[0], together[row])
 
 
 def test_attention_and_its_weights_agree() -> None:

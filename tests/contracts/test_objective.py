@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from tests.fakes import VOCABULARY, random_sentences, small_network
+from trmt.arch import fused
 from trmt.batches import Column, Examples
 from trmt.config import build
 from trmt.errors import ConfigError
+from trmt.objectives import cross_entropy
 from trmt.objectives.base import Objective, Specials
-from trmt.objectives.translation import SmoothedCrossEntropy, Translation, TranslationConfig
+from trmt.objectives.cross_entropy import SmoothedCrossEntropy
+from trmt.objectives.translation import Translation, TranslationConfig
 from trmt.registry import ARCHITECTURES, OBJECTIVES, resolve
 
 BOS, EOS = 2, 3
@@ -133,3 +136,58 @@ def test_losses_that_would_be_left_out_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(net, "forward", with_aux)
     with pytest.raises(ConfigError, match="balance"):
         objective.loss(net, objective.collate(examples(), CPU))
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_in_chunks_is_the_loss_of_all_logits(
+    smoothing: float, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(fused, "library", lambda: None)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", {"cpu": 0})  # the fewest tokens that can go at once
+    torch.manual_seed(0)
+    hidden = torch.randn(37, 12, requires_grad=True)
+    weight = torch.randn(29, 12, requires_grad=True)
+    target = torch.randint(0, 29, (37,))
+    total, nll = cross_entropy.smoothed_cross_entropy(hidden, weight, target, smoothing)
+    ours = torch.autograd.grad(3 * total, (hidden, weight))
+    logits = hidden @ weight.T
+    expected = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="sum")
+    theirs = torch.autograd.grad(3 * expected, (hidden, weight))
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(nll, F.cross_entropy(logits, target, reduction="sum"))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_in_half_precision_is_near(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 16, requires_grad=True), torch.randn(500, 16, requires_grad=True)
+    target = torch.randint(0, 500, (40,))
+    with torch.autocast("cpu", dtype):
+        total, _ = cross_entropy.smoothed_cross_entropy(hidden, weight, target, 0.1)
+    ours = torch.autograd.grad(total, (hidden, weight))
+    expected = F.cross_entropy(hidden @ weight.T, target, label_smoothing=0.1, reduction="sum")
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    torch.testing.assert_close(total, expected, rtol=0.02, atol=0)
+    for one, other in zip(ours, theirs, strict=True):
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.999
+
+
+def test_padding_counts_for_nothing_in_the_loss() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    target = torch.randint(0, 20, (9,))
+    padded = torch.cat([target, torch.full((7,), -1)])
+    with_padding = torch.cat([hidden, torch.randn(7, 8)])
+    ours = cross_entropy.smoothed_cross_entropy(with_padding, weight, padded, 0.1)
+    theirs = cross_entropy.smoothed_cross_entropy(hidden, weight, target, 0.1)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(
+        torch.autograd.grad(ours[0], (hidden, weight)),
+        torch.autograd.grad(theirs[0], (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)

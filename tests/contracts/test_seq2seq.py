@@ -138,7 +138,8 @@ def test_attention_is_a_distribution_over_the_real_source(net: Seq2Seq) -> None:
     tokens = torch.tensor([[sentence[:1]] for sentence in TARGETS])
     output, _ = stepper.step(tokens, stepper.start(source, hypotheses=1, room=1), want=("attention",))
     assert output.attention is not None
-    torch.testing.assert_close(output.attention[..., 0, :], weights[..., 0, :], **CLOSE)
+    width = min(output.attention.shape[-1], weights.shape[-1])  # behind it there is only padding
+    torch.testing.assert_close(output.attention[..., 0, :width], weights[..., 0, :width], **CLOSE)
 
 
 def beam_of(net: Seq2Seq, prefixes: list[list[list[int]]], *, hypotheses: int, reorders: bool = True):

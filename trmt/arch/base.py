@@ -24,6 +24,14 @@ Product = Callable[[Tensor], Tensor]  # x -> x @ weight.T + bias, on the last ax
 Linear = Callable[[Tensor, Tensor | None], Product]  # (weight, bias) -> product: fp32, int8, ...
 
 
+def cells(lengths_S: Tensor, width: int, *, count: int) -> Tensor:
+    """Where each of `count` tokens in a row lies in a grid with rows of `width`; no device is waited for."""
+    starts_S = lengths_S.cumsum(0) - lengths_S
+    shift_S = torch.arange(len(lengths_S), device=lengths_S.device) * width - starts_S
+    shift_N = torch.repeat_interleave(shift_S, lengths_S, output_size=count)
+    return torch.arange(count, device=lengths_S.device) + shift_N
+
+
 @dataclass(frozen=True)
 class Ragged:
     """Sentences of different lengths, stored one after another without padding."""
@@ -60,11 +68,11 @@ class Ragged:
 
     def cells_N(self, width: int) -> Tensor:
         """Where each token lies in the padded [S, width] grid, counted row by row."""
-        count = self.ids_N.shape[0]
-        starts_S = self.lengths_S.cumsum(0) - self.lengths_S
-        row_start_S = torch.arange(len(self), device=self.ids_N.device) * width - starts_S
-        shift_N = torch.repeat_interleave(row_start_S, self.lengths_S, output_size=count)
-        return torch.arange(count, device=self.ids_N.device) + shift_N
+        return cells(self.lengths_S, width, count=self.ids_N.shape[0])
+
+    def positions_N(self) -> Tensor:
+        """Which token of its sentence each one is, counted from 0."""
+        return self.cells_N(0)
 
     def padded(self, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """The ids as a grid with zeros behind each sentence, and which cells are real."""
@@ -244,6 +252,10 @@ class Seq2Seq(nn.Module, ABC):
     @abstractmethod
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         """The logits of the whole vocabulary, or of the ids in `only`."""
+
+    def readout_matrix(self) -> Tensor | None:
+        """The matrix [V, D] if `readout` is nothing but the product with it; a loss then goes in chunks."""
+        return None
 
     @abstractmethod
     def frozen(self, linear: Linear) -> Stepper:

@@ -98,6 +98,9 @@ class ConvS2S(Seq2Seq):
         weight = self.output.weight
         return F.linear(hidden, weight if only is None else weight[only])
 
+    def readout_matrix(self) -> Tensor:
+        return self.output.weight
+
     def frozen(self, linear: Linear) -> Stepper:
         return ConvS2SStepper(self, linear)
 

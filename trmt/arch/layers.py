@@ -76,16 +76,13 @@ def sinusoids(positions: int, width: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width]
 
 
-def rotated(x_SHQP: Tensor, table: Tensor, position: Tensor) -> Tensor:
+def rotated(x: Tensor, angle: Tensor) -> Tensor:
     """Rotary positions (arXiv 2104.09864): each pair of columns turned by its position's angle.
 
-    `table` is `sinusoids` of the head's width; `position` is [Q], or [S, Q] where sentences differ.
+    `angle` holds the rows of `sinusoids` of the head's width that belong to the positions of `x`.
     """
-    angle = table[position]
-    if position.dim() == 2:
-        angle = angle[:, None]
     sin, cos = angle.unflatten(-1, (-1, 2)).unbind(-1)
-    even, odd = x_SHQP.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
@@ -111,7 +108,8 @@ def freeze(module: nn.Module, linear: Linear) -> Any:
     """
     if isinstance(module, nn.Linear):
         bias = None if module.bias is None else module.bias.detach()
-        return linear(module.weight.detach(), bias)
+        product = linear(module.weight.detach(), bias)
+        return (lambda x: F.relu(product(x))) if getattr(module, "relu", False) else product
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return _frozen_norm(module)
     if isinstance(module, nn.Dropout):

@@ -109,6 +109,9 @@ class RNN(Seq2Seq):
         weight = self.output.weight
         return F.linear(hidden, weight if only is None else weight[only])
 
+    def readout_matrix(self) -> Tensor:
+        return self.output.weight
+
     def frozen(self, linear: Linear) -> Stepper:
         return RNNStepper(self, linear)
 

@@ -1,16 +1,18 @@
 """The Transformer of "Attention Is All You Need" (arXiv 1706.03762) and the options people use today.
 
 Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when
-decoding), N all tokens of a batch in a row, H heads, P width of one head, D width, V vocabulary, A layers.
+decoding), N target tokens of a batch in a row, M source tokens in a row, H heads, P width of one head,
+D width, V vocabulary, A layers.
 
 The arithmetic is written once, as functions of a layer whose fields are modules in training and plain
-products in decoding (`layers.freeze`).
+products in decoding (`layers.freeze`), and of the attention, which depends on how tokens are laid out: in
+training in a row without padding [N, D], in decoding in a grid [S, Q, D] beside what was cached.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import layers
+from trmt.arch import fused, layers
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
+from trmt.arch.fused import Spans
 from trmt.errors import ConfigError
+
+Sublayers = Iterator[tuple[Any, Callable[[Tensor], Tensor]]]  # each with the norm that belongs to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +66,10 @@ class Feed(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         gated = config.activation == "swiglu"
-        self.inner = layers.xavier(nn.Linear(config.width, config.feed_forward * (1 + gated)), 1 + gated)
-        self.outer = layers.xavier(nn.Linear(config.feed_forward, config.width))
+        relu = config.activation == "relu"
+        inner = fused.Linear(config.width, config.feed_forward * (1 + gated), relu=relu)
+        self.inner = layers.xavier(inner, 1 + gated)
+        self.outer = layers.xavier(fused.Linear(config.feed_forward, config.width))
 
 
 class Layer(nn.Module):
@@ -71,16 +78,15 @@ class Layer(nn.Module):
     def __init__(self, config: TransformerConfig, *, cross: bool) -> None:
         super().__init__()
         width = config.width
-        self.own = layers.xavier(nn.Linear(width, 3 * width), 3)
-        self.own_out = layers.xavier(nn.Linear(width, width))
+        self.own = layers.xavier(fused.Linear(width, 3 * width), 3)
+        self.own_out = layers.xavier(fused.Linear(width, width))
         self.own_norm = layers.norm(config.norm, width)
         if cross:
-            self.query = layers.xavier(nn.Linear(width, width))
-            self.cross_out = layers.xavier(nn.Linear(width, width))
+            self.query = layers.xavier(fused.Linear(width, width))
+            self.cross_out = layers.xavier(fused.Linear(width, width))
             self.cross_norm = layers.norm(config.norm, width)
         self.feed = Feed(config)
         self.feed_norm = layers.norm(config.norm, width)
-        self.drop = nn.Dropout(config.dropout)
 
 
 class Transformer(Seq2Seq):
@@ -103,11 +109,10 @@ class Transformer(Seq2Seq):
         self.decoder = nn.ModuleList(Layer(config, cross=True) for _ in range(config.decoder_layers))
         # Keys and values of the source for every decoder layer, from one product.
         parts = 2 * config.decoder_layers
-        self.memory = layers.xavier(nn.Linear(width, parts * width), parts)
+        self.memory = layers.xavier(fused.Linear(width, parts * width), parts)
         if config.norm_place == "pre":
             self.encoder_norm = layers.norm(config.norm, width)
             self.decoder_norm = layers.norm(config.norm, width)
-        self.drop = nn.Dropout(config.dropout)
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.randn(2, config.longest, width) * width**-0.5)
         else:
@@ -115,24 +120,38 @@ class Transformer(Seq2Seq):
             self.register_buffer("table", layers.sinusoids(config.longest, table_width), persistent=False)
 
     def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
-        memory = encode(self, self.config, source)
-        ids_ST, _ = target.padded()
-        sentences, width = ids_ST.shape
-        position_T = torch.arange(width, device=ids_ST.device)
-        x_STD = embed(self, self.config, ids_ST, position_T, side=1)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        config = self.config
+        _check_length(config, source)
+        spans, over = Spans.of(target), Spans.of(source)
+        position_N, position_M = target.positions_N(), source.positions_N()
+        dropout = config.attention_dropout if self.training else 0.0
+        weights: list[Tensor] = []
 
-        def own(index: int, query_SHQP: Tensor, key_SHQP: Tensor, value_SHQP: Tensor) -> Tensor:
-            return layers.attend(query_SHQP, key_SHQP, value_SHQP, causal=True, dropout=dropout)
+        def look_around(merged_M3D: Tensor) -> Tensor:
+            return _attend_in_row(self, merged_M3D, position_M, over, causal=False)
 
-        x_STD, attention = decode(self, self.config, x_STD, position_T, memory, own, want=want)
-        # Rows behind a sentence's end hold nothing real: leaving them out here saves the loss their cost.
-        hidden_ND = x_STD.reshape(sentences * width, -1)[target.cells_N(width)]
-        return Output(hidden_ND, attention=attention)
+        def look_back(_: int, merged_N3D: Tensor) -> Tensor:
+            return _attend_in_row(self, merged_N3D, position_N, spans, causal=True)
+
+        def look_over(index: int, query_ND: Tensor) -> Tensor:
+            if "attention" in want:
+                key_MD = memory_M2D[index].chunk(2, -1)[0]
+                weights.append(fused.attention_weights(query_ND, key_MD, spans, over, config.heads))
+            return fused.attend_over(query_ND, memory_M2D[index], spans, over, config.heads, dropout=dropout)
+
+        x_MD = embed(self, config, source.ids_N, position_M, side=0)
+        x_MD = encode(self, config, x_MD, look_around)
+        memory_M2D = self.memory(x_MD).chunk(config.decoder_layers, -1)
+        x_ND = embed(self, config, target.ids_N, position_N, side=1)
+        hidden_ND = decode(self, config, x_ND, look_back, look_over)
+        return Output(hidden_ND, attention=torch.stack(weights) if weights else None)
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         weight = self.output.weight
         return F.linear(hidden, weight if only is None else weight[only])
+
+    def readout_matrix(self) -> Tensor:
+        return self.output.weight
 
     def frozen(self, linear: Linear) -> Stepper:
         return TransformerStepper(self, linear)
@@ -144,19 +163,13 @@ def _embedding(vocabulary: int, width: int) -> nn.Embedding:
     return embedding
 
 
-def _residual(layer: Any, place: str, norm: Any, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-    if place == "post":
-        return norm(x + layer.drop(sublayer(x)))
-    return x + layer.drop(sublayer(norm(x)))
-
-
 def _feed(layer: Any, config: TransformerConfig, x_SQD: Tensor) -> Tensor:
     inner = layer.feed.inner(x_SQD)
     if config.activation == "swiglu":
         gate, value = inner.chunk(2, -1)
         inner = F.silu(gate) * value
-    else:
-        inner = F.relu(inner) if config.activation == "relu" else F.gelu(inner)
+    elif config.activation == "gelu":
+        inner = F.gelu(inner)
     return layer.feed.outer(inner)
 
 
@@ -168,82 +181,110 @@ def embed(net: Any, config: TransformerConfig, ids: Tensor, position: Tensor, *,
         x = x + net.table[position]
     elif config.positions == "learned":
         x = x + net.positions[side, position]
-    return net.drop(x)
+    return fused.drop(x, _dropout(net, config))
 
 
-def _split(net: Any, config: TransformerConfig, merged_SQD: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values [S, H, Q, P] from their merged product."""
-    query, key, value = (layers.heads(part, config.heads) for part in merged_SQD.chunk(3, -1))
-    if config.positions == "rotary":
-        query, key = (layers.rotated(part, net.table, position) for part in (query, key))
-    return query, key, value
+def _dropout(net: Any, config: TransformerConfig) -> float:
+    return config.dropout if getattr(net, "training", False) else 0.0
 
 
-def encode(net: Any, config: TransformerConfig, source: Source) -> Memory:
-    """Read the source: keys and values for every decoder layer, and the mask over them."""
+def _check_length(config: TransformerConfig, source: Source) -> None:
     if source.longest > config.longest:
         raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
-    ids_SL, real_SL = source.padded(layers.key_multiple(net))
-    mask = layers.blocked(real_SL)[:, None, None]
-    position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=config.longest - 1)
-    x_SLD = embed(net, config, ids_SL, position_L, side=0)
-    dropout = config.attention_dropout if getattr(net, "training", False) else 0.0
 
-    for layer in net.encoder:
 
-        def own(x_SLD: Tensor, layer: Any = layer) -> Tensor:
-            query, key, value = _split(net, config, layer.own(x_SLD), position_L)
-            return layer.own_out(layers.attend(query, key, value, mask, dropout=dropout))
+def encode(net: Any, config: TransformerConfig, x: Tensor, look_around: Callable[[Tensor], Tensor]) -> Tensor:
+    """The encoder's layers, on any layout; `look_around` is attention from merged queries, keys, values."""
 
-        def feed(x_SLD: Tensor, layer: Any = layer) -> Tensor:
-            return _feed(layer, config, x_SLD)
+    def sublayers(layer: Any) -> Sublayers:
+        yield layer.own_norm, lambda x: layer.own_out(look_around(layer.own(x)))
+        yield layer.feed_norm, lambda x: _feed(layer, config, x)
 
-        x_SLD = _residual(layer, config.norm_place, layer.own_norm, x_SLD, own)
-        x_SLD = _residual(layer, config.norm_place, layer.feed_norm, x_SLD, feed)
-    if config.norm_place == "pre":
-        x_SLD = net.encoder_norm(x_SLD)
-    both_SAHLP = net.memory(x_SLD).unflatten(-1, (2 * config.decoder_layers, config.heads, -1))
-    both_SAHLP = both_SAHLP.permute(0, 2, 3, 1, 4)
-    return Memory({"both": both_SAHLP, "mask": mask}, {"both": (3, 0.0), "mask": (3, -math.inf)})
+    steps = [step for layer in net.encoder for step in sublayers(layer)]
+    return _through(steps, config, x, getattr(net, "encoder_norm", None), _dropout(net, config))
 
 
 def decode(
     net: Any,
     config: TransformerConfig,
-    x_SQD: Tensor,
-    position: Tensor,
-    memory: Memory,
-    own: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-    *,
-    want: Collection[str] = (),
-) -> tuple[Tensor, Tensor | None]:
-    """The decoder's layers; `own(layer index, query, key, value)` is attention to what went before."""
-    both_SAHLP, mask = memory["both"], memory["mask"]
-    dropout = config.attention_dropout if getattr(net, "training", False) else 0.0
-    weights_ASHQL: list[Tensor] = []
+    x: Tensor,
+    look_back: Callable[[int, Tensor], Tensor],
+    look_over: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """The decoder's layers, on any layout.
 
-    for index, layer in enumerate(net.decoder):
+    `look_back(layer index, merged queries, keys, values)` is attention to what went before, and
+    `look_over(layer index, query)` attention to the source.
+    """
 
-        def look_back(x_SQD: Tensor, index: int = index, layer: Any = layer) -> Tensor:
-            return layer.own_out(own(index, *_split(net, config, layer.own(x_SQD), position)))
+    def sublayers(index: int, layer: Any) -> Sublayers:
+        yield layer.own_norm, lambda x: layer.own_out(look_back(index, layer.own(x)))
+        yield layer.cross_norm, lambda x: layer.cross_out(look_over(index, layer.query(x)))
+        yield layer.feed_norm, lambda x: _feed(layer, config, x)
 
-        def look_over(x_SQD: Tensor, index: int = index, layer: Any = layer) -> Tensor:
-            query_SHQP = layers.heads(layer.query(x_SQD), config.heads)
-            key_SHLP, value_SHLP = both_SAHLP[:, 2 * index], both_SAHLP[:, 2 * index + 1]
-            if "attention" in want:
-                weights_ASHQL.append(layers.attention_weights(query_SHQP, key_SHLP, mask))
-            found_SQD = layers.attend(query_SHQP, key_SHLP, value_SHLP, mask, dropout=dropout)
-            return layer.cross_out(found_SQD)
+    steps = [step for index, layer in enumerate(net.decoder) for step in sublayers(index, layer)]
+    return _through(steps, config, x, getattr(net, "decoder_norm", None), _dropout(net, config))
 
-        def feed(x_SQD: Tensor, layer: Any = layer) -> Tensor:
-            return _feed(layer, config, x_SQD)
 
-        x_SQD = _residual(layer, config.norm_place, layer.own_norm, x_SQD, look_back)
-        x_SQD = _residual(layer, config.norm_place, layer.cross_norm, x_SQD, look_over)
-        x_SQD = _residual(layer, config.norm_place, layer.feed_norm, x_SQD, feed)
-    if config.norm_place == "pre":
-        x_SQD = net.decoder_norm(x_SQD)
-    return x_SQD, torch.stack(weights_ASHQL) if weights_ASHQL else None
+def _through(
+    steps: list[tuple[Any, Callable[[Tensor], Tensor]]],
+    config: TransformerConfig,
+    x: Tensor,
+    last_norm: Any,
+    dropout: float,
+) -> Tensor:
+    """Sublayers in turn, each with its residual connection and its norm, which stands after it or before.
+
+    A norm before a sublayer follows the residual connection of the one before that, so that both kinds
+    are a chain of the same step: add, then norm.
+    """
+    norms = [norm for norm, _ in steps]
+    post = config.norm_place == "post"
+    inner = x if post else norms[0](x)
+    for (_, sublayer), norm in zip(steps, norms if post else [*norms[1:], last_norm], strict=True):
+        x, inner = fused.add_norm(x, sublayer(inner), norm, dropout)
+        if post:
+            x = inner
+    return inner
+
+
+def _attend_in_row(net: Any, merged_N3D: Tensor, position_N: Tensor, spans: Spans, *, causal: bool) -> Tensor:
+    """Attention of sentences in a row to themselves, in training."""
+    config = net.config
+    dropout = config.attention_dropout if net.training else 0.0
+    if config.positions != "rotary":
+        return fused.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
+    query_NHP, key_NHP, value_NHP = merged_N3D.unflatten(-1, (3, config.heads, -1)).unbind(1)
+    query_NHP, key_NHP = (layers.rotated(x, net.table[position_N][:, None]) for x in (query_NHP, key_NHP))
+    merged_N3D = torch.stack([query_NHP, key_NHP, value_NHP], 1).flatten(1)
+    return fused.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
+
+
+def _split(net: Any, config: TransformerConfig, merged_SQD: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values [S, H, Q, P] from their merged product; `position` is [Q] or [S, Q]."""
+    query, key, value = (layers.heads(part, config.heads) for part in merged_SQD.chunk(3, -1))
+    if config.positions == "rotary":
+        angle = net.table[position]
+        angle = angle[:, None] if position.dim() == 2 else angle
+        query, key = (layers.rotated(part, angle) for part in (query, key))
+    return query, key, value
+
+
+def remember(net: Any, config: TransformerConfig, source: Source) -> Memory:
+    """Read the source for decoding: keys and values for every decoder layer, and the mask over them."""
+    _check_length(config, source)
+    ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
+    mask = layers.blocked(real_SL)[:, None, None]
+    position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=config.longest - 1)
+
+    def look_around(merged_SLD: Tensor) -> Tensor:
+        query_SHLP, key_SHLP, value_SHLP = _split(net, config, merged_SLD, position_L)
+        return layers.attend(query_SHLP, key_SHLP, value_SHLP, mask)
+
+    x_SLD = encode(net, config, embed(net, config, ids_SL, position_L, side=0), look_around)
+    both_SAHLP = net.memory(x_SLD).unflatten(-1, (2 * config.decoder_layers, config.heads, -1))
+    both_SAHLP = both_SAHLP.permute(0, 2, 3, 1, 4)
+    return Memory({"both": both_SAHLP, "mask": mask}, {"both": (3, 0.0), "mask": (3, -math.inf)})
 
 
 class TransformerStepper(Stepper):
@@ -265,7 +306,7 @@ class TransformerStepper(Stepper):
                 f"{room} target positions are asked for, the network has {self.config.longest}; "
                 "lower --max-length"
             )
-        memory = encode(self.net, self.config, source)
+        memory = remember(self.net, self.config, source)
         store = layers.key_value_store(
             memory["both"],
             (len(source), hypotheses),
@@ -279,16 +320,27 @@ class TransformerStepper(Stepper):
 
     def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
         memory, store, position_S = state.take()
+        config, both_SAHLP = self.config, memory["both"]
         sentences, hypotheses, count = tokens_SKT.shape
         mask = store.advance(count)
         step_T = torch.arange(count, device=tokens_SKT.device)
         position_SQ = (position_S[:, None] + step_T).repeat(1, hypotheses)
         x_SQD = embed(self.net, self.config, tokens_SKT.flatten(1), position_SQ, side=1)
 
-        def own(index: int, query_SHQP: Tensor, key_SHQP: Tensor, value_SHQP: Tensor) -> Tensor:
-            return store.attend(index, query_SHQP, key_SHQP, value_SHQP, mask)
+        weights: list[Tensor] = []
 
-        x_SQD, attention = decode(self.net, self.config, x_SQD, position_SQ, memory, own, want=want)
+        def look_back(index: int, merged_SQD: Tensor) -> Tensor:
+            return store.attend(index, *_split(self.net, config, merged_SQD, position_SQ), mask)
+
+        def look_over(index: int, query_SQD: Tensor) -> Tensor:
+            query_SHQP = layers.heads(query_SQD, config.heads)
+            key_SHLP, value_SHLP = both_SAHLP[:, 2 * index], both_SAHLP[:, 2 * index + 1]
+            if "attention" in want:
+                weights.append(layers.attention_weights(query_SHQP, key_SHLP, memory["mask"]))
+            return layers.attend(query_SHQP, key_SHLP, value_SHLP, memory["mask"])
+
+        x_SQD = decode(self.net, config, x_SQD, look_back, look_over)
+        attention = torch.stack(weights) if weights else None
         hidden_SKTD = x_SQD.view(sentences, hypotheses, count, -1)
         return Output(hidden_SKTD, attention=attention), State(memory, store, position_S + count)
 

@@ -40,6 +40,7 @@ def command(
     """Train a network. Run it again and it goes on exactly where it stopped."""
     import torch
 
+    from trmt.engines.device import keep_memory
     from trmt.planning import TrainOptions
     from trmt.training import train
     from trmt.validating import validate
@@ -58,4 +59,5 @@ def command(
         dry_run=dry_run,
         trust_code=trust_code,
     )
+    keep_memory()
     train(options, validate)

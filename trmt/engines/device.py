@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from contextlib import AbstractContextManager, nullcontext
 
@@ -42,3 +43,18 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory it frees, for work that wants the same sizes again and again.
+
+    The C library gives large blocks back to the system at once, and each new one is paid for again with
+    the cleaning of its pages.
+    """
+    trim_threshold, mmap_max = -1, -4  # from malloc.h of glibc
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)

@@ -1,13 +1,6 @@
 """Translation: predict each target token from the source and the tokens before it.
 
 Axes: N all target tokens of a batch in a row, V vocabulary, D width.
-
-The loss of a token with label smoothing e (arXiv 1512.00567) is
-
-    (1 - e) * -log p(y)  +  e / V * sum over the vocabulary of -log p(v)
-
-with V the tokenizer's vocabulary. Padding never gets here: hidden states have a row for each real token,
-and `readout` has a column for each real id.
 """
 
 from __future__ import annotations
@@ -23,6 +16,7 @@ from trmt.arch.base import Ragged, Seq2Seq, Source
 from trmt.batches import Column, Examples
 from trmt.errors import ConfigError
 from trmt.objectives.base import Loss, Objective, Specials
+from trmt.objectives.cross_entropy import SmoothedCrossEntropy, smoothed_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,39 +72,13 @@ class Translation(Objective):
                 f"the network has losses of its own ({', '.join(sorted(output.aux))}), which the objective "
                 "translation does not add up; choose another objective or network"
             )
-        logits_NV = net.readout(output.hidden).float()
-        smoothed: Any = SmoothedCrossEntropy.apply  # torch leaves it untyped
-        total, nll = smoothed(logits_NV, batch.after_N, self.config.label_smoothing)
+        weight_VD, smoothing = net.readout_matrix(), self.config.label_smoothing
+        if weight_VD is None:
+            smoothed: Any = SmoothedCrossEntropy.apply  # torch leaves it untyped
+            total, nll = smoothed(net.readout(output.hidden).float(), batch.after_N, smoothing)
+        else:
+            total, nll = smoothed_cross_entropy(output.hidden, weight_VD, batch.after_N, smoothing)
         return Loss(total, nll.detach(), batch.after_N.shape[0])
-
-
-class SmoothedCrossEntropy(torch.autograd.Function):
-    """The loss of the file's head and the plain negative log likelihood, both summed.
-
-    Written by hand because composed operations would go over the [N, V] logits three more times.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-        lse_N = logits_NV.logsumexp(1)
-        nll_N = lse_N - logits_NV.gather(1, target_N[:, None])[:, 0]
-        spread_N = lse_N - logits_NV.mean(1)
-        ctx.save_for_backward(logits_NV, lse_N, target_N)
-        ctx.smoothing = smoothing
-        nll = nll_N.sum()
-        ctx.mark_non_differentiable(nll)
-        return (1 - smoothing) * nll + smoothing * spread_N.sum(), nll
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, lse_N, target_N = ctx.saved_tensors
-        smoothing = ctx.smoothing
-        out_NV = (logits_NV - lse_N[:, None]).exp_()
-        out_NV.sub_(smoothing / out_NV.shape[1])
-        out_NV.scatter_add_(
-            1, target_N[:, None], torch.full_like(target_N[:, None], smoothing - 1, dtype=out_NV.dtype)
-        )
-        return out_NV.mul_(grad), None, None
 
 
 def _inserted(column: Column, places: np.ndarray, token: int) -> Column:

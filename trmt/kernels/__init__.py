@@ -1,0 +1,94 @@
+"""Small C kernels, compiled where a C compiler is at hand, the first time they are wanted.
+
+Nothing needs them: whoever uses one has the same in plain PyTorch. They are built for the kind of
+processor they run on (AVX-512, AVX2 or neither), kept in the user's cache under a name made of everything
+that went into them, and called through ctypes. TRMT_KERNELS=0 does without them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from trmt import console
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+PROCESSORS = {
+    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "AVX2": ("-march=x86-64-v3",),
+}
+MINUTES = 2  # that a compiler may take
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL | None:
+    """The kernels in `name`.c, or None where they cannot be had."""
+    if os.environ.get("TRMT_KERNELS") == "0":
+        return None
+    compiler = _compiler()
+    if compiler is None:
+        return None
+    for flags in _variants():
+        try:
+            return ctypes.CDLL(str(_built(name, compiler, flags)))
+        except (OSError, subprocess.SubprocessError):
+            continue
+    console.warn(f"{compiler} cannot build trmt's kernels; training goes on without them, slower")
+    return None
+
+
+def _compiler() -> str | None:
+    for candidate in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        if candidate and (found := shutil.which(candidate)):
+            return found
+    return None
+
+
+def _variants() -> list[tuple[str, ...]]:
+    """Flags to try, best first; the parallel ones need the OpenMP that PyTorch has brought along."""
+    import torch
+
+    processor = PROCESSORS.get(torch.backends.cpu.get_cpu_capability(), ())
+    return [(*processor, "-fopenmp"), ("-fopenmp",), processor, ()]
+
+
+def _built(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
+    """The library's file, built unless it is in the cache."""
+    import torch
+
+    source = SOURCES / f"{name}.c"
+    made_of = [source.read_bytes(), *(flag.encode() for flag in (*FLAGS, *flags)), compiler.encode()]
+    made_of += [platform.machine().encode(), platform.platform().encode(), torch.__version__.encode()]
+    key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:20]
+    folder = _cache()
+    library = folder / f"{name}-{key}.so"
+    if library.is_file():
+        return library
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        parts = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+        _run([compiler, *FLAGS, *flags, "-c", str(source), "-o", str(parts[0])])
+        # Linked without OpenMP's library: a second copy beside PyTorch's would fight it for the cores.
+        _run([compiler, "-shared", str(parts[0]), "-o", str(parts[1]), "-lm"])
+        ctypes.CDLL(str(parts[1]))  # what cannot be loaded is not kept
+        parts[1].replace(library)
+    return library
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=60 * MINUTES)
+
+
+def _cache() -> Path:
+    """A folder that belongs to this user alone: what lies in it is going to be run."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "trmt"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
