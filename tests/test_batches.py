@@ -272,3 +272,47 @@ def test_weights_that_leave_nothing_are_said(data: PreparedSet) -> None:
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         BatchConfig(**wrong)
+
+
+def lognormal_lengths(count: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    source = np.clip(generator.lognormal(3.1, 0.6, count), 1, 250).astype(np.int32)
+    return source, np.clip(source * generator.lognormal(-0.2, 0.2, count), 1, 250).astype(np.int32)
+
+
+def in_a_row(data: PreparedSet, **options: Any) -> Batches:
+    return Batches(data, BatchConfig(**{"tokens": 120, **options}), seed=1, in_row=True)
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_in_a_row_every_pair_comes_once_too(data: PreparedSet, epoch: int) -> None:
+    plan = in_a_row(data).plan(epoch)
+    assert sorted(flat(plan)) == list(range(len(data.split("train"))))
+    assert flat(plan) == flat(in_a_row(data).plan(epoch))
+    assert flat(plan) != flat(in_a_row(data).plan(epoch + 1))
+
+
+def test_in_a_row_batches_fill_their_room_and_fit_into_it() -> None:
+    source, target = lognormal_lengths(50_000)
+    some = in_a_row(fake_set(source, target), tokens=8192)
+    room = some.room
+    assert room is not None
+    assert max(room.source, room.target) == 8192
+    batches = [batch for step in some.plan(0) for batch in step]
+    for batch in batches:
+        assert int(source[batch].sum()) + len(batch) <= room.source
+        assert int(target[batch].sum()) + len(batch) <= room.target
+        assert len(batch) <= room.sentences - 1
+    real = int(source.sum() + target.sum()) + 2 * len(source)
+    assert real / (len(batches) * (room.source + room.target)) > 0.95, "padding wastes less than 5 %"
+
+
+def test_in_a_row_a_pair_over_the_budget_stands_alone() -> None:
+    source = np.array([3, 500, 4, 2, 700, 1], np.int32)
+    some = in_a_row(fake_set(source, source), tokens=20)
+    alone = [batch.tolist() for step in some.plan(0) for batch in step if source[batch].max() > 20]
+    assert sorted(alone) == [[1], [4]]
+
+
+def test_networks_that_pad_get_no_room(data: PreparedSet) -> None:
+    assert batches(data).room is None

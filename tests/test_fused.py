@@ -256,3 +256,36 @@ def test_a_compiler_that_cannot_build_them_is_said_and_survived(
     assert kernels.load.__wrapped__("training") is None
     assert "cannot build trmt's kernels" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gpus_attention_gets_what_it_asks_for(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no kernel on the CPU: a stand-in with its signature checks the call and answers in its place."""
+    here, over = spans(3, 1, 6), spans(2, 4, 6)
+
+    def stand_in(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+        assert query.dim() == key.dim() == value.dim() == 3
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        assert (cu_seq_q.tolist(), cu_seq_k.tolist()) == ([0, 3, 4, 10], [0, 2, 6, 12])
+        assert (max_q, max_k) == (6, 6)
+        assert window_size in ((-1, -1), (-1, 0))
+        out = fused.attend_padded(query, key, value, here, over, causal=window_size == (-1, 0))
+        return out.unflatten(-1, (query.shape[1], -1))
+
+    query, key, value = (torch.randn(rows, 2, 16).bfloat16() for rows in (10, 12, 12))
+    expected = fused.attend(query, key, value, here, over, causal=causal)
+    monkeypatch.setattr(fused, "varlen_attn", stand_in)
+    monkeypatch.setattr(fused, "_CAUSAL", {True: {"window_size": (-1, 0)}, False: {"window_size": (-1, -1)}})
+    monkeypatch.setattr(fused, "has_varlen", lambda x: True)
+    assert torch.equal(fused.attend(query, key, value, here, over, causal=causal), expected)

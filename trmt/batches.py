@@ -6,6 +6,7 @@ meets the same batches at the same positions.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +22,14 @@ from trmt.shards import PreparedSet, Split
 Indices = NDArray[np.int64]
 
 READ_AHEAD = 4  # batches that wait ready
+SPARE = 8  # sentences that a room always has left, for what fills it up
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """How pairs are put together."""
 
-    tokens: int = 4096  # of the longer side, padding included, in one batch
+    tokens: int = 4096  # of the longer side in one batch, padding included where a network computes it
     accumulate: int = 1  # batches whose gradients make one step
     subword_alpha: float = 0.0  # subword sampling: dropout of merges for BPE, smoothing for unigram; 0 is off
 
@@ -72,13 +74,34 @@ class Position(NamedTuple):
     step: int
 
 
+@dataclass(frozen=True)
+class Room:
+    """What every batch of a plan fits into, for those who want all batches to be of one shape."""
+
+    source: int  # tokens
+    target: int
+    sentences: int
+    longest: int  # tokens of a sentence
+
+    def part(self, parts: int) -> Room:
+        """Room for one of so many parts of a batch, which are never quite equal."""
+        if parts == 1:
+            return self
+        source, target = (-(-side // parts) + 2 * self.longest for side in (self.source, self.target))
+        return Room(source, target, -(-self.sentences // parts) + SPARE, self.longest)
+
+
 Resample = Callable[
     [str, Column, int], Column
 ]  # (column name, column, seed) -> other pieces of the same text
 
 
 class Batches:
-    """The training batches of a split, epoch after epoch."""
+    """The training batches of a split, epoch after epoch.
+
+    For networks that compute padding, pairs of like length come together. With `in_row` any pairs do, in
+    random order, and the budget counts their tokens.
+    """
 
     def __init__(
         self,
@@ -88,6 +111,7 @@ class Batches:
         seed: int,
         split: str = "train",
         resample: Resample | None = None,
+        in_row: bool = False,
     ) -> None:
         self.split: Split = data.split(split)
         if not len(self.split):
@@ -97,6 +121,7 @@ class Batches:
         self.by_target = self.split.lengths("target.ids")
         self.by_source = self.split.lengths("source.ids")
         self.weights = data.corpus_weights
+        self.in_row = in_row
         self._planned: tuple[int, list[list[Indices]]] | None = None
 
     def plan(self, epoch: int) -> list[list[Indices]]:
@@ -124,10 +149,42 @@ class Batches:
         if not len(pairs):
             raise DataError("the corpus weights leave no pair in this epoch; raise them")
         shuffled = generator.permutation(pairs)
+        if self.in_row:
+            return shuffled
         return shuffled[np.lexsort((self.by_source[shuffled], self.by_target[shuffled]))]
+
+    @functools.cached_property
+    def room(self) -> Room | None:
+        """What each batch fits into, in proportion to the data; None where batches differ in length."""
+        if not self.in_row:
+            return None
+        means = [float(side.mean()) + 1 for side in (self.by_source, self.by_target)]
+        budget, longest = self.config.tokens, int(self.lengths.max())
+        # A little more for the shorter side, whose share of a batch varies; sizes that tensor cores like.
+        source, target = (
+            min(budget, -(-int(budget * mean / max(means) * 1.02) // 128) * 128) for mean in means
+        )
+        sentences = -(-int(budget / max(means) * 1.05) // 64) * 64 + SPARE
+        return Room(source, target, sentences, longest)
 
     def _cut(self, pairs: Indices) -> list[Indices]:
         """Runs of pairs as long as the budget allows; a pair over the budget stands alone."""
+        return self._cut_rows(pairs, self.room) if self.room else self._cut_grids(pairs)
+
+    def _cut_rows(self, pairs: Indices, room: Room) -> list[Indices]:
+        sums = [np.cumsum(side[pairs].astype(np.int64) + 1) for side in (self.by_source, self.by_target)]
+        batches, begin = [], 0
+        while begin < len(pairs):
+            end = begin + room.sentences - SPARE
+            for total, budget in zip(sums, (room.source, room.target), strict=True):
+                before = int(total[begin - 1]) if begin else 0
+                end = min(end, int(np.searchsorted(total, before + budget, side="right")))
+            end = max(end, begin + 1)
+            batches.append(pairs[begin:end])
+            begin = end
+        return batches
+
+    def _cut_grids(self, pairs: Indices) -> list[Indices]:
         lengths, budget = self.lengths[pairs], self.config.tokens
         batches, begin = [], 0
         while begin < len(pairs):

@@ -39,6 +39,7 @@ from trmt.planning import (
     resolved_recipe,
 )
 from trmt.recipe import Recipe, safe_name
+from trmt.registry import ARCHITECTURES, resolve
 from trmt.shards import PreparedSet
 from trmt.tokenizer import Tokenizer
 
@@ -139,7 +140,8 @@ class Run:
     ) -> None:
         self.folder, self.recipe, self.data, self.tokenizer = folder, recipe, data, tokenizer
         self.validate, self.options = validate, options
-        self.batches = Batches(data, recipe.batches, seed=recipe.training.seed)
+        in_row = bool(resolve(ARCHITECTURES, recipe.architecture, trust_code=True).in_row)
+        self.batches = Batches(data, recipe.batches, seed=recipe.training.seed, in_row=in_row)
         self.dev = Batches(data, recipe.batches, seed=0, split="dev") if "dev" in data.splits else None
         # Epochs differ by a batch or so; the first one's length stands for all.
         self.steps_per_epoch = len(self.batches.plan(0))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from trmt.arch import fused
-from trmt.batches import Column, Examples
+from trmt.batches import Column, Examples, Room
 from trmt.config import build
 from trmt.errors import ConfigError
 from trmt.objectives import cross_entropy
@@ -23,6 +23,7 @@ from trmt.objectives.translation import Translation, TranslationConfig
 from trmt.registry import ARCHITECTURES, OBJECTIVES, resolve
 
 BOS, EOS = 2, 3
+ROWS = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name, trust_code=False).in_row]
 CPU = torch.device("cpu")
 
 
@@ -191,3 +192,58 @@ def test_padding_counts_for_nothing_in_the_loss() -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+def padded_and_plain(architecture: str) -> tuple[Any, Any, Any]:
+    objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
+    some = examples()
+    room = Room(source=80, target=72, sentences=20, longest=30)
+    return small_network(architecture), objective.collate(some, CPU), objective.collate(some, CPU, room=room)
+
+
+@pytest.mark.parametrize("architecture", ROWS)
+def test_filled_up_batches_have_one_shape_and_the_same_loss(architecture: str) -> None:
+    net, plain, filled = padded_and_plain(architecture)
+    assert (len(filled.source.ids_N), len(filled.before.ids_N), len(filled.source)) == (80, 72, 20)
+    assert (len(filled.before), filled.source.longest, filled.before.longest) == (20, 30, 30)
+    assert int(filled.source.lengths_S.sum()) == 80
+    assert int(filled.before.lengths_S.sum()) == len(filled.after_N) == 72
+    objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
+    found = []
+    for batch in (plain, filled):
+        loss = objective.loss(net, batch)
+        found.append((loss.total, loss.nll, *torch.autograd.grad(loss.total, list(net.parameters()))))
+        assert loss.tokens == plain.tokens
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("room", [Room(10, 72, 20, 30), Room(80, 72, 6, 30), Room(80, 72, 20, 2)])
+def test_what_does_not_fit_is_left_as_it_is(room: Room) -> None:
+    objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
+    some = examples()
+    plain, left = objective.collate(some, CPU), objective.collate(some, CPU, room=room)
+    assert torch.equal(plain.source.ids_N, left.source.ids_N)
+    assert torch.equal(plain.after_N, left.after_N)
+
+
+@pytest.mark.parametrize("architecture", ROWS)
+def test_a_network_in_rows_compiles_whole_and_once_for_one_room(
+    architecture: str,
+) -> None:
+    net, _, _ = padded_and_plain(architecture)
+    net.train()
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=False)
+    objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
+    room = Room(source=80, target=72, sentences=20, longest=30)
+    for some in (examples(), examples().part(0, 3), examples().part(2, 6)):
+        objective.loss(compiled, objective.collate(some, CPU, room=room)).total.backward()
+    torch._dynamo.reset()
+    assert len(graphs) == 1

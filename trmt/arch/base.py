@@ -244,6 +244,7 @@ class Seq2Seq(nn.Module, ABC):
 
     config_class: ClassVar[type]  # the dataclass its constructor takes
     couples_batch: ClassVar[bool] = False  # True where a sentence's output depends on its neighbours
+    in_row: ClassVar[bool] = False  # True where `forward` computes no padding: a batch may hold any lengths
 
     @abstractmethod
     def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,16 @@ from torch import Tensor, nn
 from trmt import kernels
 from trmt.arch import layers
 from trmt.arch.base import Ragged, cells
+
+varlen_attn: Any = None
+with suppress(ImportError):  # before PyTorch 2.10
+    from torch.nn.attention.varlen import varlen_attn
+# PyTorch 2.10 has a flag for what each token may see, later ones a window.
+_FLAG = varlen_attn is not None and "is_causal" in inspect.signature(varlen_attn).parameters
+_CAUSAL: dict[bool, Any] = {
+    causal: {"is_causal": causal} if _FLAG else {"window_size": (-1, 0 if causal else -1)}
+    for causal in (True, False)
+}
 
 BLOCK = 64  # rows whose sums a kernel hands back together; ROWS in the C file
 LANES = 16  # floats that a kernel takes at a time
@@ -75,9 +87,9 @@ def library() -> Any:
 
 def kernels_serve(*tensors: Tensor) -> bool:
     """Whether the kernels can take these: whole rows of fp32 on the CPU, and nobody traces."""
-    if not all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors):
-        return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors):
         return False
     return library() is not None
 
@@ -231,17 +243,14 @@ class Spans:
     """Where sentences begin and end that stand in a row."""
 
     starts_S: Tensor  # S + 1 of them: the last is where the last sentence ends
+    narrow_S: Tensor  # the same as the GPU's kernels want them
     longest: int
 
     @classmethod
     def of(cls, sentences: Ragged) -> Spans:
         """The spans of these sentences."""
-        return cls(sentences.packed()[1], sentences.longest)
-
-    @functools.cached_property
-    def narrow_S(self) -> Tensor:
-        """The starts as the GPU's kernels want them."""
-        return self.starts_S.int()
+        starts_S = sentences.packed()[1]
+        return cls(starts_S, starts_S.int(), sentences.longest)
 
 
 def attend_own(merged_N3D: Tensor, spans: Spans, heads: int, *, causal: bool, dropout: float = 0.0) -> Tensor:
@@ -276,9 +285,8 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """The same in PyTorch: without padding where the GPU has a kernel for it, padded elsewhere: [N, D]."""
-    half = query_NHP.dtype in (torch.bfloat16, torch.float16)
-    if query_NHP.is_cuda and half and not dropout:
-        found_NHP = _varlen()(
+    if not dropout and has_varlen(query_NHP):
+        found_NHP: Any = varlen_attn(
             query_NHP,
             key_MHP,
             value_MHP,
@@ -286,32 +294,21 @@ def attend(
             over.narrow_S,
             spans.longest,
             over.longest,
-            **_causal_argument(causal),
+            **_CAUSAL[causal],
         )
         joined_ND: Tensor = found_NHP.flatten(1)
         return joined_ND
     return attend_padded(query_NHP, key_MHP, value_MHP, spans, over, causal=causal, dropout=dropout)
 
 
+def has_varlen(x: Tensor) -> bool:
+    """Whether there is attention without padding for such tensors; it knows no dropout and no bias."""
+    return varlen_attn is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def _fits(x: Tensor, spans: Spans, heads: int, parts: int, dropout: float) -> bool:
     part = x.shape[-1] // parts // heads
     return not dropout and part % LANES == 0 and not spans.starts_S.is_cuda and kernels_serve(x)
-
-
-@functools.cache
-def _varlen() -> Any:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
-
-
-def _causal_argument(causal: bool) -> dict[str, Any]:
-    """PyTorch 2.10 has a flag for it, later ones a window."""
-    import inspect
-
-    if "is_causal" in inspect.signature(_varlen()).parameters:
-        return {"is_causal": causal}
-    return {"window_size": (-1, 0) if causal else (-1, -1)}
 
 
 def attend_padded(

@@ -93,6 +93,7 @@ class Transformer(Seq2Seq):
     """The network as it is trained."""
 
     config_class = TransformerConfig
+    in_row = True
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trmt.arch.base import Seq2Seq
-from trmt.batches import Examples
+from trmt.batches import Examples, Room
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Objective(ABC):
         """How many tokens the loss of these examples will be a sum over."""
 
     @abstractmethod
-    def collate(self, examples: Examples, device: torch.device) -> Any:
-        """The examples as tensors on a device."""
+    def collate(self, examples: Examples, device: torch.device, *, room: Room | None = None) -> Any:
+        """The examples as tensors on a device; given a room they fit into, filled up to its shape."""
 
     @abstractmethod
     def loss(self, net: Seq2Seq, batch: Any) -> Loss:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from trmt.arch.base import Ragged, Seq2Seq, Source
-from trmt.batches import Column, Examples
+from trmt.batches import Column, Examples, Room
 from trmt.errors import ConfigError
 from trmt.objectives.base import Loss, Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy, smoothed_cross_entropy
+
+PADDING = -1  # a target that counts for nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,8 @@ class TranslationBatch:
 
     source: Source
     before: Ragged  # begins with bos
-    after_N: Tensor  # ends with eos
+    after_N: Tensor  # ends with eos; PADDING where the batch was only filled up
+    tokens: int  # that count
 
 
 class Translation(Objective):
@@ -53,16 +56,24 @@ class Translation(Objective):
         column = examples.columns["target.ids"]
         return int(column.lengths.sum()) + len(column.lengths)  # each sentence ends with eos
 
-    def collate(self, examples: Examples, device: torch.device) -> TranslationBatch:
+    def collate(
+        self, examples: Examples, device: torch.device, *, room: Room | None = None
+    ) -> TranslationBatch:
         source, target = examples.columns["source.ids"], examples.columns["target.ids"]
         ends = np.cumsum(target.lengths)
         before = _inserted(target, ends - target.lengths, self.specials.bos)
         after = _inserted(target, ends, self.specials.eos)
         source = _inserted(source, np.cumsum(source.lengths), self.specials.eos)
+        longest = None
+        if room and (filler := _filler(source, before, room)):
+            source, before = (_filled(column, filler[n], 0) for n, column in enumerate((source, before)))
+            after = _filled(after, filler[1], PADDING)
+            longest = room.longest
         return TranslationBatch(
-            Source(*_tensors(source)).to(device, non_blocking=True),
-            Ragged(*_tensors(before)).to(device, non_blocking=True),
-            torch.from_numpy(after.ids).to(device, non_blocking=True),
+            Source(*_tensors(source, device, longest)),
+            Ragged(*_tensors(before, device, longest)),
+            _moved(after.ids, device),
+            self.tokens(examples),
         )
 
     def loss(self, net: Seq2Seq, batch: TranslationBatch) -> Loss:
@@ -78,7 +89,7 @@ class Translation(Objective):
             total, nll = smoothed(net.readout(output.hidden).float(), batch.after_N, smoothing)
         else:
             total, nll = smoothed_cross_entropy(output.hidden, weight_VD, batch.after_N, smoothing)
-        return Loss(total, nll.detach(), batch.after_N.shape[0])
+        return Loss(total, nll.detach(), batch.tokens)
 
 
 def _inserted(column: Column, places: np.ndarray, token: int) -> Column:
@@ -86,6 +97,29 @@ def _inserted(column: Column, places: np.ndarray, token: int) -> Column:
     return Column(np.insert(column.ids.astype(np.int64), places, token), column.lengths + 1)
 
 
-def _tensors(column: Column) -> tuple[Tensor, Tensor, int]:
+def _filler(source: Column, target: Column, room: Room) -> list[np.ndarray] | None:
+    """The lengths of the sentences that fill up each side of a room, as many on both; None if that fails."""
+    count = room.sentences - len(source.lengths)
+    missing = [room.source - len(source.ids), room.target - len(target.ids)]
+    longest = max(int(source.lengths.max()), int(target.lengths.max()))
+    if count < 1 or min(missing) < 0 or max(missing) > count * room.longest or longest > room.longest:
+        return None
+    return [(np.arange(count) + rows) // count for rows in missing]
+
+
+def _filled(column: Column, lengths: np.ndarray, token: int) -> Column:
+    ids = np.concatenate([column.ids, np.full(int(lengths.sum()), token, np.int64)])
+    return Column(ids, np.concatenate([column.lengths, lengths]))
+
+
+def _tensors(column: Column, device: torch.device, longest: int | None) -> tuple[Tensor, Tensor, int]:
     lengths = column.lengths.astype(np.int64)
-    return torch.from_numpy(column.ids), torch.from_numpy(lengths), int(lengths.max())
+    return _moved(column.ids, device), _moved(lengths, device), longest or int(lengths.max())
+
+
+def _moved(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a device, copied there while the host goes on."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
