@@ -289,3 +289,17 @@ def test_the_gpus_attention_gets_what_it_asks_for(causal: bool, monkeypatch: pyt
     monkeypatch.setattr(fused, "_CAUSAL", {True: {"window_size": (-1, 0)}, False: {"window_size": (-1, -1)}})
     monkeypatch.setattr(fused, "has_varlen", lambda x: True)
     assert torch.equal(fused.attend(query, key, value, here, over, causal=causal), expected)
+
+
+@needs_kernels
+def test_products_in_half_precision_are_near_and_stay_fp32_outside() -> None:
+    linear = fused.Linear(64, 96, relu=True)
+    x = torch.randn(50, 64, requires_grad=True)
+    inputs = (x, *linear.parameters())
+    exact = gradients(lambda: linear(x), *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = gradients(lambda: linear(x), *inputs)
+    for one, other in zip(near, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.999
+        assert not torch.equal(one, other)

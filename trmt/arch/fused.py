@@ -5,8 +5,8 @@ CPU in fp32, and plain PyTorch for everything else: other devices, other precisi
 torch.compile. Which one ran cannot be told from the result but for rounding, and for which elements
 dropout picks.
 
-Axes: N tokens in a row, M tokens of the other side in a row, S sentence, H heads, P width of one head,
-D width, V vocabulary, B blocks of rows.
+Axes: N tokens in a row, M tokens of the other side in a row, S sentence, L source position, T target
+position, H heads, P width of one head, D width, B blocks of rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def library() -> Any:
 
 def kernels_serve(*tensors: Tensor) -> bool:
     """Whether the kernels can take these: whole rows of fp32 on the CPU, and nobody traces."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling():
         return False
     if not all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors):
         return False
@@ -158,16 +158,22 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 2 and torch.is_grad_enabled() and kernels_serve(x, self.weight):
-            out: Tensor = _Product.apply(x, self.weight, self.bias, self.relu)  # type: ignore[no-untyped-call]
+            low = torch.is_autocast_enabled("cpu")
+            dtype = torch.get_autocast_dtype("cpu") if low else x.dtype
+            with torch.autocast("cpu", enabled=False) if low else nullcontext():
+                out: Tensor = _Product.apply(x, self.weight, self.bias, self.relu, dtype)  # type: ignore[no-untyped-call]
             return out
         out = F.linear(x, self.weight, self.bias)
         return F.relu(out) if self.relu else out
 
 
 class _Product(torch.autograd.Function):
+    """Whatever precision the product is made in, what goes in and comes out is fp32."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        out = x @ weight.t()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, dtype: torch.dtype) -> Tensor:
+        x, weight = x.to(dtype), weight.to(dtype)
+        out = (x @ weight.t()).float()
         sizes = (ctypes.c_int64(size) for size in out.shape)
         library().trmt_add_bias(_at(out), _at(bias), *sizes, ctypes.c_int(relu))
         ctx.save_for_backward(x, weight, out if relu else None)
@@ -181,8 +187,9 @@ class _Product(torch.autograd.Function):
         partial = grad.new_empty(-(-grad.shape[0] // BLOCK), grad.shape[1])
         sizes = (ctypes.c_int64(size) for size in grad.shape)
         library().trmt_bias_backward(*map(_at, (grad, out, masked)), *sizes, _at(partial))
-        grad_x = masked @ weight if ctx.needs_input_grad[0] else None
-        return grad_x, masked.t() @ x, partial.sum(0), None
+        masked = masked.to(x.dtype)
+        grad_x = (masked @ weight).float() if ctx.needs_input_grad[0] else None
+        return grad_x, (masked.t() @ x).float(), partial.sum(0), None, None
 
 
 # Residual, dropout, norm

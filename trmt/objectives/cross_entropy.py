@@ -106,7 +106,11 @@ def _chunk_loss(
     logits_CV: Tensor, target_C: Tensor, vocabulary: int, smoothing: float, factor: float
 ) -> tuple[Tensor, Tensor]:
     """(negative log likelihood, its mean over the vocabulary), summed; the gradient of the logits."""
-    if fused.kernels_serve(logits_CV) and target_C.is_contiguous():
+    if logits_CV.device.type == "cpu" and logits_CV.dtype == torch.bfloat16:
+        scores_CV = logits_CV.float()
+        if fused.kernels_serve(scores_CV):
+            return _by_kernel(scores_CV, target_C, smoothing), scores_CV.to(logits_CV.dtype)
+    if fused.kernels_serve(logits_CV):
         return _by_kernel(logits_CV, target_C, smoothing), logits_CV
     compute = _compiled() if logits_CV.is_cuda else _by_torch
     losses, grad_CV = compute(logits_CV, target_C, vocabulary, smoothing, factor)
@@ -115,6 +119,7 @@ def _chunk_loss(
 
 def _by_kernel(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tensor:
     """By a kernel of the CPU, which writes the gradient over the logits."""
+    target_C = target_C.contiguous()
     losses_C2 = logits_CV.new_empty(logits_CV.shape[0], 2)
     rows, width = logits_CV.shape
     fused.library().trmt_cross_entropy(
