@@ -195,6 +195,20 @@ class Batches:
             begin += size
         return batches
 
+    def largest(self) -> list[Indices]:
+        """The batches that take the most memory: that of most tokens, of most pairs, of the longest pairs."""
+        plan = [pairs for step in self.plan(0) for pairs in step]
+
+        def longest(pairs: Indices) -> int:
+            return int(self.lengths[pairs].max())
+
+        kinds = (
+            max(plan, key=lambda pairs: len(pairs) * longest(pairs)),
+            max(plan, key=len),
+            max(plan, key=longest),
+        )
+        return list({id(pairs): pairs for pairs in kinds}.values())
+
     def load(self, pairs: Indices, *, seed: tuple[int, ...] = ()) -> Examples:
         """The pairs with these numbers; `seed` keys what is drawn for them."""
         columns = {}

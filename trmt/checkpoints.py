@@ -80,9 +80,20 @@ class Checkpoint:
         except OSError as error:
             raise BundleError(f"cannot read {folder}: {error.strerror}; check the disk") from error
 
+    def add(self, plain: Mapping[str, Any], **manifest: Any) -> None:
+        """Put what was found out later into the manifest, and then into the state."""
+        bundles.rewrite_manifest(self.folder, **manifest)
+        path = self.folder / TRAINING / STATE
+        write_json(path, {**json.loads(path.read_bytes()), **plain})
+
     def resumable(self) -> bool:
         """Whether it still has its training state; only the newest ones keep it."""
         return (self.folder / TRAINING / STATE).is_file()
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run / f"step-{step:08d}"
 
 
 def steps(run: Path) -> list[Checkpoint]:
@@ -107,7 +118,7 @@ def save(
     state: State,
 ) -> Checkpoint:
     """Write a checkpoint; it is there whole or not at all."""
-    folder = run / f"step-{step:08d}"
+    folder = step_folder(run, step)
     plain, tensors = state
     with atomic_folder(folder) as partial:
         bundles.write_bundle(partial, manifest, weights, tokenizer)
@@ -132,15 +143,21 @@ def newest_state(run: Path) -> State | None:
             damaged.append((point, error))
             continue
         for broken, reason in damaged:
-            aside = broken.folder.with_name(f"damaged-{broken.folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            broken.folder.replace(aside)
+            aside = set_aside(broken, "damaged")
             console.warn(f"{reason}; it is now {aside}, and training goes on from {point.folder}")
         return state
     if found:
         why = f": {damaged[0][1]}" if damaged else ""
         raise BundleError(f"no checkpoint in {run} can be resumed from{why}; name another run folder")
     return None
+
+
+def set_aside(point: Checkpoint, why: str) -> Path:
+    """Give a checkpoint a name under which nothing takes it for one; that name is returned."""
+    aside = point.folder.with_name(f"{why}-{point.folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    point.folder.replace(aside)
+    return aside
 
 
 def ranked(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

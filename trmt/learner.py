@@ -6,6 +6,7 @@ what was computed before, and a resumed run draws the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +19,13 @@ from torch import Tensor
 from trmt import bundles, console, optim
 from trmt.batches import Batches, Examples, halves
 from trmt.config import build
-from trmt.engines.device import autocast, choose_device, choose_precision
+from trmt.engines.device import autocast, be_deterministic, choose_device, choose_precision
 from trmt.errors import TrmtError
+from trmt.guard import Guard
 from trmt.objectives.base import Objective, Specials
 from trmt.recipe import Recipe
 from trmt.registry import OBJECTIVES, resolve
 from trmt.tokenizer import BOS, EOS
-
-BAD_STEPS = 20  # steps in a row without a usable gradient after which training has failed
 
 
 @dataclass
@@ -34,7 +34,6 @@ class Learned:
 
     nll: Any  # sum of negative log likelihoods; kept as a tensor: a number would make us wait for the device
     tokens: int
-    usable: bool  # whether the gradient was finite and the step taken
 
 
 class Learner:
@@ -42,6 +41,8 @@ class Learner:
 
     def __init__(self, recipe: Recipe, *, steps: int) -> None:
         self.recipe = recipe
+        if recipe.training.deterministic:
+            be_deterministic()
         self.device = choose_device(recipe.training.device)
         self.precision = choose_precision(recipe.training.precision, self.device)
         torch.manual_seed(recipe.training.seed)
@@ -53,10 +54,13 @@ class Learner:
         loss = build(objective.config_class, recipe.loss, where="loss")
         self.objective: Objective = objective(loss, Specials(bos=BOS, eos=EOS))
         self.optimizer = optim.optimiser(self.net, recipe.optim)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.guard = Guard(
+            self.device,
+            leaves_out_steep=recipe.training.on_spike != "ignore",
+            half=self.precision == "fp16",
+        )
         self.mean = optim.RunningMean(self.net, recipe.optim.ema) if recipe.optim.ema else None
         self.halvings = 0  # how often batches are halved because they did not fit into memory
-        self.bad_steps = 0  # in a row
 
     @property
     def parameters(self) -> int:
@@ -66,19 +70,26 @@ class Learner:
     # Step
 
     def learn(self, examples: list[Examples], step: int) -> Learned:
-        """Step number `step`, counted from 0, over some batches; nothing is dropped when memory is short."""
+        """Step number `step`, counted from 0, over some batches; nothing is dropped when memory is short.
+
+        Whether the step was taken is for the guard to say, later.
+        """
+        learned = self._gradients_that_fit(examples, step)
+        self._update(step, learned)
+        return learned
+
+    def _gradients_that_fit(self, examples: list[Examples], step: int) -> Learned:
+        """Gradients of the mean loss, from parts of the batches where the whole does not fit into memory."""
         tokens = sum(self.objective.tokens(batch) for batch in examples)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
-                nll = self._gradients(self._in_parts(examples), tokens, step)
-                break
+                return Learned(self._gradients(self._in_parts(examples), tokens, step), tokens)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Outside the handler: the error holds on to the tensors of the attempt that failed.
             self._split_more(max(len(batch) for batch in examples))
-        return Learned(nll, tokens, usable=self._update(step))
 
     def _gradients(self, parts: list[Examples], tokens: int, step: int) -> Any:
         """Gradients of the mean loss; the sum of negative log likelihoods is returned."""
@@ -88,7 +99,7 @@ class Learner:
             batch = self.objective.collate(part, self.device)
             with autocast(self.precision, self.device):
                 loss = self.objective.loss(self.net, batch)
-            self.scaler.scale(loss.total / tokens).backward()
+            self.guard.scaled(loss.total / tokens).backward()
             nll = nll + loss.nll
         return nll
 
@@ -106,35 +117,50 @@ class Learner:
             )
         self.halvings += 1
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free()
         console.warn(f"out of memory: going on with batches in {2**self.halvings} parts")
 
-    def _update(self, step: int) -> bool:
-        """Change the weights, unless the gradient is unusable: then the step is left out."""
-        self.scaler.unscale_(self.optimizer)
-        usable = bool(self._norm().isfinite())
+    def _free(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _update(self, step: int, learned: Learned) -> None:
+        """Change the weights, unless the guard leaves the step out."""
         optim.set_rate(self.optimizer, self.rate(step + 1))
-        if usable:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.guard.take(
+            self.optimizer,
+            step=step + 1,
+            norm=self._norm(),
+            nll=learned.nll,
+            tokens=learned.tokens,
+            clip=self.recipe.optim.clip,
+        )
         if self.mean:
             self.mean.update(step)
-        # A loss scale that is still being found meets infinities on purpose, but not so many in a row.
-        self.bad_steps = 0 if usable else self.bad_steps + 1
-        if self.bad_steps >= BAD_STEPS:
-            raise TrmtError(
-                f"training fell apart: {BAD_STEPS} steps in a row had no finite gradient; start a new run "
-                "with a lower optim.lr or with optim.clip=1.0"
-            )
-        return usable
 
     def _norm(self) -> Tensor:
-        """The gradient's norm, cut if the recipe says so."""
-        if self.recipe.optim.clip:
-            return torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.optim.clip)
+        """The gradient's norm."""
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
+
+    def rehearse(self, batches: Batches) -> None:
+        """Gradients of the largest batches, thrown away: memory that is too short shows before step 1.
+
+        Nothing but the number of parts can have changed afterwards: every step draws from a generator that
+        it seeds itself, and what networks keep besides weights is put back.
+        """
+        kept = {name: buffer.clone() for name, buffer in self.net.named_buffers()}
+        # The optimiser's memory is there from the first step on, and has to fit beside the gradients.
+        missing = [] if self.optimizer.state else [*self.net.parameters()] * 2
+        reserved = [torch.empty_like(parameter) for parameter in missing]
+        for pairs in batches.largest():
+            # From the second batch of a step on, gradients are there beside the activations.
+            self._gradients_that_fit([batches.load(pairs)] * min(batches.config.accumulate, 2), step=0)
+        del reserved
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, buffer in self.net.named_buffers():
+                buffer.copy_(kept[name])
 
     # Look
 
@@ -154,14 +180,30 @@ class Learner:
     @torch.no_grad()
     def dev_loss(self, batches: Batches) -> float:
         """Negative log likelihood per token of a dev set, in nats."""
-        nll, tokens = 0.0, 0
-        for part in (part for examples in batches.whole() for part in self._in_parts([examples])):
-            batch = self.objective.collate(part, self.device)
-            with autocast(self.precision, self.device):
-                loss = self.objective.loss(self.net, batch)
-            nll += float(loss.nll)
-            tokens += loss.tokens
-        return nll / tokens
+        found = [sums for examples in batches.whole() for sums in self._dev_sums_that_fit(examples)]
+        return math.fsum(torch.stack([nll for nll, _ in found]).tolist()) / sum(count for _, count in found)
+
+    def _dev_sums_that_fit(self, examples: Examples) -> list[tuple[Tensor, int]]:
+        """The sums over the parts of a batch, which are made smaller until they fit into memory."""
+        waiting, done = self._in_parts([examples])[::-1], []
+        while waiting:
+            part = waiting.pop()
+            try:
+                done.append(self._dev_sums(part))
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+            # Outside the handler: the error holds on to the tensors of the attempt that failed.
+            self._free()
+            waiting += halves(part)[::-1]
+        return done
+
+    def _dev_sums(self, part: Examples) -> tuple[Tensor, int]:
+        batch = self.objective.collate(part, self.device)
+        with autocast(self.precision, self.device):
+            loss = self.objective.loss(self.net, batch)
+        return loss.nll, loss.tokens
 
     # Save and restore
 
@@ -180,16 +222,11 @@ class Learner:
         named |= optim.moments(self.net, self.optimizer)
         if self.mean:
             named |= {f"mean:{name}": tensor for name, tensor in self.mean.named().items()}
-        return named
+        return named | {f"guard:{name}": tensor for name, tensor in self.guard.tensors().items()}
 
     def state(self) -> dict[str, Any]:
         """The part of the state that is no tensor."""
-        return {
-            "scaler": self.scaler.state_dict(),
-            "halvings": self.halvings,
-            "bad_steps": self.bad_steps,
-            "machine": self.machine(),
-        }
+        return {"halvings": self.halvings, "machine": self.machine()}
 
     def machine(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same to the last bit."""
@@ -199,14 +236,16 @@ class Learner:
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "precision": self.precision,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from `state` and `tensors`."""
         for key, here in self.machine().items():
-            if state["machine"].get(key) != here:
+            saved_with = state["machine"].get(key, here)
+            if saved_with != here:
                 console.warn(
-                    f"this run was saved with {key} {state['machine'].get(key)} and goes on with {here}: "
+                    f"this run was saved with {key} {saved_with} and goes on with {here}: "
                     "the same data in the same order, but not the same bits"
                 )
         saved = _under(tensors, "live:") | _under(tensors, "buffer:")
@@ -214,9 +253,8 @@ class Learner:
         optim.restore_moments(self.net, self.optimizer, tensors)
         if self.mean:
             self.mean.restore(_under(tensors, "mean:"))
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.halvings, self.bad_steps = state["halvings"], state["bad_steps"]
+        self.guard.restore(_under(tensors, "guard:"))
+        self.halvings = state["halvings"]
 
     def start_from(self, weights: Mapping[str, Tensor], *, where: str) -> None:
         """Begin with these weights instead of random ones."""

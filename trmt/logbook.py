@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trmt.errors import TrmtError
 
 CURVES = ("train", "validate")  # the events whose numbers are drawn
 TENSORBOARD = "tensorboard"
+RECENT = 200  # laps whose mean is the usual one
 
 
 class Logbook:
@@ -73,24 +75,37 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 class Clock:
-    """Time spent in steps, without what validating and saving took."""
+    """Time spent in steps, without what validating, saving and pauses took."""
 
     def __init__(self, tokens: int) -> None:
         self.note = ""
+        self.restart(tokens)
+
+    def restart(self, tokens: int) -> None:
+        """Begin to measure here, where so many tokens have been seen."""
         self.tokens = tokens
         self.spent = 0.0
+        self.laps: deque[float] = deque(maxlen=RECENT)
         self.last = time.monotonic()
 
-    def lap(self) -> float:
-        """Seconds since the last lap."""
+    def lap(self, *, paused: bool = False) -> float:
+        """Seconds since the last lap; of one in which the process was paused, what a lap usually takes."""
         now = time.monotonic()
         passed, self.last = now - self.last, now
+        if paused:
+            passed = min(passed, self.usual())
+        else:
+            self.laps.append(passed)
         self.spent += passed
         return passed
 
     def skip(self) -> None:
         """Leave out what has passed since the last lap."""
         self.last = time.monotonic()
+
+    def usual(self) -> float:
+        """Seconds that a lap has taken lately: for estimates of the time left."""
+        return sum(self.laps) / max(len(self.laps), 1)
 
     def speed(self, tokens: int) -> float:
         """Tokens per second since the last time it was asked."""

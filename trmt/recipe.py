@@ -28,6 +28,8 @@ class TrainingConfig:
     seed: int = 1
     device: str = "auto"  # cuda, mps, cpu, ...; auto takes the best there is
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    deterministic: bool = False  # the same bits on a GPU each time, for some speed
+    on_spike: Literal["skip", "rollback", "stop", "ignore"] = "skip"  # of the gradient or the loss
     log_every: int = 50  # steps
     save_every: int = 0  # steps between checkpoints; 0 saves at each validation
     keep_best: int = 5
@@ -93,6 +95,8 @@ MAY_CHANGE = frozenset(
         "training.patience",
         "training.device",
         "training.precision",
+        "training.deterministic",
+        "training.on_spike",
         "training.log_every",
         "training.keep_best",
         "training.keep_last",

@@ -10,12 +10,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +21,7 @@ from torch import Tensor
 from trmt import bundles, checkpoints, console
 from trmt.arch.base import Seq2Seq
 from trmt.batches import Batches, Column, Examples, Position
-from trmt.checkpoints import CONFIG, LOG, MODELS
+from trmt.checkpoints import CONFIG, LOG, MODELS, Checkpoint
 from trmt.config import to_toml, tree_of
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.files import atomic_file, only_one, sweep, write_json
@@ -41,15 +39,11 @@ from trmt.planning import (
 from trmt.recipe import Recipe, safe_name
 from trmt.registry import ARCHITECTURES, resolve
 from trmt.shards import PreparedSet
+from trmt.spikes import GoBack, Spikes
+from trmt.stopping import Interrupted, Signals, StoppedHere
 from trmt.tokenizer import Tokenizer
 
-
-class Interrupted(TrmtError):
-    """A signal asked the run to stop; everything is saved."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
+VERDICTS_AT_ONCE = 100  # steps after which the host asks what became of them, at the latest
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,7 @@ class Progress:
     stale: int = 0  # validations since the best one
     target_tokens: int = 0
     seconds: float = 0.0
+    look_due: bool = False  # whether the dev set has still to be looked at with these weights
 
 
 def train(options: TrainOptions, validate: Validate | None = None) -> Path:
@@ -151,8 +146,10 @@ class Run:
             self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
         self.logbook: Logbook | None = None
         self.progress = Progress()
-        self.signal: int | None = None
-        self._log_sums = (0.0, 0)  # negative log likelihood and tokens since the last log line
+        self.signals = Signals()
+        self.spikes = Spikes(
+            folder, policy=recipe.training.on_spike, half=self.learner.precision == "fp16", log=self.log
+        )
         self._check()
 
     def _check(self) -> None:
@@ -223,54 +220,80 @@ class Run:
             )
         self.learner.restore(plain["learner"], tensors)
         self.progress = Progress(**plain["progress"])
+        self.spikes.failed = plain.get("failed", 0)
 
     # Step
 
     def loop(self) -> None:
         """Train to the end of the recipe, to the end of patience, or until a signal."""
-        recipe, progress, last = self.recipe, self.progress, self.last_step
-        if self.finished():
+        progress, last = self.progress, self.last_step
+        if self.finished() and not progress.look_due:
             limit = "training.steps" if last is not None and progress.step >= last else "training.patience"
             console.say(f"{self.folder} has ended at step {progress.step:,}; raise {limit} to go on")
             return
-        stream = self.batches.steps(Position(progress.epoch, progress.position))
         mark = Clock(progress.target_tokens)
-        with _signals(self), console.progress("training", last, unit="steps", done=progress.step) as bar:
-            try:
-                while not self.finished():
-                    after, examples = next(stream)
-                    self._learn(examples)
-                    progress.epoch, progress.position = after
-                    progress.seconds += mark.lap()
-                    if progress.step % recipe.training.log_every == 0:
-                        self._report(mark)
-                    bar.advance(1, mark.note)
-                    validating = progress.step % recipe.validation.every == 0 or self.finished()
-                    saving = validating or bool(
-                        recipe.training.save_every and progress.step % recipe.training.save_every == 0
-                    )
-                    if self.signal is not None and not validating:
-                        self.save(Validation())
-                        self._stop(self.signal)
-                    if saving:
-                        self.save(self.look() if validating else Validation())
-                        mark.skip()
-                    if self.signal is not None:
-                        self._stop(self.signal)
-            finally:
-                stream.close()  # type: ignore[attr-defined]
+        with (
+            self.signals.heard(),
+            console.progress("training", last, unit="steps", done=progress.step) as bar,
+        ):
+            if progress.look_due:  # the run was ended between saving and looking
+                self.look()
+            self.learner.rehearse(self.batches)
+            mark.skip()
+            while not self.finished():
+                try:
+                    self._stretch(mark, bar)
+                except GoBack as back:
+                    before = self.progress.step
+                    self._restore(*back.point.state())
+                    bar.advance(self.progress.step - before)
+                    mark.restart(self.progress.target_tokens)
+        progress = self.progress
         self.log("end", seconds=round(progress.seconds, 1))
         console.say(f"done: {progress.step:,} steps in {console.duration(progress.seconds)} -> {self.folder}")
 
+    def _stretch(self, mark: Clock, bar: console.Progress) -> None:
+        """Train to the end, or to where the run goes back."""
+        recipe, progress = self.recipe, self.progress
+        stream = self.batches.steps(Position(progress.epoch, progress.position))
+        try:
+            while not self.finished():
+                after, examples = next(stream)
+                self._learn(examples)
+                progress.epoch, progress.position = after
+                progress.seconds += mark.lap(paused=self.signals.was_paused())
+                if progress.step % recipe.training.log_every == 0:
+                    self._report(mark)
+                elif self.learner.guard.unread >= VERDICTS_AT_ONCE:
+                    self._settle()
+                bar.advance(1, mark.note)
+                validating = progress.step % recipe.validation.every == 0 or self.finished()
+                every = recipe.training.save_every
+                if validating or (every and progress.step % every == 0) or self.signals.number is not None:
+                    self._settle()
+                    progress.look_due = validating and self.dev is not None
+                    self.save()
+                    if self.signals.number is not None:
+                        self._stop(self.signals.number)
+                    if progress.look_due:
+                        self.look()
+                    mark.skip()
+        finally:
+            stream.close()  # type: ignore[attr-defined]
+
     def _learn(self, examples: list[Examples]) -> None:
-        learned = self.learner.learn(examples, self.progress.step)
-        self.progress.step += 1
-        self.progress.target_tokens += learned.tokens
-        if learned.usable:
-            self._log_sums = (self._log_sums[0] + learned.nll, self._log_sums[1] + learned.tokens)
-        elif not self.learner.scaler.is_enabled():
-            self.log("bad gradient")
-            console.warn(f"step {self.progress.step:,}: the gradient is not finite; the step is left out")
+        number = self.progress.step + 1
+        if number in self.spikes.left_out:
+            self.log("left out", step=number)
+        else:
+            learned = self.learner.learn(examples, self.progress.step)
+            self.progress.target_tokens += learned.tokens
+        self.progress.step = number
+
+    def _settle(self) -> None:
+        """Hear what became of the steps since this was last asked; it may end in going back."""
+        for verdict in self.learner.guard.verdicts():
+            self.spikes.hear(verdict)
 
     def finished(self) -> bool:
         """Whether steps, epochs or patience are used up."""
@@ -281,10 +304,10 @@ class Run:
 
     # Log
 
-    def log(self, event: str, **values: Any) -> None:
-        """One line in the run's log."""
+    def log(self, event: str, *, step: int | None = None, **values: Any) -> None:
+        """One line in the run's log, on this step or an earlier one."""
         assert self.logbook, "a run begins before it logs"
-        self.logbook.write(event, self.progress.step, **values)
+        self.logbook.write(event, self.progress.step if step is None else step, **values)
 
     def close(self) -> None:
         """Let go of the log's files."""
@@ -292,11 +315,10 @@ class Run:
             self.logbook.close()
 
     def _report(self, mark: Clock) -> None:
-        nll, tokens = float(self._log_sums[0]), self._log_sums[1]
-        self._log_sums = (0.0, 0)
+        self._settle()
+        loss = self.learner.guard.mean_loss()
         speed = mark.speed(self.progress.target_tokens)
-        loss = nll / tokens if tokens else None
-        mark.note = f"loss {loss:.3f}  {speed:,.0f} tokens/s" if tokens else "no usable gradient"
+        mark.note = "no usable gradient" if loss is None else f"loss {loss:.3f}  {speed:,.0f} tokens/s"
         self.log(
             "train",
             epoch=self.progress.epoch,
@@ -307,34 +329,53 @@ class Run:
 
     # Validate
 
-    def look(self) -> Validation:
-        """The dev set through the eyes of the weights that are kept."""
-        if not self.dev:
-            return Validation()
+    def look(self) -> None:
+        """The dev set through the eyes of the weights just saved; what is found goes to them."""
         began = time.monotonic()
-        with self.learner.at_rest():
-            loss = self.learner.dev_loss(self.dev)
-            net, found = self.learner.net, None
-            if not math.isfinite(loss):
-                console.warn("the dev loss is not a number; nothing is translated with these weights")
-            elif self.validate:
-                found = self.validate(net, self.tokenizer, self.data, self.recipe)
-        scores: list[dict[str, Any]] = [
-            {"metric": "loss", "value": loss, "signature": "nats per target token, dev set"}
-        ]
-        if found:
-            scores += found.scores
+        try:
+            with self.signals.harmless(), self.learner.at_rest():
+                loss, found = self._found()
+        except StoppedHere:
+            assert self.signals.number is not None, "only a signal raises it"
+            self._stop(self.signals.number)
+        scores: list[dict[str, Any]] = []
+        if loss is not None:
+            scores += [{"metric": "loss", "value": loss, "signature": "nats per target token, dev set"}]
+        scores += found.scores if found else ()
         metric = self.recipe.validation.metric
         scores.sort(key=lambda score: score["metric"] != metric)
-        self._count_patience(float(scores[0]["value"]), lower_is_better=metric == "loss")
+        judged = bool(scores) and (scores[0]["metric"] == metric or math.isnan(scores[0]["value"]))
+        if judged:
+            self._count_patience(float(scores[0]["value"]), lower_is_better=metric == "loss")
         shown = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in scores)
-        better = "  (best)" if self.progress.stale == 0 else ""
-        console.say(f"step {self.progress.step:,}: {shown}{better}")
+        better = "  (best)" if judged and self.progress.stale == 0 else ""
+        console.say(f"step {self.progress.step:,}: {shown or 'not validated'}{better}")
         samples = found.samples if found else ()
         for sample in samples[:1]:
             console.say(f"  {sample['source']}\n  -> {sample['translation']}")
         self.log("validate", scores=scores, samples=samples, seconds=round(time.monotonic() - began, 2))
-        return Validation(tuple(scores), samples)
+        self.progress.look_due = False
+        point = Checkpoint(checkpoints.step_folder(self.folder, self.progress.step), self.progress.step)
+        point.add({"progress": vars(self.progress)}, scores=tuple(scores) if judged else (), golden=samples)
+        self._prune()
+
+    def _found(self) -> tuple[float | None, Validation | None]:
+        """The dev loss and what `validate` found; what does not fit into memory is None, which is said."""
+        assert self.dev, "only a run with a dev set looks at it"
+        loss = None
+        try:
+            loss = self.learner.dev_loss(self.dev)
+            if not math.isfinite(loss):
+                console.warn("the dev loss is not a number; nothing is translated with these weights")
+            elif self.validate:
+                return loss, self.validate(self.learner.net, self.tokenizer, self.data, self.recipe)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            console.warn(
+                "not even a single sentence of the dev set fits into memory; training goes on without it"
+            )
+        return loss, None
 
     def _count_patience(self, value: float, *, lower_is_better: bool) -> None:
         best = self.progress.best
@@ -347,9 +388,9 @@ class Run:
 
     # Save
 
-    def save(self, validation: Validation) -> None:
-        """Write a checkpoint, and let go of those that are neither among the best nor among the last."""
-        progress, training = self.progress, self.recipe.training
+    def save(self) -> None:
+        """Write a checkpoint; its scores come later."""
+        progress = self.progress
         manifest = bundles.describe(
             self.learner.net,
             self.recipe.architecture,
@@ -361,11 +402,10 @@ class Run:
                 "epoch": progress.epoch,
                 "target_tokens": progress.target_tokens,
             },
-            scores=validation.scores,
-            golden=validation.samples,
         )
         state = {
             "progress": vars(progress),
+            "failed": self.spikes.failed,
             "data": self.data.fingerprint,
             "learner": self.learner.state(),
         }
@@ -377,6 +417,12 @@ class Run:
             step=progress.step,
             state=(state, self.learner.tensors()),
         )
+        if not progress.look_due:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Let go of the checkpoints that are neither among the best nor among the last."""
+        training = self.recipe.training
         checkpoints.prune(self.folder, best=training.keep_best, last=training.keep_last)
 
     def _longest(self) -> dict[str, int]:
@@ -385,7 +431,7 @@ class Run:
 
     # Stop
 
-    def _stop(self, number: int) -> None:
+    def _stop(self, number: int) -> NoReturn:
         self.log("interrupted", signal=number)
         raise Interrupted(
             f"stopped by {signal.Signals(number).name} after step {self.progress.step:,}, which is saved; "
@@ -412,29 +458,3 @@ class Run:
             ["device and precision", f"{learner.device} {learner.precision}"],
         ]
         console.table(f"plan for {self.folder}", ["what", "how much"], rows)
-
-
-@contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """Let the first Ctrl-C or SIGTERM end the run after its step; the second one acts at once."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        run.signal = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        # Whoever is interrupted may be writing to the same stream, which refuses to be entered twice.
-        with suppress(RuntimeError):
-            console.say(
-                "stopping after this step; once more stops at once and loses the steps since the last save"
-            )
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals are somebody else's
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from contextlib import AbstractContextManager, nullcontext
 
@@ -36,6 +37,17 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def be_deterministic() -> None:
+    """Let this process use only kernels that give the same bits each time; some are slower.
+
+    To be called before anything has been computed on a GPU: cuBLAS reads its setting once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory with NaN is for finding bugs, and takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
