@@ -116,30 +116,58 @@ def _sync_folder(folder: Path) -> None:
 def only_one(folder: Path) -> Iterator[None]:
     """Make `folder` if need be, and keep it to this process; a second one is refused with a sentence.
 
-    The lock of a process that was killed is recognised by its number, and taken over.
+    The system itself lets go of a lock when its process dies, however it dies. Where another machine
+    shares the folder, its lock may not be seen here; then its name in the file counts.
     """
     lock = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for _ in range(2):
-            try:
-                with lock.open("x", encoding="utf-8") as stream:
-                    stream.write(f"{os.getpid()} {platform.node()}")
-                break
-            except FileExistsError:
-                owner = lock.read_text(encoding="utf-8").split()
-                if len(owner) == 2 and (owner[1] != platform.node() or _runs(int(owner[0]))):
-                    raise TrmtError(
-                        f"process {owner[0]} on {owner[1]} is at work in {folder}; wait for it, or remove "
-                        f"{lock} if it is gone"
-                    ) from None
-                lock.unlink(missing_ok=True)
+        stream = _locked(lock)
+        stream.write(f"{os.getpid()} {platform.node()}".encode())
+        stream.flush()
     except OSError as error:
         raise _advice(folder, error) from error
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)  # before it is let go: the next one makes its own
+        stream.close()
+
+
+def _locked(lock: Path) -> BinaryIO:
+    """The lock file, emptied and held; refused where another process holds it."""
+    while True:
+        stream = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        held = _hold(stream)
+        owner = stream.read().decode(errors="replace").split()
+        known = len(owner) == 2 and owner[0].isdecimal()
+        elsewhere = known and owner[1] != platform.node()
+        at_work = known and held is None and _runs(int(owner[0]))
+        if held is False or elsewhere or at_work:
+            stream.close()
+            who = f"process {owner[0]} on {owner[1]}" if known else "another process"
+            raise TrmtError(f"{who} is at work in {lock.parent}; wait for it, or remove {lock} if it is gone")
+        # The one who held it may have removed the file between our opening and our holding it.
+        if lock.exists() and os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
+            stream.seek(0)
+            stream.truncate()
+            return stream
+        stream.close()
+
+
+def _hold(stream: BinaryIO) -> bool | None:
+    """Whether the system's lock on an open file is now ours; None where there are no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system without locks
+        return None
+    return True
 
 
 def _runs(process: int) -> bool:

@@ -16,6 +16,7 @@ from trmt.recipe import MAY_CHANGE, Recipe, differences, fitting, load_recipe
 from trmt.registry import ARCHITECTURES, OBJECTIVES, resolve
 from trmt.shards import PreparedSet
 from trmt.tokenizer import Tokenizer
+from trmt.unchanged import difference
 
 DATA = Path("data")
 FOLLOWS_THE_END = ("linear", "cosine")  # schedules
@@ -138,8 +139,9 @@ def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
     began = read_origin(folder)
     if began and began.fingerprint != origin.fingerprint:
         raise DataError(
-            f"{origin.data} is not the data that {folder} was trained on; prepare it as before, or name "
-            "another run folder to start a new run"
+            f"{origin.data} is not the data that {folder} was trained on"
+            f"{difference(folder, Path(origin.data))}; prepare it as before, or name another run folder to "
+            "start a new run"
         )
     if began and origin.init_from and began.init_weights != origin.init_weights:
         raise ConfigError(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -388,9 +389,15 @@ class PreparedSet:
 
     def verify(self) -> None:
         """Compare every file with its checksum; the first that was altered is a DataError."""
-        for name, entry in self.index["files"].items():
-            if checksum(self.folder / name) != entry["sha256"]:
-                raise DataError(f"{self.folder / name} was altered or damaged; run `trmt prepare` again")
+        files = self.index["files"]
+        with ThreadPoolExecutor() as threads:
+            found = threads.map(checksum, [self.folder / name for name in files])
+            for (name, entry), digest in zip(files.items(), found, strict=True):
+                if digest != entry["sha256"]:
+                    raise DataError(
+                        f"{self.folder / name} was altered or damaged: it is not what {INDEX} says; "
+                        "run `trmt prepare` again"
+                    )
 
 
 def _read_text(path: Path, count: int) -> list[str]:

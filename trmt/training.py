@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 from torch import Tensor
 
-from trmt import bundles, checkpoints, console
+from trmt import bundles, checkpoints, console, unchanged
 from trmt.arch.base import Seq2Seq
 from trmt.batches import Batches, Column, Examples, Position
 from trmt.checkpoints import CONFIG, LOG, MODELS, Checkpoint
@@ -184,6 +184,7 @@ class Run:
     def begin(self) -> None:
         """Take up the newest checkpoint, or start a new run folder."""
         sweep(self.folder)
+        self.data.verify()
         state = checkpoints.newest_state(self.folder)
         if state:
             self._restore(*state)
@@ -198,6 +199,7 @@ class Run:
             stream.write(to_toml(tree_of(self.recipe)).encode())
         if not state:
             write_json(self.folder / ORIGIN, tree_of(origin_of(self.options, self.data)))
+            unchanged.remember(self.folder, self.data)
         learner = self.learner
         self.log(
             "resume" if state else "begin",

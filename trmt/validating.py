@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from trmt import console
 from trmt.arch.base import Seq2Seq
+from trmt.learner import is_out_of_memory
 from trmt.recipe import Recipe
 from trmt.scoring import ScoreOptions, bleu_tokenizer, score
 from trmt.shards import PreparedSet
@@ -23,13 +27,8 @@ def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Reci
     sources, references = _selection(data, recipe.validation.sentences)
     if not sources:
         return Validation()
-    options = TranslateOptions(
-        search="beam" if recipe.validation.beam > 1 else "greedy", beam=recipe.validation.beam
-    )
     longest = int(data.split("train").lengths("source.ids").max())
-    with torch.inference_mode():
-        translator = Translator(net, tokenizer, longest=longest, options=options)
-        translations = [translation.text for translation in translator.translate(sources)]
+    translations = _translated(net, tokenizer, sources, longest=longest, beam=recipe.validation.beam)
     scored = score(
         translations,
         [references],
@@ -44,6 +43,26 @@ def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Reci
         {"source": sources[n], "translation": translations[n], "reference": references[n]} for n in shown
     )
     return Validation(scores, samples)
+
+
+def _translated(
+    net: Seq2Seq, tokenizer: Tokenizer, sources: list[str], *, longest: int, beam: int
+) -> list[str]:
+    """The translations, in smaller batches where memory is short."""
+    options = TranslateOptions(search="beam" if beam > 1 else "greedy", beam=beam)
+    while True:
+        try:
+            with torch.inference_mode():
+                translator = Translator(net, tokenizer, longest=longest, options=options)
+                return [translation.text for translation in translator.translate(sources)]
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or options.batch == 1:
+                raise
+        # Outside the handler: the error holds on to the tensors of the attempt that failed.
+        if next(net.parameters()).is_cuda:
+            torch.cuda.empty_cache()
+        options = replace(options, batch=options.batch // 4 or 1)
+        console.warn(f"out of memory: translating the dev set again, {options.batch} sentences at a time")
 
 
 def _selection(data: PreparedSet, count: int) -> tuple[list[str], list[str]]:
