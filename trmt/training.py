@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from torch import Tensor
@@ -76,18 +76,12 @@ def train(options: TrainOptions, validate: Validate | None = None) -> Path:
 
     `validate` translates and scores the dev set; without it only the loss is looked at.
     """
-    options = remembered(options)
-    data = PreparedSet.open(options.data or default_data())
-    tokenizer = Tokenizer.load(data.tokenizer_folder)
-    recipe, name = resolved_recipe(options, data, tokenizer, translates=validate is not None)
-    run_folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
-    check_same_run(run_folder, recipe, origin_of(options, data))
-    run = Run(run_folder, recipe, data, tokenizer, validate=validate, options=options)
+    run = Run.planned(options, validate)
     if options.dry_run:
         run.describe()
-        return run_folder
+        return run.folder
     try:
-        with only_one(run_folder):
+        with only_one(run.folder):
             run.begin()
             run.loop()
     except (MemoryError, RuntimeError) as error:
@@ -99,7 +93,7 @@ def train(options: TrainOptions, validate: Validate | None = None) -> Path:
         ) from error
     finally:
         run.close()
-    return run_folder
+    return run.folder
 
 
 def resample_with(tokenizer: Tokenizer, alpha: float, longest: int) -> Callable[[str, Column, int], Column]:
@@ -151,6 +145,17 @@ class Run:
             folder, policy=recipe.training.on_spike, half=self.learner.precision == "fp16", log=self.log
         )
         self._check()
+
+    @classmethod
+    def planned(cls, options: TrainOptions, validate: Validate | None) -> Self:
+        """The run that these options describe, about to begin."""
+        options = remembered(options)
+        data = PreparedSet.open(options.data or default_data())
+        tokenizer = Tokenizer.load(data.tokenizer_folder)
+        recipe, name = resolved_recipe(options, data, tokenizer, translates=validate is not None)
+        folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
+        check_same_run(folder, recipe, origin_of(options, data))
+        return cls(folder, recipe, data, tokenizer, validate=validate, options=options)
 
     def _check(self) -> None:
         """What cannot work is said before the first step."""

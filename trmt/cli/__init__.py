@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from trmt import __version__, console
-from trmt.cli import average, env, prepare, score, tokenizer, train, translate
+from trmt.cli import average, check_resume, env, prepare, score, tokenizer, train, translate
 from trmt.errors import TrmtError
 
 
@@ -60,6 +60,7 @@ def _root(
 app.command("tokenizer")(tokenizer.command)
 app.command("prepare")(prepare.command)
 app.command("train")(train.command)
+app.command("check-resume")(check_resume.command)
 app.command("average")(average.command)
 app.command("translate")(translate.command)
 app.command("score")(score.command)

@@ -1,0 +1,49 @@
+"""`trmt check-resume`: proof that a run can be resumed exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run folder; it is copied and not touched.")],
+    steps: Annotated[int, typer.Option("--steps", help="Steps to train on, with a kill in the middle.")] = 20,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Prepared set. [default: that of the run]")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting of the copy: --set training.deterministic=true."),
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all.")] = 0,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Let the run folder name code outside trmt.")
+    ] = False,
+) -> None:
+    """Prove on a copy that resuming a run continues the very same run, to the last byte."""
+    from trmt import console
+    from trmt.errors import TrmtError
+    from trmt.resume_check import CheckOptions, check_resume
+
+    options = CheckOptions(
+        run=run,
+        steps=steps,
+        data=data,
+        settings=tuple(settings or ()),
+        threads=threads,
+        trust_code=trust_code,
+    )
+    found = check_resume(options)
+    for difference in found:
+        console.warn(difference)
+    if found:
+        raise TrmtError(
+            f"resuming {run} does not continue the same run; on a GPU, try --set training.deterministic=true"
+        )
+    console.say(
+        "the same to the last byte: weights, optimiser, all else that is saved, data and log, "
+        "with a kill in between as without"
+    )
