@@ -2,14 +2,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trmt.errors import TrmtError
-from trmt.files import PARTIAL, atomic_file, atomic_folder, checksum, recover, sweep, write_json
+from trmt.files import (
+    LOCK,
+    PARTIAL,
+    atomic_file,
+    atomic_folder,
+    checksum,
+    only_one,
+    recover,
+    sweep,
+    write_json,
+)
 
 
 class Killed(BaseException):
@@ -145,3 +159,83 @@ def test_json_makes_the_round_trip(tmp_path: Path, value: Any) -> None:
 def test_the_checksum_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc" * 100_000)
     assert checksum(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+# One process at a time
+
+HOLDER = "import sys\nfrom pathlib import Path\nfrom trmt.files import only_one\n"
+HOLDER += "with only_one(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """A process that keeps `folder` to itself until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "held\n"
+    return process
+
+
+@posix
+def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+    with pytest.raises(TrmtError, match=rf"process {process.pid} on .* is at work in"), only_one(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    assert names(tmp_path) == [LOCK], "what was killed leaves its lock file"
+    with only_one(tmp_path):
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()} {platform.node()}"
+        with pytest.raises(TrmtError, match="is at work"), only_one(tmp_path):
+            pass
+    assert names(tmp_path) == []
+
+
+@posix
+def test_a_process_that_only_has_a_dead_ones_number_does_not_count(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (tmp_path / LOCK).write_text(f"{other.pid} {platform.node()}")
+        with only_one(tmp_path):
+            pass
+    finally:
+        other.communicate(b"\n")
+
+
+def test_another_machines_lock_counts(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("17 elsewhere")
+    with (
+        pytest.raises(TrmtError, match=r"process 17 on elsewhere is at work in .* remove .*lock"),
+        only_one(tmp_path),
+    ):
+        pass
+    assert (tmp_path / LOCK).read_text() == "17 elsewhere"
+
+
+@posix
+def test_where_the_system_has_no_locks_the_process_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    (tmp_path / LOCK).write_text(f"{other.pid} {platform.node()}")
+    with pytest.raises(TrmtError, match=f"process {other.pid} on"), only_one(tmp_path):
+        pass
+    other.communicate(b"\n")
+    with only_one(tmp_path):
+        pass
+
+
+def test_of_many_that_begin_at_once_one_is_let_in(tmp_path: Path) -> None:
+    """A lock that its owner has just removed must not let in two."""
+    code = "import sys, time\nfrom pathlib import Path\nfrom trmt.errors import TrmtError\n"
+    code += "from trmt.files import only_one\nfolder = Path(sys.argv[1])\n"
+    code += "for _ in range(300):\n    try:\n        with only_one(folder):\n"
+    code += "            (folder / 'mark').open('x').close()\n            (folder / 'mark').unlink()\n"
+    code += "    except TrmtError:\n        pass\n"
+    several = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait(60) for process in several] == [0, 0, 0], "two were in at once"

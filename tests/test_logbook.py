@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trmt.errors import TrmtError
-from trmt.logbook import Clock, Logbook
+from trmt.logbook import RECENT, Clock, Logbook
 
 
 def test_lines_are_added_and_half_ones_dropped(tmp_path: Path) -> None:
@@ -40,3 +40,29 @@ def test_the_clock_leaves_out_what_is_skipped(monkeypatch: pytest.MonkeyPatch) -
     now[0] = 904.0
     clock.lap()
     assert clock.speed(1150) == pytest.approx(100.0)
+
+
+def test_a_lap_with_a_pause_takes_what_laps_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock(tokens=0)
+    for _ in range(4):
+        now[0] += 2.0
+        assert clock.lap() == 2.0
+    now[0] += 1000.0
+    assert clock.lap(paused=True) == 2.0
+    now[0] += 1.0
+    assert clock.lap(paused=True) == 1.0, "a pause makes no lap longer"
+    assert clock.usual() == 2.0
+    assert clock.speed(1100) == pytest.approx(100.0)
+
+
+def test_the_usual_lap_is_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock(tokens=0)
+    assert clock.usual() == 0.0
+    for seconds in [9.0] * 50 + [1.0] * RECENT:
+        now[0] += seconds
+        clock.lap()
+    assert clock.usual() == pytest.approx(1.0)

@@ -1,0 +1,242 @@
+"""Memory that is too short, injected: found at the start, met by smaller parts, never the end of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy
+from tests.contracts.test_training import HARD, final, log
+from tests.toy import options
+from trmt import checkpoints, validating
+from trmt.arch.transformer import Transformer
+from trmt.batches import Batches
+from trmt.engines.eager import Eager
+from trmt.learner import Learner
+from trmt.objectives.base import Loss
+from trmt.objectives.translation import Translation
+from trmt.planning import TrainOptions
+from trmt.training import Run, train
+
+TRANSLATED = {"validation": {"every": 3, "metric": "chrf", "sentences": 30}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+class Short:
+    """How often memory was too short, and the sizes of what did fit."""
+
+    def __init__(self) -> None:
+        self.refused = 0
+        self.fitted: list[int] = []
+
+    def ask(self, size: int, limit: int) -> None:
+        if size > limit:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 byte")
+        self.fitted.append(size)
+
+
+@contextmanager
+def memory_for(limit: int, *, training: bool) -> Iterator[Short]:
+    """Memory ends where a batch has more pairs, in training or else in looking at the dev set."""
+    short, loss = Short(), Translation.loss
+
+    def scarce(self: Translation, net: Any, batch: Any) -> Loss:
+        if torch.is_grad_enabled() == training:
+            short.ask(len(batch.source), limit)
+        return loss(self, net, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Translation, "loss", scarce)
+        yield short
+
+
+# At the start
+
+
+def test_the_largest_batches_come_first(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    sizes: list[tuple[int, int]] = []
+    steps: list[int] = []
+    loss, learn = Translation.loss, Learner.learn
+
+    def measured(self: Translation, net: Any, batch: Any) -> Loss:
+        if torch.is_grad_enabled():
+            longest = max(int(batch.source.lengths_S.max()), int(batch.before.lengths_S.max()))
+            sizes.append((len(batch.source), longest))
+        return loss(self, net, batch)
+
+    def counted(self: Learner, *rest: Any) -> Any:
+        steps.append(len(sizes))
+        return learn(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Translation, "loss", measured)
+        patch.setattr(Learner, "learn", counted)
+        train(options(run, toy_set, toy.recipe(tmp_path), "training.steps=30"))
+    first, later = sizes[: steps[0]], sizes[steps[0] :]
+    assert 1 <= len(first) <= 3 and len(later) == 30
+    for most in (lambda size: size[0] * size[1], lambda size: size[0], lambda size: size[1]):
+        assert max(map(most, first)) == max(map(most, later))
+
+
+def test_rehearsing_changes_nothing(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, HARD)
+    train(options(run, toy_set, recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "rehearse", lambda *_: None)
+        train(options(tmp_path / "without", toy_set, recipe))
+    assert final(run) == final(tmp_path / "without")
+
+
+class Counting(Transformer):
+    """A network that keeps more than weights: how often it was called."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        self.calls += 1
+        return super().forward(*args, **more)
+
+
+def test_rehearsing_puts_buffers_and_gradients_back(toy_set: Path, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    made = Run.planned(
+        options(tmp_path / "run", toy_set, recipe, 'architecture="tests.test_memory:Counting"'), None
+    )
+    before = {name: value.clone() for name, value in made.learner.net.state_dict().items()}
+    made.learner.rehearse(made.batches)
+    after = made.learner.net.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in made.learner.net.parameters())
+    assert not made.learner.optimizer.state and not made.learner.guard.unread
+
+
+def test_short_memory_shows_before_the_first_step_and_is_remembered(
+    toy_set: Path, tmp_path: Path, run: Path
+) -> None:
+    recipe = toy.recipe(tmp_path, HARD)
+    with memory_for(7, training=True) as short:
+        train(options(tmp_path / "whole", toy_set, recipe))
+        refused = short.refused
+        assert refused and max(short.fitted) <= 7
+        train(options(run, toy_set, recipe, "training.steps=4"))
+        assert short.refused == 2 * refused
+        halvings = json.loads((run / "step-00000004/training/state.json").read_bytes())["learner"]["halvings"]
+        assert halvings == refused, "each refusal was the rehearsal's"
+        train(options(run, toy_set, recipe))
+        assert short.refused == 2 * refused, "a resumed run begins with what was learned"
+    assert final(run) == final(tmp_path / "whole")
+
+
+def test_the_plan_stays_what_it_was(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    recipe = toy.recipe(tmp_path, HARD)
+    train(options(tmp_path / "plenty", toy_set, recipe))
+    with memory_for(7, training=True):
+        train(options(run, toy_set, recipe))
+    ours, theirs = (final(folder)[2]["progress"] for folder in (run, tmp_path / "plenty"))
+    for key in ("step", "epoch", "position", "target_tokens"):
+        assert ours[key] == theirs[key]
+
+
+def test_memory_that_ends_later_is_met_as_well(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    learn, loss = Learner.learn, Translation.loss
+    short, now = Short(), [0]
+
+    def learned(self: Learner, examples: Any, step: int) -> Any:
+        now[0] = step
+        return learn(self, examples, step)
+
+    def scarce(self: Translation, net: Any, batch: Any) -> Loss:
+        if torch.is_grad_enabled() and now[0] >= 3:
+            short.ask(len(batch.source), 7)
+        return loss(self, net, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "learn", learned)
+        patch.setattr(Translation, "loss", scarce)
+        train(options(run, toy_set, toy.recipe(tmp_path)))
+    assert short.refused and checkpoints.steps(run)[-1].step == 6
+
+
+# While looking at the dev set
+
+
+def test_the_dev_loss_in_parts_is_the_dev_loss(
+    toy_set: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy.recipe(tmp_path)
+    train(options(tmp_path / "plenty", toy_set, recipe))
+    with memory_for(4, training=False) as short:
+        train(options(run, toy_set, recipe))
+    assert short.refused and max(short.fitted) <= 4
+    assert sum(short.fitted) == 2 * 30, "each pair of the dev set once in each of two looks"
+    found, expected = (
+        [entry["scores"][0]["value"] for entry in log(folder, "validate")]
+        for folder in (run, tmp_path / "plenty")
+    )
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert final(run, 6)[:2] == final(tmp_path / "plenty", 6)[:2]
+
+
+def test_the_dev_set_is_translated_in_smaller_batches(
+    toy_set: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy.recipe(tmp_path, TRANSLATED)
+    train(options(tmp_path / "plenty", toy_set, recipe), validating.validate)
+    short, work = Short(), Eager._run
+
+    def scarce(self: Eager, batch: list[Any]) -> Any:
+        short.ask(len(batch), 5)
+        return work(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Eager, "_run", scarce)
+        train(options(run, toy_set, recipe), validating.validate)
+    assert short.refused and max(short.fitted) <= 5
+    assert "translating the dev set again, 4 sentences at a time" in capsys.readouterr().err
+    scores = [
+        [point.manifest.scores for point in checkpoints.steps(folder)]
+        for folder in (run, tmp_path / "plenty")
+    ]
+    assert scores[0] == scores[1]
+    assert final(run, 6) == final(tmp_path / "plenty", 6)
+
+
+@pytest.mark.parametrize("where", ["loss", "translations"])
+def test_a_dev_set_that_does_not_fit_at_all_does_not_end_the_run(
+    toy_set: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    recipe = toy.recipe(tmp_path, {**TRANSLATED, "training": {"patience": 1}})
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*((Learner, "_dev_sums", full) if where == "loss" else (Eager, "_run", full)))
+        train(options(run, toy_set, recipe), validating.validate)
+    assert capsys.readouterr().err.count("training goes on without it") == 2
+    points = checkpoints.steps(run)
+    assert points[-1].step == 6, "what could not be judged does not use up patience"
+    assert not any(point.score() for point in points)
+    assert [len(entry["scores"]) for entry in log(run, "validate")] == [where == "translations"] * 2
+
+
+def test_largest_batches_are_those_of_the_plan(toy_set: Path, tmp_path: Path) -> None:
+    made = Run.planned(TrainOptions(data=toy_set, recipe=toy.recipe(tmp_path), run=tmp_path / "run"), None)
+    batches: Batches = made.batches
+    plan = [pairs for step in batches.plan(0) for pairs in step]
+    largest = batches.largest()
+    assert all(any(pairs is planned for planned in plan) for pairs in largest)
+    assert len({id(pairs) for pairs in largest}) == len(largest) <= 3
