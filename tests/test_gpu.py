@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from tests import toy
+from tests.contracts.test_training import HARD, final, log
 from tests.fakes import random_sentences, small_network
 from trmt.arch.base import Ragged, Source
 from trmt.decode.beam import Beam
@@ -12,6 +17,8 @@ from trmt.engines.base import Request
 from trmt.engines.device import choose_device, choose_precision
 from trmt.engines.eager import Eager
 from trmt.registry import ARCHITECTURES
+from trmt.resume_check import CheckOptions, check_resume
+from trmt.training import Run, train
 
 pytestmark = pytest.mark.gpu
 
@@ -41,3 +48,56 @@ def test_beam_search_runs_on_the_gpu(architecture: str) -> None:
 def test_the_gpu_and_its_precision_are_chosen() -> None:
     device = choose_device("auto")
     assert device.type == "cuda" and choose_precision("auto", device) in ("bf16", "fp16")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_judging_a_step_never_waits_for_the_gpu(toy_set: Path, tmp_path: Path, precision: str) -> None:
+    recipe = toy.recipe(tmp_path, {"optim": {"clip": 1.0, "ema": 0.9}, "training": {"device": "cuda"}})
+    run = Run.planned(toy.options(tmp_path / "run", toy_set, recipe, f"training.precision={precision}"), None)
+    [pairs] = run.batches.plan(0)[0]
+    run.learner.learn([run.batches.load(pairs)], 0)  # the first one allocates and chooses kernels
+    guard = run.learner.guard
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(5):
+            norm, nll = guard.sums[0].abs(), guard.sums[1].abs()
+            guard.take(run.learner.optimizer, step=number, norm=norm, nll=nll, tokens=9, clip=1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(guard.verdicts()) == 6
+
+
+ON_GPU: dict[str, Any] = {**HARD, "training": {**HARD["training"], "device": "cuda", "deterministic": True}}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_resuming_on_the_gpu_is_exact_where_it_is_deterministic(
+    architecture: str, toy_set: Path, tmp_path: Path
+) -> None:
+    recipe = toy.recipe(tmp_path, ON_GPU, architecture=architecture)
+    run = train(toy.options(tmp_path / "run", toy_set, recipe, "training.steps=6"))
+    assert log(run, "begin")[0]["device"] == "cuda"
+    assert check_resume(CheckOptions(run=run)) == []
+    whole = train(toy.options(tmp_path / "whole", toy_set, recipe))
+    train(toy.options(run, toy_set, recipe))
+    assert final(run)[:2] == final(whole)[:2]
+
+
+def test_memory_that_ends_on_the_gpu_is_met_with_smaller_parts(toy_set: Path, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, {"training": {"device": "cuda"}, "batches": {"tokens": 3000}})
+    wide = ("network.width=256", "network.feed_forward=8192")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    plenty = train(toy.options(tmp_path / "plenty", toy_set, recipe, *wide))
+    needed = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(0.6 * needed / total)
+    try:
+        run = train(toy.options(tmp_path / "run", toy_set, recipe, *wide))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert final(run, 6)[2]["learner"]["halvings"] >= 1
+    found, expected = (log(folder, "train")[-1]["loss"] for folder in (run, plenty))
+    assert found == pytest.approx(expected, rel=0.05)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests import toy
 from trmt.guard import ENOUGH, FIRST_SCALE, HIGH, NOT_FINITE, STEEP, WINDOW, Guard, Verdict
+from trmt.training import Run
 
 CPU = torch.device("cpu")
 
@@ -200,6 +203,9 @@ def test_a_verdict_says_what_it_knows() -> None:
     assert not Verdict(3, NOT_FINITE, 2.0, 1.0).finite
 
 
+# Waiting
+
+
 class Waits(torch.overrides.TorchFunctionMode):
     """Counts what would make the host wait for the device."""
 
@@ -217,6 +223,19 @@ class Waits(torch.overrides.TorchFunctionMode):
         ):
             self.count += 1
         return function(*args, **(kwargs or {}))
+
+
+def test_a_whole_step_never_asks_the_device(toy_set: Path, tmp_path: Path) -> None:
+    """Neither gradients, clipping, the optimiser nor the running mean do."""
+    recipe = toy.recipe(tmp_path, {"optim": {"clip": 1.0, "ema": 0.9}})
+    run = Run.planned(toy.options(tmp_path / "run", toy_set, recipe), None)
+    batches = [run.batches.load(pairs) for step in run.batches.plan(0) for pairs in step]
+    with Waits() as waits:
+        for step in range(3):
+            run.learner.learn(batches[step : step + 2], step)
+        assert waits.count == 0
+        run.learner.guard.mean_loss()
+    assert waits.count == 1
 
 
 def test_a_step_never_asks_the_device() -> None:

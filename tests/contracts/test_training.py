@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ def test_validating_and_saving_do_not_disturb(architecture: str, toy_set: Path, 
     train(options(often, toy_set, recipe))
     train(options(never, toy_set, recipe, "validation.every=1000"))
     assert final(often)[:2] == final(never)[:2]
+
+
+@pytest.fixture
+def _deterministic_only_here() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_deterministic_only_here")
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_every_network_can_be_deterministic(architecture: str, toy_set: Path, tmp_path: Path) -> None:
+    """Torch refuses what it has no deterministic kernel for; on the CPU nothing else changes."""
+    recipe = toy.recipe(tmp_path, HARD, architecture=architecture)
+    train(options(tmp_path / "usual", toy_set, recipe))
+    train(options(tmp_path / "run", toy_set, recipe, "training.deterministic=true"))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert final(tmp_path / "run")[:2] == final(tmp_path / "usual")[:2]
+    assert log(tmp_path / "run", "begin")[0]["deterministic"] is True
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
