@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from trmt import console
+from trmt import console, pauses
 
 
 def test_messages_go_to_standard_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +69,24 @@ def test_what_was_done_before_does_not_count_as_speed(
     with console.progress("training", 100, unit="steps", done=90) as bar:
         bar.advance()
     assert capsys.readouterr().err == "training: 91 of 100 steps, 6 min 00 s left\n"
+
+
+def test_a_pause_does_not_change_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with console.progress("training", 4, unit="steps") as bar:
+        for pause in (0, 86_400):
+            now[0] += 40 + pause
+            pauses.leave_out(pause)
+            bar.advance()
+        bar.advance(-3)  # a run that goes back
+        now[0] += 40
+        bar.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "training: 2 of 4 steps, 1 min 20 s left"
+    assert lines[-1] == "training: 0 of 4 steps"
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ elsewhere a plain line now and then says the same.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from trmt import pauses
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,11 +100,11 @@ class _Lines:
     def __init__(self, title: str, total: float | None, unit: str, done: int) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.before, self.done = done, float(done)
-        self.began = self.spoke = time.monotonic()
+        self.began = self.spoke = pauses.now()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
-        now = time.monotonic()
+        now = pauses.now()
         if now - self.spoke < PLAIN_INTERVAL:
             return
         self.spoke = now
@@ -111,7 +112,7 @@ class _Lines:
         say(f"{self.title}: {self.done:,.0f}{of} {self.unit}{self._eta(now)}{'  ' + note if note else ''}")
 
     def _eta(self, now: float) -> str:
-        if not self.total or self.done == self.before:
+        if not self.total or self.done <= self.before:  # less, where a run has gone back
             return ""
         left = (now - self.began) * (self.total - self.done) / (self.done - self.before)
         return f", {duration(left)} left"
@@ -160,7 +161,7 @@ def progress(
     )
     global _drawing
     before, console = _drawing, _console()
-    with Bars(*columns, console=console, transient=True) as bars:
+    with Bars(*columns, console=console, transient=True, get_time=pauses.now) as bars:
         _drawing = console
         try:
             yield _Bar(bars, bars.add_task(title, total=total, completed=done, note=""))

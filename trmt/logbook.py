@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from trmt import pauses
 from trmt.errors import TrmtError
 
 CURVES = ("train", "validate")  # the events whose numbers are drawn
@@ -93,7 +94,9 @@ class Clock:
         now = time.monotonic()
         passed, self.last = now - self.last, now
         if paused:
-            passed = min(passed, self.usual())
+            usual = min(passed, self.usual())
+            pauses.leave_out(passed - usual)
+            passed = usual
         else:
             self.laps.append(passed)
         self.spent += passed

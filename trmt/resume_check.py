@@ -39,7 +39,8 @@ from trmt.unchanged import RECORD
 from trmt.validating import validate
 
 ORDER = "order.jsonl"  # in a copy: what each step saw
-CLOCKS = ("time", "seconds", "tokens_per_second")  # what the log says of the machine and not of the run
+# What the log says of the machine and not of the run.
+CLOCKS = ("time", "seconds", "elapsed", "tokens_per_second", "waited", "memory")
 PARTS = ("begin", "resume", "interrupted", "end")  # events that are about parts of a run
 # What saved tensors are called before the colon, in a person's words.
 KINDS = {
@@ -210,7 +211,8 @@ def differences(one: Path, two: Path, *, step: int) -> Iterator[str]:
     for state in plain:
         state["progress"].pop("seconds")
         state.pop("sha256")  # of the tensors, which have been compared
-    yield from (f"the saved {key} differs" for key in sorted({*plain[0], *plain[1]}) if _unlike(plain[0], plain[1], key))
+    keys = sorted(plain[0].keys() | plain[1].keys())
+    yield from (f"the saved {key} differs" for key in keys if _unlike(plain[0], plain[1], key))
     yield from _log(*(_events(run / LOG) for run in (one, two)))
 
 
