@@ -14,7 +14,7 @@ from tests import toy
 from trmt import cli
 from trmt.cli import app
 
-COMMANDS = ["tokenizer", "prepare", "train", "average", "translate", "score", "env"]
+COMMANDS = ["tokenizer", "prepare", "train", "check-resume", "average", "translate", "score", "env"]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

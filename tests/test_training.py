@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from trmt.batches import BatchConfig, Batches, Examples, halves
 from trmt.checkpoints import find_bundle
 from trmt.config import tree_of
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
+from trmt.files import only_one
 from trmt.learner import Learner
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
@@ -602,16 +602,11 @@ def test_fine_tuning_that_stopped_early_starts_from_its_weights_again(
         train(options(tuned, toy_set, recipe, init_from=parents[1]))
 
 
-def test_two_processes_cannot_share_a_run(toy_set: Path, tmp_path: Path, run: Path) -> None:
-    run.mkdir()
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        (run / "lock").write_text(f"{other.pid} {platform.node()}", encoding="utf-8")
-        with pytest.raises(TrmtError, match=rf"process {other.pid} .* is at work in .*; wait for it"):
-            train(options(run, toy_set, toy.recipe(tmp_path)))
-    finally:
-        other.communicate(b"\n")
-    train(options(run, toy_set, toy.recipe(tmp_path)))  # its owner has gone: taken over
+def test_a_run_belongs_to_one_at_a_time(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    with only_one(run), pytest.raises(TrmtError, match=r"process \d+ .* is at work in .*; wait for it"):
+        train(options(run, toy_set, toy.recipe(tmp_path)))
+    assert not checkpoints.steps(run)
+    train(options(run, toy_set, toy.recipe(tmp_path)))
     assert checkpoints.steps(run)[-1].step == 6 and not (run / "lock").exists()
 
 

@@ -1,10 +1,10 @@
 """What a run does about a step that went wrong: leave it out, go back to before it, or stop with advice.
 
-    training.on_spike    a gradient far above the usual    a loss far above the usual, or no numbers
-    skip                 the step is left out              said; what is not finite is left out
-    rollback             the run goes back to the last checkpoint before it, and leaves out its batches
+    training.on_spike    a gradient far above the usual       a loss far above     no numbers
+    skip                 the step is left out                 said                 left out
+    rollback             the run goes back to the checkpoint before it and leaves out its batches
     stop                 training ends; the last checkpoint is the one before
-    ignore               the step is taken                 what is not finite is left out
+    ignore               said                                 said                 left out
 
 Steps that were gone back over are a fact of the run, like its data: they stand in `rollbacks.json`, and
 no later attempt takes them, from whatever checkpoint it goes on. Their numbers are used up, so the plan of
