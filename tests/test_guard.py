@@ -226,8 +226,8 @@ class Waits(torch.overrides.TorchFunctionMode):
 
 
 def test_a_whole_step_never_asks_the_device(toy_set: Path, tmp_path: Path) -> None:
-    """Neither gradients, clipping, the optimiser nor the running mean do."""
-    recipe = toy.recipe(tmp_path, {"optim": {"clip": 1.0, "ema": 0.9}})
+    """Neither gradients, clipping, the optimiser nor the running mean do; nor does this network."""
+    recipe = toy.recipe(tmp_path, {"optim": {"clip": 1.0, "ema": 0.9}}, architecture="conv")
     run = Run.planned(toy.options(tmp_path / "run", toy_set, recipe), None)
     batches = [run.batches.load(pairs) for step in run.batches.plan(0) for pairs in step]
     with Waits() as waits:

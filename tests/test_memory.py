@@ -64,15 +64,17 @@ def memory_for(limit: int, *, training: bool) -> Iterator[Short]:
 # At the start
 
 
-def test_the_largest_batches_come_first(toy_set: Path, tmp_path: Path, run: Path) -> None:
-    sizes: list[tuple[int, int]] = []
+@pytest.mark.parametrize("architecture", ["transformer", "rnn"])  # in a row, and padded
+def test_the_largest_batches_come_first(toy_set: Path, tmp_path: Path, run: Path, architecture: str) -> None:
+    sizes: list[tuple[int, int, int]] = []
     steps: list[int] = []
     loss, learn = Translation.loss, Learner.learn
 
     def measured(self: Translation, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled():
-            longest = max(int(batch.source.lengths_S.max()), int(batch.before.lengths_S.max()))
-            sizes.append((len(batch.source), longest))
+            lengths_S = torch.maximum(batch.source.lengths_S, batch.before.lengths_S)
+            pairs, longest = len(lengths_S), int(lengths_S.max())
+            sizes.append((int(lengths_S.sum()) if type(net).in_row else pairs * longest, pairs, longest))
         return loss(self, net, batch)
 
     def counted(self: Learner, *rest: Any) -> Any:
@@ -82,11 +84,12 @@ def test_the_largest_batches_come_first(toy_set: Path, tmp_path: Path, run: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Translation, "loss", measured)
         patch.setattr(Learner, "learn", counted)
-        train(options(run, toy_set, toy.recipe(tmp_path), "training.steps=30"))
+        recipe = toy.recipe(tmp_path, {"training": {"steps": 0, "epochs": 1}}, architecture=architecture)
+        train(options(run, toy_set, recipe))
     first, later = sizes[: steps[0]], sizes[steps[0] :]
-    assert 1 <= len(first) <= 3 and len(later) == 30
-    for most in (lambda size: size[0] * size[1], lambda size: size[0], lambda size: size[1]):
-        assert max(map(most, first)) == max(map(most, later))
+    assert 1 <= len(first) <= 3 and len(later) == len(steps)
+    for kind in range(3):
+        assert max(size[kind] for size in first) == max(size[kind] for size in later)
 
 
 def test_rehearsing_changes_nothing(toy_set: Path, tmp_path: Path, run: Path) -> None:

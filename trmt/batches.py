@@ -202,11 +202,10 @@ class Batches:
         def longest(pairs: Indices) -> int:
             return int(self.lengths[pairs].max())
 
-        kinds = (
-            max(plan, key=lambda pairs: len(pairs) * longest(pairs)),
-            max(plan, key=len),
-            max(plan, key=longest),
-        )
+        def tokens(pairs: Indices) -> int:
+            return int(self.lengths[pairs].sum()) if self.in_row else len(pairs) * longest(pairs)
+
+        kinds = (max(plan, key=tokens), max(plan, key=len), max(plan, key=longest))
         return list({id(pairs): pairs for pairs in kinds}.values())
 
     def load(self, pairs: Indices, *, seed: tuple[int, ...] = ()) -> Examples:
