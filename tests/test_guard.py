@@ -147,6 +147,17 @@ def test_spikes_do_not_hide_the_next_ones() -> None:
     assert [verdict.bits for verdict in some.verdicts()] == [STEEP] * 10
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_part_of_the_usual(broken: float) -> None:
+    optimizer, some = adam(parameter()), guard()
+    used_to(some, optimizer)
+    before = some.usual.clone()
+    take(some, optimizer, torch.full((3, 4), broken), step=WINDOW + 1)
+    take(some, optimizer, gradient(1), step=WINDOW + 2, loss=broken)
+    assert [verdict.bits for verdict in some.verdicts()[-2:]] == [NOT_FINITE] * 2
+    assert torch.equal(some.usual, before)
+
+
 def test_going_on_from_what_was_saved_is_the_same() -> None:
     one, two = guard(), guard()
     used_to(one, adam(parameter()), 100)
