@@ -1,0 +1,438 @@
+"""Measures training: target tokens per second, share of the machine's arithmetic, memory; and the same of others.
+
+    python bench/train.py DATA_SET --peers FOLDER --rounds 5 --threads 2
+
+DATA_SET is what `trmt prepare` wrote, with a joint tokenizer; FOLDER what `bench/peers/install.py` made. In
+each round every toolkit trains in a process of its own, one after the other, beginning with another one each
+time, and the machine's matrix products are measured beside them; each process warms up before its window
+opens. What is counted, and how, is in `peers/probe.py`; how each toolkit was told to train the same network
+is in `peers/<toolkit>.py` and, word for word, in the result. A toolkit that fails is in the result with the
+end of its log.
+
+Without DATA_SET a synthetic one is made (`--pairs`, and the vocabulary of `--preset`). On a GPU:
+
+    python bench/train.py --device cuda --precision bf16 --preset base --batch-tokens 32768
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from arithmetic import training_flops
+from peers.install import python_of
+from peers.job import Job, Shape
+from provenance import ROOT, record
+
+# Toolkit: the distribution that is compared.
+TOOLKITS = {
+    "fairseq": "",  # a checkout: its commit is told instead
+    "joeynmt": "joeynmt",
+    "eole": "eole",
+    "opennmt": "OpenNMT-py",
+    "sockeye": "sockeye",
+    "transformers": "transformers",
+}
+PRESETS = {
+    "small": Shape(),
+    "base": Shape(
+        width=512, feed_forward=2048, heads=8, encoder_layers=6, decoder_layers=6, vocabulary=32000
+    ),
+    "big": Shape(
+        width=1024,
+        feed_forward=4096,
+        heads=16,
+        encoder_layers=6,
+        decoder_layers=6,
+        vocabulary=32000,
+        dropout=0.3,
+    ),
+}
+LOG_LINES = 15  # of a failed process's log that the result keeps
+STARTUP = 900.0  # seconds that a process may take beside its warm-up and window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What to measure: `measure` takes it."""
+
+    data_set: Path
+    work: Path  # scratch folder; what toolkits prepare is kept there from call to call
+    shape: Shape = field(default_factory=Shape)
+    peers: Path | None = None  # folder of environments; none: trmt alone
+    toolkits: tuple[str, ...] = tuple(TOOLKITS)
+    recipe: str = ""  # trmt trains this instead of `shape`, and then alone
+    rounds: int = 5
+    threads: int = 2
+    device: str = "cpu"
+    precision: str = "fp32"
+    batch_tokens: int = 4096
+    warmup_updates: int = 5
+    warmup_seconds: float = 5.0
+    seconds: float = 30.0
+    options: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # toolkit: its own options
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """All rounds of all toolkits, and what they add up to."""
+    from peers import corpus
+
+    spec.work.mkdir(parents=True, exist_ok=True)
+    names = ["trmt", *(spec.toolkits if spec.peers else ())]
+    if len(names) > 1:
+        corpus.write(spec.data_set, spec.work / "corpus")
+    shape, real_tokens = _plan(spec)
+    jobs = {name: _job(spec, name, shape, real_tokens) for name in names}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for name in names:
+        if error := prepare(jobs[name], _python(spec, name), name):
+            runs[name].append({"error": error})
+    products = []
+    for number in range(spec.rounds):
+        products.append(_products(spec, shape))
+        turn = number % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            if any("error" in run for run in runs[name]):
+                continue
+            job = replace(jobs[name], seed=number + 1)
+            run = train(job, _python(spec, name), name)
+            run["load_before"] = round(os.getloadavg()[0], 2)
+            runs[name].append(run)
+            _tell(number, name, run)
+    return _figures(spec, shape, runs, products)
+
+
+def _plan(spec: Spec) -> tuple[Shape, int]:
+    """The network's sizes with the data's vocabulary, and the real target tokens in a batch of trmt's."""
+    from trmt.batches import BatchConfig, Batches
+    from trmt.shards import PreparedSet
+
+    data = PreparedSet.open(spec.data_set)
+    shape = replace(spec.shape, vocabulary=max(data.index["vocabulary"]))
+    tokens = spec.batch_tokens
+    if spec.recipe:
+        from trmt.recipe import load_recipe
+
+        recipe = load_recipe(spec.recipe, network={"source_vocabulary": 1, "target_vocabulary": 1})
+        names = ("width", "feed_forward", "heads", "encoder_layers", "decoder_layers", "dropout")
+        shape = replace(shape, **{name: recipe.network[name] for name in names if name in recipe.network})
+        tokens = recipe.batches.tokens
+    batches = Batches(data, BatchConfig(tokens=tokens), seed=1)
+    real = int(batches.by_target.sum()) + len(batches.by_target)
+    return shape, round(real / len(batches.plan(0)))
+
+
+def _job(spec: Spec, name: str, shape: Shape, real_tokens: int) -> Job:
+    work = spec.work / name
+    return Job(
+        corpus=str((spec.work / "corpus").resolve()),
+        work=str(work.resolve()),
+        report=str((work / "report.json").resolve()),
+        shape=shape,
+        data_set=str(spec.data_set.resolve()),
+        recipe=spec.recipe,
+        batch_tokens=spec.batch_tokens,
+        real_tokens=real_tokens,
+        threads=spec.threads,
+        device=spec.device,
+        precision=spec.precision,
+        warmup_updates=spec.warmup_updates,
+        warmup_seconds=spec.warmup_seconds,
+        seconds=spec.seconds,
+        options=dict(spec.options.get(name, {})),
+    )
+
+
+def _python(spec: Spec, name: str) -> Path:
+    return Path(sys.executable) if name == "trmt" or not spec.peers else python_of(spec.peers.resolve(), name)
+
+
+# One process
+
+
+def prepare(job: Job, python: Path, name: str) -> str | None:
+    """Let a toolkit make its own format of the corpus, unless it has; an error as text."""
+    work = Path(job.work)
+    stamp = work / "prepared.json"
+    corpus = Path(job.corpus) / "fingerprint"
+    made_from = [corpus.read_text() if corpus.is_file() else "", job.shape.vocabulary, job.device]
+    if stamp.is_file() and json.loads(stamp.read_bytes()) == made_from:
+        return None
+    code, log = _run(job, python, name, stage="prepare")
+    if code:
+        return f"preparing failed ({code}): {log}"
+    stamp.write_text(json.dumps(made_from), encoding="utf-8")
+    return None
+
+
+def train(job: Job, python: Path, name: str) -> dict[str, Any]:
+    """What the probe reported of one training process, or an `error`."""
+    Path(job.report).unlink(missing_ok=True)
+    code, log = _run(job, python, name, stage="train")
+    try:
+        report: dict[str, Any] = json.loads(Path(job.report).read_bytes())
+    except (OSError, ValueError):
+        return {"error": f"training failed ({code}): {log}"}
+    return report | per_second(report, job.shape)
+
+
+def per_second(report: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    """The rates and shares that follow from a report's sums."""
+    seconds, target = report["seconds"], report["target_tokens"]
+    cells = report["source_cells"] + report["target_cells"]
+    return {
+        "target_tokens_per_second": round(target / seconds, 1),
+        "target_tokens_per_cpu_second": round(target / report["cpu_seconds"], 1),
+        "target_tokens_per_update": round(target / report["updates"]),
+        "gflops": round(training_flops(shape, report) / seconds / 1e9, 2),
+        "padding": round(1 - (report["source_tokens"] + target) / cells, 4),
+        "busy": round(report["cpu_seconds"] / seconds, 2),  # cores
+    }
+
+
+def _run(job: Job, python: Path, name: str, *, stage: str) -> tuple[int | str, str]:
+    """Exit status and the end of the log of `python -m peers.NAME STAGE`."""
+    work = Path(job.work)
+    work.mkdir(parents=True, exist_ok=True)
+    job.write(work / "job.json")
+    threads = str(job.threads)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), *([str(ROOT)] if name == "trmt" else [])]),
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+    }
+    log = work / f"{stage}.log"
+    with log.open("wb") as stream:
+        try:
+            code: int | str = subprocess.run(
+                [str(python), "-m", f"peers.{name}", stage, str((work / "job.json").resolve())],
+                cwd=work,
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=STARTUP + job.warmup_seconds + 10 * job.seconds,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = "it took too long"
+        except OSError as error:
+            code = str(error)
+    return code, "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+
+def _products(spec: Spec, shape: Shape) -> dict[str, Any]:
+    """The machine's matrix products at this moment, measured in a process of its own."""
+    command = [sys.executable, str(ROOT / "bench" / "arithmetic.py"), "--device", spec.device]
+    command += ["--precision", spec.precision, "--shape", json.dumps(asdict(shape))]
+    command += ["--rows", str(spec.batch_tokens)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _tell(number: int, name: str, run: Mapping[str, Any]) -> None:
+    what = (
+        f"{run['target_tokens_per_second']:,.0f} target tokens/s, {run['target_tokens_per_update']:,} an update, "
+        f"{run['padding']:.1%} padding, {run['busy']} cores, {run['peak_mib']:,.0f} MiB"
+        if "error" not in run
+        else run["error"]
+    )
+    print(f"round {number + 1}, {name}: {what}", file=sys.stderr, flush=True)
+
+
+# What it adds up to
+
+MEDIANS = (
+    "target_tokens_per_second",
+    "target_tokens_per_cpu_second",
+    "target_tokens_per_update",
+    "gflops",
+    "padding",
+    "busy",
+    "peak_mib",
+    "peak_device_mib",
+    "loader_wait_seconds",
+)
+
+
+def _figures(
+    spec: Spec, shape: Shape, runs: Mapping[str, list[dict[str, Any]]], products: list[dict[str, Any]]
+) -> dict[str, Any]:
+    peaks = [found["peak"] for found in products]
+    figures: dict[str, Any] = {
+        "data": spec.data_set.resolve().name,
+        "shape": asdict(shape),
+        "device": spec.device,
+        "precision": spec.precision,
+        "threads": spec.threads,
+        "window": {"seconds": spec.seconds, "warmup_updates": spec.warmup_updates, "rounds": spec.rounds},
+        "gemm_gflops": {"median": median(peaks), "rounds": products},
+        "toolkits": {name: _summary(spec, name, found) for name, found in runs.items()},
+    }
+    ours = [run for run in runs["trmt"] if "error" not in run]
+    if not ours:
+        return figures
+    shares = [run["gflops"] / peak for run, peak in zip(ours, peaks, strict=False)]
+    waits = [run["loader_wait_seconds"] / run["seconds"] for run in ours]
+    figures["trmt"] = {
+        "share_of_gemm_peak": round(median(shares), 4),
+        "share_of_gemm_peak_rounds": [round(share, 4) for share in shares],
+        "share_waiting_for_the_loader": round(median(waits), 6),
+    }
+    figures["ratios"] = {
+        name: ratio(runs["trmt"], found)
+        for name, found in runs.items()
+        if name != "trmt" and not any("error" in run for run in [*found, *runs["trmt"]])
+    }
+    if figures["ratios"]:
+        figures["fastest_peer"] = min(figures["ratios"], key=lambda name: figures["ratios"][name]["median"])
+    return figures
+
+
+def ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many times as fast we are, round by round, with an interval for the median.
+
+    From the smallest to the largest of n rounds the true median is covered with probability 1 - 2 / 2^n.
+    """
+    key = "target_tokens_per_second"
+    rounds = [mine[key] / other[key] for mine, other in zip(ours, theirs, strict=True)]
+    return {
+        "median": round(median(rounds), 3),
+        "interval": [round(min(rounds), 3), round(max(rounds), 3)],
+        "confidence": round(1 - 2 / 2 ** len(rounds), 4),
+        "rounds": [round(one, 3) for one in rounds],
+    }
+
+
+def _summary(spec: Spec, name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of a toolkit's rounds, how it was configured, and the rounds themselves."""
+    good = [run for run in runs if "error" not in run]
+    summary: dict[str, Any] = {"version": _version(spec, name)}
+    if errors := [run["error"] for run in runs if "error" in run]:
+        summary["error"] = errors[0]
+    if good:
+        summary |= {key: median(run[key] for run in good) for key in MEDIANS if good[0].get(key) is not None}
+        summary |= {"torch": good[0]["torch"], "configuration": good[0]["configuration"]}
+    left_out = ("configuration", "marks", "torch", "threads")
+    summary["rounds"] = [
+        {
+            key: round(value, 3) if isinstance(value, float) else value
+            for key, value in run.items()
+            if key not in left_out
+        }
+        for run in good
+    ]
+    return summary
+
+
+def _version(spec: Spec, name: str) -> str | None:
+    if name == "trmt" or not spec.peers:
+        return None
+    if name == "fairseq":
+        commit = spec.peers / "fairseq" / "commit"
+        return commit.read_text().strip()[:12] if commit.is_file() else None
+    ask = f"from importlib.metadata import version; print(version({TOOLKITS[name]!r}))"
+    try:
+        done = subprocess.run([str(_python(spec, name)), "-c", ask], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures for a person."""
+    lines = [f"GEMM peak {figures['gemm_gflops']['median']:,.0f} GFLOP/s"]
+    for name, found in figures["toolkits"].items():
+        if "target_tokens_per_second" not in found:
+            lines.append(f"{name:13} failed: {found['error'].splitlines()[-1]}")
+            continue
+        times = figures.get("ratios", {}).get(name)
+        against = f"  trmt is {times['median']:.2f} times as fast {times['interval']}" if times else ""
+        lines.append(
+            f"{name:13}{found['target_tokens_per_second']:9,.0f} target tokens/s{found['padding']:7.1%} padding"
+            f"{found['peak_mib']:8,.0f} MiB{against}"
+        )
+    if ours := figures.get("trmt"):
+        lines.append(f"trmt: {ours['share_of_gemm_peak']:.1%} of the GEMM peak")
+        lines.append(f"trmt waits for its loader {ours['share_waiting_for_the_loader']:.3%} of the time")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure training, and that of other toolkits.")
+    parser.add_argument("data_set", type=Path, nargs="?", help="a prepared set; none: a synthetic one")
+    parser.add_argument("--peers", type=Path, help="what bench/peers/install.py made; none: trmt alone")
+    parser.add_argument("--toolkits", nargs="+", choices=TOOLKITS, default=list(TOOLKITS))
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--recipe", default="", help="trmt's recipe instead of the preset; without peers")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--warmup-updates", type=int, default=5)
+    parser.add_argument("--warmup-seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=30.0, help="length of each window")
+    parser.add_argument("--pairs", type=int, default=300_000, help="of the synthetic set")
+    parser.add_argument("--work", type=Path, help="scratch folder to keep (a temporary one)")
+    parser.add_argument("--name", help="of the result file: train-NAME")
+    given = parser.parse_args()
+    if given.recipe and given.peers:
+        parser.error("a recipe is trmt's alone: leave out --peers, or use --preset")
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = run(given, given.work or Path(scratch))
+    data = figures["data"] if given.data_set else "synthetic"
+    name = given.name or f"{data}-{given.preset}-{given.device}"
+    print(record(f"train-{name}", figures, command=f"python bench/train.py {shlex.join(_words(given))}"))
+    print(table(figures))
+
+
+def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    shape = PRESETS[given.preset]
+    data_set = given.data_set
+    if not data_set:
+        import synthetic
+
+        folder = work / f"synthetic-{given.pairs}-{shape.vocabulary}"
+        data_set = synthetic.prepared(folder, pairs=given.pairs, vocabulary=shape.vocabulary)
+    spec = Spec(
+        data_set=data_set,
+        work=work,
+        shape=shape,
+        peers=given.peers,
+        toolkits=tuple(given.toolkits),
+        recipe=given.recipe,
+        rounds=given.rounds,
+        threads=given.threads,
+        device=given.device,
+        precision=given.precision,
+        batch_tokens=given.batch_tokens,
+        warmup_updates=given.warmup_updates,
+        warmup_seconds=given.warmup_seconds,
+        seconds=given.seconds,
+    )
+    return measure(spec)
+
+
+def _words(given: argparse.Namespace) -> list[str]:
+    """The command line without the folders of this machine."""
+    words = sys.argv[1:]
+    hidden = {str(given.data_set): "DATA_SET", str(given.peers): "FOLDER", str(given.work): "WORK"}
+    return [hidden.get(word, word) for word in words]
+
+
+if __name__ == "__main__":
+    main()
