@@ -32,7 +32,9 @@ def prepared(folder: Path, *, pairs: int, vocabulary: int, seed: int = 1) -> Pat
     for name, count in (("train", pairs), ("dev", 500)):
         with (folder / f"{name}.en").open("w") as source, (folder / f"{name}.de").open("w") as target:
             for begin in range(0, count, CHUNK):
-                for file, lengths in zip((source, target), _lengths(generator, min(CHUNK, count - begin)), strict=True):
+                for file, lengths in zip(
+                    (source, target), _lengths(generator, min(CHUNK, count - begin)), strict=True
+                ):
                     file.write(_sentences(generator, lengths, vocabulary))
     options = PrepareOptions(
         train=(str(folder / "train"),),

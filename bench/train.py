@@ -1,4 +1,4 @@
-"""Measures training: target tokens per second, share of the machine's arithmetic, memory; and the same of others.
+"""Measures training, and that of other toolkits: target tokens per second, share of the machine's arithmetic.
 
     python bench/train.py DATA_SET --peers FOLDER --rounds 5 --threads 2
 
@@ -23,16 +23,15 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from arithmetic import training_flops
 from peers.install import python_of
 from peers.job import Job, Shape
 from provenance import ROOT, record
+from rounds import per_second, summed_up, table
 
 # Toolkit: the distribution that is compared.
 TOOLKITS = {
@@ -109,7 +108,33 @@ def measure(spec: Spec) -> dict[str, Any]:
             run["load_before"] = round(os.getloadavg()[0], 2)
             runs[name].append(run)
             _tell(number, name, run)
-    return _figures(spec, shape, runs, products)
+    figures = summed_up(runs, products)
+    for name in names:
+        figures["toolkits"][name] = {"version": _version(spec, name), **figures["toolkits"][name]}
+    return _settings(spec, shape) | figures
+
+
+def _settings(spec: Spec, shape: Shape) -> dict[str, Any]:
+    return {
+        "data": spec.data_set.resolve().name,
+        "shape": asdict(shape),
+        "recipe": spec.recipe or None,
+        "device": spec.device,
+        "device_name": _device_name(spec.device),
+        "precision": spec.precision,
+        "threads": spec.threads,
+        "batch_tokens": spec.batch_tokens,
+        "rounds": spec.rounds,
+        "window_seconds": spec.seconds,
+    }
+
+
+def _device_name(device: str) -> str | None:
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def _plan(spec: Spec) -> tuple[Shape, int]:
@@ -186,20 +211,6 @@ def train(job: Job, python: Path, name: str) -> dict[str, Any]:
     return report | per_second(report, job.shape)
 
 
-def per_second(report: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-    """The rates and shares that follow from a report's sums."""
-    seconds, target = report["seconds"], report["target_tokens"]
-    cells = report["source_cells"] + report["target_cells"]
-    return {
-        "target_tokens_per_second": round(target / seconds, 1),
-        "target_tokens_per_cpu_second": round(target / report["cpu_seconds"], 1),
-        "target_tokens_per_update": round(target / report["updates"]),
-        "gflops": round(training_flops(shape, report) / seconds / 1e9, 2),
-        "padding": round(1 - (report["source_tokens"] + target) / cells, 4),
-        "busy": round(report["cpu_seconds"] / seconds, 2),  # cores
-    }
-
-
 def _run(job: Job, python: Path, name: str, *, stage: str) -> tuple[int | str, str]:
     """Exit status and the end of the log of `python -m peers.NAME STAGE`."""
     work = Path(job.work)
@@ -244,98 +255,13 @@ def _products(spec: Spec, shape: Shape) -> dict[str, Any]:
 
 
 def _tell(number: int, name: str, run: Mapping[str, Any]) -> None:
-    what = (
-        f"{run['target_tokens_per_second']:,.0f} target tokens/s, {run['target_tokens_per_update']:,} an update, "
-        f"{run['padding']:.1%} padding, {run['busy']} cores, {run['peak_mib']:,.0f} MiB"
-        if "error" not in run
-        else run["error"]
-    )
+    if "error" in run:
+        what = run["error"]
+    else:
+        speed, update = run["target_tokens_per_second"], run["target_tokens_per_update"]
+        what = f"{speed:,.0f} target tokens/s, {update:,} an update, {run['padding']:.1%} padding, "
+        what += f"{run['busy']} cores, {run['peak_mib']:,.0f} MiB"
     print(f"round {number + 1}, {name}: {what}", file=sys.stderr, flush=True)
-
-
-# What it adds up to
-
-MEDIANS = (
-    "target_tokens_per_second",
-    "target_tokens_per_cpu_second",
-    "target_tokens_per_update",
-    "gflops",
-    "padding",
-    "busy",
-    "peak_mib",
-    "peak_device_mib",
-    "loader_wait_seconds",
-)
-
-
-def _figures(
-    spec: Spec, shape: Shape, runs: Mapping[str, list[dict[str, Any]]], products: list[dict[str, Any]]
-) -> dict[str, Any]:
-    peaks = [found["peak"] for found in products]
-    figures: dict[str, Any] = {
-        "data": spec.data_set.resolve().name,
-        "shape": asdict(shape),
-        "device": spec.device,
-        "precision": spec.precision,
-        "threads": spec.threads,
-        "window": {"seconds": spec.seconds, "warmup_updates": spec.warmup_updates, "rounds": spec.rounds},
-        "gemm_gflops": {"median": median(peaks), "rounds": products},
-        "toolkits": {name: _summary(spec, name, found) for name, found in runs.items()},
-    }
-    ours = [run for run in runs["trmt"] if "error" not in run]
-    if not ours:
-        return figures
-    shares = [run["gflops"] / peak for run, peak in zip(ours, peaks, strict=False)]
-    waits = [run["loader_wait_seconds"] / run["seconds"] for run in ours]
-    figures["trmt"] = {
-        "share_of_gemm_peak": round(median(shares), 4),
-        "share_of_gemm_peak_rounds": [round(share, 4) for share in shares],
-        "share_waiting_for_the_loader": round(median(waits), 6),
-    }
-    figures["ratios"] = {
-        name: ratio(runs["trmt"], found)
-        for name, found in runs.items()
-        if name != "trmt" and not any("error" in run for run in [*found, *runs["trmt"]])
-    }
-    if figures["ratios"]:
-        figures["fastest_peer"] = min(figures["ratios"], key=lambda name: figures["ratios"][name]["median"])
-    return figures
-
-
-def ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many times as fast we are, round by round, with an interval for the median.
-
-    From the smallest to the largest of n rounds the true median is covered with probability 1 - 2 / 2^n.
-    """
-    key = "target_tokens_per_second"
-    rounds = [mine[key] / other[key] for mine, other in zip(ours, theirs, strict=True)]
-    return {
-        "median": round(median(rounds), 3),
-        "interval": [round(min(rounds), 3), round(max(rounds), 3)],
-        "confidence": round(1 - 2 / 2 ** len(rounds), 4),
-        "rounds": [round(one, 3) for one in rounds],
-    }
-
-
-def _summary(spec: Spec, name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of a toolkit's rounds, how it was configured, and the rounds themselves."""
-    good = [run for run in runs if "error" not in run]
-    summary: dict[str, Any] = {"version": _version(spec, name)}
-    if errors := [run["error"] for run in runs if "error" in run]:
-        summary["error"] = errors[0]
-    if good:
-        summary |= {key: median(run[key] for run in good) for key in MEDIANS if good[0].get(key) is not None}
-        summary |= {"torch": good[0]["torch"], "configuration": good[0]["configuration"]}
-    left_out = ("configuration", "marks", "torch", "threads")
-    summary["rounds"] = [
-        {
-            key: round(value, 3) if isinstance(value, float) else value
-            for key, value in run.items()
-            if key not in left_out
-        }
-        for run in good
-    ]
-    return summary
 
 
 def _version(spec: Spec, name: str) -> str | None:
@@ -350,25 +276,6 @@ def _version(spec: Spec, name: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def table(figures: Mapping[str, Any]) -> str:
-    """The figures for a person."""
-    lines = [f"GEMM peak {figures['gemm_gflops']['median']:,.0f} GFLOP/s"]
-    for name, found in figures["toolkits"].items():
-        if "target_tokens_per_second" not in found:
-            lines.append(f"{name:13} failed: {found['error'].splitlines()[-1]}")
-            continue
-        times = figures.get("ratios", {}).get(name)
-        against = f"  trmt is {times['median']:.2f} times as fast {times['interval']}" if times else ""
-        lines.append(
-            f"{name:13}{found['target_tokens_per_second']:9,.0f} target tokens/s{found['padding']:7.1%} padding"
-            f"{found['peak_mib']:8,.0f} MiB{against}"
-        )
-    if ours := figures.get("trmt"):
-        lines.append(f"trmt: {ours['share_of_gemm_peak']:.1%} of the GEMM peak")
-        lines.append(f"trmt waits for its loader {ours['share_waiting_for_the_loader']:.3%} of the time")
-    return "\n".join(lines)
 
 
 def main() -> None:

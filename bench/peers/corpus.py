@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 
-
 def write(data_set: Path, folder: Path) -> None:
     """Write the splits of `data_set` as text, unless that is done."""
     from trmt.shards import PreparedSet

@@ -3,11 +3,12 @@
 Its token batches count the longer side with padding, as trmt's do, and the target's beginning of sentence;
 its sources have no end of sentence. The default bucket holds 262,144 pairs: a smaller corpus is read again
 and again until it is full, so that batches of a small corpus have hardly any padding. Reading it takes
-seconds every few hundred updates, which the warm-up hides. Its layers
-are pre-norm (its decoder knows no other), and it drops out the inner layer of the feed-forward with the same
-rate as everything else: that one is exchanged for the identity after the network is built. Attention
-is torch's fused one on a GPU; on the CPU Eole multiplies matrices itself. The
-entropy of attention, which it logs by default, is off.
+seconds every few hundred updates, which the warm-up hides.
+
+Its layers are pre-norm (its decoder knows no other), and it drops out the inner layer of the feed-forward
+with the same rate as everything else: that one is exchanged for the identity after the network is built.
+Attention is torch's fused one on a GPU; on the CPU Eole multiplies matrices itself. The entropy of attention,
+which it logs by default, is off.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def train(job: Job) -> None:
         job,
         {
             "settings": told,
-            "counts": "tokens: the longer side, padding and beginning of sentence included; no end of sentence in sources",
+            "counts": "tokens: the longer side, padding and <s> included; sources have no </s>",
             "changed": "dropout of the inner feed-forward layer replaced by the identity",
             "differs": "pre-norm",
         },

@@ -25,7 +25,13 @@ def prepare(job: Job) -> None:
         file.write(words)
     prefix = f"{job.corpus}/train"
     arguments = ["--source-lang", "source", "--target-lang", "target", "--trainpref", prefix]
-    arguments += ["--validpref", f"{job.corpus}/dev", "--destdir", f"{job.work}/binary", "--joined-dictionary"]
+    arguments += [
+        "--validpref",
+        f"{job.corpus}/dev",
+        "--destdir",
+        f"{job.work}/binary",
+        "--joined-dictionary",
+    ]
     arguments += ["--srcdict", f"{job.work}/dictionary.txt", "--workers", "1"]
     preprocess.main(options.get_preprocessing_parser().parse_args(arguments))
 

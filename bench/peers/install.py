@@ -2,9 +2,9 @@
 
     python bench/peers/install.py FOLDER [--torch SITE_PACKAGES] [--fairseq CHECKOUT] [NAME...]
 
-A line in a `.pth` file shows each environment the torch of `SITE_PACKAGES` (by default that of the Python that
-runs this), so that torch is installed once and everyone computes with the same. fairseq has no release for
-current Python: a checkout of its main branch is copied, repaired by the edits in `REPAIRS`, and its two
+A line in a `.pth` file shows each environment the torch of `SITE_PACKAGES` (by default that of the Python
+that runs this), so that torch is installed once and everyone computes with the same. fairseq has no release
+for current Python: a checkout of its main branch is copied, repaired by the edits in `REPAIRS`, and its two
 Cython modules are built.
 """
 

@@ -3,10 +3,11 @@
 Its token batches count the longer side with padding, as trmt's do, and the target's beginning of sentence;
 its sources have no end of sentence. The default bucket holds 262,144 pairs: a smaller corpus is read again
 and again until it is full, so that batches of a small corpus have hardly any padding. Reading it takes
-seconds every few hundred updates, which the warm-up hides. Its layers
-are pre-norm (it knows no other), and it drops out the inner layer of the feed-forward with the same rate as
-everything else: that one is exchanged for the identity after the network is built. `scaled-dot-flash` is
-torch's fused attention on a GPU; on the CPU OpenNMT-py multiplies matrices itself.
+seconds every few hundred updates, which the warm-up hides.
+
+Its layers are pre-norm (it knows no other), and it drops out the inner layer of the feed-forward with the
+same rate as everything else: that one is exchanged for the identity after the network is built.
+`scaled-dot-flash` is torch's fused attention on a GPU; on the CPU OpenNMT-py multiplies matrices itself.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def train(job: Job) -> None:
         job,
         {
             "settings": told,
-            "counts": "tokens: the longer side, padding and beginning of sentence included; no end of sentence in sources",
+            "counts": "tokens: the longer side, padding and <s> included; sources have no </s>",
             "changed": "dropout of the inner feed-forward layer replaced by the identity",
             "differs": "pre-norm" + ("; fp16 instead of bf16" if job.precision == "bf16" else ""),
         },

@@ -64,7 +64,7 @@ class Probe:
         self.pending: list[tuple[Any, Any, int, int]] = []  # the batches of the update under way
         self.updates = 0
         self.opened: float | None = None
-        self.startup = self.cpu_before = 0.0
+        self.first = self.startup = self.cpu_before = 0.0
         self.marks: list[float] = []  # when each update of the window ended, since it opened
         self.batches: list[tuple[int, tuple[Any, Any, int, int]]] = []  # of the window: (update, batch)
         self.extra: dict[str, Callable[[], Any]] = {}  # what else to report, called when the window closes
@@ -81,13 +81,15 @@ class Probe:
         return self
 
     def batch(self, source: Any, target: Any, source_width: int = 0, target_width: int = 0) -> None:
-        """A batch whose loss is computed: lengths (tensors) and padded widths; counted when its update ends."""
+        """A batch whose loss is computed: tensors of lengths, and padded widths; counted with its update."""
         self.pending.append((source, target, source_width, target_width))
 
     def update(self) -> None:
         """The optimiser has taken a step."""
         self.updates += 1
         now = time.perf_counter()
+        if self.updates == 1:
+            self.first = now - self.born
         if self.opened is not None:
             # Counted when the window closes: on a GPU, to look at a length is to wait for it.
             self.batches += [(len(self.marks), batch) for batch in self.pending]
@@ -123,7 +125,9 @@ class Probe:
             **window,
             "warmup_updates": self.updates - len(self.marks),
             "warmup_seconds": self.startup,
+            "first_update_seconds": self.first,
             "peak_mib": peak_mib(),
+            "own_mib": own_mib(),
             "peak_device_mib": torch.cuda.max_memory_allocated() / 2**20 if self.job.cuda else None,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -166,7 +170,14 @@ def cpu_seconds() -> float:
 def peak_mib() -> float:
     """The largest resident set of this process, and of its living children, each at its own peak."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + sum(_living(_peak_of))) / 2**20
+    # What getrusage tells on Linux includes the parent's size from before this program was loaded.
+    own = _peak_of(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (own + sum(_living(_peak_of))) / 2**20
+
+
+def own_mib() -> float:
+    """Resident memory now that is nobody else's: not the pages of mapped files. Where /proc tells of it."""
+    return _status_of(os.getpid(), "RssAnon:") / 2**20
 
 
 def _living(measure: Callable[[int], float]) -> list[float]:
@@ -192,11 +203,16 @@ def _cpu_of(process: int) -> float:
 
 
 def _peak_of(process: int) -> float:
+    return _status_of(process, "VmHWM:")
+
+
+def _status_of(process: int, field: str) -> float:
+    """A size in bytes from a process's status; 0 where there is none."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return 0.0
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0.0)
 
 
 def padded_lengths(ids: Any, padding: int) -> Any:

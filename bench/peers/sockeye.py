@@ -1,8 +1,8 @@
 """Sockeye 3.1: its training program on data prepared by its own preparation, traced by torch.jit as it does.
 
-`max-word` counts the target with padding up to the bucket's width; buckets are
-two tokens wide (8, its default, on a GPU), which leaves less padding. Post-norm as in the paper; dropout of attention and of the
-ReLU are 0.
+`max-word` counts the target with padding up to the bucket's width; buckets are two tokens wide (8, its
+default, on a GPU), which leaves less padding. Post-norm as in the paper; dropout of attention and of the ReLU
+are 0.
 """
 
 from __future__ import annotations
