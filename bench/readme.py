@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import speed_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -73,13 +78,39 @@ def multi30k() -> str:
     return table(("", "", ""), rows) + f"\n\n{source(result)}"
 
 
+def training() -> str:
+    rows = speed_tables.training_rows()
+    return table(speed_tables.TRAINING_HEAD, rows) + sources(list(speed_tables.TRAINING))
+
+
+def peers() -> str:
+    return table(speed_tables.PEERS_HEAD, speed_tables.peers_rows())
+
+
+def scale() -> str:
+    return table(speed_tables.SCALE_HEAD, speed_tables.scale_rows()) + sources(["scale"])
+
+
+def sources(names: list[str]) -> str:
+    """Where the figures come from, of those results that there are."""
+    found = [result for name in names if (result := speed_tables.load(name))]
+    return "\n\n" + "\n".join(f"- {source(result)}" for result in found) if found else ""
+
+
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TABLES = {"phrasebook": phrasebook, "prepare": prepare, "multi30k": multi30k}
+TABLES = {
+    "phrasebook": phrasebook,
+    "prepare": prepare,
+    "multi30k": multi30k,
+    "training": training,
+    "peers": peers,
+    "scale": scale,
+}
 
 
 def generated(text: str) -> str:

@@ -11,8 +11,9 @@ from peers.job import Shape
 
 Run = Mapping[str, Any]  # what the probe reported of one process, with `per_second`; or an `error`
 
+SPEED = "target_tokens_per_second"
 MEDIANS = (
-    "target_tokens_per_second",
+    SPEED,
     "target_tokens_per_cpu_second",
     "target_tokens_per_update",
     "gflops",
@@ -56,19 +57,24 @@ def summed_up(runs: Mapping[str, Sequence[Run]], products: Sequence[Run]) -> dic
         "share_of_gemm_peak_rounds": [round(share, 4) for share in shares],
         "share_waiting_for_the_loader": round(median(waits), 6),
     }
-    ratios = {name: ratio(ours, theirs) for name, theirs in runs.items() if name != "trmt"}
-    figures["ratios"] = {name: found for name, found in ratios.items() if found}
+    figures["ratios"] = _ratios(runs, SPEED)
+    # Where other programs share the machine, processor time is disturbed less than the clock.
+    figures["ratios_by_cpu_time"] = _ratios(runs, "target_tokens_per_cpu_second")
     if figures["ratios"]:
         figures["fastest_peer"] = min(figures["ratios"], key=lambda name: figures["ratios"][name]["median"])
     return figures
 
 
-def ratio(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any] | None:
+def _ratios(runs: Mapping[str, Sequence[Run]], key: str) -> dict[str, Any]:
+    found = {name: ratio(runs["trmt"], theirs, key=key) for name, theirs in runs.items() if name != "trmt"}
+    return {name: times for name, times in found.items() if times}
+
+
+def ratio(ours: Sequence[Run], theirs: Sequence[Run], *, key: str = SPEED) -> dict[str, Any] | None:
     """How many times as fast we are, round by round, with an interval for the median; None without rounds.
 
     From the smallest to the largest of n rounds the true median is covered with probability 1 - 2 / 2^n.
     """
-    key = "target_tokens_per_second"
     both = [(mine, other) for mine, other in zip(ours, theirs, strict=False) if key in mine and key in other]
     rounds = [mine[key] / other[key] for mine, other in both]
     if not rounds:
@@ -89,7 +95,7 @@ def _medians(runs: Sequence[Run]) -> dict[str, Any]:
         summary["error"] = errors[0]
     if good:
         summary |= {key: median(run[key] for run in good) for key in MEDIANS if good[0].get(key) is not None}
-        summary |= {key: good[0][key] for key in ("torch", "threads", "configuration")}
+        summary |= {key: good[0][key] for key in ("torch", "threads", "parameters", "configuration")}
     left_out = ("configuration", "marks", "torch", "threads")
     summary["rounds"] = [
         {

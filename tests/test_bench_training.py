@@ -129,7 +129,7 @@ def test_the_window_holds_what_was_trained_after_warming_up_and_ends_the_process
         (update + 1) ** 2 + 4 + (update + 1) * (update + 2) + 6 for update in updates
     )
     assert [tokens for _, tokens in report["marks"]] == [2 * (update + 3) + 2 for update in updates]
-    assert report["configuration"] == {"told": 1}
+    assert report["configuration"] == {"told": 1} and report["parameters"] == 3
 
 
 ENDS_EARLY = """
@@ -195,6 +195,11 @@ def rounds(*speeds: float) -> list[dict[str, Any]]:
     return [
         {
             "target_tokens_per_second": speed,
+            "target_tokens_per_cpu_second": speed / 2,
+            "parameters": 3,
+            "padding": 0.1,
+            "target_tokens_per_update": 10,
+            "peak_mib": 11,
             "gflops": speed / 10,
             "seconds": 10.0,
             "loader_wait_seconds": 0.1,
@@ -259,6 +264,35 @@ def test_a_synthetic_set_has_the_wanted_vocabulary_and_lengths(tmp_path: Path) -
     lengths = data.split("train").lengths("source.ids")
     assert len(lengths) > 1900 and 25 < lengths.mean() < 31 and lengths.max() > 80
     assert module("synthetic").prepared(tmp_path, pairs=2000, vocabulary=500) == made
+
+
+def test_the_loader_alone_is_measured(data_set: Path) -> None:
+    found = module("scale").load(data_set)
+    assert found["nanoseconds_per_token"] > 0 and found["seconds_to_first_batch"] >= 0
+
+
+def test_tables_say_what_waits_and_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = module("speed_tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    waiting = {row[1] for row in tables.training_rows()}
+    assert waiting == {"pending", "pending: waits for a GPU"}
+    assert all(row[1] == "pending" for row in tables.peers_rows()) and len(tables.peers_rows()) == 7
+    runs = {
+        "trmt": rounds(100, 200, 300),
+        "eole": rounds(50, 100, 150),
+        "sockeye": [{"error": "first line\nlast line"}],
+        "joeynmt": rounds(150, 210, 310),
+    }
+    figures = module("rounds").summed_up(runs, [{"peak": 20.0}] * 3)
+    for found in figures["toolkits"].values():
+        found["version"] = None
+    (tmp_path / "train-multi30k.json").write_text(json.dumps({"figures": figures}))
+    assert [row[0] for row in tables.peers_rows()] == ["JoeyNMT", "trmt", "Eole", "Sockeye"]
+    assert tables.peers_rows()[2][-1] == "2.00 (2.00–2.00)"
+    assert tables.peers_rows()[3][2] == "failed: last line"
+    assert tables.training_rows()[0][-1] == "0.95 (0.67–0.97), JoeyNMT"
+    assert {len(row) for row in tables.peers_rows()} == {len(tables.PEERS_HEAD)}
+    assert {len(row) for row in tables.training_rows()} == {len(tables.TRAINING_HEAD)}
 
 
 @pytest.mark.slow

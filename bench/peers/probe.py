@@ -62,7 +62,7 @@ class Probe:
         self.job, self.configuration = job, configuration
         self.born = time.perf_counter()
         self.pending: list[tuple[Any, Any, int, int]] = []  # the batches of the update under way
-        self.updates = 0
+        self.updates = self.parameters = 0
         self.opened: float | None = None
         self.first = self.startup = self.cpu_before = 0.0
         self.marks: list[float] = []  # when each update of the window ended, since it opened
@@ -76,13 +76,19 @@ class Probe:
         if optimiser_steps:
             from torch.optim.optimizer import register_optimizer_step_post_hook
 
-            register_optimizer_step_post_hook(lambda *_: self.update())
+            register_optimizer_step_post_hook(lambda optimiser, *_: self._stepped(optimiser))
         atexit.register(self._unfinished)
         return self
 
     def batch(self, source: Any, target: Any, source_width: int = 0, target_width: int = 0) -> None:
         """A batch whose loss is computed: tensors of lengths, and padded widths; counted with its update."""
         self.pending.append((source, target, source_width, target_width))
+
+    def _stepped(self, optimiser: Any) -> None:
+        if not self.updates:
+            groups = optimiser.param_groups
+            self.parameters = sum(weight.numel() for group in groups for weight in group["params"])
+        self.update()
 
     def update(self) -> None:
         """The optimiser has taken a step."""
@@ -123,6 +129,7 @@ class Probe:
             "seconds": seconds,
             "cpu_seconds": busy,
             **window,
+            "parameters": self.parameters,  # that the optimiser holds
             "warmup_updates": self.updates - len(self.marks),
             "warmup_seconds": self.startup,
             "first_update_seconds": self.first,

@@ -73,6 +73,7 @@ def train(job: Job) -> None:
 
     def measured(self: Any, examples: Any, step: int, *rest: Any, **named: Any) -> Any:
         learned = learn(self, examples, step, *rest, **named)
+        probe.parameters = self.parameters
         for batch in examples:
             source, target = lengths(batch, "source.ids"), lengths(batch, "target.ids")
             probe.batch(source, target, int(source.max()), int(target.max()))
