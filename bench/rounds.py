@@ -43,7 +43,7 @@ def summed_up(runs: Mapping[str, Sequence[Run]], products: Sequence[Run]) -> dic
     """The figures of rounds of toolkits, ours named trmt, and of the matrix products measured beside them."""
     peaks = [found["peak"] for found in products]
     figures: dict[str, Any] = {
-        "gemm_gflops": {"median": median(peaks), "rounds": list(products)},
+        "gemm_gflops": {"median": median(peaks) if peaks else None, "rounds": list(products)},
         "toolkits": {name: _medians(found) for name, found in runs.items()},
     }
     ours = runs["trmt"]
@@ -110,7 +110,7 @@ def _medians(runs: Sequence[Run]) -> dict[str, Any]:
 
 def table(figures: Mapping[str, Any]) -> str:
     """The figures for a person."""
-    lines = [f"GEMM peak {figures['gemm_gflops']['median']:,.0f} GFLOP/s"]
+    lines = [f"GEMM peak {figures['gemm_gflops']['median'] or 0:,.0f} GFLOP/s"]
     for name, found in figures["toolkits"].items():
         if "target_tokens_per_second" not in found:
             lines.append(f"{name:13} failed: {found['error'].splitlines()[-1]}")

@@ -94,6 +94,7 @@ def settings(job: Job) -> dict[str, Any]:
             "train_steps": 1_000_000,
             "save_checkpoint_steps": 1_000_000,
             "valid_steps": 1_000_000,
+            **job.settings,
         },
     }
 

@@ -56,7 +56,7 @@ def arguments(job: Job) -> list[str]:
         words.append("--cpu")
     elif job.precision == "bf16":
         words.append("--bf16")
-    return words
+    return words + job.arguments
 
 
 def train(job: Job) -> None:

@@ -43,7 +43,8 @@ class Job:
     warmup_seconds: float = 5.0
     seconds: float = 30.0  # length of the measured window, which ends with an update
     updates: int = 5  # the window has at least so many
-    options: dict[str, Any] = field(default_factory=dict)  # a toolkit's own: overrides its usual settings
+    # A toolkit's own: `batch_tokens`, `workers`, `settings` or `arguments` laid over those of its adapter.
+    options: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -70,6 +71,14 @@ class Job:
     def budget(self, fill: float) -> int:
         """A toolkit's own budget in tokens of which a share of `fill` are real target tokens."""
         return int(self.options.get("batch_tokens", round(self.real_tokens / fill)))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.options.get("settings", {}))
+
+    @property
+    def arguments(self) -> list[str]:
+        return [str(word) for word in self.options.get("arguments", [])]
 
     @property
     def cuda(self) -> bool:

@@ -92,6 +92,7 @@ def settings(job: Job) -> dict[str, Any]:
             "logging_freq": 100,
             "validation_freq": 1_000_000,
             "overwrite": True,
+            **job.settings,
         },
         "model": {
             "initializer": "xavier_uniform",

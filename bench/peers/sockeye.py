@@ -63,7 +63,7 @@ def arguments(job: Job) -> list[str]:
         words.append("--use-cpu")
     elif job.precision == "bf16":
         words.append("--amp")  # fp16: it knows no bf16 without DeepSpeed
-    return words
+    return words + job.arguments
 
 
 def train(job: Job) -> None:

@@ -9,6 +9,7 @@ trainer, outside the model.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -90,6 +91,7 @@ def settings(job: Job) -> dict[str, dict[str, Any]]:
         "bf16": job.precision == "bf16",
         "remove_unused_columns": True,
         "disable_tqdm": True,
+        **job.settings,
     }
     return {"model": model, "training": training, "collator": {"pad_to_multiple_of": 8 if job.cuda else None}}
 
@@ -130,9 +132,13 @@ def train(job: Job) -> None:
             probe.batch(source, target, inputs["input_ids"].shape[1], labels.shape[1])
             return super().training_step(model, inputs, *rest, **named)
 
+    training = dict(told["training"])
+    if "train_sampling_strategy" not in inspect.signature(Seq2SeqTrainingArguments).parameters:
+        # Its name before version 5.
+        training["group_by_length"] = training.pop("train_sampling_strategy") == "group_by_length"
     trainer = Measured(
         model=model,
-        args=Seq2SeqTrainingArguments(**told["training"]),
+        args=Seq2SeqTrainingArguments(**training),
         train_dataset=datasets.load_from_disk(f"{job.work}/data"),
         data_collator=collate,
     )

@@ -45,7 +45,7 @@ def settings(job: Job) -> list[str]:
         "training.precision": job.precision,
         "training.log_every": 100,
         "validation.every": 1_000_000,
-        **job.options.get("settings", {}),
+        **job.settings,
     }
     return [f"{key}={json.dumps(value)}" for key, value in told.items()]
 
