@@ -164,6 +164,12 @@ def test_the_common_corpus_is_the_prepared_set(tmp_path: Path, data_set: Path) -
     assert len(pieces) == data.index["vocabulary"][0] - 4
 
 
+def test_a_tokenizer_for_each_side_cannot_be_compared(tmp_path: Path) -> None:
+    apart = make_set(tmp_path / "apart", joint=False)
+    with pytest.raises(SystemExit, match="needs one for both"):
+        module("peers.corpus").write(apart, tmp_path / "corpus")
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_every_toolkit_is_told_the_same(name: str, tmp_path: Path) -> None:
     shape = module("peers.job").Shape(

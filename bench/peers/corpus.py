@@ -12,8 +12,11 @@ from pathlib import Path
 def write(data_set: Path, folder: Path) -> None:
     """Write the splits of `data_set` as text, unless that is done."""
     from trmt.shards import PreparedSet
+    from trmt.tokenizer import Tokenizer
 
     data = PreparedSet.open(data_set)
+    if not Tokenizer.load(data.tokenizer_folder).joint:
+        raise SystemExit(f"{data_set} has a tokenizer for each side; comparing needs one for both")
     stamp = folder / "fingerprint"
     if stamp.is_file() and stamp.read_text(encoding="ascii") == data.fingerprint:
         return

@@ -112,7 +112,7 @@ def train(job: Job) -> None:
             "settings": told,
             "counts": "tokens: the longer side, padding and <s> included; sources have no </s>",
             "changed": "dropout of the inner feed-forward layer replaced by the identity",
-            "differs": "pre-norm",
+            "differs": "pre-norm; bias of the output",
         },
     )
     begin, step = Trainer.train, Trainer._train_step

@@ -101,7 +101,8 @@ def train(job: Job) -> None:
             "settings": told,
             "counts": "tokens: the longer side, padding and <s> included; sources have no </s>",
             "changed": "dropout of the inner feed-forward layer replaced by the identity",
-            "differs": "pre-norm" + ("; fp16 instead of bf16" if job.precision == "bf16" else ""),
+            "differs": "pre-norm; bias of the output"
+            + ("; fp16 instead of bf16" if job.precision == "bf16" else ""),
         },
     )
     begin, step = Trainer.train, Trainer._gradient_accumulation

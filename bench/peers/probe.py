@@ -86,8 +86,8 @@ class Probe:
 
     def _stepped(self, optimiser: Any) -> None:
         if not self.updates:
-            groups = optimiser.param_groups
-            self.parameters = sum(weight.numel() for group in groups for weight in group["params"])
+            weights = [weight for group in optimiser.param_groups for weight in group["params"]]
+            self.parameters = sum(weight.numel() for weight in weights if weight.requires_grad)
         self.update()
 
     def update(self) -> None:
@@ -129,7 +129,7 @@ class Probe:
             "seconds": seconds,
             "cpu_seconds": busy,
             **window,
-            "parameters": self.parameters,  # that the optimiser holds
+            "parameters": self.parameters,  # that are learned
             "warmup_updates": self.updates - len(self.marks),
             "warmup_seconds": self.startup,
             "first_update_seconds": self.first,

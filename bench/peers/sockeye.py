@@ -77,7 +77,8 @@ def train(job: Job) -> None:
         {
             "arguments": told,
             "counts": "max-word: the target's bucket width, padding included",
-            "differs": "fp16 instead of bf16" if job.precision == "bf16" else "",
+            "differs": "bias of the output, none in attention"
+            + ("; fp16 instead of bf16" if job.precision == "bf16" else ""),
         },
     )
     step = EarlyStoppingTrainer._step

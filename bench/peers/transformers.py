@@ -3,8 +3,8 @@
 The trainer counts batches in sentences and groups sentences of like length (`group_by_length`, the longer
 side); the number of sentences is chosen so that an update sees as many real target tokens as the others'
 Marian is post-norm with sinusoids; its attention is torch's fused one.
-Its own activation is swish, here ReLU as everywhere; its output has a bias. Label smoothing is that of the
-trainer, outside the model.
+Its own activation is swish, here ReLU as everywhere. Label smoothing is that of the trainer, outside the
+model.
 """
 
 from __future__ import annotations
@@ -106,7 +106,11 @@ def train(job: Job) -> None:
     model = MarianMTModel(MarianConfig(**told["model"]))
     attention = model.config._attn_implementation
     multiple = told["collator"]["pad_to_multiple_of"] or 1
-    configuration = told | {"counts": "sentences", "attention": attention, "differs": "bias of the output"}
+    configuration = told | {
+        "counts": "sentences",
+        "attention": attention,
+        "differs": "grouped by the longer side, batches of equally many sentences",
+    }
     probe = Probe(job, configuration)
 
     def padded(rows: list[list[int]], padding: int) -> torch.Tensor:
