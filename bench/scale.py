@@ -3,7 +3,7 @@
     python bench/scale.py 10000 100000 1000000 10000000
 
 For each size, the corpus of `bench/prepare.py` is generated and prepared, and a small Transformer is trained
-on it for as long as a window lasts, by `trmt.training.train`, in a process of its own. Reported are time and
+on it for as long as a window lasts, by `trmt train`, in a process of its own. Reported are time and
 processor time per target token, the time until the first step, the time steps waited for the loader, and
 resident memory: all of it, and what of it is the process's own. The rest are pages of the mapped shards,
 which the system takes back when it wants to. A second process only reads batches: the loader alone.
@@ -114,12 +114,13 @@ def load(data_set: Path) -> dict[str, Any]:
     """Read batches without training on them."""
     from peers.probe import own_mib
 
+    from trmt.arch.transformer import Transformer
     from trmt.batches import BatchConfig, Batches, Position
     from trmt.shards import PreparedSet
 
     before = own_mib()
     began = time.perf_counter()
-    batches = Batches(PreparedSet.open(data_set), BatchConfig(), seed=1)
+    batches = Batches(PreparedSet.open(data_set), BatchConfig(), seed=1, in_row=Transformer.in_row)
     stream = batches.steps(Position(0, 0))
     next(stream)
     planned = time.perf_counter() - began

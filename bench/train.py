@@ -154,9 +154,10 @@ def _device_name(device: str) -> str | None:
 def _plan(spec: Spec) -> tuple[Shape, int]:
     """The network's sizes with the data's vocabulary, and the real target tokens in a batch of trmt's."""
     from trmt.batches import BatchConfig, Batches
+    from trmt.registry import ARCHITECTURES, resolve
     from trmt.shards import PreparedSet
 
-    data = PreparedSet.open(spec.data_set)
+    data, architecture = PreparedSet.open(spec.data_set), "transformer"
     shape = replace(spec.shape, vocabulary=max(data.index["vocabulary"]))
     tokens = spec.batch_tokens
     if spec.recipe:
@@ -165,8 +166,9 @@ def _plan(spec: Spec) -> tuple[Shape, int]:
         recipe = load_recipe(spec.recipe, network={"source_vocabulary": 1, "target_vocabulary": 1})
         names = ("width", "feed_forward", "heads", "encoder_layers", "decoder_layers", "dropout")
         shape = replace(shape, **{name: recipe.network[name] for name in names if name in recipe.network})
-        tokens = recipe.batches.tokens
-    batches = Batches(data, BatchConfig(tokens=tokens), seed=1)
+        tokens, architecture = recipe.batches.tokens, recipe.architecture
+    in_row = bool(resolve(ARCHITECTURES, architecture).in_row)
+    batches = Batches(data, BatchConfig(tokens=tokens), seed=1, in_row=in_row)
     real = int(batches.by_target.sum()) + len(batches.by_target)
     return shape, round(real / len(batches.plan(0)))
 
@@ -236,6 +238,7 @@ def _run(job: Job, python: Path, name: str, *, stage: str) -> tuple[int | str, s
         "PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), *([str(ROOT)] if name == "trmt" else [])]),
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": threads,
+        "GOMP_SPINCOUNT": "10000",  # what trmt sets for itself: beside a busy program everyone gains by it
         "MKL_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
     }

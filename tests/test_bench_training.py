@@ -96,7 +96,7 @@ optimiser = torch.optim.SGD([weight], lr=0.1)
 for update in range(100):
     for micro in range(2):
         lengths = torch.tensor([update + 1, 2])
-        probe.batch(lengths, lengths + micro, update + 1, update + 2)
+        probe.batch(lengths, lengths + micro, 2 * (update + 1), 2 * (update + 2))
         (weight.sum() * update).backward()
     optimiser.step()
 print("it went on to the end")

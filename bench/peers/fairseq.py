@@ -73,8 +73,8 @@ def train(job: Job) -> None:
         probe.batch(
             inputs["src_lengths"],
             padded_lengths(target, padding),
-            inputs["src_tokens"].shape[1],
-            target.shape[1],
+            inputs["src_tokens"].numel(),
+            target.numel(),
         )
         return step(self, sample, *rest, **named)
 

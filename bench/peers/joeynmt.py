@@ -135,7 +135,7 @@ def train(job: Job) -> None:
 
     def measured(self: Any, batch: Any) -> Any:
         target = batch.trg_mask.sum((1, 2))
-        probe.batch(batch.src_length, target, batch.src.shape[1], batch.trg.shape[1])
+        probe.batch(batch.src_length, target, batch.src.numel(), batch.trg.numel())
         return step(self, batch)
 
     TrainManager.train_and_validate, TrainManager._train_step = without_inner_dropout, measured

@@ -117,7 +117,7 @@ def train(job: Job) -> None:
         for batch in batches:
             after = batch["tgt"][:, 1:, 0]
             lengths = padded_lengths(after, self.train_loss.padding_idx)
-            probe.batch(batch["srclen"], lengths, batch["src"].shape[1], after.shape[1])
+            probe.batch(batch["srclen"], lengths, batch["src"].numel(), after.numel())
         return step(self, batches, *rest, **named)
 
     Trainer.train, Trainer._gradient_accumulation = without_inner_dropout, measured

@@ -7,7 +7,7 @@ therefore counted in the same way for everyone:
 
 - a target token is what the loss is taken over: a piece or the end of a sentence, never padding;
 - a source token is what the encoder reads, the end of the sentence included where the toolkit has one;
-- a cell is a place in a padded batch, real or not;
+- a cell is a place that the network computes on, real or padding;
 - seconds are those of the clock, CPU seconds those of the process, all threads, and its children.
 """
 
@@ -37,18 +37,15 @@ SUMS = (
 )
 
 
-def counts(source: Any, target: Any, source_width: int, target_width: int) -> dict[str, int]:
-    """What a batch adds up to; `source` and `target` are tensors of lengths, the widths those of the padded
-    batch (0 where nothing is padded)."""
+def counts(source: Any, target: Any, source_cells: int, target_cells: int) -> dict[str, int]:
+    """What a batch adds up to; `source` and `target` are tensors of lengths."""
     source, target = source.double(), target.double()
-    sentences = len(target)
-    real = (int(source.sum()), int(target.sum()))
     return {
-        "sentences": sentences,
-        "source_tokens": real[0],
-        "target_tokens": real[1],
-        "source_cells": source_width * sentences or real[0],
-        "target_cells": target_width * sentences or real[1],
+        "sentences": len(target),
+        "source_tokens": int(source.sum()),
+        "target_tokens": int(target.sum()),
+        "source_cells": source_cells,
+        "target_cells": target_cells,
         "source_squares": int((source * source).sum()),
         "target_squares": int((target * target).sum()),
         "products": int((source * target).sum()),
@@ -80,9 +77,9 @@ class Probe:
         atexit.register(self._unfinished)
         return self
 
-    def batch(self, source: Any, target: Any, source_width: int = 0, target_width: int = 0) -> None:
-        """A batch whose loss is computed: tensors of lengths, and padded widths; counted with its update."""
-        self.pending.append((source, target, source_width, target_width))
+    def batch(self, source: Any, target: Any, source_cells: int, target_cells: int) -> None:
+        """A batch whose loss is computed: tensors of lengths, and places; counted with its update."""
+        self.pending.append((source, target, source_cells, target_cells))
 
     def _stepped(self, optimiser: Any) -> None:
         if not self.updates:

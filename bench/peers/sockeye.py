@@ -86,7 +86,7 @@ def train(job: Job) -> None:
     def measured(self: Any, batch: Any) -> Any:
         labels = batch.labels[constants.TARGET_LABEL_NAME]
         lengths = padded_lengths(labels, constants.PAD_ID)
-        probe.batch(batch.source_length[:, 0], lengths, batch.source.shape[1], labels.shape[1])
+        probe.batch(batch.source_length[:, 0], lengths, batch.source[:, :, 0].numel(), labels.numel())
         return step(self, batch)
 
     EarlyStoppingTrainer._step = measured

@@ -133,7 +133,7 @@ def train(job: Job) -> None:
         def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
             labels = inputs["labels"]
             source, target = inputs["attention_mask"].sum(1), (labels != -100).sum(1)
-            probe.batch(source, target, inputs["input_ids"].shape[1], labels.shape[1])
+            probe.batch(source, target, inputs["input_ids"].numel(), labels.numel())
             return super().training_step(model, inputs, *rest, **named)
 
     training = dict(told["training"])

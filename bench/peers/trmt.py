@@ -1,4 +1,4 @@
-"""trmt itself, by the same probe: `trmt.training.train` on its prepared set, as `trmt train` calls it."""
+"""trmt itself, by the same probe: the command `trmt train` on its prepared set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ def settings(job: Job) -> list[str]:
     told |= {
         "training.steps": 1_000_000,
         "training.seed": job.seed,
-        "training.device": job.device,
         "training.precision": job.precision,
         "training.log_every": 100,
         "validation.every": 1_000_000,
@@ -51,38 +50,67 @@ def settings(job: Job) -> list[str]:
 
 
 def train(job: Job) -> None:
-    import torch
-
-    from trmt.batches import Batches
-    from trmt.learner import Learner
-    from trmt.planning import TrainOptions
-    from trmt.training import train as program
+    from trmt import cli
 
     run = Path(job.work, "run")
     shutil.rmtree(run, ignore_errors=True)
     base = Path(job.work, "base.toml")
     base.write_text('architecture = "transformer"\n[training]\nsteps = 1\n', encoding="ascii")
-    told = settings(job)
-    probe = Probe(job, {"recipe": job.recipe or "none: the defaults", "settings": told})
-    waited = 0.0
+    told = ["train", str(run), "--data", job.data_set, "--recipe", job.recipe or str(base)]
+    told += ["--device", job.device]
+    for change in settings(job):
+        told += ["--set", change]
+    program = cli.app
 
-    def lengths(examples: Any, side: str) -> torch.Tensor:
-        return torch.from_numpy(examples.columns[side].lengths.astype("int64")) + 1
+    def listened_to() -> None:
+        # Only now: the command line has things to settle before torch is loaded.
+        listen(Probe(job, {"arguments": told}))
+        program()
+
+    cli.app = listened_to
+    sys.argv = ["trmt", *told]
+    cli.main()
+
+
+def listen(probe: Probe) -> None:
+    """Let the probe see every step, what its batches held, and how long the loop waited for them."""
+    import torch
+
+    from trmt.batches import Batches
+    from trmt.learner import Learner
 
     learn, steps = Learner.learn, Batches.steps
+    waited, cells, seen = 0.0, [0, 0], [0, 0]
 
-    def measured(self: Any, examples: Any, step: int, *rest: Any, **named: Any) -> Any:
-        learned = learn(self, examples, step, *rest, **named)
-        probe.parameters = self.parameters
-        for batch in examples:
-            source, target = lengths(batch, "source.ids"), lengths(batch, "target.ids")
-            probe.batch(source, target, int(source.max()), int(target.max()))
+    def lengths(examples: Any, side: str) -> Any:
+        parts = [torch.from_numpy(one.columns[side].lengths.astype("int64")) + 1 for one in examples]
+        return torch.cat(parts)
+
+    def counted(net: Any, collate: Callable[..., Any]) -> Callable[..., Any]:
+        """Collating as before; what the network will compute on is added to `cells`."""
+
+        def collated(*given: Any, **named: Any) -> Any:
+            batch = collate(*given, **named)
+            for side, ragged in enumerate((batch.source, batch.before)):
+                cells[side] += ragged.ids_N.numel() if net.in_row else len(ragged) * ragged.longest
+            return batch
+
+        return collated
+
+    def measured(self: Any, examples: Any, *given: Any, **named: Any) -> Any:
+        if not probe.parameters:
+            probe.parameters = self.parameters
+            self.objective.collate = counted(self.net, self.objective.collate)
+        learned = learn(self, examples, *given, **named)
+        new = [now - before for now, before in zip(cells, seen, strict=True)]
+        seen[:] = cells
+        probe.batch(lengths(examples, "source.ids"), lengths(examples, "target.ids"), *new)
         probe.update()
         return learned
 
-    def waiting(self: Any, *rest: Any, **named: Any) -> Iterator[Any]:
+    def waiting(self: Any, *given: Any, **named: Any) -> Iterator[Any]:
         nonlocal waited
-        stream = steps(self, *rest, **named)
+        stream = steps(self, *given, **named)
         try:
             while True:
                 began = time.perf_counter()
@@ -100,7 +128,6 @@ def train(job: Job) -> None:
     probe.on_open = begin_to_count
     probe.extra["loader_wait_seconds"] = lambda: waited
     probe.install(optimiser_steps=False)
-    program(TrainOptions(run=run, data=Path(job.data_set), recipe=job.recipe or str(base), settings=told))
 
 
 if __name__ == "__main__":
