@@ -15,10 +15,10 @@ RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "sentencepiece", "sacrebleu", "numpy")
 
 
-def record(name: str, figures: dict, *, command: str) -> Path:
-    """Write bench/results/<name>.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def record(name: str, figures: dict, *, command: str, folder: Path = RESULTS) -> Path:
+    """Write <folder>/<name>.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     result = {"figures": figures, "command": command, **provenance()}
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
@@ -32,12 +32,25 @@ def provenance() -> dict:
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
+        "gpu": gpu_model(),
         "system": platform.system(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
-        "commit": commit.stdout.decode().strip() or None,
+        # A copy without its repository is told what it is a copy of.
+        "commit": commit.stdout.decode().strip() or os.environ.get("TRMT_COMMIT"),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def gpu_model() -> str | None:
+    """What the first GPU and its driver are called; None without one."""
+    ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    name, _, driver = answer.splitlines()[0].partition(", ")
+    return f"{name}, driver {driver}"
 
 
 def cpu_model() -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import gpu_suite
+import quality_tables
 import speed_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +25,7 @@ def load(name: str) -> dict:
 def source(result: dict) -> str:
     """Where a figure comes from, in one line."""
     versions = f"Python {result['python']}, torch {result['versions']['torch']}"
-    machine = f"{result['cores']} cores of {result['cpu']}"
+    machine = result.get("gpu") or f"{result['cores']} cores of {result['cpu']}"
     return f"`{result['command']}` at {result['commit']}, {result['date']}: {machine}, {versions}."
 
 
@@ -97,6 +99,29 @@ def sources(names: list[str]) -> str:
     return "\n\n" + "\n".join(f"- {source(result)}" for result in found) if found else ""
 
 
+def quality() -> str:
+    names = list(quality_tables.MULTI30K)
+    head = ("training", "scored as", "", "test2016", "test2017", "mscoco", "seeds")
+    return table(head, quality_tables.multi30k_rows()) + notes(names)
+
+
+def corpora() -> str:
+    head = ("corpus", "scored as", "dev BLEU", "test BLEU", "test chrF2", "training", "target tokens/s")
+    return table(head, quality_tables.corpora_rows()) + notes(["tatoeba", "laws"])
+
+
+def gpu() -> str:
+    named = [(row.name, row.measures) for row in gpu_suite.ROWS]
+    return table(("row", "measures", "measured"), quality_tables.gpu_rows(named))
+
+
+def notes(names: list[str]) -> str:
+    """Signatures and sources of the results that there are."""
+    found = [result for name in names if (result := quality_tables.load(name))]
+    lines = quality_tables.signatures(names) + [source(result) for result in found]
+    return "\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+
+
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
     lines = [head, tuple("---" for _ in head), *rows]
@@ -110,6 +135,9 @@ TABLES = {
     "training": training,
     "peers": peers,
     "scale": scale,
+    "quality": quality,
+    "corpora": corpora,
+    "gpu": gpu,
 }
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,16 @@ from numpy.typing import NDArray
 MARK = "\u2581"  # what sentencepiece writes for white space, and so the beginning of a word
 CANDIDATES = 32  # for each word
 LONGEST_WORD = 12  # in pieces; where no white space ends a word, it is cut
-KEPT = 1 << 18  # candidates in memory, some 100 MB
+KEPT = 1 << 22  # candidates in memory, some 100 MB
+KEPT_WORDS = 1 << 19  # whose candidates these are; their tables take as much again
+NOTHING = -1  # behind the pieces of a word; where no candidate is drawn yet
+
+Ids = NDArray[np.int64]
+Table = NDArray[Any]
 
 
 class Sampler:
-    """Draws other pieces for sentences of ids.
+    """Draws other pieces for sentences of ids; any number of threads may share it.
 
     `pieces` holds the text behind each id, or None for one that stays as it is and belongs to no word; the
     scores are those of the sentencepiece model, `alpha` is as in `Side.sample`.
@@ -39,26 +45,38 @@ class Sampler:
         # The scores of BPE pieces count their merges; those of unigram pieces are log probabilities.
         by_merges = all(score == int(score) for score in self._scores.values())
         self._segment = merge_with_dropout if by_merges else draw_from_lattice
-        self._candidate = lru_cache(KEPT)(self._drawn)
+        self._lock = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._words: dict[bytes, int] = {}
+        self._starts = np.empty((0, CANDIDATES), np.int32)  # of each word's candidates in the pool
+        self._sizes = np.empty((0, CANDIDATES), np.int16)
+        self._pool = np.empty(0, np.int32)
+        self._used = self._kept = 0  # pieces in the pool, and how many candidates they are
 
     def sample(self, sentences: Sequence[Sequence[int]], *, seed: int) -> list[list[int]]:
         """The sentences in other pieces: a pure function of the model, alpha, the sentences and the seed."""
         flat = np.fromiter(chain.from_iterable(sentences), np.int64)
-        offsets = np.cumsum([0, *map(len, sentences)])
-        begins = self._cut(flat, offsets[:-1])
-        ids = flat.tolist()
-        chosen = np.random.default_rng(seed).integers(CANDIDATES, size=len(begins)).tolist()
-        edges = pairwise([*begins.tolist(), len(ids)])
-        words = [
-            self._candidate(number, tuple(ids[begin:end]))
-            for number, (begin, end) in zip(chosen, edges, strict=True)
-        ]
-        return [
-            list(chain.from_iterable(words[first:last]))
-            for first, last in pairwise(np.searchsorted(begins, offsets).tolist())
-        ]
+        lengths = np.fromiter(map(len, sentences), np.int64, len(sentences))
+        ids, lengths = self.draw(flat, lengths, seed=seed)
+        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
 
-    def _cut(self, ids: NDArray[np.int64], sentences: NDArray[np.int64]) -> NDArray[np.int64]:
+    def draw(self, ids: Ids, lengths: Ids, *, seed: int) -> tuple[Ids, Ids]:
+        """The same for sentences one after the other and their lengths, without a loop over the words."""
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        begins = self._cut(ids, offsets[:-1])
+        chosen = np.random.default_rng(seed).integers(CANDIDATES, size=len(begins))
+        with self._lock:
+            if self._kept > KEPT or len(self._words) > KEPT_WORDS:
+                self._forget()
+            words = self._known(ids, begins, chosen)
+            starts, sizes = (table[words, chosen].astype(np.int64) for table in (self._starts, self._sizes))
+            drawn = self._pool[_ranges(starts, sizes)].astype(np.int64)
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        return drawn, np.diff(ends[np.searchsorted(begins, offsets)])
+
+    def _cut(self, ids: Ids, sentences: Ids) -> Ids:
         """Where words begin, given where sentences do."""
         begins = self._begins[ids]
         begins[1:] |= self._whole[ids[:-1]]
@@ -67,7 +85,31 @@ class Sampler:
         since = places - np.maximum.accumulate(np.where(begins, places, 0))
         return np.flatnonzero(since % LONGEST_WORD == 0)
 
-    def _drawn(self, number: int, word: tuple[int, ...]) -> tuple[int, ...]:
+    def _known(self, ids: Ids, begins: Ids, chosen: Ids) -> Ids:
+        """The number of each word, whose chosen candidate is in the pool from now on."""
+        sizes = np.diff(begins, append=len(ids))
+        rows = np.full((len(begins), LONGEST_WORD), NOTHING, np.int32)
+        columns = np.arange(len(ids)) - np.repeat(begins, sizes)
+        rows[np.repeat(np.arange(len(begins)), sizes), columns] = ids
+        keys: list[bytes] = rows.view(f"V{rows.itemsize * LONGEST_WORD}").ravel().tolist()
+        words = np.array([self._words.setdefault(key, len(self._words)) for key in keys], np.int64)
+        self._starts = _with_room(self._starts, len(self._words), fill=NOTHING)
+        self._sizes = _with_room(self._sizes, len(self._words))
+        for place in np.flatnonzero(self._starts[words, chosen] == NOTHING).tolist():
+            word, number = int(words[place]), int(chosen[place])
+            if self._starts[word, number] == NOTHING:  # it may stand in the batch twice
+                pieces = rows[place, : sizes[place]].tolist()
+                self._keep(word, number, self._drawn(number, pieces))
+        return words
+
+    def _keep(self, word: int, number: int, candidate: Sequence[int]) -> None:
+        end = self._used + len(candidate)
+        self._pool = _with_room(self._pool, end)
+        self._pool[self._used : end] = candidate
+        self._starts[word, number], self._sizes[word, number] = self._used, len(candidate)
+        self._used, self._kept = end, self._kept + 1
+
+    def _drawn(self, number: int, word: Sequence[int]) -> Sequence[int]:
         """The candidate of this number for a word."""
         texts = [piece for token in word if (piece := self._pieces[token]) is not None]
         if not texts:
@@ -78,7 +120,21 @@ class Sampler:
         segments = self._segment(text, self._scores, self._alpha, generator)
         # A model with a small coverage may lack single characters; then the word stays as it is.
         known = all(segment in self._ids for segment in segments)
-        return tuple(self._ids[segment] for segment in segments) if known else word
+        return [self._ids[segment] for segment in segments] if known else word
+
+
+def _ranges(starts: Ids, sizes: Ids) -> Ids:
+    """`start, start + 1, ...` of each, `size` of them, one after the other."""
+    before = np.cumsum(sizes) - sizes
+    return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
+
+
+def _with_room(array: Table, size: int, *, fill: int = 0) -> Table:
+    """The array with room for `size` rows; it doubles, so that growing costs little."""
+    if size <= len(array):
+        return array
+    more = np.full((max(size, 2 * len(array)) - len(array), *array.shape[1:]), fill, array.dtype)
+    return np.concatenate([array, more])
 
 
 def merge_with_dropout(

@@ -130,10 +130,13 @@ class Side:
         on the process, the thread, or what was drawn before. Special symbols, placeholders, bytes and
         unknown pieces stay as they are.
         """
-        sampler = self._samplers.get(alpha)
-        if sampler is None:
-            sampler = self._samplers[alpha] = self._sampler(alpha)
-        return sampler.sample(ids, seed=seed)
+        return self.sampler(alpha).sample(ids, seed=seed)
+
+    def sampler(self, alpha: float) -> Sampler:
+        """What `sample` draws with; it keeps what it has drawn."""
+        if alpha not in self._samplers:
+            self._samplers[alpha] = self._sampler(alpha)
+        return self._samplers[alpha]
 
     def _sampler(self, alpha: float) -> Sampler:
         ids, model = range(self.vocabulary), self._processor

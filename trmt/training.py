@@ -101,17 +101,20 @@ def resample_with(tokenizer: Tokenizer, alpha: float, longest: int) -> Callable[
 
     def resample(name: str, column: Column, seed: int) -> Column:
         side = tokenizer.source if name.startswith("source") else tokenizer.target
-        sentences = np.split(column.ids, np.cumsum(column.lengths)[:-1])
-        before = [sentence.tolist() for sentence in sentences]
-        drawn = [
-            after if len(after) <= longest else sentence
-            for sentence, after in zip(before, side.sample(before, alpha=alpha, seed=seed), strict=True)
-        ]
-        lengths = np.array([len(sentence) for sentence in drawn], dtype=np.int64)
-        ids = np.array([token for sentence in drawn for token in sentence], dtype=np.int64)
-        return Column(ids, lengths)
+        before = Column(column.ids.astype(np.int64), column.lengths.astype(np.int64))
+        after = Column(*side.sampler(alpha).draw(*before, seed=seed))
+        return longer_ones_as_before(before, after, longest)
 
     return resample
+
+
+def longer_ones_as_before(before: Column, after: Column, longest: int) -> Column:
+    """`after`, but with the sentences of `before` where those of `after` have more than `longest` pieces."""
+    if not (after.lengths > longest).any():
+        return after
+    parts = [np.split(column.ids, np.cumsum(column.lengths)[:-1]) for column in (before, after)]
+    taken = [new if len(new) <= longest else old for old, new in zip(*parts, strict=True)]
+    return Column(np.concatenate(taken), np.array(list(map(len, taken)), dtype=np.int64))
 
 
 class Run:

@@ -1,0 +1,262 @@
+"""The programs that measure: they stop in time, go on where they stopped, and score as they say."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sacrebleu
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import budget  # noqa: E402
+import corpora  # noqa: E402
+import experiment  # noqa: E402
+import gpu_suite  # noqa: E402
+import moses  # noqa: E402
+import multi30k  # noqa: E402
+import quality_tables  # noqa: E402
+
+from trmt.recipe import load_recipe  # noqa: E402
+
+SAVES = """
+import pathlib, signal, sys
+place = pathlib.Path(sys.argv[1])
+def save(*_):
+    (place / "saved").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+(place / "begun").touch()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("text", "expected"), [("9m", 540), ("90s", 90), ("2", 2), ("1.5h", 5400)])
+def test_a_time_is_read(text: str, expected: float) -> None:
+    assert budget.seconds(text) == expected
+
+
+def test_a_time_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="is no time"):
+        budget.seconds("9 minutes")
+
+
+def test_a_command_is_told_to_save_before_the_budget_ends(tmp_path: Path) -> None:
+    spent = budget.Budget(3.0, grace=1.5)
+    with pytest.raises(budget.OutOfTime):
+        spent.run([sys.executable, "-c", SAVES, str(tmp_path)], log=tmp_path / "log")
+    assert (tmp_path / "begun").exists() and (tmp_path / "saved").exists()
+    with pytest.raises(budget.OutOfTime):  # and nothing is begun after it
+        spent.run([sys.executable, "-c", "open('again', 'w')"], log=tmp_path / "log", cwd=tmp_path)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_command_that_will_not_save_is_killed(tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); time.sleep(600)"
+    with pytest.raises(budget.OutOfTime):
+        budget.Budget(1.0, grace=0.5).run([sys.executable, "-c", deaf], log=tmp_path / "log")
+
+
+def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)ended with status 3.*the reason"):
+        fails = "import sys; print('the reason', file=sys.stderr); sys.exit(3)"
+        budget.Budget().run([sys.executable, "-c", fails], log=tmp_path / "log")
+
+
+def test_times_add_up_over_calls(tmp_path: Path) -> None:
+    for stage, spent in (("train", 1.5), ("translate", 2.0), ("train", 2.25)):
+        budget.Ledger(tmp_path / "seconds").add(stage, spent)
+    assert budget.Ledger(tmp_path / "seconds").totals() == {"train": 3.75, "translate": 2.0}
+
+
+def test_text_becomes_what_results_are_published_on() -> None:
+    """Moses' own escapes and cuts, worked out by hand."""
+    sentences = ["Ein Mann mit „Hut“ & Joe's U-Bahn, ca. 3.5 m lang.", "A dog's ball (red)."]
+    german, english = moses.tokenised(sentences[:1], "de"), moses.tokenised(sentences[1:], "en")
+    assert german == ["ein mann mit &quot; hut &quot; &amp; joe &apos; s u-bahn , ca. 3.5 m lang ."]
+    assert english == ["a dog &apos;s ball ( red ) ."]
+    assert moses.detokenised(english, "en") == ["a dog's ball (red)."]
+
+
+def test_lines_with_fewer_references_score_as_if_they_had_no_more(tmp_path: Path) -> None:
+    translations = ["ich gehe jetzt nach Hause .", "das ist ein gutes Haus", "wo bist du denn ?"]
+    references = [
+        ["ich gehe nun nach Hause .", "jetzt gehe ich nach Hause .", "ich gehe heim ."],
+        ["das ist ein schönes Haus"],
+        ["wo bist du ?", "wo sind Sie ?"],
+    ]
+    text = "".join("\t".join(line) + "\n" for line in references)
+    (tmp_path / "test.allrefs.de.tsv.gz").write_bytes(gzip.compress(text.encode()))
+    tatoeba = corpora.EXPERIMENTS[0]
+    where = experiment.Setting(texts=tmp_path, work=tmp_path, budget=budget.Budget())
+    found = experiment.FORMS["all references"](tatoeba, where, "test", translations)
+    ragged = [[line[n] if n < len(line) else None for line in references] for n in range(3)]
+    assert found["bleu"]["value"] == sacrebleu.corpus_bleu(translations, ragged).score
+    assert found["chrf"]["value"] == sacrebleu.corpus_chrf(translations, ragged).score
+
+
+def test_the_published_recipe_is_the_published_one() -> None:
+    """What LividWo/Revisit-MMT's README-baseline.md passes to fairseq."""
+    recipe = load_recipe("multi30k")
+    assert recipe.network["width"] == 128 and recipe.network["feed_forward"] == 256
+    assert recipe.network["encoder_layers"] == recipe.network["decoder_layers"] == 4
+    assert (recipe.network["heads"], recipe.network["dropout"]) == (4, 0.3)
+    assert (recipe.optim.lr, recipe.optim.warmup, recipe.optim.schedule) == (5e-3, 2000, "inverse_sqrt")
+    assert recipe.batches.tokens * recipe.batches.accumulate == 2 * 4096
+    assert recipe.training.steps == 8000 and recipe.training.keep_last == 10
+    assert ("last", 10) in multi30k.EXPERIMENTS[0].averages and "5" in multi30k.EXPERIMENTS[0].search
+
+
+@pytest.mark.parametrize("one", [*multi30k.EXPERIMENTS, *corpora.EXPERIMENTS], ids=lambda one: one.name)
+def test_what_an_experiment_averages_is_kept(one: experiment.Experiment) -> None:
+    training = load_recipe(one.recipe).training
+    kept = {"best": training.keep_best, "last": training.keep_last}
+    assert all(count <= kept[kind] for kind, count in one.averages)
+
+
+def test_seeds_of_an_earlier_result_are_not_repeated(tmp_path: Path) -> None:
+    one = multi30k.EXPERIMENTS[0]
+    where = experiment.Setting(texts=tmp_path, work=tmp_path / "work", budget=budget.Budget())
+    figures = {**experiment.identity(one, where), "seeds": [{"seed": 2, "tests": {}}]}
+    (tmp_path / "earlier.json").write_text(json.dumps({"figures": figures}), encoding="utf-8")
+    other = replace(where, settings=("optim.lr=1",))
+    experiment.take_over(tmp_path / "earlier.json", one, other)
+    assert not where.work.exists(), "it was of another recipe"
+    experiment.take_over(tmp_path / "earlier.json", one, where)
+    experiment.take_over(tmp_path / "none.json", one, where)
+    assert experiment.run_seed(one, where, 2) == {"seed": 2, "tests": {}}
+
+
+# ---------------------------------------------------------------------------------- the suite
+
+
+def a_row(name: str, code: str, **options: Any) -> gpu_suite.Row:
+    return gpu_suite.Row(name=name, measures=name, command=lambda place: ["-c", code], least=0, **options)
+
+
+WRITES = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(exist_ok=True)
+(out / "{}.json").write_text(json.dumps({{"figures": 1}}))
+"""
+
+
+def attempts(rows: list[gpu_suite.Row], tmp_path: Path, **options: Any) -> list[str]:
+    """Which rows were run by another call of the suite."""
+    state = gpu_suite.State(tmp_path / "suite.json")
+    place = gpu_suite.Place(data=tmp_path, work=tmp_path, device="cpu", smoke=False)
+    chosen = gpu_suite.to_do(rows, state, again=options.get("again", []))
+    for row in chosen:
+        gpu_suite.attempt(row, place, state, budget.Budget(60, grace=1))
+    return [row.name for row in chosen]
+
+
+def test_a_row_that_is_done_is_not_repeated(tmp_path: Path) -> None:
+    broken = a_row("broken", "raise SystemExit('what is wrong')")
+    later = a_row("later", "raise SystemExit(75)")
+    rows = [broken, a_row("good", WRITES.format("good")), later]
+    assert attempts(rows, tmp_path) == ["broken", "good", "later"]
+    state = gpu_suite.State(tmp_path / "suite.json")
+    assert state.of("good")["result"] == {"figures": 1}
+    assert "what is wrong" in state.of("broken")["why"]
+    assert [state.of(row.name)["status"] for row in rows] == ["failed", "done", "interrupted"]
+    assert attempts(rows, tmp_path) == ["later", "broken"], "what failed must not keep others waiting"
+    assert attempts(rows, tmp_path, again=["good"]) == ["good", "later", "broken"]
+
+
+def test_a_row_goes_on_from_what_the_state_has(tmp_path: Path) -> None:
+    """Even where its folder is gone: the state alone went to another machine."""
+    half = WRITES.format("half") + "sys.exit(75)"
+    whole = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+assert (out / "half.json").read_text() == '{"figures": 1}', "handed back"
+assert "--budget" in sys.argv
+"""
+    attempts([a_row("half", half, paced=True)], tmp_path)
+    shutil.rmtree(tmp_path / "results")
+    attempts([a_row("half", whole, paced=True)], tmp_path)
+    assert gpu_suite.State(tmp_path / "suite.json").of("half")["status"] == "done"
+
+
+def test_only_experiments_share_the_machine() -> None:
+    rows = [a_row("slow", ""), a_row("one", "", paced=True), a_row("fast", ""), a_row("two", "", paced=True)]
+    names = [[row.name for row in group] for group in gpu_suite.in_groups(rows, 2)]
+    assert names == [["slow"], ["fast"], ["one", "two"]]
+    assert gpu_suite.in_groups(rows, 1) == [[row] for row in rows]
+
+
+def test_a_row_that_leaves_no_result_has_failed(tmp_path: Path) -> None:
+    attempts([a_row("silent", "pass")], tmp_path)
+    assert gpu_suite.State(tmp_path / "suite.json").of("silent")["status"] == "failed"
+
+
+def test_a_row_without_its_corpus_says_so(tmp_path: Path) -> None:
+    attempts([a_row("lost", "raise SystemExit(1)", corpus="tatoeba")], tmp_path)
+    state = gpu_suite.State(tmp_path / "suite.json")
+    assert state.of("lost")["status"] == "unavailable" and "tatoeba" in state.of("lost")["why"]
+    (tmp_path / "tatoeba-en-de").mkdir()
+    place = gpu_suite.Place(data=tmp_path, work=tmp_path, device="cpu", smoke=False)
+    assert place.corpus("tatoeba") == tmp_path / "tatoeba-en-de"
+
+
+def test_a_smoke_run_is_no_result(tmp_path: Path) -> None:
+    state = gpu_suite.State(tmp_path / "suite.json", smoke=True)
+    state.note(gpu_suite.ROWS[0], "done", result={"figures": {}})
+    with pytest.raises(SystemExit, match="no figures"):
+        gpu_suite.collect(state)
+    with pytest.raises(SystemExit, match="another kind of run"):
+        gpu_suite.State(tmp_path / "suite.json")
+
+
+@pytest.mark.slow
+def test_the_suite_runs_in_budgets_and_ends(tmp_path: Path) -> None:
+    """Everything, tiny, on the CPU: stopped on the way, gone on with, and then there is nothing to do."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "bench" / "gpu_suite.py"), "--smoke", "--out", str(out)]
+    first = subprocess.run([*command, "--budget", "60s"], capture_output=True, text=True, check=False)
+    assert first.returncode in (0, budget.AGAIN), first.stderr
+    second = subprocess.run([*command, "--budget", "20m"], capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stdout + second.stderr
+    state = json.loads((out / "suite.json").read_bytes())["rows"]
+    missing = {row.name for row in gpu_suite.ROWS if row.package and not find_spec(row.package)}
+    assert {name: row["status"] for name, row in state.items()} == {
+        row.name: "unavailable" if row.name in missing else "done" for row in gpu_suite.ROWS
+    }
+    before = (out / "suite.json").read_bytes()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert (out / "suite.json").read_bytes() == before
+
+
+def test_tables_show_the_mean_and_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality_tables, "RESULTS", tmp_path)
+    assert all(quality_tables.WAITS in row for row in quality_tables.multi30k_rows()[1:])
+    assert all(row[-1] == quality_tables.WAITS for row in quality_tables.gpu_rows([("machine", "")]))
+    scores = {
+        "published": {"bleu": {"name": "BLEU", "value": 0.0, "signature": "tok:none"}},
+        "detokenised": {
+            metric: {"name": metric, "value": 0.0, "signature": metric} for metric in ("bleu", "chrf")
+        },
+    }
+    seeds = []
+    for bleu in (40.0, 41.0, 43.5):
+        tests = json.loads(json.dumps(dict.fromkeys(quality_tables.PUBLISHED, scores)))
+        tests["test_2016_flickr"]["published"]["bleu"]["value"] = bleu
+        seeds.append({"tests": tests, "dev_scores": scores})
+    figures = {"experiment": {"forms": ["published", "detokenised"]}, "wanted": 3, "seeds": seeds}
+    (tmp_path / "multi30k.json").write_text(json.dumps({"figures": figures}), encoding="utf-8")
+    [row] = [row for row in quality_tables.multi30k_rows() if row[:2] == ("published recipe", "published")]
+    assert row[3] == "41.50 (40.00–43.50)" and row[-1] == "3"
+    figures["wanted"] = 5
+    (tmp_path / "multi30k.json").write_text(json.dumps({"figures": figures}), encoding="utf-8")
+    assert "3 of 5" in [row[-1] for row in quality_tables.multi30k_rows()]
