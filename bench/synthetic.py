@@ -49,7 +49,7 @@ def prepared(folder: Path, *, pairs: int, vocabulary: int, seed: int = 1) -> Pat
 
 def word_tokenizer(vocabulary: int) -> Tokenizer:
     """A tokenizer whose pieces are the words w0, w1, ...: `vocabulary` ids with the special ones."""
-    words = [f"w{number}" for number in range(vocabulary)]
+    words = [f"w{number}" for number in range(vocabulary - 4)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(words[begin : begin + 100]) for begin in range(0, len(words), 100)]),

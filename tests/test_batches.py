@@ -316,3 +316,22 @@ def test_in_a_row_a_pair_over_the_budget_stands_alone() -> None:
 
 def test_networks_that_pad_get_no_room(data: PreparedSet) -> None:
     assert batches(data).room is None
+
+
+def test_in_a_row_the_window_in_which_batches_are_cut_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, target = lognormal_lengths(3_000)
+    whole = in_a_row(fake_set(source, target), tokens=500).plan(0)
+    monkeypatch.setattr("trmt.batches.WINDOW", 64)
+    cut = in_a_row(fake_set(source, target), tokens=500).plan(0)
+    assert [batch.tolist() for step in cut for batch in step] == [
+        batch.tolist() for step in whole for batch in step
+    ]
+
+
+def test_lengths_that_need_more_than_two_bytes_are_kept() -> None:
+    source = np.array([70_000, 3, 65_535, 65_534], np.int32)
+    some = in_a_row(fake_set(source, source[::-1].copy()), tokens=100_000)
+    assert some.lengths.tolist() == [70_001, 65_536, 65_536, 70_001]
+    assert sorted(flat(some.plan(0))) == [0, 1, 2, 3]

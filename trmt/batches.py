@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from trmt.errors import ConfigError, DataError
 from trmt.shards import PreparedSet, Split
 
-Indices = NDArray[np.int64]
+Indices = NDArray[Any]  # of whole numbers, as narrow as the corpus allows
 
 READ_AHEAD = 4  # batches that wait ready
+SIDES = ("source", "target")
+WINDOW = 1 << 20  # pairs that are cut into batches at a time
 SPARE = 8  # sentences that a room always has left, for what fills it up
 
 
@@ -117,9 +119,8 @@ class Batches:
         if not len(self.split):
             raise DataError(f"the {split} split of {data.folder} is empty; run trmt prepare with more data")
         self.config, self.seed, self.resample = config, seed, resample
-        self.lengths = np.maximum(self.split.lengths("source.ids"), self.split.lengths("target.ids")) + 1
-        self.by_target = self.split.lengths("target.ids")
-        self.by_source = self.split.lengths("source.ids")
+        self.by_source, self.by_target = (_small(self.split.lengths(f"{side}.ids")) for side in SIDES)
+        self.lengths = _small(np.maximum(self.by_source, self.by_target).astype(np.int32) + 1)
         self.weights = data.corpus_weights
         self.in_row = in_row
         self._planned: tuple[int, list[list[Indices]]] | None = None
@@ -140,48 +141,63 @@ class Batches:
     def _chosen(self, epoch: int) -> Indices:
         """The pairs of an epoch, near ones alike in length; corpus weights repeat pairs or leave some out."""
         generator = np.random.default_rng([self.seed, epoch])
+        # Every byte here is paid once for each pair of the corpus.
+        kind = np.int32 if len(self.split) < 1 << 31 else np.int64
         if (self.weights == 1).all():
-            pairs = np.arange(len(self.split))
+            pairs = np.arange(len(self.split), dtype=kind)
         else:
             weight = self.weights[self.split.scalars("corpus", np.arange(len(self.split)))]
             times = np.floor(weight + generator.random(len(weight))).astype(np.int64)
-            pairs = np.repeat(np.arange(len(self.split)), times)
+            pairs = np.repeat(np.arange(len(self.split), dtype=kind), times)
         if not len(pairs):
             raise DataError("the corpus weights leave no pair in this epoch; raise them")
-        shuffled = generator.permutation(pairs)
+        generator.shuffle(pairs)
         if self.in_row:
-            return shuffled
-        return shuffled[np.lexsort((self.by_source[shuffled], self.by_target[shuffled]))]
+            return pairs
+        return pairs[np.lexsort((self.by_source[pairs], self.by_target[pairs]))]
 
     @functools.cached_property
     def room(self) -> Room | None:
         """What each batch fits into, in proportion to the data; None where batches differ in length."""
         if not self.in_row:
             return None
+        # Sampled subwords are more than the usual ones, by about as much as is dropped.
+        return self._budget(1 + 2 * self.config.subword_alpha)
+
+    def _budget(self, stretch: float = 1.0) -> Room:
         means = [float(side.mean()) + 1 for side in (self.by_source, self.by_target)]
         budget, longest = self.config.tokens, int(self.lengths.max())
         # A little more for the shorter side, whose share of a batch varies; sizes that tensor cores like.
         source, target = (
-            min(budget, -(-int(budget * mean / max(means) * 1.02) // 128) * 128) for mean in means
+            int(stretch * min(budget, -(-int(budget * mean / max(means) * 1.02) // 128) * 128))
+            for mean in means
         )
         sentences = -(-int(budget / max(means) * 1.05) // 64) * 64 + SPARE
-        return Room(source, target, sentences, longest)
+        return Room(source, target, sentences, round(longest * stretch))
 
     def _cut(self, pairs: Indices) -> list[Indices]:
         """Runs of pairs as long as the budget allows; a pair over the budget stands alone."""
-        return self._cut_rows(pairs, self.room) if self.room else self._cut_grids(pairs)
+        return self._cut_rows(pairs, self._budget()) if self.in_row else self._cut_grids(pairs)
 
     def _cut_rows(self, pairs: Indices, room: Room) -> list[Indices]:
-        sums = [np.cumsum(side[pairs].astype(np.int64) + 1) for side in (self.by_source, self.by_target)]
-        batches, begin = [], 0
+        batches: list[Indices] = []
+        most, begin = room.sentences - SPARE, 0
         while begin < len(pairs):
-            end = begin + room.sentences - SPARE
-            for total, budget in zip(sums, (room.source, room.target), strict=True):
-                before = int(total[begin - 1]) if begin else 0
-                end = min(end, int(np.searchsorted(total, before + budget, side="right")))
-            end = max(end, begin + 1)
-            batches.append(pairs[begin:end])
-            begin = end
+            window = pairs[begin : begin + max(WINDOW, 2 * most)]
+            sums = [np.cumsum(side[window].astype(np.int64) + 1) for side in (self.by_source, self.by_target)]
+            last = begin + len(window) == len(pairs)
+            done = 0
+            while done < len(window):
+                end = done + most
+                for total, budget in zip(sums, (room.source, room.target), strict=True):
+                    before = int(total[done - 1]) if done else 0
+                    end = min(end, int(np.searchsorted(total, before + budget, side="right")))
+                end = max(end, done + 1)
+                if end >= len(window) and not last:
+                    break  # this batch may go on in the next window
+                batches.append(window[done:end])
+                done = end
+            begin += done
         return batches
 
     def _cut_grids(self, pairs: Indices) -> list[Indices]:
@@ -241,6 +257,11 @@ class Batches:
         order = np.lexsort((self.by_source, self.by_target))
         for pairs in self._cut(order.astype(np.int64)):
             yield self.load(pairs)
+
+
+def _small(lengths: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers in two bytes each, where they fit."""
+    return lengths.astype(np.uint16) if len(lengths) == 0 or int(lengths.max()) < (1 << 16) - 1 else lengths
 
 
 @dataclass(frozen=True)
