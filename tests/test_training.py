@@ -22,6 +22,7 @@ from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import bundles, checkpoints
+from trmt.arch import fused
 from trmt.batches import BatchConfig, Batches, Examples, halves
 from trmt.checkpoints import find_bundle
 from trmt.config import tree_of
@@ -841,3 +842,17 @@ def test_the_config_says_everything(toy_set: Path, tmp_path: Path, run: Path) ->
     again = load_recipe(str(run / "config.toml"))
     assert tree_of(again)["network"]["source_vocabulary"] == 60
     assert again.training.steps == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch's compiler, about torch
+@pytest.mark.skipif(fused.library() is None, reason="no C compiler here")
+def test_a_compiled_network_learns_the_same(toy_set: Path, tmp_path: Path) -> None:
+    """Batches of one shape, filled up, through the compiler: the same losses as without."""
+    found = []
+    for how in ("off", "on"):
+        settings = [f"training.compile={how}", "network.dropout=0.0", "training.log_every=1"]
+        train(options(tmp_path / how, toy_set, toy.recipe(tmp_path), *settings))
+        found.append([entry["loss"] for entry in log(tmp_path / how, "train")])
+    assert len(found[0]) == 6
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from trmt import bundles, console, optim
-from trmt.batches import Batches, Examples, halves
+from trmt.batches import Batches, Examples, Room, halves
 from trmt.config import build
-from trmt.engines.device import autocast, be_deterministic, choose_device, choose_precision
+from trmt.engines.device import autocast, be_deterministic, choose_device, choose_precision, compiled
 from trmt.errors import TrmtError
 from trmt.guard import Guard
 from trmt.objectives.base import Objective, Specials
@@ -60,12 +60,21 @@ class Learner:
             half=self.precision == "fp16",
         )
         self.mean = optim.RunningMean(self.net, recipe.optim.ema) if recipe.optim.ema else None
+        self.compiles = recipe.training.compile == "on" or (
+            recipe.training.compile == "auto" and self.device.type == "cuda"
+        )
+        self._forward: Any = compiled(self.net) if self.compiles else self.net
+        self.room: Room | None = None  # what every batch fits into, if there is such a thing
         self.halvings = 0  # how often batches are halved because they did not fit into memory
 
     @property
     def parameters(self) -> int:
         """How many numbers the network learns."""
         return sum(parameter.numel() for parameter in self.net.parameters())
+
+    def _room(self) -> Room | None:
+        """The one shape of all batches, for which a network is compiled; elsewhere it only costs time."""
+        return self.room.part(2**self.halvings) if self.compiles and self.room else None
 
     # Step
 
@@ -96,9 +105,9 @@ class Learner:
         nll: Any = 0.0
         for number, part in enumerate(parts):
             torch.manual_seed(_seed(self.recipe.training.seed, step, number))
-            batch = self.objective.collate(part, self.device)
+            batch = self.objective.collate(part, self.device, room=self._room())
             with autocast(self.precision, self.device):
-                loss = self.objective.loss(self.net, batch)
+                loss = self.objective.loss(self._forward, batch)
             self.guard.scaled(loss.total / tokens).backward()
             nll = nll + loss.nll
         return nll

@@ -28,6 +28,7 @@ class TrainingConfig:
     seed: int = 1
     device: str = "auto"  # cuda, mps, cpu, ...; auto takes the best there is
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # merge the network's operations; auto: on a GPU
     deterministic: bool = False  # the same bits on a GPU each time, for some speed
     on_spike: Literal["skip", "rollback", "stop", "ignore"] = "skip"  # of the gradient or the loss
     log_every: int = 50  # steps
@@ -95,6 +96,7 @@ MAY_CHANGE = frozenset(
         "training.patience",
         "training.device",
         "training.precision",
+        "training.compile",
         "training.deterministic",
         "training.on_spike",
         "training.log_every",

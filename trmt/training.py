@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -139,6 +139,8 @@ class Run:
         self.steps_per_epoch = len(self.batches.plan(0))
         self.learner = Learner(recipe, steps=self.last_step or 0)
         self.positions = int(getattr(self.learner.net.config, "longest", 1 << 30))
+        if room := self.batches.room:
+            self.learner.room = replace(room, longest=min(room.longest, self.positions))
         if alpha := recipe.batches.subword_alpha:
             self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
         self.logbook: Logbook | None = None

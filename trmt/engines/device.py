@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -55,6 +56,14 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def compiled(net: torch.nn.Module) -> Any:
+    """The network with its operations merged into few kernels; what cannot be compiled runs as it is."""
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(net)
 
 
 def keep_memory() -> None:
