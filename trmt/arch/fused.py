@@ -6,7 +6,7 @@ torch.compile. Which one ran cannot be told from the result but for rounding, an
 dropout picks.
 
 Axes: N tokens in a row, M tokens of the other side in a row, S sentence, L source position, T target
-position, H heads, P width of one head, D width, B blocks of rows.
+position, H heads, P width of one head, D width, V width of a product, B blocks of rows.
 """
 
 from __future__ import annotations
@@ -189,7 +189,14 @@ class _Product(torch.autograd.Function):
         library().trmt_bias_backward(*map(_at, (grad, out, masked)), *sizes, _at(partial))
         masked = masked.to(x.dtype)
         grad_x = (masked @ weight).float() if ctx.needs_input_grad[0] else None
-        return grad_x, (masked.t() @ x).float(), partial.sum(0), None, None
+        return grad_x, outer_product(masked, x).float(), partial.sum(0), None, None
+
+
+def outer_product(grad_NV: Tensor, x_ND: Tensor) -> Tensor:
+    """grad.T @ x, the gradient of a matrix, made the way round that the CPU's library is faster at."""
+    if grad_NV.shape[1] > x_ND.shape[1]:
+        return (x_ND.t() @ grad_NV).t()
+    return grad_NV.t() @ x_ND
 
 
 # Residual, dropout, norm
