@@ -335,3 +335,17 @@ def test_lengths_that_need_more_than_two_bytes_are_kept() -> None:
     some = in_a_row(fake_set(source, source[::-1].copy()), tokens=100_000)
     assert some.lengths.tolist() == [70_001, 65_536, 65_536, 70_001]
     assert sorted(flat(some.plan(0))) == [0, 1, 2, 3]
+
+
+def test_shares_are_all_pairs_alike_in_length(data: PreparedSet) -> None:
+    batches = Batches(data, BatchConfig(tokens=300), seed=1)
+    for pairs in (batches.plan(0)[0][0], batches.plan(0)[0][0][:2]):
+        whole = batches.load(pairs)
+        for size in (1, 2, 3, 7):
+            shares = [whole.share(rank, size) for rank in range(size)]
+            for rank, share in enumerate(shares):
+                assert len(share) == len(range(rank, len(pairs), size))
+                expected = batches.load(pairs[rank::size]) if len(share) else whole.part(0, 0)
+                for name, column in share.columns.items():
+                    assert column.ids.tolist() == expected.columns[name].ids.tolist()
+                    assert column.lengths.tolist() == expected.columns[name].lengths.tolist()

@@ -102,3 +102,18 @@ def test_a_pause_does_not_change_the_time_left(
 )
 def test_durations_are_as_people_say_them(seconds: float, text: str) -> None:
     assert console.duration(seconds) == text
+
+
+def test_who_follows_says_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
+    console.set_following(True)
+    try:
+        console.say("hello")
+        console.warn("careful")
+        console.table("numbers", ["a"], [["1"]])
+        with console.progress("work", 3) as bar:
+            bar.advance()
+        assert capsys.readouterr().err == ""
+        console.fail("broken")
+        assert capsys.readouterr().err == "error: broken\n"
+    finally:
+        console.set_following(False)

@@ -239,3 +239,24 @@ def test_of_many_that_begin_at_once_one_is_let_in(tmp_path: Path) -> None:
     code += "    except TrmtError:\n        pass\n"
     several = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
     assert [process.wait(60) for process in several] == [0, 0, 0], "two were in at once"
+
+
+def test_a_lock_of_another_machine_counts_unless_it_is_of_the_same_job(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    for theirs, mine, refused in (
+        ("", "", True),
+        ("training-7", "", True),
+        ("training-7", "training-8", True),
+        ("training-7", "training-7", False),
+    ):
+        lock.write_text(f"1 some.other.machine {theirs}")
+        if refused:
+            with (
+                pytest.raises(TrmtError, match=r"process 1 on .* is at work"),
+                only_one(tmp_path, job=mine),
+            ):
+                pass
+            continue
+        with only_one(tmp_path, job=mine):
+            assert lock.read_text().split() == [str(os.getpid()), platform.node(), mine]
+        assert not lock.exists()

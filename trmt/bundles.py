@@ -114,6 +114,11 @@ def write_bundle(
 ) -> Manifest:
     """Write a bundle into an existing folder, which its caller makes appear atomically."""
     write_tensors(folder / WEIGHTS, {name: t for name, t in weights.items() if name not in manifest.tied})
+    return seal(folder, manifest, tokenizer)
+
+
+def seal(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Manifest:
+    """Make a bundle of a folder in which the weights are already."""
     tokenizer.save(folder / TOKENIZER)
     size = (folder / WEIGHTS).stat().st_size
     manifest = replace(manifest, weights={"bytes": size, "sha256": checksum(folder / WEIGHTS)})
@@ -210,6 +215,12 @@ def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code:
 
 def load_weights(net: Seq2Seq, weights: Mapping[str, Tensor], *, where: str) -> None:
     """Put weights into a network; a difference in names or shapes is an error that names one."""
+    check_weights(net, weights, where=where)
+    net.load_state_dict(dict(weights))
+
+
+def check_weights(net: Seq2Seq, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse weights that differ in names or shapes from a network's."""
     expected = net.state_dict()
     for name, tensor in expected.items():
         if name not in weights:
@@ -222,4 +233,3 @@ def load_weights(net: Seq2Seq, weights: Mapping[str, Tensor], *, where: str) -> 
     extra = sorted(set(weights) - set(expected))
     if extra:
         raise BundleError(f"{where} has weights {extra[0]!r} that the network has not; they do not fit")
-    net.load_state_dict(dict(weights))

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from trmt import bundles, console
 from trmt.bundles import Manifest
 from trmt.errors import BundleError
 from trmt.files import PARTIAL, atomic_folder, checksum, recover, write_json
+from trmt.slices import INDEX, Slice, Slices, write_index
+from trmt.slices import write as write_slices
+from trmt.team import Team
 from trmt.tokenizer import Tokenizer
 
 STEP = re.compile(r"step-(\d+)")
@@ -72,9 +76,15 @@ class Checkpoint:
                 raise BundleError(
                     f"{folder} is of format {plain['format']}, not {FORMAT}; use the trmt that wrote it"
                 )
-            if checksum(folder / TENSORS) != plain["sha256"]:
-                raise Damaged(f"{folder / TENSORS} is not as it was written: its checksum differs")
-            return plain, load_file(folder / TENSORS)
+            path = folder / plain.get("tensors", TENSORS)
+            if checksum(path) != plain["sha256"]:
+                raise Damaged(f"{path} is not as it was written: its checksum differs")
+            if path.name == TENSORS:
+                return plain, load_file(path)
+            tensors = Slices(folder)
+            if altered := tensors.altered():
+                raise Damaged(f"{altered} is not as it was written: its checksum differs")
+            return plain, tensors
         except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise Damaged(f"{folder} is damaged: {error}") from error
         except OSError as error:
@@ -127,6 +137,46 @@ def save(
         proof = {"format": FORMAT, "sha256": checksum(partial / TRAINING / TENSORS)}
         write_json(partial / TRAINING / STATE, {**proof, **plain})
     return Checkpoint(folder, step)
+
+
+def save_slices(
+    run: Path,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    *,
+    step: int,
+    state: tuple[Mapping[str, Any], Mapping[str, Slice]],
+    kept: Mapping[str, str],
+    team: Team,
+) -> None:
+    """Write a checkpoint of a team in which each rank has slices; for all ranks to call together.
+
+    `kept` names the tensors that make the bundle, and their names there.
+    """
+    plain, mine = state
+    with atomic_folder(step_folder(run, step)) if team.leads else nullcontext(run) as partial:
+        folder = partial / TRAINING
+        if team.leads:
+            folder.mkdir()
+        folder = Path(team.lead(lambda: str(folder)))
+        written = team.gather(_written(folder, mine, team))
+        if team.leads:
+            write_index(folder, written)
+            Slices(folder).merge(partial / bundles.WEIGHTS, kept)
+            bundles.seal(partial, manifest, tokenizer)
+            proof = {"format": FORMAT, "tensors": INDEX, "sha256": checksum(folder / INDEX)}
+            write_json(folder / STATE, {**proof, **plain})
+    team.lead(lambda: None)  # nobody goes on before it is there
+
+
+def _written(folder: Path, mine: Mapping[str, Slice], team: Team) -> dict[str, Any]:
+    try:
+        return write_slices(folder, mine, number=team.rank, count=team.size)
+    except OSError as error:
+        raise BundleError(
+            f"cannot write to {folder}: {error.strerror or error}; free some space, and let every machine "
+            "see the run folder"
+        ) from error
 
 
 def newest_state(run: Path) -> State | None:

@@ -21,6 +21,7 @@ T = TypeVar("T")
 PLAIN_INTERVAL = 30.0  # seconds between progress lines where no terminal is watching
 
 _quiet = False
+_following = False  # whether another process speaks for this one
 _drawing: Console | None = None  # the console of the bar that is on the screen: lines go above it
 
 
@@ -28,6 +29,12 @@ def set_quiet(quiet: bool) -> None:
     """Silence everything but errors and warnings."""
     global _quiet
     _quiet = quiet
+
+
+def set_following(following: bool) -> None:
+    """Silence everything but errors: of several processes that do the same, one speaks."""
+    global _following
+    _following = following
 
 
 def _console() -> Console:
@@ -41,18 +48,19 @@ def _console() -> Console:
 
 def watched() -> bool:
     """Whether a person is looking at standard error."""
-    return not _quiet and sys.stderr is not None and sys.stderr.isatty()
+    return not (_quiet or _following) and sys.stderr is not None and sys.stderr.isatty()
 
 
 def say(message: str) -> None:
     """One line of information: what was chosen, what was written."""
-    if not _quiet:
+    if not (_quiet or _following):
         _console().print(message, style="default")
 
 
 def warn(message: str) -> None:
     """One line about something that is probably not what the user wants."""
-    _console().print(f"warning: {message}", style="yellow")
+    if not _following:
+        _console().print(f"warning: {message}", style="yellow")
 
 
 def fail(message: str) -> None:
@@ -62,7 +70,7 @@ def fail(message: str) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A small table; columns whose cells are numbers are set to the right."""
-    if _quiet:
+    if _quiet or _following:
         return
     from rich.table import Table
     from rich.text import Text
@@ -134,7 +142,7 @@ def progress(
 
     `done` is what was done before, at another time.
     """
-    if _quiet:
+    if _quiet or _following:
         yield _Silent()
         return
     if not watched():

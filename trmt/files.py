@@ -113,17 +113,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def only_one(folder: Path, *, job: str = "") -> Iterator[None]:
     """Make `folder` if need be, and keep it to this process; a second one is refused with a sentence.
 
     The system itself lets go of a lock when its process dies, however it dies. Where another machine
-    shares the folder, its lock may not be seen here; then its name in the file counts.
+    shares the folder, its lock may not be seen here; then its name in the file counts. Whoever starts the
+    processes of a `job` again, maybe elsewhere, has ended the ones before: their file does not count.
     """
     lock = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream = _locked(lock)
-        stream.write(f"{os.getpid()} {platform.node()}".encode())
+        stream = _locked(lock, job)
+        stream.write(f"{os.getpid()} {platform.node()} {job}".rstrip().encode())
         stream.flush()
     except OSError as error:
         raise _advice(folder, error) from error
@@ -134,14 +135,14 @@ def only_one(folder: Path) -> Iterator[None]:
         stream.close()
 
 
-def _locked(lock: Path) -> BinaryIO:
+def _locked(lock: Path, job: str) -> BinaryIO:
     """The lock file, emptied and held; refused where another process holds it."""
     while True:
         stream = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         held = _hold(stream)
         owner = stream.read().decode(errors="replace").split()
-        known = len(owner) == 2 and owner[0].isdecimal()
-        elsewhere = known and owner[1] != platform.node()
+        known = len(owner) >= 2 and owner[0].isdecimal()
+        elsewhere = known and owner[1] != platform.node() and owner[2:] != [job]
         at_work = known and held is None and _runs(int(owner[0]))
         if held is False or elsewhere or at_work:
             stream.close()

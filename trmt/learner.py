@@ -10,22 +10,31 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trmt import bundles, console, optim
+from trmt import bundles, console, optim, sharding
+from trmt.arch.base import Seq2Seq
 from trmt.batches import Batches, Examples, Room, halves
 from trmt.config import build
 from trmt.engines.device import autocast, be_deterministic, choose_device, choose_precision, compiled
-from trmt.errors import TrmtError
+from trmt.errors import ConfigError, TrmtError
 from trmt.guard import Guard
 from trmt.objectives.base import Objective, Specials
 from trmt.recipe import Recipe
 from trmt.registry import OBJECTIVES, resolve
+from trmt.team import Team
 from trmt.tokenizer import BOS, EOS
+
+
+class Pass(NamedTuple):
+    """Some pairs to go forwards and backwards through."""
+
+    part: Examples
+    idle: bool = False  # whether nothing of it counts
 
 
 @dataclass
@@ -36,18 +45,31 @@ class Learned:
     tokens: int
 
 
-class Learner:
-    """A network with its objective, optimiser, running mean and precision; training ends at step `steps`."""
+class ShortMemory(TrmtError):
+    """Memory ran out where the other processes could not be told, so that all have to begin again."""
 
-    def __init__(self, recipe: Recipe, *, steps: int) -> None:
-        self.recipe = recipe
+
+class Learner:
+    """A network with its objective, optimiser, running mean and precision; training ends at step `steps`.
+
+    In a team every process knows the whole batch and learns from its share of it. Gradients are sums over
+    shares divided by the tokens of all; they are added up once everyone has got through.
+    """
+
+    def __init__(self, recipe: Recipe, *, steps: int, team: Team | None = None) -> None:
+        self.recipe, self.team = recipe, team or Team()
         if recipe.training.deterministic:
             be_deterministic()
-        self.device = choose_device(recipe.training.device)
+        self.device = self.team.place(choose_device(recipe.training.device))
         self.precision = choose_precision(recipe.training.precision, self.device)
         torch.manual_seed(recipe.training.seed)
         self.net = bundles.build_network(recipe.architecture, recipe.network, trust_code=True)
-        self.net.to(self.device).train()
+        self.sharded = recipe.training.shard and self.team.size > 1
+        if self.sharded:
+            self._shard()
+        else:
+            self.net.to(self.device)
+        self.net.train()
         width = int(getattr(self.net.config, "width", 512))
         self.rate = optim.learning_rate(recipe.optim, width=width, steps=steps)
         objective = resolve(OBJECTIVES, recipe.objective, trust_code=True)
@@ -60,12 +82,17 @@ class Learner:
             half=self.precision == "fp16",
         )
         self.mean = optim.RunningMean(self.net, recipe.optim.ema) if recipe.optim.ema else None
-        self.compiles = recipe.training.compile == "on" or (
-            recipe.training.compile == "auto" and self.device.type == "cuda"
-        )
+        wanted = {"on": True, "auto": self.device.type == "cuda"}.get(recipe.training.compile, False)
+        self.compiles = wanted and not self.sharded  # gathering weights is nothing to compile
         self._forward: Any = compiled(self.net) if self.compiles else self.net
         self.room: Room | None = None  # what every batch fits into, if there is such a thing
         self.halvings = 0  # how often batches are halved because they did not fit into memory
+
+    def _shard(self) -> None:
+        """Keep a slice of the network; whole it may not fit on the device."""
+        if self.precision == "fp16":
+            raise ConfigError("training.shard works with bf16 and fp32, not fp16; set training.precision")
+        sharding.shard(self.net, self.team, self.device)
 
     @property
     def parameters(self) -> int:
@@ -74,7 +101,8 @@ class Learner:
 
     def _room(self) -> Room | None:
         """The one shape of all batches, for which a network is compiled; elsewhere it only costs time."""
-        return self.room.part(2**self.halvings) if self.compiles and self.room else None
+        parts = self.team.size * 2**self.halvings
+        return self.room.part(parts) if self.compiles and self.room else None
 
     # Step
 
@@ -92,25 +120,57 @@ class Learner:
         tokens = sum(self.objective.tokens(batch) for batch in examples)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
+            nll: Any = None
             try:
-                return Learned(self._gradients(self._in_parts(examples), tokens, step), tokens)
+                nll = self._gradients(self._passes(examples), tokens, step)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Outside the handler: the error holds on to the tensors of the attempt that failed.
-            self._split_more(max(len(batch) for batch in examples))
+            pairs = max(len(batch.share(0, self.team.size)) for batch in examples)
+            if nll is None and self.sharded:
+                self._give_up(pairs)
+            if not self.team.settle(failed=nll is None):
+                return Learned(self._added_up(nll), tokens)
+            self._split_more(pairs)
 
-    def _gradients(self, parts: list[Examples], tokens: int, step: int) -> Any:
+    def _gradients(self, passes: list[Pass], tokens: int, step: int) -> Any:
         """Gradients of the mean loss; the sum of negative log likelihoods is returned."""
         nll: Any = 0.0
-        for number, part in enumerate(parts):
-            torch.manual_seed(_seed(self.recipe.training.seed, step, number))
+        for number, (part, idle) in enumerate(passes):
+            torch.manual_seed(_seed(self.recipe.training.seed, step, number, *self.team.key))
             batch = self.objective.collate(part, self.device, room=self._room())
             with autocast(self.precision, self.device):
                 loss = self.objective.loss(self._forward, batch)
-            self.guard.scaled(loss.total / tokens).backward()
-            nll = nll + loss.nll
+            total = loss.total * 0 if idle else loss.total
+            self.guard.scaled(total / tokens).backward()
+            nll = nll + (loss.nll * 0 if idle else loss.nll)
         return nll
+
+    def _added_up(self, nll: Any) -> Any:
+        """Make gradients those of the whole team, and return its sum; a rank without pairs adds zero."""
+        if self.team.size == 1:
+            return nll
+        total = torch.zeros(1, device=self.device) + nll
+        grads: list[Tensor] = []
+        if not self.sharded:  # there they were added up on the way
+            for parameter in self.net.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                grads.append(parameter.grad)
+        self.team.add([*grads, total])
+        return total[0]
+
+    def _passes(self, examples: list[Examples]) -> list[Pass]:
+        """What this process goes through: its share of each batch, in parts.
+
+        With weights in slices, every process has to go through as many: the others wait for its own.
+        """
+        rank, size = self.team.rank, self.team.size
+        mine = self._in_parts([share for batch in examples if len(share := batch.share(rank, size))])
+        most = len(self._in_parts([batch.share(0, size) for batch in examples])) if self.sharded else 0
+        idle = Pass(examples[0].part(0, 1), idle=True)
+        return [Pass(part) for part in mine] + [idle] * (most - len(mine))
 
     def _in_parts(self, examples: list[Examples]) -> list[Examples]:
         for _ in range(self.halvings):
@@ -119,15 +179,26 @@ class Learner:
 
     def _split_more(self, pairs: int) -> None:
         """Go on with smaller parts of batches, the largest of which has so many pairs."""
+        self._check_divisible(pairs)
+        self.halvings += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        self._free()
+        console.warn(f"out of memory: going on with batches in {2**self.halvings} parts")
+
+    def _check_divisible(self, pairs: int) -> None:
         if 2**self.halvings >= pairs:
             raise TrmtError(
                 "a single pair does not fit into memory; use a smaller network, or prepare the data again "
                 "with a lower --max-length"
             )
-        self.halvings += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        self._free()
-        console.warn(f"out of memory: going on with batches in {2**self.halvings} parts")
+
+    def _give_up(self, pairs: int) -> NoReturn:
+        """The others are waiting for weights that this process can no longer send."""
+        self._check_divisible(pairs)
+        raise ShortMemory(
+            "out of memory; the same command goes on from the last checkpoint with batches in "
+            f"{2 ** (self.halvings + 1)} parts (torchrun --max-restarts 1 does so by itself)"
+        )
 
     def _free(self) -> None:
         if self.device.type == "cuda":
@@ -150,7 +221,7 @@ class Learner:
     def _norm(self) -> Tensor:
         """The gradient's norm."""
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        return sharding.whole(torch.nn.utils.get_total_norm(grads))
 
     def rehearse(self, batches: Batches) -> None:
         """Gradients of the largest batches, thrown away: memory that is too short shows before step 1.
@@ -178,6 +249,7 @@ class Learner:
         """The weights that are kept, in eval mode; afterwards everything is as it was."""
         if self.mean:
             self.mean.swap()
+        sharding.let_go(self.net)
         self.net.eval()
         try:
             yield
@@ -185,16 +257,32 @@ class Learner:
             self.net.train()
             if self.mean:
                 self.mean.swap()
+            sharding.let_go(self.net)
 
     @torch.no_grad()
     def dev_loss(self, batches: Batches) -> float:
-        """Negative log likelihood per token of a dev set, in nats."""
-        found = [sums for examples in batches.whole() for sums in self._dev_sums_that_fit(examples)]
-        return math.fsum(torch.stack([nll for nll, _ in found]).tolist()) / sum(count for _, count in found)
+        """Negative log likelihood per token of a dev set, in nats; each process looks at its share."""
+        found: list[tuple[Tensor, int]] = []
+        short = False
+        try:
+            found = [sums for examples in batches.whole() for sums in self._dev_sums_that_fit(examples)]
+        except (MemoryError, RuntimeError) as error:
+            if self.team.size == 1 or not is_out_of_memory(error):
+                raise
+            short = True
+        if short and self.sharded:
+            self._give_up(int(batches.config.tokens))
+        if self.team.settle(short):
+            raise MemoryError("out of memory")
+        sums = torch.stack([nll for nll, _ in found]).tolist() if found else []
+        nll, tokens = self.team.total(math.fsum(sums), sum(count for _, count in found))
+        return nll / tokens
 
     def _dev_sums_that_fit(self, examples: Examples) -> list[tuple[Tensor, int]]:
         """The sums over the parts of a batch, which are made smaller until they fit into memory."""
-        waiting, done = self._in_parts([examples])[::-1], []
+        if self.sharded:
+            return [self._dev_sums(part, idle=idle) for part, idle in self._passes([examples])]
+        waiting, done = [part for part, _ in self._passes([examples])][::-1], []
         while waiting:
             part = waiting.pop()
             try:
@@ -208,11 +296,22 @@ class Learner:
             waiting += halves(part)[::-1]
         return done
 
-    def _dev_sums(self, part: Examples) -> tuple[Tensor, int]:
+    def _dev_sums(self, part: Examples, *, idle: bool = False) -> tuple[Tensor, int]:
         batch = self.objective.collate(part, self.device)
         with autocast(self.precision, self.device):
             loss = self.objective.loss(self.net, batch)
-        return loss.nll, loss.tokens
+        return (loss.nll * 0, 0) if idle else (loss.nll, loss.tokens)
+
+    def to_translate_with(self) -> Seq2Seq:
+        """An ordinary network with today's weights, for the leader to use; for all ranks to call together."""
+        if not self.sharded:
+            return self.net
+        plain = None
+        if self.team.leads:
+            plain = bundles.build_network(self.recipe.architecture, self.recipe.network, trust_code=True)
+            plain.to(self.device).eval()
+        sharding.gather_into(plain, self.net)
+        return plain or self.net
 
     # Save and restore
 
@@ -233,6 +332,12 @@ class Learner:
             named |= {f"mean:{name}": tensor for name, tensor in self.mean.named().items()}
         return named | {f"guard:{name}": tensor for name, tensor in self.guard.tensors().items()}
 
+    def kept(self) -> dict[str, str]:
+        """The names of the tensors that make the bundle: there, and in it."""
+        named = {f"{'mean' if self.mean else 'live'}:{name}": name for name, _ in self.net.named_parameters()}
+        in_state = self.net.state_dict()
+        return named | {f"buffer:{name}": name for name, _ in self.net.named_buffers() if name in in_state}
+
     def state(self) -> dict[str, Any]:
         """The part of the state that is no tensor."""
         return {"halvings": self.halvings, "machine": self.machine()}
@@ -245,29 +350,53 @@ class Learner:
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "precision": self.precision,
+            "processes": self.team.size,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from `state` and `tensors`."""
         for key, here in self.machine().items():
-            saved_with = state["machine"].get(key, here)
+            saved_with = state["machine"].get(key, 1 if key == "processes" else here)
             if saved_with != here:
                 console.warn(
                     f"this run was saved with {key} {saved_with} and goes on with {here}: "
                     "the same data in the same order, but not the same bits"
                 )
-        saved = _under(tensors, "live:") | _under(tensors, "buffer:")
-        self.net.load_state_dict(self.net.state_dict() | saved)
-        optim.restore_moments(self.net, self.optimizer, tensors)
-        if self.mean:
-            self.mean.restore(_under(tensors, "mean:"))
+        if self.sharded:
+            self._put(tensors)
+        else:
+            saved = _under(tensors, "live:") | _under(tensors, "buffer:")
+            self.net.load_state_dict(self.net.state_dict() | saved)
+            optim.restore_moments(self.net, self.optimizer, tensors)
+            if self.mean:
+                self.mean.restore(_under(tensors, "mean:"))
         self.guard.restore(_under(tensors, "guard:"))
         self.halvings = state["halvings"]
 
+    def start_alike(self) -> None:
+        """Let all processes have the leader's weights, whatever their machines made of the seed."""
+        if not self.sharded:
+            with torch.no_grad():
+                self.team.spread([*self.net.parameters(), *self.net.buffers()])
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Read this rank's slices, whoever wrote them."""
+        sharding.restore_moments(self.net, self.optimizer, tensors, self.team)
+        now = self.tensors()
+        for name in now.keys() & tensors.keys():
+            if not name.startswith("guard:"):
+                sharding.put(now[name], tensors, name, self.team)
+        sharding.let_go(self.net)
+
     def start_from(self, weights: Mapping[str, Tensor], *, where: str) -> None:
         """Begin with these weights instead of random ones."""
-        bundles.load_weights(self.net, weights, where=where)
+        if self.sharded:
+            bundles.check_weights(self.net, weights, where=where)
+            for name, tensor in self.net.state_dict().items():
+                sharding.put(tensor, weights, name, self.team)
+        else:
+            bundles.load_weights(self.net, weights, where=where)
         if self.mean:
             self.mean = optim.RunningMean(self.net, self.mean.decay)
 

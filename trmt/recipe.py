@@ -31,6 +31,7 @@ class TrainingConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # merge the network's operations; auto: on a GPU
     deterministic: bool = False  # the same bits on a GPU each time, for some speed
     on_spike: Literal["skip", "rollback", "stop", "ignore"] = "skip"  # of the gradient or the loss
+    shard: bool = False  # of several processes, each keeps a slice of every tensor: for large networks
     log_every: int = 50  # steps
     save_every: int = 0  # steps between checkpoints; 0 saves at each validation
     keep_best: int = 5
@@ -99,6 +100,7 @@ MAY_CHANGE = frozenset(
         "training.compile",
         "training.deterministic",
         "training.on_spike",
+        "training.shard",
         "training.log_every",
         "training.keep_best",
         "training.keep_last",

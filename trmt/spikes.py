@@ -25,6 +25,7 @@ from trmt.config import build, tree_of
 from trmt.errors import BundleError, TrmtError
 from trmt.files import write_json
 from trmt.guard import Verdict
+from trmt.team import Team
 
 ROLLBACKS = "rollbacks.json"  # in a run folder
 FAILED_STEPS = 20  # left out in a row, after which training has failed
@@ -54,8 +55,10 @@ class GoBack(Exception):
 class Spikes:
     """The policy of a run, with what has happened so far."""
 
-    def __init__(self, folder: Path, *, policy: str, half: bool, log: Callable[..., None]) -> None:
-        self.folder, self.policy, self.half, self.log = folder, policy, half, log
+    def __init__(
+        self, folder: Path, *, policy: str, half: bool, log: Callable[..., None], team: Team
+    ) -> None:
+        self.folder, self.policy, self.half, self.log, self.team = folder, policy, half, log, team
         self.failed = 0  # steps left out in a row; saved with each checkpoint
         self.high = False  # whether the loss of the last step was
         self.rollbacks = read(folder)
@@ -92,21 +95,23 @@ class Spikes:
                 f"checkpoint with --set training.on_spike=rollback, or {LOWER}"
             )
         if self.policy == "rollback":
-            point = self._way_back(verdict, why)
-            if point:
-                raise GoBack(point)
+            taken_back = self.team.lead(lambda: self._way_back(verdict, why))
+            if taken_back:
+                self.rollbacks = read(self.folder)
+                step = self.rollbacks[-1].to
+                raise GoBack(Checkpoint(checkpoints.step_folder(self.folder, step), step))
             console.warn(f"step {verdict.step:,}: {why}; there is no checkpoint before it to go back to")
         elif not taken:
             console.warn(f"step {verdict.step:,}: {why}; the step is left out")
         elif not self.high:  # said once, not at each step of a plateau
             console.warn(f"step {verdict.step:,}: {why}")
 
-    def _way_back(self, verdict: Verdict, why: str) -> Checkpoint | None:
-        """The checkpoint to go on from, after its newer ones have been set aside and the way noted."""
+    def _way_back(self, verdict: Verdict, why: str) -> bool:
+        """Choose the checkpoint to go on from, set the newer ones aside and note the way, if there is one."""
         first = verdict.step - SUSPECTS if verdict.high and not verdict.steep else verdict.step
         older = [point for point in whole_points(self.folder) if point.step < verdict.step]
         if not older:
-            return None
+            return False
         point = next((point for point in reversed(older) if point.step < first), older[0])
         if sum(rollback.to == point.step for rollback in self.rollbacks) >= ATTEMPTS:
             raise TrmtError(
@@ -124,7 +129,7 @@ class Spikes:
             + (f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else f"step {steps[0]:,}")
         )
         self.log("rollback", step=verdict.step, to=point.step, why=why, left_out=steps)
-        return point
+        return True
 
 
 def reason(verdict: Verdict) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from trmt import console
 from trmt.errors import TrmtError
+from trmt.team import Team
 
 
 class Interrupted(TrmtError):
@@ -31,10 +32,19 @@ class Signals:
     done again, runs under `harmless`.
     """
 
-    def __init__(self) -> None:
-        self.number: int | None = None  # the first signal that asked to stop
+    def __init__(self, team: Team) -> None:
+        self.team = team
         self._harmless = False
         self._continued = False
+
+    @property
+    def number(self) -> int | None:
+        """The first signal that asked to stop; in a team, once all know of it."""
+        return self.team.signal
+
+    @number.setter
+    def number(self, number: int) -> None:
+        self.team.wish = number
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -59,10 +69,10 @@ class Signals:
 
     @contextmanager
     def harmless(self) -> Iterator[None]:
-        """While this block runs, a signal ends it at once, by StoppedHere."""
-        self._harmless = True
+        """While this block runs, a signal ends it at once, by StoppedHere; in a team it is waited for."""
+        self._harmless = self.team.size == 1
         try:
-            if self.number is not None:
+            if self._harmless and self.number is not None:
                 raise StoppedHere
             yield
         finally:
@@ -74,7 +84,7 @@ class Signals:
         return continued
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        self.team.wish = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if self._harmless:
             raise StoppedHere

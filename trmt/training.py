@@ -7,25 +7,28 @@ checkpoint. Validation and saving therefore cannot disturb the run.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from trmt import bundles, checkpoints, console, unchanged
+from trmt import bundles, checkpoints, console, sharding, unchanged
 from trmt.arch.base import Seq2Seq
 from trmt.batches import Batches, Column, Examples, Position
 from trmt.checkpoints import CONFIG, LOG, MODELS, Checkpoint
 from trmt.config import to_toml, tree_of
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.files import atomic_file, only_one, sweep, write_json
-from trmt.learner import Learner, is_out_of_memory
+from trmt.learner import Learner, ShortMemory, is_out_of_memory
 from trmt.logbook import Clock, Logbook
 from trmt.planning import (
     ORIGIN,
@@ -41,8 +44,11 @@ from trmt.registry import ARCHITECTURES, resolve
 from trmt.shards import PreparedSet
 from trmt.spikes import GoBack, Spikes
 from trmt.stopping import Interrupted, Signals, StoppedHere
+from trmt.team import Team, assembled
 from trmt.tokenizer import Tokenizer
 
+HALVINGS = "halvings.json"  # in a run folder: what an attempt learned of memory and could not save
+NOT_ONE_FITS = "not even a single sentence of the dev set fits into memory; training goes on without it"
 VERDICTS_AT_ONCE = 100  # steps after which the host asks what became of them, at the latest
 
 
@@ -76,14 +82,25 @@ def train(options: TrainOptions, validate: Validate | None = None) -> Path:
 
     `validate` translates and scores the dev set; without it only the loss is looked at.
     """
-    run = Run.planned(options, validate)
-    if options.dry_run:
+    with assembled() as team:
+        return _trained(Run.planned(options, validate, Team() if options.dry_run else team))
+
+
+def _trained(run: Run) -> Path:
+    if run.options.dry_run:
         run.describe()
         return run.folder
+    team = run.team
+    # Everything has been read by now: the leader is free to write.
+    recipe = hashlib.sha256(to_toml(tree_of(run.recipe)).encode()).hexdigest()
+    team.alike(data=run.data.fingerprint, recipe=recipe, torch=torch.__version__)
     try:
-        with only_one(run.folder):
+        with only_one(run.folder, job=team.job) if team.leads else nullcontext():
             run.begin()
             run.loop()
+    except ShortMemory:
+        write_json(run.folder / HALVINGS, run.learner.halvings + 1)
+        raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -129,7 +146,9 @@ class Run:
         *,
         validate: Validate | None,
         options: TrainOptions,
+        team: Team | None = None,
     ) -> None:
+        self.team = team = team or Team()
         self.folder, self.recipe, self.data, self.tokenizer = folder, recipe, data, tokenizer
         self.validate, self.options = validate, options
         in_row = bool(resolve(ARCHITECTURES, recipe.architecture, trust_code=True).in_row)
@@ -137,7 +156,7 @@ class Run:
         self.dev = Batches(data, recipe.batches, seed=0, split="dev") if "dev" in data.splits else None
         # Epochs differ by a batch or so; the first one's length stands for all.
         self.steps_per_epoch = len(self.batches.plan(0))
-        self.learner = Learner(recipe, steps=self.last_step or 0)
+        self.learner = Learner(recipe, steps=self.last_step or 0, team=team)
         self.positions = int(getattr(self.learner.net.config, "longest", 1 << 30))
         if room := self.batches.room:
             self.learner.room = replace(room, longest=min(room.longest, self.positions))
@@ -145,14 +164,13 @@ class Run:
             self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
         self.logbook: Logbook | None = None
         self.progress = Progress()
-        self.signals = Signals()
-        self.spikes = Spikes(
-            folder, policy=recipe.training.on_spike, half=self.learner.precision == "fp16", log=self.log
-        )
+        self.signals = Signals(team)
+        half = self.learner.precision == "fp16"
+        self.spikes = Spikes(folder, policy=recipe.training.on_spike, half=half, log=self.log, team=team)
         self._check()
 
     @classmethod
-    def planned(cls, options: TrainOptions, validate: Validate | None) -> Self:
+    def planned(cls, options: TrainOptions, validate: Validate | None, team: Team | None = None) -> Self:
         """The run that these options describe, about to begin."""
         options = remembered(options)
         data = PreparedSet.open(options.data or default_data())
@@ -160,7 +178,7 @@ class Run:
         recipe, name = resolved_recipe(options, data, tokenizer, translates=validate is not None)
         folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
         check_same_run(folder, recipe, origin_of(options, data))
-        return cls(folder, recipe, data, tokenizer, validate=validate, options=options)
+        return cls(folder, recipe, data, tokenizer, validate=validate, options=options, team=team)
 
     def _check(self) -> None:
         """What cannot work is said before the first step."""
@@ -193,9 +211,8 @@ class Run:
 
     def begin(self) -> None:
         """Take up the newest checkpoint, or start a new run folder."""
-        sweep(self.folder)
-        self.data.verify()
-        state = checkpoints.newest_state(self.folder)
+        self._verify()
+        state = self.team.first(self._newest_state)
         if state:
             self._restore(*state)
             console.say(f"resuming {self.folder} at step {self.progress.step:,}")
@@ -204,13 +221,16 @@ class Run:
             weights = bundles.read_weights(place, bundles.read_manifest(place))
             self.learner.start_from(weights, where=str(place))
             console.say(f"starting from the weights of {place}")
-        self.logbook = Logbook(self.folder / LOG, step=self.progress.step)
-        with atomic_file(self.folder / CONFIG) as stream:
-            stream.write(to_toml(tree_of(self.recipe)).encode())
-        if not state:
-            write_json(self.folder / ORIGIN, tree_of(origin_of(self.options, self.data)))
-            unchanged.remember(self.folder, self.data)
         learner = self.learner
+        learner.start_alike()
+        self._read_halvings()
+        if self.team.leads:
+            self.logbook = Logbook(self.folder / LOG, step=self.progress.step)
+            with atomic_file(self.folder / CONFIG) as stream:
+                stream.write(to_toml(tree_of(self.recipe)).encode())
+            if not state:
+                write_json(self.folder / ORIGIN, tree_of(origin_of(self.options, self.data)))
+                unchanged.remember(self.folder, self.data)
         self.log(
             "resume" if state else "begin",
             data=str(self.data.folder),
@@ -218,11 +238,29 @@ class Run:
             parameters=learner.parameters,
             **learner.machine(),
         )
+        processes = f" on {self.team.size} processes" if self.team.size > 1 else ""
         console.say(
             f"{self.recipe.architecture}, {learner.parameters / 1e6:.1f}M parameters, "
-            f"{learner.device.type} {learner.precision}, {len(self.batches.split):,} pairs, "
+            f"{learner.device.type} {learner.precision}{processes}, {len(self.batches.split):,} pairs, "
             f"{self.steps_per_epoch:,} steps an epoch -> {self.folder}"
         )
+
+    def _verify(self) -> None:
+        """See that the data is as it was written, once on each machine."""
+        if self.team.local_rank == 0:
+            self.data.verify()
+        self.team.gather(None)
+
+    def _newest_state(self) -> checkpoints.State | None:
+        if self.team.leads:
+            sweep(self.folder)
+        return checkpoints.newest_state(self.folder)
+
+    def _read_halvings(self) -> None:
+        """Take up what an attempt learned that ran out of memory before it could save."""
+        with suppress(FileNotFoundError, ValueError):
+            known = int((self.folder / HALVINGS).read_bytes())
+            self.learner.halvings = max(self.learner.halvings, known)
 
     def _restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if plain["data"] != self.data.fingerprint:
@@ -317,7 +355,9 @@ class Run:
     # Log
 
     def log(self, event: str, *, step: int | None = None, **values: Any) -> None:
-        """One line in the run's log, on this step or an earlier one."""
+        """One line in the run's log, on this step or an earlier one; the leader writes it."""
+        if not self.team.leads:
+            return
         assert self.logbook, "a run begins before it logs"
         self.logbook.write(event, self.progress.step if step is None else step, **values)
 
@@ -367,9 +407,11 @@ class Run:
             console.say(f"  {sample['source']}\n  -> {sample['translation']}")
         self.log("validate", scores=scores, samples=samples, seconds=round(time.monotonic() - began, 2))
         self.progress.look_due = False
-        point = Checkpoint(checkpoints.step_folder(self.folder, self.progress.step), self.progress.step)
-        point.add({"progress": vars(self.progress)}, scores=tuple(scores) if judged else (), golden=samples)
-        self._prune()
+        if self.team.leads:
+            point = Checkpoint(checkpoints.step_folder(self.folder, self.progress.step), self.progress.step)
+            kept = {"scores": tuple(scores) if judged else (), "golden": samples}
+            point.add({"progress": vars(self.progress)}, **kept)
+            self._prune()
 
     def _found(self) -> tuple[float | None, Validation | None]:
         """The dev loss and what `validate` found; what does not fit into memory is None, which is said."""
@@ -379,15 +421,25 @@ class Run:
             loss = self.learner.dev_loss(self.dev)
             if not math.isfinite(loss):
                 console.warn("the dev loss is not a number; nothing is translated with these weights")
-            elif self.validate:
-                return loss, self.validate(self.learner.net, self.tokenizer, self.data, self.recipe)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            console.warn(
-                "not even a single sentence of the dev set fits into memory; training goes on without it"
-            )
-        return loss, None
+            console.warn(NOT_ONE_FITS)
+        if loss is None or not math.isfinite(loss) or not self.validate:
+            return loss, None
+        net = self.learner.to_translate_with()
+        found = self.team.lead(lambda: tree_of(self._translated(net)))
+        return loss, Validation(tuple(found["scores"]), tuple(found["samples"]))
+
+    def _translated(self, net: Seq2Seq) -> Validation:
+        assert self.validate, "it is only called where there is something to call"
+        try:
+            return self.validate(net, self.tokenizer, self.data, self.recipe)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        console.warn(NOT_ONE_FITS)
+        return Validation()
 
     def _count_patience(self, value: float, *, lower_is_better: bool) -> None:
         best = self.progress.best
@@ -421,19 +473,35 @@ class Run:
             "data": self.data.fingerprint,
             "learner": self.learner.state(),
         }
-        checkpoints.save(
-            self.folder,
-            manifest,
-            self.learner.weights(),
-            self.tokenizer,
-            step=progress.step,
-            state=(state, self.learner.tensors()),
-        )
+        self._write(manifest, state)
         if not progress.look_due:
             self._prune()
 
+    def _write(self, manifest: bundles.Manifest, state: Mapping[str, Any]) -> None:
+        learner, step, tensors = self.learner, self.progress.step, self.learner.tensors()
+
+        def write() -> None:
+            whole = (state, tensors)
+            checkpoints.save(self.folder, manifest, learner.weights(), self.tokenizer, step=step, state=whole)
+
+        if not learner.sharded:
+            self.team.lead(write)
+            return
+        mine = sharding.slices_of(tensors, self.team)
+        checkpoints.save_slices(
+            self.folder,
+            manifest,
+            self.tokenizer,
+            step=step,
+            state=(state, mine),
+            kept=learner.kept(),
+            team=self.team,
+        )
+
     def _prune(self) -> None:
         """Let go of the checkpoints that are neither among the best nor among the last."""
+        if not self.team.leads:
+            return
         training = self.recipe.training
         checkpoints.prune(self.folder, best=training.keep_best, last=training.keep_last)
 

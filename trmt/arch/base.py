@@ -245,6 +245,8 @@ class Seq2Seq(nn.Module, ABC):
     config_class: ClassVar[type]  # the dataclass its constructor takes
     couples_batch: ClassVar[bool] = False  # True where a sentence's output depends on its neighbours
     in_row: ClassVar[bool] = False  # True where `forward` computes no padding: a batch may hold any lengths
+    # True where `forward` calls each module that is in a ModuleList, and has a matrix, exactly once.
+    layers_called_once: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:

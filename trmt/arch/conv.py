@@ -63,6 +63,7 @@ class ConvS2S(Seq2Seq):
     """The network as it is trained."""
 
     config_class = ConvS2SConfig
+    layers_called_once = True
 
     def __init__(self, config: ConvS2SConfig) -> None:
         super().__init__()

@@ -94,6 +94,7 @@ class Transformer(Seq2Seq):
 
     config_class = TransformerConfig
     in_row = True
+    layers_called_once = True
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
