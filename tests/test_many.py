@@ -192,6 +192,16 @@ def test_a_sharded_run_short_of_memory_goes_on_in_parts_and_on_any_number(
     check_pairs(tmp_path / "seen", toy_set, 25)
 
 
+def test_a_team_goes_back_together(toy_set: Path, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", toy.recipe(tmp_path, OFTEN)
+    policy = ("--set", "training.on_spike=rollback", "--set", "training.steps=20")
+    done(torchrun(run, toy_set, recipe, *policy, size=2, broken=[1, 7]))
+    [back] = json.loads((run / "rollbacks.json").read_bytes())
+    assert (back["to"], back["at"], back["left_out"]) == (5, 8, [8])
+    assert newest(run) == 20
+    assert len(log(run, "rollback")) == len(log(run, "left out")) == 1
+
+
 def test_a_process_that_hangs_takes_the_run_down(toy_set: Path, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", toy.recipe(tmp_path, OFTEN)
     process = torchrun(run, toy_set, recipe, *ENDLESS, size=2, silence=3.0)

@@ -40,7 +40,11 @@ def watch(told: dict[str, Any]) -> None:
             seen += [list(pair) for pair in zip(*map(sentences, part.columns.values()), strict=True)]
         with Path(told["seen"], f"{told['number']:03}-{attempt}-{rank}.jsonl").open("a") as stream:
             stream.write(json.dumps([step, seen]) + "\n")
-        return gradients(self, passes, tokens, step)
+        found = gradients(self, passes, tokens, step)
+        if told.get("broken") == [rank, step]:
+            told.pop("broken")
+            next(self.net.parameters()).grad.fill_(torch.nan)  # type: ignore[union-attr]
+        return found
 
     Learner._gradients = watched  # type: ignore[method-assign]
     # Its batches are no step's.

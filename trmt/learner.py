@@ -127,7 +127,7 @@ class Learner:
                 if not is_out_of_memory(error):
                     raise
             # Outside the handler: the error holds on to the tensors of the attempt that failed.
-            pairs = max(len(batch.share(0, self.team.size)) for batch in examples)
+            pairs = max(-(-len(batch) // self.team.size) for batch in examples)  # of the largest share
             if nll is None and self.sharded:
                 self._give_up(pairs)
             if not self.team.settle(failed=nll is None):

@@ -21,7 +21,7 @@ from typing import Any
 
 from trmt import checkpoints, console
 from trmt.checkpoints import Checkpoint
-from trmt.config import build, tree_of
+from trmt.config import Tree, build, tree_of
 from trmt.errors import BundleError, TrmtError
 from trmt.files import write_json
 from trmt.guard import Verdict
@@ -97,7 +97,7 @@ class Spikes:
         if self.policy == "rollback":
             taken_back = self.team.lead(lambda: self._way_back(verdict, why))
             if taken_back:
-                self.rollbacks = read(self.folder)
+                self.rollbacks = [build(Rollback, entry, where=ROLLBACKS) for entry in taken_back]
                 step = self.rollbacks[-1].to
                 raise GoBack(Checkpoint(checkpoints.step_folder(self.folder, step), step))
             console.warn(f"step {verdict.step:,}: {why}; there is no checkpoint before it to go back to")
@@ -106,12 +106,15 @@ class Spikes:
         elif not self.high:  # said once, not at each step of a plateau
             console.warn(f"step {verdict.step:,}: {why}")
 
-    def _way_back(self, verdict: Verdict, why: str) -> bool:
-        """Choose the checkpoint to go on from, set the newer ones aside and note the way, if there is one."""
+    def _way_back(self, verdict: Verdict, why: str) -> list[Tree]:
+        """Choose the checkpoint to go on from, set the newer ones aside, and note the way after the others.
+
+        Without a checkpoint to go back to, there are none.
+        """
         first = verdict.step - SUSPECTS if verdict.high and not verdict.steep else verdict.step
         older = [point for point in whole_points(self.folder) if point.step < verdict.step]
         if not older:
-            return False
+            return []
         point = next((point for point in reversed(older) if point.step < first), older[0])
         if sum(rollback.to == point.step for rollback in self.rollbacks) >= ATTEMPTS:
             raise TrmtError(
@@ -122,14 +125,15 @@ class Spikes:
             if newer.step > point.step:
                 checkpoints.set_aside(newer, "rolled-back")
         steps = tuple(range(max(first, point.step + 1), verdict.step + 1))
-        self.rollbacks.append(Rollback(point.step, verdict.step, why, steps))
-        write_json(self.folder / ROLLBACKS, [tree_of(rollback) for rollback in self.rollbacks])
+        rollbacks = [*self.rollbacks, Rollback(point.step, verdict.step, why, steps)]
+        trees = [tree_of(rollback) for rollback in rollbacks]
+        write_json(self.folder / ROLLBACKS, trees)
         console.warn(
             f"step {verdict.step:,}: {why}; going back to step {point.step:,} and leaving out "
             + (f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else f"step {steps[0]:,}")
         )
         self.log("rollback", step=verdict.step, to=point.step, why=why, left_out=steps)
-        return True
+        return trees
 
 
 def reason(verdict: Verdict) -> str:
