@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,30 +37,41 @@ def main() -> None:
     parser.add_argument("pairs", type=int, nargs="+")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="of training measured for each size")
-    parser.add_argument("--folder", type=Path, help="where to put the corpora (a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where prepared sets are put and found again (a temporary folder)"
+    )
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.load:
         print(json.dumps(load(given.load)))
         return
     rows = []
-    for pairs in given.pairs:
-        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            rows.append(measure(Path(folder), pairs, threads=given.threads, seconds=given.seconds))
+    with tempfile.TemporaryDirectory() as scratch:
+        for pairs in given.pairs:
+            folder = prepared((given.folder or Path(scratch)) / str(pairs), pairs)
+            rows.append(measure(folder, pairs, threads=given.threads, seconds=given.seconds))
             print(json.dumps(rows[-1]), file=sys.stderr)
     words = [word for word in sys.argv[1:] if word != str(given.folder)]
     command = f"python bench/scale.py {shlex.join(word for word in words if word != '--folder')}"
     print(record("scale", {"threads": given.threads, "rows": rows}, command=command))
 
 
-def measure(folder: Path, pairs: int, *, threads: int, seconds: float) -> dict[str, Any]:
-    """One size: prepare, train, load."""
+def prepared(folder: Path, pairs: int) -> Path:
+    """The folder with a prepared set of so many pairs in it, unless it was there before."""
+    if (folder / "set" / "index.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
     for stage in ("write", "tokenizer", "prepare"):
         command = [sys.executable, str(ROOT / "bench" / "prepare.py"), str(pairs)]
         command += ["--folder", str(folder), "--stage", stage]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     for text in folder.glob("train.*"):
         text.unlink()
+    return folder
+
+
+def measure(folder: Path, pairs: int, *, threads: int, seconds: float) -> dict[str, Any]:
+    """One size: train, load."""
     trained = train(folder, threads=threads, seconds=seconds)
     command = [sys.executable, __file__, "0", "--load", str(folder / "set")]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=_environment(threads), cwd=ROOT)
@@ -78,6 +90,8 @@ def _environment(threads: int) -> dict[str, str]:
 def train(folder: Path, *, threads: int, seconds: float) -> dict[str, Any]:
     """What the probe says of training on the set in `folder`."""
     work, report = folder / "work", folder / "report.json"
+    shutil.rmtree(work, ignore_errors=True)
+    report.unlink(missing_ok=True)
     work.mkdir()
     job = Job(
         corpus="",
