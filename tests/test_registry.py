@@ -45,13 +45,13 @@ def test_a_wrong_name_suggests_the_right_one() -> None:
 
 
 def test_code_outside_is_loaded_with_trust_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "experiment.py").write_text("class Mine: pass\n", "utf-8")
+    (tmp_path / "outside_network.py").write_text("class Mine: pass\n", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="--trust-code"):
-        resolve(ARCHITECTURES, "experiment:Mine")
-    assert "experiment" not in sys.modules
-    assert resolve(ARCHITECTURES, "experiment:Mine", trust_code=True).__name__ == "Mine"
-    monkeypatch.delitem(sys.modules, "experiment")
+        resolve(ARCHITECTURES, "outside_network:Mine")
+    assert "outside_network" not in sys.modules
+    assert resolve(ARCHITECTURES, "outside_network:Mine", trust_code=True).__name__ == "Mine"
+    monkeypatch.delitem(sys.modules, "outside_network")
 
 
 @pytest.mark.parametrize("name", ["no_such_module:X", "json:NoSuchClass", ":X", "json:"])
