@@ -14,7 +14,17 @@ from tests import toy
 from trmt import cli
 from trmt.cli import app
 
-COMMANDS = ["tokenizer", "prepare", "train", "check-resume", "average", "translate", "score", "env"]
+COMMANDS = [
+    "tokenizer",
+    "prepare",
+    "train",
+    "check-resume",
+    "average",
+    "translate",
+    "score",
+    "plot",
+    "env",
+]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -125,6 +135,8 @@ MISTAKES = [
     (["average"], "there is no run in models/"),
     (["average", "nowhere"], "there are no checkpoints in nowhere"),
     (["average", "nowhere", "--best", "1", "--last", "1"], "exclude each other"),
+    (["plot"], "there is no run in models/"),
+    (["plot", "nowhere"], "cannot read nowhere/log.jsonl"),
     (["translate"], "there is no model in models/"),
     (["translate", "nowhere"], "there is no model in nowhere"),
 ]

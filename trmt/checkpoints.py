@@ -39,7 +39,7 @@ from trmt.tokenizer import Tokenizer
 
 STEP = re.compile(r"step-(\d+)")
 TRAINING, STATE, TENSORS = "training", "state.json", "state.safetensors"
-CONFIG, LOG, AVERAGE = "config.toml", "log.jsonl", "average"
+CONFIG, AVERAGE = "config.toml", "average"
 MODELS = Path("models")
 FORMAT = 1  # of the training state
 

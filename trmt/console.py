@@ -1,11 +1,12 @@
 """What a person sees: messages, progress and tables, always on standard error.
 
-The only file that knows Rich. Standard output belongs to data. Progress is drawn only on a terminal;
-elsewhere a plain line now and then says the same.
+With display.py the only file that knows Rich. Standard output belongs to data. Progress is drawn only on a
+terminal; elsewhere a plain line now and then says the same.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ def set_following(following: bool) -> None:
     _following = following
 
 
-def _console() -> Console:
+def stderr() -> Console:
+    """Standard error as Rich sees it."""
     from rich.console import Console
 
     if _drawing is not None:
@@ -47,25 +49,27 @@ def _console() -> Console:
 
 
 def watched() -> bool:
-    """Whether a person is looking at standard error."""
-    return not (_quiet or _following) and sys.stderr is not None and sys.stderr.isatty()
+    """Whether a person is looking at standard error, on a terminal that can be drawn on."""
+    if _quiet or _following or sys.stderr is None or not sys.stderr.isatty():
+        return False
+    return os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def say(message: str) -> None:
     """One line of information: what was chosen, what was written."""
     if not (_quiet or _following):
-        _console().print(message, style="default")
+        stderr().print(message, style="default")
 
 
 def warn(message: str) -> None:
     """One line about something that is probably not what the user wants."""
     if not _following:
-        _console().print(f"warning: {message}", style="yellow")
+        stderr().print(f"warning: {message}", style="yellow")
 
 
 def fail(message: str) -> None:
     """The one line an error ends with."""
-    _console().print(f"error: {message}", style="red")
+    stderr().print(f"error: {message}", style="red")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -83,8 +87,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     for row in body:
         grid.add_row(*(Text(cell) for cell in row))
     # Rich would fold a title to the width of the table.
-    _console().print(title)
-    _console().print(grid, soft_wrap=False)
+    stderr().print(title)
+    stderr().print(grid, soft_wrap=False)
 
 
 def _is_number(cell: str) -> bool:
@@ -167,14 +171,20 @@ def progress(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
+    with drawing() as console, Bars(*columns, console=console, transient=True, get_time=pauses.now) as bars:
+        yield _Bar(bars, bars.add_task(title, total=total, completed=done, note=""))
+
+
+@contextmanager
+def drawing() -> Iterator[Console]:
+    """A console to draw on; until the block ends, messages go above what is drawn there."""
     global _drawing
-    before, console = _drawing, _console()
-    with Bars(*columns, console=console, transient=True, get_time=pauses.now) as bars:
-        _drawing = console
-        try:
-            yield _Bar(bars, bars.add_task(title, total=total, completed=done, note=""))
-        finally:
-            _drawing = before
+    before, console = _drawing, stderr()
+    _drawing = console
+    try:
+        yield console
+    finally:
+        _drawing = before
 
 
 def duration(seconds: float) -> str:

@@ -6,13 +6,16 @@ import json
 import os
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trmt import pauses
 from trmt.errors import TrmtError
+from trmt.history import TRAIN, VALIDATE, numbers
 
-CURVES = ("train", "validate")  # the events whose numbers are drawn
+T = TypeVar("T")
+
 TENSORBOARD = "tensorboard"
 RECENT = 200  # laps whose mean is the usual one
 
@@ -28,18 +31,19 @@ class Logbook:
             raise self._explained(error) from error
         self.curves = _curves(path.parent / TENSORBOARD, step)
 
-    def write(self, event: str, step: int, **values: Any) -> None:
-        """Add what happened after `step`."""
+    def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
+        """Add what happened after `step`, and return the entry."""
         entry = {"event": event, "step": step, "time": round(time.time(), 3), **values}
         try:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            if self.curves is not None and event in CURVES:
-                for name, number in _numbers(values).items():
+            if self.curves is not None and event in (TRAIN, VALIDATE):
+                for name, number in numbers(entry).items():
                     self.curves.add_scalar(f"{event}/{name}", number, step)
                 self.curves.flush()
         except OSError as error:
             raise self._explained(error) from error
+        return entry
 
     def close(self) -> None:
         """Let go of the curves' file."""
@@ -70,11 +74,6 @@ def _curves(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
-    return numbers | {score["metric"]: float(score["value"]) for score in values.get("scores", ())}
-
-
 class Clock:
     """Time spent in steps, without what validating, saving and pauses took."""
 
@@ -86,8 +85,17 @@ class Clock:
         """Begin to measure here, where so many tokens have been seen."""
         self.tokens = tokens
         self.spent = 0.0
+        self.waited = 0.0
+        self.wait_share = 0.0  # of the time that `speed` was last asked about
         self.laps: deque[float] = deque(maxlen=RECENT)
         self.last = time.monotonic()
+
+    def next(self, stream: Iterator[T]) -> T:
+        """The stream's next item; the time it takes counts as waiting."""
+        began = time.monotonic()
+        item = next(stream)
+        self.waited += time.monotonic() - began
+        return item
 
     def lap(self, *, paused: bool = False) -> float:
         """Seconds since the last lap; of one in which the process was paused, what a lap usually takes."""
@@ -113,5 +121,6 @@ class Clock:
     def speed(self, tokens: int) -> float:
         """Tokens per second since the last time it was asked."""
         rate = (tokens - self.tokens) / max(self.spent, 1e-9)
-        self.tokens, self.spent = tokens, 0.0
+        self.wait_share = self.waited / max(self.spent, 1e-9)
+        self.tokens, self.spent, self.waited = tokens, 0.0, 0.0
         return rate

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from trmt import bundles, checkpoints, console
 from trmt.batches import Examples
-from trmt.checkpoints import CONFIG, LOG, STATE, TENSORS, TRAINING, Checkpoint, Damaged
+from trmt.checkpoints import CONFIG, STATE, TENSORS, TRAINING, Checkpoint, Damaged
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.files import only_one
+from trmt.history import LOG
 from trmt.planning import ORIGIN, TrainOptions
 from trmt.spikes import ROLLBACKS, whole_points
 from trmt.stopping import Interrupted

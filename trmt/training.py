@@ -21,15 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trmt import bundles, checkpoints, console, sharding, unchanged
+from trmt import bundles, capacity, checkpoints, console, display, sharding, unchanged
 from trmt.arch.base import Seq2Seq
 from trmt.batches import Batches, Column, Examples, Position
-from trmt.checkpoints import CONFIG, LOG, MODELS, Checkpoint
+from trmt.budget import Job, about, glance, pace, plan
+from trmt.checkpoints import CONFIG, MODELS, Checkpoint
 from trmt.config import to_toml, tree_of
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.files import atomic_file, only_one, sweep, write_json
+from trmt.history import LOG, TRAIN, VALIDATE, History
 from trmt.learner import Learner, ShortMemory, is_out_of_memory
 from trmt.logbook import Clock, Logbook
+from trmt.outlook import foresee
 from trmt.planning import (
     ORIGIN,
     TrainOptions,
@@ -163,6 +166,8 @@ class Run:
         if alpha := recipe.batches.subword_alpha:
             self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
         self.logbook: Logbook | None = None
+        self.history = History()
+        self.screen: display.Screen = display.Lines()
         self.progress = Progress()
         self.signals = Signals(team)
         half = self.learner.precision == "fp16"
@@ -226,6 +231,8 @@ class Run:
         self._read_halvings()
         if self.team.leads:
             self.logbook = Logbook(self.folder / LOG, step=self.progress.step)
+            if state and self.logbook.path.is_file():  # whoever tidied it away may go on without it
+                self.history = History.read(self.logbook.path)
             with atomic_file(self.folder / CONFIG) as stream:
                 stream.write(to_toml(tree_of(self.recipe)).encode())
             if not state:
@@ -244,6 +251,7 @@ class Run:
             f"{learner.device.type} {learner.precision}{processes}, {len(self.batches.split):,} pairs, "
             f"{self.steps_per_epoch:,} steps an epoch -> {self.folder}"
         )
+        glance(self.job())
 
     def _verify(self) -> None:
         """See that the data is as it was written, once on each machine."""
@@ -282,33 +290,30 @@ class Run:
             console.say(f"{self.folder} has ended at step {progress.step:,}; raise {limit} to go on")
             return
         mark = Clock(progress.target_tokens)
-        with (
-            self.signals.heard(),
-            console.progress("training", last, unit="steps", done=progress.step) as bar,
-        ):
+        with self.signals.heard(), display.watching(about(self.job()), self.history) as self.screen:
             if progress.look_due:  # the run was ended between saving and looking
                 self.look()
             self.learner.rehearse(self.batches)
             mark.skip()
             while not self.finished():
                 try:
-                    self._stretch(mark, bar)
+                    self._stretch(mark)
                 except GoBack as back:
                     before = self.progress.step
                     self._restore(*back.point.state())
-                    bar.advance(self.progress.step - before)
+                    self.screen.advance(self.progress.step - before)
                     mark.restart(self.progress.target_tokens)
         progress = self.progress
         self.log("end", seconds=round(progress.seconds, 1))
         console.say(f"done: {progress.step:,} steps in {console.duration(progress.seconds)} -> {self.folder}")
 
-    def _stretch(self, mark: Clock, bar: console.Progress) -> None:
+    def _stretch(self, mark: Clock) -> None:
         """Train to the end, or to where the run goes back."""
         recipe, progress = self.recipe, self.progress
         stream = self.batches.steps(Position(progress.epoch, progress.position))
         try:
             while not self.finished():
-                after, examples = next(stream)
+                after, examples = mark.next(stream)
                 self._learn(examples)
                 progress.epoch, progress.position = after
                 progress.seconds += mark.lap(paused=self.signals.was_paused())
@@ -316,17 +321,20 @@ class Run:
                     self._report(mark)
                 elif self.learner.guard.unread >= VERDICTS_AT_ONCE:
                     self._settle()
-                bar.advance(1, mark.note)
+                self.screen.advance(1, mark.note)
                 validating = progress.step % recipe.validation.every == 0 or self.finished()
                 every = recipe.training.save_every
                 if validating or (every and progress.step % every == 0) or self.signals.number is not None:
                     self._settle()
                     progress.look_due = validating and self.dev is not None
+                    self.screen.doing("saving")
                     self.save()
                     if self.signals.number is not None:
                         self._stop(self.signals.number)
                     if progress.look_due:
+                        self.screen.doing("validating")
                         self.look()
+                    self.screen.doing("")
                     mark.skip()
         finally:
             stream.close()  # type: ignore[attr-defined]
@@ -359,7 +367,7 @@ class Run:
         if not self.team.leads:
             return
         assert self.logbook, "a run begins before it logs"
-        self.logbook.write(event, self.progress.step if step is None else step, **values)
+        self.history.add(self.logbook.write(event, self.progress.step if step is None else step, **values))
 
     def close(self) -> None:
         """Let go of the log's files."""
@@ -377,7 +385,16 @@ class Run:
             loss=loss and round(loss, 5),
             lr=self.learner.rate(self.progress.step),
             tokens_per_second=round(speed, 1),
+            waited=round(mark.wait_share, 5),
+            memory=capacity.peak(self.learner.device),
+            **self._place(),
         )
+        if self.history.last(TRAIN, back=1) is None:
+            console.say(pace(self.job(), seconds=self.progress.seconds / self.progress.step))
+
+    def _place(self) -> dict[str, Any]:
+        """How far training has come, for curves over tokens or hours."""
+        return {"tokens": self.progress.target_tokens, "elapsed": round(self.progress.seconds, 3)}
 
     # Validate
 
@@ -403,9 +420,10 @@ class Run:
         better = "  (best)" if judged and self.progress.stale == 0 else ""
         console.say(f"step {self.progress.step:,}: {shown or 'not validated'}{better}")
         samples = found.samples if found else ()
-        for sample in samples[:1]:
-            console.say(f"  {sample['source']}\n  -> {sample['translation']}")
-        self.log("validate", scores=scores, samples=samples, seconds=round(time.monotonic() - began, 2))
+        took = round(time.monotonic() - began, 2)
+        self.log("validate", scores=scores, samples=samples, seconds=took, **self._place())
+        if self.team.leads:
+            self.screen.looked(samples, self._expected(metric))
         self.progress.look_due = False
         if self.team.leads:
             point = Checkpoint(checkpoints.step_folder(self.folder, self.progress.step), self.progress.step)
@@ -440,6 +458,12 @@ class Run:
                 raise
         console.warn(NOT_ONE_FITS)
         return Validation()
+
+    def _expected(self, metric: str) -> str:
+        progress = self.progress
+        points = self.history.curve(VALIDATE, metric)
+        settled = [point for point in points if point.step >= self.recipe.optim.warmup]
+        return foresee(settled, metric, last=self.last_step, pace=progress.seconds / max(progress.step, 1))
 
     def _count_patience(self, value: float, *, lower_is_better: bool) -> None:
         best = self.progress.best
@@ -522,19 +546,17 @@ class Run:
     # Plan
 
     def describe(self) -> None:
-        """What training would take: parameters, memory, steps."""
-        learner = self.learner
-        copies = 4 + bool(learner.mean)  # weights, gradients, two moments, the running mean
-        activations = learner.activation_bytes(self.batches)
-        last = f"{self.last_step:,}" if self.last_step else "until patience ends it"
-        rows = [
-            ["parameters", f"{learner.parameters:,}"],
-            ["weights, gradients, optimiser", f"{learner.parameters * 4 * copies / 2**20:,.0f} MiB"],
-            ["activations of the largest batch", f"{activations / 2**20:,.0f} MiB"],
-            ["steps per epoch", f"{self.steps_per_epoch:,}"],
-            ["steps in all", last],
-            ["pairs", f"{len(self.batches.split):,}"],
-            ["target tokens per epoch", f"{int((self.batches.by_target + 1).sum()):,}"],
-            ["device and precision", f"{learner.device} {learner.precision}"],
-        ]
-        console.table(f"plan for {self.folder}", ["what", "how much"], rows)
+        """What training would take: memory, time, disk."""
+        plan(self.job())
+
+    def job(self) -> Job:
+        """What is to be done, for who says what it takes."""
+        return Job(
+            self.learner,
+            self.batches,
+            self.folder,
+            self.recipe.training,
+            steps_per_epoch=self.steps_per_epoch,
+            last=self.last_step,
+            done=self.progress.step,
+        )

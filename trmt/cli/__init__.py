@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from trmt import __version__, console
-from trmt.cli import average, check_resume, env, prepare, score, tokenizer, train, translate
+from trmt.cli import average, check_resume, env, plot, prepare, score, tokenizer, train, translate
 from trmt.errors import TrmtError
 
 
@@ -32,7 +32,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="trmt",
-    help="Train your own translator: tokenizer, prepare, train, average, translate, score.",
+    help="Train your own translator: tokenizer, prepare, train, average, translate, score, plot.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -64,6 +64,7 @@ app.command("check-resume")(check_resume.command)
 app.command("average")(average.command)
 app.command("translate")(translate.command)
 app.command("score")(score.command)
+app.command("plot")(plot.command)
 app.command("env")(env.command)
 
 

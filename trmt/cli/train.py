@@ -31,7 +31,7 @@ def command(
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all.")] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would take: parameters, memory, steps.")
+        bool, typer.Option("--dry-run", help="Only say what it would take: memory, time, disk.")
     ] = False,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Let a bundle or run folder name code outside trmt.")

@@ -1,0 +1,68 @@
+"""Draw docs/training.svg and docs/curves.svg: python docs/pictures.py RUN [OTHERS...] --step 750 --last 1500.
+
+The first is the display of `trmt train` as it stood at that step, the second what `trmt plot` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from trmt.display import About, Picture
+from trmt.history import LOG, TRAIN, VALIDATE, History
+from trmt.outlook import foresee
+from trmt.plotting import PlotOptions, plot
+
+HERE = Path(__file__).resolve().parent
+COLUMNS, LINES = 96, 30
+
+
+def display(run: Path, *, step: int, last: int) -> str:
+    """The picture of a run as it stood at `step` of `last`."""
+    history, began, epoch = History(), {}, 1
+    for line in (run / LOG).read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["event"] == "begin":
+            began = entry
+        if entry["event"] == TRAIN and entry["epoch"] == 0:
+            epoch = entry["step"]
+        if entry["step"] <= step:
+            history.add(entry)
+    parameters, device = (
+        f"{began['parameters'] / 1e6:.1f}M parameters",
+        f"{began['device']} {began['precision']}",
+    )
+    about = About(name=str(run), network=f"{parameters}, {device}", steps_per_epoch=epoch, last=last)
+    seconds = history.entries[-1]["elapsed"]
+    picture = Picture(about, history)
+    picture.began = time.monotonic() - seconds
+    picture.advance(step)
+    metric = history.metrics()[0]
+    picture.looked([], foresee(history.curve(VALIDATE, metric), metric, last=last, pace=seconds / step))
+    terminal = Console(record=True, width=COLUMNS, height=LINES, file=io.StringIO(), force_terminal=True)
+    terminal.print(picture)
+    drawing = terminal.export_svg(title="trmt train", unique_id="trmt")
+    # A picture that fetches nothing: any font of fixed width will do.
+    return re.sub(r"@font-face \{.*?\}\s*", "", drawing, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write both pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--step", type=int, required=True, help="when to look")
+    parser.add_argument("--last", type=int, required=True, help="the step that the run ended at")
+    parser.add_argument("others", nargs="*", type=Path, help="runs whose curves are drawn beside")
+    given = parser.parse_args()
+    (HERE / "training.svg").write_text(display(given.run, step=given.step, last=given.last), encoding="utf-8")
+    plot(PlotOptions(runs=(given.run, *given.others), out=HERE / "curves.svg"))
+
+
+if __name__ == "__main__":
+    main()
