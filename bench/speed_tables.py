@@ -13,6 +13,7 @@ Row = tuple[str, ...]
 # Result file: what is trained.
 TRAINING = {
     "train-multi30k": "Multi30k German-English, 3+3 layers of 256, fp32, 2 cores",
+    "train-multi30k-bf16": "the same in bf16, on a processor with AMX",
     "train-base": "base (6+6 layers of 512), 32k vocabulary, bf16, one GPU",
     "train-big": "big (6+6 layers of 1024), 32k vocabulary, bf16, one GPU",
 }
