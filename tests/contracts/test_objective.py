@@ -177,6 +177,32 @@ def test_the_loss_in_half_precision_is_near(dtype: torch.dtype) -> None:
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.999
 
 
+def test_a_token_that_many_predict_alike_is_within_fp16() -> None:
+    torch.manual_seed(0)
+    hidden = (torch.randn(2000, 16) * 0.3 + 1).requires_grad_()
+    weight = (torch.randn(50, 16) * 0.1).requires_grad_()
+    target = torch.randint(0, 50, (2000,)).clamp(min=20)  # nearly half of them are the same
+    with torch.autocast("cpu", torch.float16):
+        total, _ = cross_entropy.smoothed_cross_entropy(hidden, weight, target, 0.1)
+    ours = torch.autograd.grad(total, (hidden, weight))
+    expected = F.cross_entropy(hidden @ weight.T, target, label_smoothing=0.1, reduction="sum")
+    for one, other in zip(ours, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.999
+
+
+def test_a_gpu_without_a_compiler_has_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> object:
+        raise RuntimeError("no compiler here")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda made, **options: real(made, backend=broken, **options))
+    logits, target = torch.randn(16, 40), torch.randint(0, 37, (16,))
+    with torch._dynamo.config.patch(suppress_errors=False):
+        ours = cross_entropy._compiled.__wrapped__()(logits, target, 37, 0.1, 1.0)
+    theirs = cross_entropy._by_torch(logits, target, 37, 0.1, 1.0)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_padding_counts_for_nothing_in_the_loss() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)

@@ -96,11 +96,13 @@ def _widened(weight: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, grad_CV: Tensor, chunk_CD: Tensor, scale: float) -> None:
-    """total += chunk.T @ grad, in the precision of `total`."""
+    """total += scale * chunk.T @ grad, in the precision of `total`."""
     if total.dtype == grad_CV.dtype:
         total.addmm_(chunk_CD.t(), grad_CV, alpha=scale)
-    else:
-        total.add_(chunk_CD.t() @ grad_CV, alpha=scale)
+    elif scale == 1:
+        total.add_(chunk_CD.t() @ grad_CV)
+    else:  # scaled before the product: a sum over many tokens of one kind is more than fp16 can hold
+        total.add_((chunk_CD * scale).t() @ grad_CV)
 
 
 def _chunk_loss(
@@ -152,7 +154,10 @@ def _by_torch(
 
 @functools.cache
 def _compiled() -> Any:
-    """On a GPU the operations between the products are merged into a few kernels."""
+    """On a GPU the operations between the products are merged into a few kernels, where it has a compiler."""
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = True
     return torch.compile(_by_torch, dynamic=True)
 
 
