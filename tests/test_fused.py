@@ -303,3 +303,20 @@ def test_products_in_half_precision_are_near_and_stay_fp32_outside() -> None:
         assert one.dtype == torch.float32
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
     assert not torch.equal(near[0], exact[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("norm", [nn.LayerNorm(48, bias=False), nn.LayerNorm(48, elementwise_affine=False)])
+def test_norms_that_the_kernel_does_not_have_are_left_to_torch(norm: nn.Module) -> None:
+    x, y = torch.randn(5, 48, requires_grad=True), torch.randn(5, 48)
+    torch.testing.assert_close(fused.add_norm(x, y, norm, 0.0)[1], norm(x + y))
+
+
+@needs_kernels
+def test_without_a_home_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(unknown))
+    assert kernels.load.__wrapped__("training") is not None

@@ -204,14 +204,24 @@ def outer_product(grad_NV: Tensor, x_ND: Tensor) -> Tensor:
 
 def add_norm(x: Tensor, y: Tensor, norm: Any, p: float) -> tuple[Tensor, Tensor]:
     """x + dropout(y), and the norm of that."""
-    known = isinstance(norm, nn.LayerNorm | nn.RMSNorm) and torch.is_grad_enabled()
-    if known and x.is_contiguous() and y.is_contiguous() and kernels_serve(x, y, norm.weight):
+    if torch.is_grad_enabled() and _known(norm, x) and kernels_serve(x, y, norm.weight) and _rows(x, y):
         bias = getattr(norm, "bias", None)
         epsilon = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
         added, out = _AddNorm.apply(x, y, norm.weight, bias, p, epsilon)  # type: ignore[no-untyped-call]
         return added, out
     added = x + F.dropout(y, p) if p else x + y
     return added, norm(added)
+
+
+def _known(norm: Any, x: Tensor) -> bool:
+    """Whether the kernel has this norm: of rows, with a weight, and if it is centred with a bias."""
+    if not isinstance(norm, nn.LayerNorm | nn.RMSNorm) or norm.normalized_shape != (x.shape[-1],):
+        return False
+    return norm.weight is not None and (isinstance(norm, nn.RMSNorm) or norm.bias is not None)
+
+
+def _rows(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.is_contiguous() and y.is_contiguous()
 
 
 class _AddNorm(torch.autograd.Function):

@@ -7,6 +7,7 @@ that went into them, and called through ctypes. TRMT_KERNELS=0 does without them
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -87,8 +88,15 @@ def _run(command: list[str]) -> None:
 
 
 def _cache() -> Path:
-    """A folder that belongs to this user alone: what lies in it is going to be run."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "trmt"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """A folder that belongs to this user alone: what lies in it is going to be run.
+
+    Who has no home to write to, as in many containers, gets one for as long as the process lives.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "trmt"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (OSError, RuntimeError):  # RuntimeError: the user is not known to the system
+        folder = Path(tempfile.mkdtemp(prefix="trmt-kernels-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
