@@ -216,6 +216,11 @@ def fails(folder: Path, crew: Team) -> dict[str, Any]:
     return {}
 
 
+def misled(folder: Path, crew: Team) -> dict[str, Any]:
+    """All ranks meet the same mistake of the user's."""
+    raise TrmtError("there is nothing here; look elsewhere")
+
+
 def vanishes(folder: Path, crew: Team) -> dict[str, Any]:
     """One rank is gone without a word while the others add up."""
     if crew.rank == crew.size - 1:
@@ -226,7 +231,7 @@ def vanishes(folder: Path, crew: Team) -> dict[str, Any]:
 
 if __name__ == "__main__":
     works: dict[str, Callable[[Path, Team], dict[str, Any]]] = {
-        work.__name__: work for work in (facts, fails, vanishes)
+        work.__name__: work for work in (facts, fails, misled, vanishes)
     }
     torch.set_num_threads(1)
     target = Path(sys.argv[2])

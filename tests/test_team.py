@@ -256,3 +256,11 @@ def test_the_reason_is_what_a_person_can_use() -> None:
     )
     assert reason(error) == "Read error [1.2.3.4]:5: Connection reset"
     assert reason(RuntimeError()) == "RuntimeError"
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_and_aborts_nobody(tmp_path: Path) -> None:
+    for attempt in range(3):  # which thread is where when the interpreter goes is a matter of chance
+        found = crews.ended(crews.start(2, "misled", tmp_path / str(attempt)))
+        assert [code for code, _ in found] == [1, 1], found
+        assert sorted(said.count("there is nothing here") for _, said in found) == [0, 1]

@@ -7,6 +7,7 @@ for a machine that has vanished.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import threading
@@ -41,11 +42,17 @@ class Pulse(threading.Thread):
         self.store = store.clone()  # type: ignore[attr-defined]
         self.stopped = threading.Event()
         self.start()
+        # A thread that is inside the store when the interpreter goes would abort the process.
+        atexit.register(self._fall_silent)
 
     def stop(self) -> None:
         """Fall silent without alarming anybody."""
+        self._fall_silent(None)
+        atexit.unregister(self._fall_silent)
+
+    def _fall_silent(self, patience: float | None = BEAT) -> None:
         self.stopped.set()
-        self.join()
+        self.join(patience)
 
     def run(self) -> None:
         heard, when, failed_at = b"", time.monotonic(), None
