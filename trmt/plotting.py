@@ -164,7 +164,12 @@ def _write(out: Path, kind: str, drawn: Sequence[Panel], names: Sequence[str], *
         ) from error
     # The same curves give the same file, so that it can be kept under version control.
     stamp: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    style = {"svg.hashsalt": "trmt", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "trmt",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with rc_context(style), warnings.catch_warnings(), atomic_file(out) as stream:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a run may be named in any script
         picture(drawn, names, axis=axis).savefig(stream, format=kind, dpi=150, metadata=stamp)

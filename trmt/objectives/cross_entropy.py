@@ -123,6 +123,8 @@ def _chunk_loss(
 def _by_kernel(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tensor:
     """By a kernel of the CPU, which writes the gradient over the logits."""
     target_C = target_C.contiguous()
+    if int(target_C.max()) >= logits_CV.shape[1]:  # the kernel would write outside of its memory
+        raise IndexError(f"target {int(target_C.max())} is out of range: there are {logits_CV.shape[1]} ids")
     losses_C2 = logits_CV.new_empty(logits_CV.shape[0], 2)
     rows, width = logits_CV.shape
     fused.library().trmt_cross_entropy(
