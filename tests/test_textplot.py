@@ -94,3 +94,9 @@ def test_a_point_alone_is_drawn() -> None:
 )
 def test_numbers_are_short(value: float, expected: str) -> None:
     assert short(value) == expected
+
+
+def test_rounding_is_no_movement() -> None:
+    """A rate that stays is a level line, though means of equal numbers differ in their last bits."""
+    drawn = sparkline([0.1] * 7 + [0.1 + 1e-17] + [0.30000000000000004 - 0.2] * 50, 20)
+    assert len(set(drawn)) == 1

@@ -36,6 +36,8 @@ def sparkline(values: Sequence[float], width: int, *, plain: bool = False) -> st
         return ""
     blocks = PLAIN_BLOCKS if plain else BLOCKS
     means = _thinned(finite, width)
+    if math.isclose(min(means), max(means)):  # rounding is no movement
+        means = [means[0]] * len(means)
     low, high = bounds([means])
     steps = len(blocks) - 1
     return "".join(blocks[min(max(round((value - low) / (high - low) * steps), 0), steps)] for value in means)
@@ -45,7 +47,7 @@ def bounds(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The values to draw between: of all curves, but a beginning far from the rest may leave the picture."""
     settled = [value for curve in curves for value in curve[int(len(curve) * BEGINNING) :]]
     low, high = min(settled), max(settled)
-    if low == high:
+    if math.isclose(low, high):
         margin = abs(low) / 2 or 0.5
         return low - margin, high + margin
     room = (high - low) * ROOM

@@ -273,3 +273,12 @@ def test_a_network_in_rows_compiles_whole_and_once_for_one_room(
         objective.loss(compiled, objective.collate(some, CPU, room=room)).total.backward()
     torch._dynamo.reset()
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_target_without_a_logit_is_refused(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels:
+        monkeypatch.setattr(fused, "library", lambda: None)
+    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8)
+    with pytest.raises((IndexError, RuntimeError)):
+        cross_entropy.smoothed_cross_entropy(hidden, weight, torch.tensor([1, 20, 2]), 0.1)

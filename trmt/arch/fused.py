@@ -77,7 +77,6 @@ def library() -> Any:
             "dropout",
             "add_norm",
             "add_norm_backward",
-            "cross_entropy",
             "add_bias",
             "bias_backward",
         ):

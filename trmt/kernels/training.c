@@ -260,11 +260,15 @@ static void cross_entropy_rows(float *logits, const int64_t *target, float *loss
   }
 }
 
-void trmt_cross_entropy(float *logits, const int64_t *target, float *losses, int64_t rows, int64_t width,
-                        float smoothing) {
+/* Returns 1 and does nothing if a target is no column. */
+int trmt_cross_entropy(float *logits, const int64_t *target, float *losses, int64_t rows, int64_t width,
+                       float smoothing) {
+  for (int64_t row = 0; row < rows; row++)
+    if (target[row] >= width) return 1;
 #pragma omp parallel for schedule(static)
   for (int64_t from = 0; from < rows; from += 8)
     cross_entropy_rows(logits, target, losses, width, smoothing, from, from + 8 < rows ? from + 8 : rows);
+  return 0;
 }
 
 /* Attention over sentences that stand in a row without padding. Row i of the queries begins at
