@@ -190,6 +190,24 @@ def test_attention_in_a_grid_is_each_sentence_by_itself(causal: bool) -> None:
         begin += length
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_many_sentences_share_grids_with_others_of_their_length(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [1 + (7 * number) % 23 for number in range(100)]
+    over = lengths if causal else [1 + (5 * number) % 31 for number in range(100)]
+    query = torch.randn(sum(lengths), 2, 8, requires_grad=True)
+    memory = torch.randn(sum(over), 2, 16, requires_grad=True)
+
+    def attended() -> Tensor:
+        key, value = memory.chunk(2, -1)
+        return fused.attend_padded(query, key, value, spans(*lengths), spans(*over), causal=causal)
+
+    ours = gradients(attended, query, memory)
+    monkeypatch.setattr(fused, "TOGETHER", 1000)
+    assert_same(ours, gradients(attended, query, memory))
+
+
 def test_a_sentence_without_a_source_disturbs_nobody(plain: Callable[[], None]) -> None:
     here, over = spans(2, 3), spans(0, 4)
     query, memory = torch.randn(5, 32, requires_grad=True), torch.randn(4, 64, requires_grad=True)

@@ -38,6 +38,7 @@ _CAUSAL: dict[bool, Any] = {
 
 BLOCK = 64  # rows whose sums a kernel hands back together; ROWS in the C file
 LANES = 16  # floats that a kernel takes at a time
+TOGETHER = 32  # sentences of like length that are padded together
 
 
 class _Shape(ctypes.Structure):
@@ -344,7 +345,41 @@ def attend_padded(
     causal: bool,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The sentences set out in a grid, attended to, and put in a row again."""
+    """The sentences set out in a grid, attended to, and put in a row again.
+
+    On the CPU, sentences of like length share a grid; a GPU would have to be asked for the lengths first.
+    """
+    lengths_2S = torch.stack([spans.starts_S.diff(), over.starts_S.diff()])
+    if lengths_2S.shape[1] <= TOGETHER or lengths_2S.device.type != "cpu" or torch.compiler.is_compiling():
+        return _attend_in_grid(query_NHP, key_MHP, value_MHP, spans, over, causal=causal, dropout=dropout)
+    rows, found = [], []
+    for group in lengths_2S.amax(0).argsort().split(TOGETHER):
+        (rows_N, some), (rows_M, others) = _picked(spans, group), _picked(over, group)
+        parts = query_NHP[rows_N], key_MHP[rows_M], value_MHP[rows_M]
+        found.append(_attend_in_grid(*parts, some, others, causal=causal, dropout=dropout))
+        rows.append(rows_N)
+    return torch.cat(found)[torch.cat(rows).argsort()]
+
+
+def _picked(spans: Spans, sentences: Tensor) -> tuple[Tensor, Spans]:
+    """The rows of these sentences, and where they begin and end once they stand in a row by themselves."""
+    lengths_S = spans.starts_S.diff()[sentences]
+    starts_S = F.pad(lengths_S.cumsum(0), (1, 0))
+    shift_N = torch.repeat_interleave(spans.starts_S[sentences] - starts_S[:-1], lengths_S)
+    rows_N = torch.arange(len(shift_N)) + shift_N
+    return rows_N, Spans(starts_S, starts_S.int(), int(lengths_S.max()))
+
+
+def _attend_in_grid(
+    query_NHP: Tensor,
+    key_MHP: Tensor,
+    value_MHP: Tensor,
+    spans: Spans,
+    over: Spans,
+    *,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
     query_SHTP, cells_N, _ = _set_out(query_NHP, spans)
     (key_SHLP, _, real_SL), (value_SHLP, _, _) = _set_out(key_MHP, over), _set_out(value_MHP, over)
     # A sentence without a key would be a row of nothing but minus infinities.
