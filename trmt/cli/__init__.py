@@ -75,7 +75,16 @@ def main() -> None:
     # to 4,000 tokens/s; alone it stayed the same.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        app()
-    except TrmtError as error:
-        console.fail(str(error))
-        sys.exit(error.exit_code)
+        try:
+            app()
+        except TrmtError as error:
+            console.fail(str(error))
+            sys.exit(error.exit_code)
+    except SystemExit as end:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(end.code, int | None):
+            # One of several processes: threads of torch that are still about abort it now and then when the
+            # interpreter takes itself apart, and torchrun would call a run a failure that has ended well.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code or 0)
+        raise
