@@ -28,8 +28,9 @@ MERGES = ("--size", "10000", "--no-byte-fallback", "--no-split-digits")
 SEARCH = ("--beam", "5", "--length-penalty", "1.0")
 
 
-def multi30k(name: str, recipe: str, **changes: object) -> Experiment:
-    published = {"tokenizer": MERGES, "moses": True} | changes
+def multi30k(
+    name: str, recipe: str, *, tokenizer: tuple[str, ...] = MERGES, moses: bool = True
+) -> Experiment:
     return Experiment(
         name=name,
         recipe=recipe,
@@ -39,7 +40,8 @@ def multi30k(name: str, recipe: str, **changes: object) -> Experiment:
         search=SEARCH,
         averages=(("last", 10), ("best", 5)),
         forms=("published", "detokenised"),
-        **published,  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        moses=moses,
     )
 
 

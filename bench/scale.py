@@ -148,7 +148,7 @@ def load(data_set: Path) -> dict[str, Any]:
         "cpu_nanoseconds_per_token": round((time.process_time() - busy) / tokens * 1e9, 1),
         "own_mib_more": round(own_mib() - before),
     }
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     return found
 
 

@@ -46,7 +46,7 @@ PEERS_HEAD = (
 )
 SCALE_HEAD = (
     "pairs",
-    "training, µs a target token",
+    "training, µs of processor time a target token",
     "waiting for the loader",
     "loader alone, ns a target token",
     "until the first batch",

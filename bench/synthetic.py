@@ -69,7 +69,8 @@ def _lengths(generator: Any, count: int) -> tuple[Any, Any]:
     centre = np.log(MEAN) - SPREAD**2 / 2
     source = np.exp(generator.normal(centre, SPREAD, count))
     target = source * np.exp(generator.normal(0, RATIO_SPREAD, count))
-    return tuple(np.clip(side.round().astype(int), 1, LONGEST) for side in (source, target))  # type: ignore[return-value]
+    source, target = (np.clip(side.round().astype(int), 1, LONGEST) for side in (source, target))
+    return source, target
 
 
 def _sentences(generator: Any, lengths: Any, vocabulary: int) -> str:

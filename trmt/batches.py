@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -249,7 +249,7 @@ class Batches:
             columns[name] = column
         return Examples(columns)
 
-    def steps(self, start: Position) -> Iterator[tuple[Position, list[Examples]]]:
+    def steps(self, start: Position) -> Generator[tuple[Position, list[Examples]]]:
         """(position after the step, its batches), for ever from `start`, read ahead by a thread."""
         yield from _ahead(self._steps(start), READ_AHEAD)
 

@@ -337,7 +337,7 @@ class Run:
                     self.screen.doing("")
                     mark.skip()
         finally:
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()
 
     def _learn(self, examples: list[Examples]) -> None:
         number = self.progress.step + 1

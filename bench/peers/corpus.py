@@ -7,6 +7,10 @@ white space, normalise, or give a meaning.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trmt.shards import Split
 
 
 def write(data_set: Path, folder: Path) -> None:
@@ -36,14 +40,14 @@ def write(data_set: Path, folder: Path) -> None:
     stamp.write_text(data.fingerprint, encoding="ascii")
 
 
-def _write_side(split: object, column: str, path: Path) -> set[int]:
+def _write_side(split: Split, column: str, path: Path) -> set[int]:
     import numpy as np
 
     seen: set[int] = set()
     with path.open("w", encoding="ascii") as file:
-        for begin in range(0, len(split), 10_000):  # type: ignore[arg-type]
-            pairs = np.arange(begin, min(begin + 10_000, len(split)))  # type: ignore[arg-type]
-            ids, lengths = split.gather(column, pairs)  # type: ignore[attr-defined]
+        for begin in range(0, len(split), 10_000):
+            pairs = np.arange(begin, min(begin + 10_000, len(split)))
+            ids, lengths = split.gather(column, pairs)
             seen.update(np.unique(ids).tolist())
             words = [f"p{number}" for number in ids.tolist()]
             at = 0

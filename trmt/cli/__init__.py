@@ -71,8 +71,7 @@ app.command("env")(env.command)
 def main() -> None:
     """Run the command line; every TrmtError ends here as one sentence and exit code 1."""
     # Before torch is loaded: threads that wait for each other by spinning keep a busy core from the one they
-    # wait for. So they spin for a moment only: on 2 cores beside another busy process, training rose from 950
-    # to 4,000 tokens/s; alone it stayed the same.
+    # wait for. So they spin for a moment only.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         try:
