@@ -1,11 +1,11 @@
-"""The fused operations: kernels against plain PyTorch, with gradients; every way of attention against one."""
+"""The fused operations: kernels against plain PyTorch, with gradients; how kernels are come by."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,40 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.derivatives import assert_same, gradients, needs_kernels
 from trmt import kernels
 from trmt.arch import fused
-from trmt.arch.base import Ragged
-from trmt.arch.fused import Spans
-
-needs_kernels = pytest.mark.skipif(fused.library() is None, reason="no C compiler here")
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """A switch that takes the kernels away."""
-    return lambda: monkeypatch.setattr(fused, "library", lambda: None)
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
-
-
-def gradients(make: Callable[[], Tensor], *inputs: Tensor) -> list[Tensor]:
-    """The result, and the gradient of each input for a gradient that is different everywhere."""
-    out = make()
-    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
-    return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
-
-
-def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 2e-5) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
-
-
-def spans(*lengths: int) -> Spans:
-    return Spans.of(Ragged.of([[1] * length for length in lengths]))
 
 
 @needs_kernels
@@ -135,103 +110,19 @@ def test_a_product_keeps_what_is_not_a_number() -> None:
     assert linear(torch.full((2, 16), torch.nan, requires_grad=True)).isnan().all()
 
 
-LENGTHS = [(1,), (3, 1, 17, 5), (16, 32), (40, 2, 33), (2, 70)]
-
-
-@needs_kernels
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_in_a_row_is_that_in_a_grid(
-    lengths: tuple[int, ...], causal: bool, plain: Callable[[], None]
-) -> None:
-    here = spans(*lengths)
-    merged = torch.randn(sum(lengths), 3 * 64, requires_grad=True)
-
-    def attended() -> Tensor:
-        return fused.attend_own(merged, here, 4, causal=causal)
-
-    ours = gradients(attended, merged)
-    plain()
-    assert_same(ours, gradients(attended, merged))
-
-
-@needs_kernels
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_attention_to_a_source_in_a_row_is_that_in_a_grid(
-    lengths: tuple[int, ...], plain: Callable[[], None]
-) -> None:
-    here, over = spans(*lengths), spans(*(length + 4 for length in reversed(lengths)))
-    query = torch.randn(sum(lengths), 64, requires_grad=True)
-    wide = torch.randn(sum(lengths) + 4 * len(lengths), 3 * 128, requires_grad=True)
-
-    def attended() -> Tensor:  # the memory of one layer of three: its rows do not touch
-        return fused.attend_over(query, wide.chunk(3, -1)[1], here, over, 2)
-
-    ours = gradients(attended, query, wide)
-    plain()
-    assert_same(ours, gradients(attended, query, wide))
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_in_a_grid_is_each_sentence_by_itself(causal: bool) -> None:
-    """The reference of all the others, against the definition."""
-    lengths, heads, part = (3, 1, 6), 2, 5
-    query, key, value = torch.randn(3, sum(lengths), heads, part)
-    found = fused.attend_padded(query, key, value, spans(*lengths), spans(*lengths), causal=causal)
-    begin = 0
-    for length in lengths:
-        rows = slice(begin, begin + length)
-        for head in range(heads):
-            scores = query[rows, head] @ key[rows, head].T / part**0.5
-            if causal:
-                scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
-            expected = scores.softmax(-1) @ value[rows, head]
-            torch.testing.assert_close(found[rows, head * part : (head + 1) * part], expected)
-        begin += length
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_many_sentences_share_grids_with_others_of_their_length(
-    causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lengths = [1 + (7 * number) % 23 for number in range(100)]
-    over = lengths if causal else [1 + (5 * number) % 31 for number in range(100)]
-    query = torch.randn(sum(lengths), 2, 8, requires_grad=True)
-    memory = torch.randn(sum(over), 2, 16, requires_grad=True)
-
-    def attended() -> Tensor:
-        key, value = memory.chunk(2, -1)
-        return fused.attend_padded(query, key, value, spans(*lengths), spans(*over), causal=causal)
-
-    ours = gradients(attended, query, memory)
-    monkeypatch.setattr(fused, "TOGETHER", 1000)
-    assert_same(ours, gradients(attended, query, memory))
-
-
-def test_a_sentence_without_a_source_disturbs_nobody(plain: Callable[[], None]) -> None:
-    here, over = spans(2, 3), spans(0, 4)
-    query, memory = torch.randn(5, 32, requires_grad=True), torch.randn(4, 64, requires_grad=True)
-    for _ in range(2):
-        found = gradients(lambda: fused.attend_over(query, memory, here, over, 2), query, memory)
-        assert all(x.isfinite().all() for x in found)
-        alone = fused.attend_over(query[2:], memory, spans(3), spans(4), 2)
-        torch.testing.assert_close(found[0][2:], alone)
-        plain()
-
-
 @needs_kernels
 def test_the_number_of_threads_changes_no_bit() -> None:
     code = (
         "import sys, torch; torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(0)\n"
         "from torch import nn\n"
-        "from trmt.arch import fused\n"
+        "from trmt.arch import attention, fused\n"
+        "from trmt.arch.attention import Spans\n"
         "from trmt.arch.base import Ragged\n"
-        "from trmt.arch.fused import Spans\n"
         "lengths = [17, 4, 31, 9, 60, 2] * 8\n"
         "spans = Spans.of(Ragged.of([[1] * n for n in lengths]))\n"
         "merged = torch.randn(sum(lengths), 192, requires_grad=True)\n"
         "norm = nn.LayerNorm(64)\n"
-        "x = fused.attend_own(merged, spans, 4, causal=True)\n"
+        "x = attention.attend_own(merged, spans, 4, causal=True)\n"
         "out = fused.drop(fused.add_norm(x, merged[:, :64].contiguous(), norm, 0.1)[1], 0.1)\n"
         "out.square().sum().backward()\n"
         "import hashlib\n"
@@ -274,39 +165,6 @@ def test_a_compiler_that_cannot_build_them_is_said_and_survived(
     assert kernels.load.__wrapped__("training") is None
     assert "cannot build trmt's kernels" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.so"))
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_gpus_attention_gets_what_it_asks_for(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no kernel on the CPU: a stand-in with its signature checks the call and answers in its place."""
-    here, over = spans(3, 1, 6), spans(2, 4, 6)
-
-    def stand_in(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_seq_q: Tensor,
-        cu_seq_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        window_size: tuple[int, int] = (-1, -1),
-    ) -> Tensor:
-        assert query.dtype == key.dtype == value.dtype == torch.bfloat16
-        assert query.dim() == key.dim() == value.dim() == 3
-        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-        assert (cu_seq_q.tolist(), cu_seq_k.tolist()) == ([0, 3, 4, 10], [0, 2, 6, 12])
-        assert (max_q, max_k) == (6, 6)
-        assert window_size in ((-1, -1), (-1, 0))
-        out = fused.attend_padded(query, key, value, here, over, causal=window_size == (-1, 0))
-        return out.unflatten(-1, (query.shape[1], -1))
-
-    query, key, value = (torch.randn(rows, 2, 16).bfloat16() for rows in (10, 12, 12))
-    expected = fused.attend(query, key, value, here, over, causal=causal)
-    monkeypatch.setattr(fused, "varlen_attn", stand_in)
-    monkeypatch.setattr(fused, "_CAUSAL", {True: {"window_size": (-1, 0)}, False: {"window_size": (-1, -1)}})
-    monkeypatch.setattr(fused, "has_varlen", lambda x: True)
-    assert torch.equal(fused.attend(query, key, value, here, over, causal=causal), expected)
 
 
 @needs_kernels

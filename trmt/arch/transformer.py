@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import fused, layers
+from trmt.arch import attention, fused, layers
+from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
-from trmt.arch.fused import Spans
 from trmt.errors import ConfigError
 
 Sublayers = Iterator[tuple[Any, Callable[[Tensor], Tensor]]]  # each with the norm that belongs to it
@@ -138,8 +138,10 @@ class Transformer(Seq2Seq):
         def look_over(index: int, query_ND: Tensor) -> Tensor:
             if "attention" in want:
                 key_MD = memory_M2D[index].chunk(2, -1)[0]
-                weights.append(fused.attention_weights(query_ND, key_MD, spans, over, config.heads))
-            return fused.attend_over(query_ND, memory_M2D[index], spans, over, config.heads, dropout=dropout)
+                weights.append(attention.attention_weights(query_ND, key_MD, spans, over, config.heads))
+            return attention.attend_over(
+                query_ND, memory_M2D[index], spans, over, config.heads, dropout=dropout
+            )
 
         x_MD = embed(self, config, source.ids_N, position_M, side=0)
         x_MD = encode(self, config, x_MD, look_around)
@@ -255,11 +257,11 @@ def _attend_in_row(net: Any, merged_N3D: Tensor, position_N: Tensor, spans: Span
     config = net.config
     dropout = config.attention_dropout if net.training else 0.0
     if config.positions != "rotary":
-        return fused.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
+        return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
     query_NHP, key_NHP, value_NHP = merged_N3D.unflatten(-1, (3, config.heads, -1)).unbind(1)
     query_NHP, key_NHP = (layers.rotated(x, net.table[position_N][:, None]) for x in (query_NHP, key_NHP))
     merged_N3D = torch.stack([query_NHP, key_NHP, value_NHP], 1).flatten(1)
-    return fused.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
+    return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
 
 
 def _split(net: Any, config: TransformerConfig, merged_SQD: Tensor, position: Tensor) -> tuple[Tensor, ...]:

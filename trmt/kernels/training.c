@@ -1,8 +1,8 @@
 /* What training on the CPU does beside its matrix products, each in one pass over memory.
 
    Composed of PyTorch's operations, each of these would go over its tensors three to six times and draw
-   dropout from a slow generator. The Python side (trmt/arch/fused.py) says what each one computes and has
-   the same in plain PyTorch.
+   dropout from a slow generator. The Python side (fused.py and attention.py in trmt/arch) says what each one
+   computes and has the same in plain PyTorch.
 
    Plain C with the vector types of gcc and clang, compiled for the kind of processor that it runs on. Sums
    over rows are made in blocks of fixed size, so that results do not depend on the number of threads. */

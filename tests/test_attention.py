@@ -1,0 +1,149 @@
+"""Attention over sentences in a row: every way to it against one, and that one against the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.derivatives import assert_same, gradients, needs_kernels
+from trmt.arch import attention, fused
+from trmt.arch.attention import Spans
+from trmt.arch.base import Ragged
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A switch that takes the kernels away."""
+    return lambda: monkeypatch.setattr(fused, "library", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+def spans(*lengths: int) -> Spans:
+    return Spans.of(Ragged.of([[1] * length for length in lengths]))
+
+
+LENGTHS = [(1,), (3, 1, 17, 5), (16, 32), (40, 2, 33), (2, 70)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_in_a_row_is_that_in_a_grid(
+    lengths: tuple[int, ...], causal: bool, plain: Callable[[], None]
+) -> None:
+    here = spans(*lengths)
+    merged = torch.randn(sum(lengths), 3 * 64, requires_grad=True)
+
+    def attended() -> Tensor:
+        return attention.attend_own(merged, here, 4, causal=causal)
+
+    ours = gradients(attended, merged)
+    plain()
+    assert_same(ours, gradients(attended, merged))
+
+
+@needs_kernels
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_attention_to_a_source_in_a_row_is_that_in_a_grid(
+    lengths: tuple[int, ...], plain: Callable[[], None]
+) -> None:
+    here, over = spans(*lengths), spans(*(length + 4 for length in reversed(lengths)))
+    query = torch.randn(sum(lengths), 64, requires_grad=True)
+    wide = torch.randn(sum(lengths) + 4 * len(lengths), 3 * 128, requires_grad=True)
+
+    def attended() -> Tensor:  # the memory of one layer of three: its rows do not touch
+        return attention.attend_over(query, wide.chunk(3, -1)[1], here, over, 2)
+
+    ours = gradients(attended, query, wide)
+    plain()
+    assert_same(ours, gradients(attended, query, wide))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_in_a_grid_is_each_sentence_by_itself(causal: bool) -> None:
+    """The reference of all the others, against the definition."""
+    lengths, heads, part = (3, 1, 6), 2, 5
+    query, key, value = torch.randn(3, sum(lengths), heads, part)
+    found = attention.attend_padded((query, key, value), spans(*lengths), spans(*lengths), causal=causal)
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        for head in range(heads):
+            scores = query[rows, head] @ key[rows, head].T / part**0.5
+            if causal:
+                scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+            expected = scores.softmax(-1) @ value[rows, head]
+            torch.testing.assert_close(found[rows, head * part : (head + 1) * part], expected)
+        begin += length
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_many_sentences_share_grids_with_others_of_their_length(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [1 + (7 * number) % 23 for number in range(100)]
+    over = lengths if causal else [1 + (5 * number) % 31 for number in range(100)]
+    query = torch.randn(sum(lengths), 2, 8, requires_grad=True)
+    memory = torch.randn(sum(over), 2, 16, requires_grad=True)
+
+    def attended() -> Tensor:
+        key, value = memory.chunk(2, -1)
+        return attention.attend_padded((query, key, value), spans(*lengths), spans(*over), causal=causal)
+
+    ours = gradients(attended, query, memory)
+    monkeypatch.setattr(attention, "TOGETHER", 1000)
+    assert_same(ours, gradients(attended, query, memory))
+
+
+def test_a_sentence_without_a_source_disturbs_nobody(plain: Callable[[], None]) -> None:
+    here, over = spans(2, 3), spans(0, 4)
+    query, memory = torch.randn(5, 32, requires_grad=True), torch.randn(4, 64, requires_grad=True)
+    for _ in range(2):
+        found = gradients(lambda: attention.attend_over(query, memory, here, over, 2), query, memory)
+        assert all(x.isfinite().all() for x in found)
+        alone = attention.attend_over(query[2:], memory, spans(3), spans(4), 2)
+        torch.testing.assert_close(found[0][2:], alone)
+        plain()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gpus_attention_gets_what_it_asks_for(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no kernel on the CPU: a stand-in with its signature checks the call and answers in its place."""
+    here, over = spans(3, 1, 6), spans(2, 4, 6)
+
+    def stand_in(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+        assert query.dim() == key.dim() == value.dim() == 3
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        assert (cu_seq_q.tolist(), cu_seq_k.tolist()) == ([0, 3, 4, 10], [0, 2, 6, 12])
+        assert (max_q, max_k) == (6, 6)
+        assert window_size in ((-1, -1), (-1, 0))
+        out = attention.attend_padded((query, key, value), here, over, causal=window_size == (-1, 0))
+        return out.unflatten(-1, (query.shape[1], -1))
+
+    query, key, value = (torch.randn(rows, 2, 16).bfloat16() for rows in (10, 12, 12))
+    expected = attention.attend((query, key, value), here, over, causal=causal)
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    monkeypatch.setattr(
+        attention, "_CAUSAL", {True: {"window_size": (-1, 0)}, False: {"window_size": (-1, -1)}}
+    )
+    monkeypatch.setattr(attention, "has_varlen", lambda x: True)
+    assert torch.equal(attention.attend((query, key, value), here, over, causal=causal), expected)
