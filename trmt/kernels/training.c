@@ -23,11 +23,29 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 INLINE vec all(float f) { return (vec){0} + f; }
 
-INLINE float sum(vec v) {
-  float s = 0;
-  for (int i = 0; i < LANES; i++) s += v[i];
-  return s;
+#if !defined(__clang__) && __GNUC__ < 12
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#else
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+
+INLINE vec larger(vec a, vec b) {
+  ivec above = a > b;
+  return (vec)(((ivec)a & above) | ((ivec)b & ~above));
 }
+
+/* Over all lanes by halves: fewer steps that wait for each other than one lane after another. */
+#define OVER_LANES(v, join)                                                                          \
+  v = join(v, PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));                     \
+  v = join(v, PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));                     \
+  v = join(v, PICK(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));                     \
+  v = join(v, PICK(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));                     \
+  return v[0];
+
+#define PLUS(a, b) ((a) + (b))
+
+INLINE float sum(vec v) { OVER_LANES(v, PLUS) }
+INLINE float largest(vec v) { OVER_LANES(v, larger) }
 
 /* e to the x for x <= 0, to 2 units in the last place; 0 where x is below -87. */
 INLINE vec exponential(vec x) {
@@ -237,12 +255,10 @@ static void cross_entropy_rows(float *logits, const int64_t *target, float *loss
     vec high = all(x[0]), total = all(0), exponents = all(0);
     for (int64_t i = 0; i < whole; i += LANES) {
       vec v = load(x + i);
-      ivec above = v > high;
-      high = (vec)(((ivec)v & above) | ((ivec)high & ~above));
+      high = larger(v, high);
       total += v;
     }
-    float most = x[0], sum_logits = sum(total);
-    for (int i = 0; i < LANES; i++) most = high[i] > most ? high[i] : most;
+    float most = largest(high), sum_logits = sum(total);
     for (int64_t i = whole; i < width; i++) sum_logits += x[i], most = x[i] > most ? x[i] : most;
     float picked = x[target[row]] - most;
     for (int64_t i = 0; i < whole; i += LANES) {
@@ -285,35 +301,80 @@ typedef struct {
   float scale;
 } Attention;
 
-/* c [m, n] = a [m, k] b [k, n] for R rows of a; element (i, j) of a lies at a[i * row + j * column]. */
-#define PRODUCT_ROWS(R)                                                                              \
-  for (; i + R <= m; i += R) {                                                                       \
+/* c [R, n] = a [R, k] b [k, n]; element (i, j) of a lies at a[i * row + j * column]. */
+#define PRODUCT_OF(R)                                                                                \
+  INLINE void product_##R(int64_t n, int64_t k, const float *a, int64_t row, int64_t column,         \
+                          const float *b, int64_t b_stride, float *c, int64_t c_stride) {            \
     for (int64_t j = 0; j < n; j += LANES) {                                                         \
       vec acc[R];                                                                                    \
       for (int u = 0; u < R; u++) acc[u] = all(0);                                                   \
       for (int64_t l = 0; l < k; l++) {                                                              \
         vec right = load(b + l * b_stride + j);                                                      \
-        for (int u = 0; u < R; u++) acc[u] += a[(i + u) * row + l * column] * right;                 \
+        for (int u = 0; u < R; u++) acc[u] += a[u * row + l * column] * right;                       \
       }                                                                                              \
-      for (int u = 0; u < R; u++) store(c + (i + u) * c_stride + j, acc[u]);                         \
+      for (int u = 0; u < R; u++) store(c + u * c_stride + j, acc[u]);                               \
     }                                                                                                \
   }
+PRODUCT_OF(1)
+PRODUCT_OF(2)
+PRODUCT_OF(3)
+PRODUCT_OF(4)
+PRODUCT_OF(5)
+PRODUCT_OF(6)
+PRODUCT_OF(7)
+PRODUCT_OF(8)
 
-INLINE void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t row, int64_t column,
+/* The same for any number of rows, in as few and as even blocks as there are registers for. */
+static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t row, int64_t column,
                     const float *b, int64_t b_stride, float *c, int64_t c_stride) {
-  int64_t i = 0;
-  PRODUCT_ROWS(8)
-  PRODUCT_ROWS(4)
-  PRODUCT_ROWS(1)
+  for (int64_t i = 0; i < m;) {
+    int64_t left = m - i, blocks = (left + 7) / 8, block = (left + blocks - 1) / blocks;
+    const float *ai = a + i * row;
+    float *ci = c + i * c_stride;
+    switch (block) {
+    case 1: product_1(n, k, ai, row, column, b, b_stride, ci, c_stride); break;
+    case 2: product_2(n, k, ai, row, column, b, b_stride, ci, c_stride); break;
+    case 3: product_3(n, k, ai, row, column, b, b_stride, ci, c_stride); break;
+    case 4: product_4(n, k, ai, row, column, b, b_stride, ci, c_stride); break;
+    case 5: product_5(n, k, ai, row, column, b, b_stride, ci, c_stride); break;
+    case 6: product_6(n, k, ai, row, column, b, b_stride, ci, c_stride); break;
+    case 7: product_7(n, k, ai, row, column, b, b_stride, ci, c_stride); break;
+    default: product_8(n, k, ai, row, column, b, b_stride, ci, c_stride); break;
+    }
+    i += block;
+  }
+}
+
+/* A square of vectors turned: smaller and smaller squares within it change places. */
+INLINE void turned_square(vec v[LANES]) {
+#define EXCHANGE(step, FIRST, SECOND)                                                                \
+  for (int i = 0; i < LANES; i++)                                                                    \
+    if (!(i & step)) {                                                                               \
+      vec a = v[i], b = v[i + step];                                                                 \
+      v[i] = FIRST, v[i + step] = SECOND;                                                            \
+    }
+  EXCHANGE(8, PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+           PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  EXCHANGE(4, PICK(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+           PICK(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+  EXCHANGE(2, PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+           PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+  EXCHANGE(1, PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+           PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#undef EXCHANGE
 }
 
 /* out [part, width] = rows [length, part] turned, with zeros behind `length`. */
 INLINE void turned(const float *rows, int64_t stride, int64_t length, int64_t part, float *out,
                    int64_t width) {
-  for (int64_t p = 0; p < part; p++) {
-    for (int64_t j = 0; j < length; j++) out[p * width + j] = rows[j * stride + p];
-    for (int64_t j = length; j < width; j++) out[p * width + j] = 0;
-  }
+  for (int64_t j = 0; j < width; j += LANES)
+    for (int64_t p = 0; p < part; p += LANES) {
+      vec square[LANES];
+      for (int i = 0; i < LANES; i++)
+        square[i] = j + i < length ? load(rows + (j + i) * stride + p) : all(0);
+      turned_square(square);
+      for (int i = 0; i < LANES; i++) store(out + (p + i) * width + j, square[i]);
+    }
 }
 
 INLINE int64_t whole_lanes(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
@@ -324,21 +385,23 @@ INLINE void softmax(float *scores, int64_t rows, int64_t keys, int64_t width, co
   for (int64_t i = 0; i < rows; i++) {
     float *x = scores + i * width;
     int64_t seen = a->causal && i + 1 < keys ? i + 1 : keys;
-    for (int64_t j = 0; j < seen; j++) x[j] *= a->scale;
     for (int64_t j = seen; j < width; j++) x[j] = -INFINITY;
-    float shift = known ? norms[i * norm_stride] : x[0];
-    if (!known)
-      for (int64_t j = 1; j < seen; j++) shift = x[j] > shift ? x[j] : shift;
-    vec total = all(0);
+    vec high = all(-INFINITY), total = all(0);
+    for (int64_t j = 0; j < width; j += LANES) {
+      vec scaled = load(x + j) * a->scale;
+      high = larger(scaled, high);
+      store(x + j, scaled);
+    }
+    float shift = known ? norms[i * norm_stride] : largest(high);
     for (int64_t j = 0; j < width; j += LANES) {
       vec e = exponential(load(x + j) - shift);
       total += e;
       store(x + j, e);
     }
     if (known) continue;
-    float denominator = sum(total);
+    float denominator = sum(total), factor = 1.0f / denominator;
     norms[i * norm_stride] = shift + logf(denominator);
-    for (int64_t j = 0; j < width; j++) x[j] /= denominator;
+    for (int64_t j = 0; j < width; j++) x[j] *= factor;
   }
 }
 
