@@ -6,23 +6,29 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trmt import checkpoints, sharding, slices, team
+from trmt.arch.base import Seq2Seq
 from trmt.batches import BatchConfig, Batches, Examples
 from trmt.config import build, read_toml
 from trmt.errors import TrmtError
 from trmt.learner import Learner
-from trmt.objectives.translation import Translation
+from trmt.objectives.base import Loss
+from trmt.objectives.translation import Translation, TranslationBatch
 from trmt.recipe import Recipe
 from trmt.shards import PreparedSet
 from trmt.team import Team, TeamError
+
+LOSS = Translation.loss
 
 
 def learner(folder: Path, crew: Team, *, shard: bool = False, dropout: float = 0.0) -> Learner:
@@ -66,8 +72,8 @@ def words(folder: Path, crew: Team) -> dict[str, Any]:
     """What a team promises about numbers and words."""
     ones = [torch.full((size,), float(crew.rank + 1)) for size in (3, 1, 5)]
     ones.append(torch.full((2, 2), crew.rank + 1, dtype=torch.int64))
-    team.BUCKET_BYTES = 16
-    crew.add(ones)
+    with mock.patch.object(team, "BUCKET_BYTES", 16):
+        crew.add(ones)
     mine = [torch.full((4,), float(crew.rank)), torch.full((2,), float(crew.rank))]
     crew.spread(mine)
     place = folder / "first"
@@ -113,11 +119,9 @@ def steps(folder: Path, crew: Team, *, shard: bool) -> dict[str, Any]:
         if crew.leads:
             found |= {f"rest:{name}": tensor.clone() for name, tensor in net.state_dict().items()}
     before = everything(made)
-    original = Translation.loss
-    if crew.rank == crew.size - 1:
-        Translation.loss = lambda *a: _broken(original(*a))  # type: ignore[method-assign]
-    made.learn(some(folder), 3)
-    Translation.loss = original  # type: ignore[method-assign]
+    broken = crew.rank == crew.size - 1
+    with mock.patch.object(Translation, "loss", _broken_loss) if broken else nullcontext():
+        made.learn(some(folder), 3)
     verdicts = [verdict.finite for verdict in made.guard.verdicts()]
     after = everything(made)
     unmoved = all(torch.equal(before[name], after[name]) for name in before if name.startswith("live:"))
@@ -133,42 +137,39 @@ def steps(folder: Path, crew: Team, *, shard: bool) -> dict[str, Any]:
     }
 
 
-def _broken(loss: Any) -> Any:
-    return replace(loss, total=loss.total * torch.nan)
+def _broken_loss(self: Translation, net: Seq2Seq, batch: TranslationBatch) -> Loss:
+    found = LOSS(self, net, batch)
+    return replace(found, total=found.total * torch.nan)
 
 
 def memory(folder: Path, crew: Team) -> dict[str, Any]:
     """Memory ends on the last rank only, twice."""
     made, left = learner(folder, crew), [2]
-    original = Translation.loss
 
-    def short(self: Any, net: Any, batch: Any) -> Any:
+    def short(self: Translation, net: Seq2Seq, batch: TranslationBatch) -> Loss:
         if crew.rank == crew.size - 1 and left[0]:
             left[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, net, batch)
+        return LOSS(self, net, batch)
 
-    Translation.loss = short  # type: ignore[method-assign]
-    learned = made._gradients_that_fit(some(folder), step=0)
-    Translation.loss = original  # type: ignore[method-assign]
+    with mock.patch.object(Translation, "loss", short):
+        learned = made._gradients_that_fit(some(folder), step=0)
     found = gradients(made.net)
     if crew.leads:
         save_file(found, folder / "memory.safetensors")
-    return {"halvings": made.halvings, "nll": float(learned.nll)}
+    return {"halvings": made.parts.halvings, "nll": float(learned.nll)}
 
 
 def draws(folder: Path, crew: Team) -> dict[str, Any]:
     """The seed that each pass of a step sets, with dropout."""
     made, seeds = learner(folder, crew, dropout=0.5), []
-    original = Translation.loss
 
-    def noted(self: Any, net: Any, batch: Any) -> Any:
+    def noted(self: Translation, net: Seq2Seq, batch: TranslationBatch) -> Loss:
         seeds.append(torch.initial_seed())
-        return original(self, net, batch)
+        return LOSS(self, net, batch)
 
-    Translation.loss = noted  # type: ignore[method-assign]
-    made._gradients_that_fit(some(folder), step=0)
-    Translation.loss = original  # type: ignore[method-assign]
+    with mock.patch.object(Translation, "loss", noted):
+        made._gradients_that_fit(some(folder), step=0)
     return {"seeds": seeds}
 
 

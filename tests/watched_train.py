@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from trmt import pulse
 from trmt.batches import Column
 from trmt.cli import main
-from trmt.learner import Learner, Pass
+from trmt.learner import Learner
+from trmt.parts import Pass
 
 
 def sentences(column: Column) -> list[list[int]]:
@@ -26,13 +30,14 @@ def sentences(column: Column) -> list[list[int]]:
     return found
 
 
-def watch(told: dict[str, Any]) -> None:
+@contextmanager
+def watched(told: dict[str, Any]) -> Iterator[None]:
+    """Training that is watched."""
     rank = int(os.environ.get("RANK", "0"))
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    pulse.SILENCE = told.get("silence", pulse.SILENCE)
-    gradients = Learner._gradients
+    original = Learner._gradients
 
-    def watched(self: Learner, passes: list[Pass], tokens: int, step: int) -> Any:
+    def gradients(self: Learner, passes: list[Pass], tokens: int, step: int) -> Any:
         if told.get("short") == [rank, attempt, step]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         seen = []
@@ -40,17 +45,22 @@ def watch(told: dict[str, Any]) -> None:
             seen += [list(pair) for pair in zip(*map(sentences, part.columns.values()), strict=True)]
         with Path(told["seen"], f"{told['number']:03}-{attempt}-{rank}.jsonl").open("a") as stream:
             stream.write(json.dumps([step, seen]) + "\n")
-        found = gradients(self, passes, tokens, step)
+        found = original(self, passes, tokens, step)
         if told.get("broken") == [rank, step]:
             told.pop("broken")
-            next(self.net.parameters()).grad.fill_(torch.nan)  # type: ignore[union-attr]
+            first = next(self.net.parameters()).grad
+            assert first is not None, "the backward pass is over"
+            first.fill_(torch.nan)
         return found
 
-    Learner._gradients = watched  # type: ignore[method-assign]
-    # Its batches are no step's.
-    Learner.rehearse = lambda self, batches: None  # type: ignore[method-assign]
+    with (
+        mock.patch.object(pulse, "SILENCE", told.get("silence", pulse.SILENCE)),
+        mock.patch.object(Learner, "_gradients", gradients),
+        mock.patch.object(Learner, "rehearse"),  # its batches are no step's
+    ):
+        yield
 
 
 if __name__ == "__main__":
-    watch(json.loads(os.environ["WATCHED"]))
-    main()
+    with watched(json.loads(os.environ["WATCHED"])):
+        main()
