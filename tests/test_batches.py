@@ -15,9 +15,9 @@ import pytest
 from tests import toy
 from trmt.batches import BatchConfig, Batches, Examples, Position, halves
 from trmt.errors import ConfigError, DataError
+from trmt.resampling import resample_with
 from trmt.shards import PreparedSet
 from trmt.tokenizer import Tokenizer
-from trmt.training import resample_with
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import budget, capacity
-from trmt.budget import Job, disk_bytes, disk_free, measure, pace, size, state_bytes
+from trmt.budget import Job, activation_bytes, disk_bytes, disk_free, measure, pace, size, state_bytes
 from trmt.learner import Learner
 from trmt.objectives.translation import Translation
 from trmt.planning import resolved_recipe
@@ -22,6 +22,7 @@ from trmt.tokenizer import Tokenizer
 from trmt.training import Run, train
 
 Usage = namedtuple("Usage", "total used free")
+ARCHITECTURES = pytest.mark.parametrize("architecture", ["transformer", "rnn"])  # in a row, and padded
 
 
 def make_run(folder: Path, data: Path, recipe_file: str, *settings: str) -> Run:
@@ -64,22 +65,53 @@ def test_a_run_that_was_described_is_the_same_run(toy_set: Path, tmp_path: Path)
     assert final(tmp_path / "described", last) == final(tmp_path / "plain", last)
 
 
-def test_typical_steps_stand_for_the_epoch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
+@ARCHITECTURES
+def test_typical_steps_stand_for_the_epoch_and_the_largest_batches_are_tried(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    run = make_run(tmp_path / "run", toy_set, toy.recipe(tmp_path, HARD, architecture=architecture))
+    taken: list[list[Any]] = []
 
-    def timed(learner: Learner, batches: Any, step: Any) -> tuple[float, int]:
-        taken.append(sum(len(pairs) * int(batches.lengths[pairs].max()) for pairs in step))
+    def timed(learner: Learner, batches: Any, step: list[Any]) -> tuple[float, int]:
+        taken.append(step)
         return 0.5, 10
+
+    def cost(step: list[Any]) -> int:
+        if architecture == "transformer":
+            return sum(int(run.batches.lengths[pairs].sum()) for pairs in step)
+        return sum(len(pairs) * int(run.batches.lengths[pairs].max()) for pairs in step)
 
     monkeypatch.setattr(budget, "_timed", timed)
     found = measure(run.learner, run.batches, largest=True)
     assert (found.seconds, found.tokens) == (0.5, 10)
-    costs = [sum(len(p) * int(run.batches.lengths[p].max()) for p in step) for step in run.batches.plan(0)]
-    timed_costs = taken[1:-1]
+    largest = run.batches.largest()
+    assert [id(step[0]) for step in taken[-len(largest) :]] == list(map(id, largest))
+    costs = [cost(step) for step in run.batches.plan(0)]
+    timed_costs = [cost(step) for step in taken[1 : -len(largest)]]
     assert sum(timed_costs) / len(timed_costs) == pytest.approx(sum(costs) / len(costs), rel=0.1)
-    assert taken[-1] == max(
-        len(pairs) * int(run.batches.lengths[pairs].max()) for step in run.batches.plan(0) for pairs in step
-    )
+
+
+def kept_by(learner: Learner, examples: Any) -> int:
+    """The bytes that a whole batch keeps for its backward pass."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = learner.objective.loss(learner.net, learner.objective.collate(examples, learner.device))
+    for parameter in learner.net.parameters():
+        found.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(found.values()) if loss else 0
+
+
+@ARCHITECTURES
+def test_no_batch_keeps_more_than_is_said(toy_set: Path, tmp_path: Path, architecture: str) -> None:
+    run = make_run(tmp_path / "run", toy_set, toy.recipe(tmp_path, architecture=architecture))
+    plan = [pairs for step in run.batches.plan(0) for pairs in step]
+    most = max(kept_by(run.learner, run.batches.load(pairs)) for pairs in plan)
+    assert most * 0.9 < activation_bytes(run.learner, run.batches) < most * 1.5
 
 
 def test_slow_steps_are_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +140,7 @@ def test_what_had_to_be_split_is_said_and_the_run_is_not_split(
     monkeypatch.setattr(Translation, "loss", short_of_memory)
     found = measure(run.learner, run.batches, largest=True)
     assert found.parts >= 2
-    assert run.learner.halvings == 0
+    assert run.learner.parts.halvings == 0
 
 
 def test_states_are_what_a_step_leaves(run: Run) -> None:
@@ -162,7 +194,7 @@ def test_what_does_not_fit_is_not_tried_and_the_setting_that_helps_is_named(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(budget, "measure", lambda *_, **__: pytest.fail("it was tried"))
-    activations = run.learner.activation_bytes(run.batches)
+    activations = activation_bytes(run.learner, run.batches)
     monkeypatch.setattr(capacity, "free", lambda device: activations)
     monkeypatch.setattr(budget, "state_bytes", lambda learner: 1000)
     said = described(run, capsys)

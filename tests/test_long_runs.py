@@ -22,8 +22,10 @@ from tests.test_training import ENDLESS, kill, newest, spawn, wait_for
 from tests.toy import options
 from trmt import checkpoints
 from trmt.errors import TrmtError
+from trmt.keeping import Keeper
+from trmt.looking import Validation
 from trmt.stopping import Interrupted
-from trmt.training import Run, Validation, train
+from trmt.training import Run, train
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 ALL: dict[str, Any] = {
@@ -108,7 +110,7 @@ def test_whenever_looking_is_killed_it_is_done_again(
     places = {
         "after saving": (Run, "look"),
         "after scoring": (checkpoints, "write_json"),  # the manifest has its scores, the state does not know
-        "before removing": (Run, "_prune"),
+        "before removing": (Keeper, "prune"),
     }
     save = checkpoints.save
 

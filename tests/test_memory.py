@@ -16,7 +16,7 @@ from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import checkpoints, validating
 from trmt.arch.transformer import Transformer
-from trmt.batches import Batches
+from trmt.batches import Batches, Position
 from trmt.engines.eager import Eager
 from trmt.learner import Learner
 from trmt.objectives.base import Loss
@@ -90,6 +90,29 @@ def test_the_largest_batches_come_first(toy_set: Path, tmp_path: Path, run: Path
     assert 1 <= len(first) <= 3 and len(later) == len(steps)
     for kind in range(3):
         assert max(size[kind] for size in first) == max(size[kind] for size in later)
+
+
+def test_what_is_rehearsed_has_its_subwords_drawn(toy_set: Path, tmp_path: Path) -> None:
+    """They are more than those that are stored, and take more memory."""
+    recipe = toy.recipe(tmp_path)
+    made = Run.planned(options(tmp_path / "run", toy_set, recipe, "batches.subword_alpha=0.3"), None)
+    stored = max(made.learner.objective.tokens(made.batches.load(pairs)) for pairs in made.batches.largest())
+    rehearsed, loss = [], Translation.loss
+
+    def noted(self: Translation, net: Any, batch: Any) -> Loss:
+        rehearsed.append(batch.tokens)
+        return loss(self, net, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Translation, "loss", noted)
+        made.learner.rehearse(made.batches)
+        most = max(rehearsed)
+        for position, step in made.batches.steps(Position(0, 0)):
+            made.learner.learn(step, position.step)
+            if position.epoch:
+                break
+    assert most > 1.1 * stored
+    assert max(rehearsed) < 1.1 * most
 
 
 def test_rehearsing_changes_nothing(toy_set: Path, tmp_path: Path, run: Path) -> None:

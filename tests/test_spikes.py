@@ -19,11 +19,12 @@ from trmt import checkpoints
 from trmt.batches import Examples
 from trmt.errors import BundleError, TrmtError
 from trmt.guard import ENOUGH
+from trmt.keeping import Keeper, Progress
 from trmt.learner import Learner
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
 from trmt.spikes import ROLLBACKS, SUSPECTS, Rollback, read
-from trmt.training import Run, train
+from trmt.training import train
 
 BEGUN, LAST = 72, 90
 CHANGES: dict[str, Any] = {
@@ -222,20 +223,20 @@ def test_a_rollback_that_is_killed_is_exact(
     whole = copied(begun, tmp_path / "whole")
     train(options(whole, toy_set, recipe, *rolls))
 
-    restore, restored = Run._restore, [0]
+    take_up, taken_up = Keeper.take_up, [0]
 
-    def dying(self: Run, *state: Any) -> None:
-        restored[0] += 1
-        if restored[0] == 2:  # the first is where this process begins
+    def dying(self: Keeper, *state: Any) -> Progress:
+        taken_up[0] += 1
+        if taken_up[0] == 2:  # the first is where this process begins
             raise Killed
-        restore(self, *state)
+        return take_up(self, *state)
 
     def die(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
         if death == "after it":
-            patch.setattr(Run, "_restore", dying)
+            patch.setattr(Keeper, "take_up", dying)
         else:
             patch.setattr("trmt.spikes.write_json", die)
         with pytest.raises(Killed):

@@ -29,13 +29,14 @@ from trmt.config import tree_of
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.files import only_one
 from trmt.learner import Learner
+from trmt.looking import Validation
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
 from trmt.planning import TrainOptions
 from trmt.recipe import load_recipe
 from trmt.shards import PreparedSet
 from trmt.stopping import Interrupted
-from trmt.training import Run, Validation, train
+from trmt.training import Run, train
 
 ALL = {"batches": {"tokens": 150}, "training": {"steps": 150, "save_every": 10, "keep_last": 3}}
 
@@ -413,8 +414,8 @@ def test_short_memory_splits_batches_and_drops_nothing(
         found = scarce.learn(batches, 0)
     total = sum(len(batch) for batch in batches)
     largest = max(len(batch) for batch in batches)
-    assert max(fitted) <= 7 < largest <= 7 * 2**scarce.halvings < 4 * largest
-    assert sum(fitted[-2 * 2**scarce.halvings :]) == total
+    assert max(fitted) <= 7 < largest <= 7 * 2**scarce.parts.halvings < 4 * largest
+    assert sum(fitted[-2 * 2**scarce.parts.halvings :]) == total
     assert found.tokens == expected.tokens
     assert float(found.nll) == pytest.approx(float(expected.nll), rel=1e-5)
     for ours, theirs in zip(gradients(scarce), gradients(plenty), strict=True):
@@ -816,12 +817,13 @@ def test_the_dev_loss_is_the_mean_over_all_tokens(toy_set: Path, tmp_path: Path)
         validate=None,
         options=TrainOptions(),
     )
-    learner = made.learner
+    assert made.dev
+    learner, dev = made.learner, made.dev.batches
     with learner.at_rest():
-        found = learner.dev_loss(made.dev)
+        found = learner.dev_loss(dev)
         total = tokens = 0.0
-        for pair in range(len(made.dev.split)):
-            batch = learner.objective.collate(made.dev.load(np.array([pair])), learner.device)
+        for pair in range(len(dev.split)):
+            batch = learner.objective.collate(dev.load(np.array([pair])), learner.device)
             loss = learner.objective.loss(learner.net, batch)
             total, tokens = total + float(loss.nll), tokens + loss.tokens
     assert found == pytest.approx(total / tokens, rel=1e-5)

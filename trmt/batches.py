@@ -24,6 +24,7 @@ Indices = NDArray[Any]  # of whole numbers, as narrow as the corpus allows
 READ_AHEAD = 4  # batches that wait ready
 SIDES = ("source", "target")
 WINDOW = 1 << 20  # pairs that are cut into batches at a time
+TRIAL = (0,)  # the seed of what is drawn for a batch that is no step's
 SPARE = 8  # sentences that a room always has left, for what fills it up
 
 
@@ -128,6 +129,7 @@ class Batches:
         resample: Resample | None = None,
         in_row: bool = False,
     ) -> None:
+        self.data = data
         self.split: Split = data.split(split)
         if not len(self.split):
             raise DataError(f"the {split} split of {data.folder} is empty; run trmt prepare with more data")
@@ -224,6 +226,11 @@ class Batches:
             begin += size
         return batches
 
+    def cost(self, pairs: Indices) -> int:
+        """The tokens that a network computes for these pairs, of the longer side."""
+        lengths = self.lengths[pairs]
+        return int(lengths.sum(dtype=np.int64)) if self.in_row else len(pairs) * int(lengths.max())
+
     def largest(self) -> list[Indices]:
         """The batches that take the most memory: that of most tokens, of most pairs, of the longest pairs."""
         plan = [pairs for step in self.plan(0) for pairs in step]
@@ -231,10 +238,7 @@ class Batches:
         def longest(pairs: Indices) -> int:
             return int(self.lengths[pairs].max())
 
-        def tokens(pairs: Indices) -> int:
-            return int(self.lengths[pairs].sum()) if self.in_row else len(pairs) * longest(pairs)
-
-        kinds = (max(plan, key=tokens), max(plan, key=len), max(plan, key=longest))
+        kinds = (max(plan, key=self.cost), max(plan, key=len), max(plan, key=longest))
         return list({id(pairs): pairs for pairs in kinds}.values())
 
     def load(self, pairs: Indices, *, seed: tuple[int, ...] = ()) -> Examples:

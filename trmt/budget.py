@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trmt import capacity, console
-from trmt.batches import Batches, Indices
+from trmt.batches import TRIAL, Batches, Indices
 from trmt.display import About
+from trmt.engines.device import autocast
 from trmt.learner import Learner
 from trmt.recipe import TrainingConfig
 
@@ -74,6 +76,30 @@ def state_bytes(learner: Learner) -> int:
     return weights * (4 + bool(learner.mean))
 
 
+def activation_bytes(learner: Learner, batches: Batches) -> int:
+    """The most that a batch keeps for its backward pass, from measuring an eighth of the largest ones."""
+    return max(_kept_for_backward(learner, batches, pairs) for pairs in batches.largest())
+
+
+def _kept_for_backward(learner: Learner, batches: Batches, pairs: Indices) -> int:
+    part = pairs[: max(len(pairs) // 8, 1)]
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        batch = learner.objective.collate(batches.load(part, seed=TRIAL), learner.device)
+        with autocast(learner.precision, learner.device):
+            loss = learner.objective.loss(learner.net, batch)
+    own = {parameter.untyped_storage().data_ptr() for parameter in learner.net.parameters()}
+    del loss
+    found = sum(size for place, size in kept.items() if place not in own)
+    return found * batches.cost(pairs) // batches.cost(part)
+
+
 def disk_bytes(job: Job) -> int:
     """The most that checkpoints take: those kept for their score, those to resume from, one being written."""
     weights = sum(parameter.nbytes for parameter in job.learner.net.parameters())
@@ -92,7 +118,7 @@ def disk_free(folder: Path) -> int:
 def measure(learner: Learner, batches: Batches, *, largest: bool) -> Measured:
     """A few steps of typical size with a copy of the network, and one with the largest batch if wanted."""
     steps = batches.plan(0)
-    sizes = [sum(_cost(batches, pairs) for pairs in step) for step in steps]
+    sizes = [sum(batches.cost(pairs) for pairs in step) for step in steps]
     order = sorted(range(len(steps)), key=sizes.__getitem__)
     with _as_before(learner.device):
         weights = sum(parameter.nbytes for parameter in learner.net.parameters())
@@ -106,9 +132,10 @@ def measure(learner: Learner, batches: Batches, *, largest: bool) -> Measured:
                 break
         highest = None
         if largest:
-            _timed(scratch, batches, [_largest(batches)])
+            for pairs in batches.largest():
+                _timed(scratch, batches, [pairs])
             highest = capacity.peak(learner.device)
-        parts = 2**scratch.halvings
+        parts = 2**scratch.parts.halvings
         del scratch
     return Measured(
         seconds=sum(seconds for seconds, _ in timed) / len(timed),
@@ -119,17 +146,9 @@ def measure(learner: Learner, batches: Batches, *, largest: bool) -> Measured:
     )
 
 
-def _cost(batches: Batches, pairs: Indices) -> int:
-    return len(pairs) * int(batches.lengths[pairs].max())
-
-
-def _largest(batches: Batches) -> Indices:
-    return max((pairs for step in batches.plan(0) for pairs in step), key=lambda pairs: _cost(batches, pairs))
-
-
 def _timed(learner: Learner, batches: Batches, step: Sequence[Indices]) -> tuple[float, int]:
     """Seconds and target tokens of a step."""
-    examples = [batches.load(pairs) for pairs in step]
+    examples = [batches.load(pairs, seed=TRIAL) for pairs in step]
     _settle(learner.device)
     began = time.perf_counter()
     learned = learner.learn(examples, 0)
@@ -162,7 +181,7 @@ def plan(job: Job) -> None:
         capacity.taken(learner.device) or 0,
     )
     with _as_before(learner.device):
-        activations = learner.activation_bytes(batches)
+        activations = activation_bytes(learner, batches)
     expected = states + int(activations * SLACK)
     fits = free is None or expected < free * SAFE
     found = measure(learner, batches, largest=True) if fits else None

@@ -1,4 +1,4 @@
-"""How much memory a device has, how much of it is free, and how much this process takes."""
+"""How much memory a device has, how much of it is free, how much this process takes; whether it ran out."""
 
 from __future__ import annotations
 
@@ -57,6 +57,14 @@ def taken(device: torch.device) -> int | None:
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
     return _status("VmRSS")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine ran out of memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CPU's allocator raises a plain RuntimeError.
+    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
 
 
 def _known(*sizes: int | None) -> list[int]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,23 +18,18 @@ from torch import Tensor
 
 from trmt import bundles, console, optim, sharding
 from trmt.arch.base import Seq2Seq
-from trmt.batches import Batches, Examples, Room, halves
+from trmt.batches import TRIAL, Batches, Examples, Room, halves
+from trmt.capacity import is_out_of_memory
 from trmt.config import build
 from trmt.engines.device import autocast, be_deterministic, choose_device, choose_precision, compiled
-from trmt.errors import ConfigError, TrmtError
+from trmt.errors import ConfigError
 from trmt.guard import Guard
 from trmt.objectives.base import Objective, Specials
+from trmt.parts import Parts, Pass
 from trmt.recipe import Recipe
 from trmt.registry import OBJECTIVES, resolve
 from trmt.team import Team
 from trmt.tokenizer import BOS, EOS
-
-
-class Pass(NamedTuple):
-    """Some pairs to go forwards and backwards through."""
-
-    part: Examples
-    idle: bool = False  # whether nothing of it counts
 
 
 @dataclass
@@ -43,10 +38,6 @@ class Learned:
 
     nll: Any  # sum of negative log likelihoods; kept as a tensor: a number would make us wait for the device
     tokens: int
-
-
-class ShortMemory(TrmtError):
-    """Memory ran out where the other processes could not be told, so that all have to begin again."""
 
 
 class Learner:
@@ -86,7 +77,7 @@ class Learner:
         self.compiles = wanted and not self.sharded  # gathering weights is nothing to compile
         self._forward: Any = compiled(self.net) if self.compiles else self.net
         self.room: Room | None = None  # what every batch fits into, if there is such a thing
-        self.halvings = 0  # how often batches are halved because they did not fit into memory
+        self.parts = Parts(self.team, sharded=self.sharded)
 
     def _shard(self) -> None:
         """Keep a slice of the network; whole it may not fit on the device."""
@@ -101,7 +92,7 @@ class Learner:
 
     def _room(self) -> Room | None:
         """The one shape of all batches, for which a network is compiled; elsewhere it only costs time."""
-        parts = self.team.size * 2**self.halvings
+        parts = self.team.size * 2**self.parts.halvings
         return self.room.part(parts) if self.compiles and self.room else None
 
     # Step
@@ -122,17 +113,19 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             nll: Any = None
             try:
-                nll = self._gradients(self._passes(examples), tokens, step)
+                nll = self._gradients(self.parts.passes(examples), tokens, step)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Outside the handler: the error holds on to the tensors of the attempt that failed.
             pairs = max(-(-len(batch) // self.team.size) for batch in examples)  # of the largest share
             if nll is None and self.sharded:
-                self._give_up(pairs)
+                self.parts.give_up(pairs)
             if not self.team.settle(failed=nll is None):
                 return Learned(self._added_up(nll), tokens)
-            self._split_more(pairs)
+            self.optimizer.zero_grad(set_to_none=True)
+            self._free()
+            self.parts.halve(pairs)
 
     def _gradients(self, passes: list[Pass], tokens: int, step: int) -> Any:
         """Gradients of the mean loss; the sum of negative log likelihoods is returned."""
@@ -160,45 +153,6 @@ class Learner:
                 grads.append(parameter.grad)
         self.team.add([*grads, total])
         return total[0]
-
-    def _passes(self, examples: list[Examples]) -> list[Pass]:
-        """What this process goes through: its share of each batch, in parts.
-
-        With weights in slices, every process has to go through as many: the others wait for its own.
-        """
-        rank, size = self.team.rank, self.team.size
-        mine = self._in_parts([share for batch in examples if len(share := batch.share(rank, size))])
-        most = len(self._in_parts([batch.share(0, size) for batch in examples])) if self.sharded else 0
-        idle = Pass(examples[0].part(0, 1), idle=True)
-        return [Pass(part) for part in mine] + [idle] * (most - len(mine))
-
-    def _in_parts(self, examples: list[Examples]) -> list[Examples]:
-        for _ in range(self.halvings):
-            examples = [half for batch in examples for half in (halves(batch) if len(batch) > 1 else [batch])]
-        return examples
-
-    def _split_more(self, pairs: int) -> None:
-        """Go on with smaller parts of batches, the largest of which has so many pairs."""
-        self._check_divisible(pairs)
-        self.halvings += 1
-        self.optimizer.zero_grad(set_to_none=True)
-        self._free()
-        console.warn(f"out of memory: going on with batches in {2**self.halvings} parts")
-
-    def _check_divisible(self, pairs: int) -> None:
-        if 2**self.halvings >= pairs:
-            raise TrmtError(
-                "a single pair does not fit into memory; use a smaller network, or prepare the data again "
-                "with a lower --max-length"
-            )
-
-    def _give_up(self, pairs: int) -> NoReturn:
-        """The others are waiting for weights that this process can no longer send."""
-        self._check_divisible(pairs)
-        raise ShortMemory(
-            "out of memory; the same command goes on from the last checkpoint with batches in "
-            f"{2 ** (self.halvings + 1)} parts (torchrun --max-restarts 1 does so by itself)"
-        )
 
     def _free(self) -> None:
         if self.device.type == "cuda":
@@ -235,7 +189,8 @@ class Learner:
         reserved = [torch.empty_like(parameter) for parameter in missing]
         for pairs in batches.largest():
             # From the second batch of a step on, gradients are there beside the activations.
-            self._gradients_that_fit([batches.load(pairs)] * min(batches.config.accumulate, 2), step=0)
+            twice = [batches.load(pairs, seed=TRIAL)] * min(batches.config.accumulate, 2)
+            self._gradients_that_fit(twice, step=0)
         del reserved
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -271,7 +226,7 @@ class Learner:
                 raise
             short = True
         if short and self.sharded:
-            self._give_up(int(batches.config.tokens))
+            self.parts.give_up(int(batches.config.tokens))
         if self.team.settle(short):
             raise MemoryError("out of memory")
         sums = torch.stack([nll for nll, _ in found]).tolist() if found else []
@@ -281,8 +236,8 @@ class Learner:
     def _dev_sums_that_fit(self, examples: Examples) -> list[tuple[Tensor, int]]:
         """The sums over the parts of a batch, which are made smaller until they fit into memory."""
         if self.sharded:
-            return [self._dev_sums(part, idle=idle) for part, idle in self._passes([examples])]
-        waiting, done = [part for part, _ in self._passes([examples])][::-1], []
+            return [self._dev_sums(part, idle=idle) for part, idle in self.parts.passes([examples])]
+        waiting, done = [part for part, _ in self.parts.passes([examples])][::-1], []
         while waiting:
             part = waiting.pop()
             try:
@@ -340,7 +295,7 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """The part of the state that is no tensor."""
-        return {"halvings": self.halvings, "machine": self.machine()}
+        return {"halvings": self.parts.halvings, "machine": self.machine()}
 
     def machine(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same to the last bit."""
@@ -372,7 +327,7 @@ class Learner:
             if self.mean:
                 self.mean.restore(_under(tensors, "mean:"))
         self.guard.restore(_under(tensors, "guard:"))
-        self.halvings = state["halvings"]
+        self.parts.halvings = state["halvings"]
 
     def start_alike(self) -> None:
         """Let all processes have the leader's weights, whatever their machines made of the seed."""
@@ -400,28 +355,6 @@ class Learner:
         if self.mean:
             self.mean = optim.RunningMean(self.net, self.mean.decay)
 
-    # Plan
-
-    def activation_bytes(self, batches: Batches) -> int:
-        """What the largest batch keeps for its backward pass, from measuring an eighth of it."""
-        plan = [pairs for step in batches.plan(0) for pairs in step]
-        largest = max(plan, key=lambda pairs: len(pairs) * int(batches.lengths[pairs].max()))
-        part = largest[: max(len(largest) // 8, 1)]
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            batch = self.objective.collate(batches.load(part), self.device)
-            with autocast(self.precision, self.device):
-                loss = self.objective.loss(self.net, batch)
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.net.parameters()}
-        del loss
-        return sum(size for place, size in kept.items() if place not in own) * len(largest) // len(part)
-
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -430,11 +363,3 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _seed(*keys: int) -> int:
     """A seed that belongs to these keys alone."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine ran out of memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # The CPU's allocator raises a plain RuntimeError.
-    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

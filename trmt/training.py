@@ -8,31 +8,30 @@ checkpoint. Validation and saving therefore cannot disturb the run.
 from __future__ import annotations
 
 import hashlib
-import math
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from trmt import bundles, capacity, checkpoints, console, display, sharding, unchanged
-from trmt.arch.base import Seq2Seq
-from trmt.batches import Batches, Column, Examples, Position
+from trmt import bundles, capacity, checkpoints, console, display, unchanged
+from trmt.batches import Batches, Examples, Position
 from trmt.budget import Job, about, glance, pace, plan
-from trmt.checkpoints import CONFIG, MODELS, Checkpoint
+from trmt.capacity import is_out_of_memory
+from trmt.checkpoints import CONFIG, MODELS
 from trmt.config import to_toml, tree_of
-from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.files import atomic_file, only_one, sweep, write_json
+from trmt.errors import ConfigError, TrmtError
+from trmt.files import atomic_file, only_one, write_json
 from trmt.history import LOG, TRAIN, VALIDATE, History
-from trmt.learner import Learner, ShortMemory, is_out_of_memory
+from trmt.keeping import Keeper, Progress
+from trmt.learner import Learner
 from trmt.logbook import Clock, Logbook
+from trmt.looking import DevSet, Validate
 from trmt.outlook import foresee
+from trmt.parts import ShortMemory
 from trmt.planning import (
     ORIGIN,
     TrainOptions,
@@ -44,40 +43,14 @@ from trmt.planning import (
 )
 from trmt.recipe import Recipe, safe_name
 from trmt.registry import ARCHITECTURES, resolve
+from trmt.resampling import resample_with
 from trmt.shards import PreparedSet
 from trmt.spikes import GoBack, Spikes
 from trmt.stopping import Interrupted, Signals, StoppedHere
 from trmt.team import Team, assembled
 from trmt.tokenizer import Tokenizer
 
-HALVINGS = "halvings.json"  # in a run folder: what an attempt learned of memory and could not save
-NOT_ONE_FITS = "not even a single sentence of the dev set fits into memory; training goes on without it"
 VERDICTS_AT_ONCE = 100  # steps after which the host asks what became of them, at the latest
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a look at the dev set found: scores with signatures, and some translations."""
-
-    scores: tuple[dict[str, Any], ...] = ()
-    samples: tuple[dict[str, Any], ...] = ()
-
-
-Validate = Callable[[Seq2Seq, Tokenizer, PreparedSet, Recipe], Validation]
-
-
-@dataclass
-class Progress:
-    """What changes during a run, apart from tensors; saved with every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    best: float | None = None
-    stale: int = 0  # validations since the best one
-    target_tokens: int = 0
-    seconds: float = 0.0
-    look_due: bool = False  # whether the dev set has still to be looked at with these weights
 
 
 def train(options: TrainOptions, validate: Validate | None = None) -> Path:
@@ -102,7 +75,7 @@ def _trained(run: Run) -> Path:
             run.begin()
             run.loop()
     except ShortMemory:
-        write_json(run.folder / HALVINGS, run.learner.halvings + 1)
+        run.keeper.remember_shortage()
         raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -114,27 +87,6 @@ def _trained(run: Run) -> Path:
     finally:
         run.close()
     return run.folder
-
-
-def resample_with(tokenizer: Tokenizer, alpha: float, longest: int) -> Callable[[str, Column, int], Column]:
-    """Subword sampling as a transform of batches; a draw of more than `longest` pieces is not taken."""
-
-    def resample(name: str, column: Column, seed: int) -> Column:
-        side = tokenizer.source if name.startswith("source") else tokenizer.target
-        before = Column(column.ids.astype(np.int64), column.lengths.astype(np.int64))
-        after = Column(*side.sampler(alpha).draw(*before, seed=seed))
-        return longer_ones_as_before(before, after, longest)
-
-    return resample
-
-
-def longer_ones_as_before(before: Column, after: Column, longest: int) -> Column:
-    """`after`, but with the sentences of `before` where those of `after` have more than `longest` pieces."""
-    if not (after.lengths > longest).any():
-        return after
-    parts = [np.split(column.ids, np.cumsum(column.lengths)[:-1]) for column in (before, after)]
-    taken = [new if len(new) <= longest else old for old, new in zip(*parts, strict=True)]
-    return Column(np.concatenate(taken), np.array(list(map(len, taken)), dtype=np.int64))
 
 
 class Run:
@@ -153,10 +105,9 @@ class Run:
     ) -> None:
         self.team = team = team or Team()
         self.folder, self.recipe, self.data, self.tokenizer = folder, recipe, data, tokenizer
-        self.validate, self.options = validate, options
+        self.options = options
         in_row = bool(resolve(ARCHITECTURES, recipe.architecture, trust_code=True).in_row)
         self.batches = Batches(data, recipe.batches, seed=recipe.training.seed, in_row=in_row)
-        self.dev = Batches(data, recipe.batches, seed=0, split="dev") if "dev" in data.splits else None
         # Epochs differ by a batch or so; the first one's length stands for all.
         self.steps_per_epoch = len(self.batches.plan(0))
         self.learner = Learner(recipe, steps=self.last_step or 0, team=team)
@@ -165,6 +116,10 @@ class Run:
             self.learner.room = replace(room, longest=min(room.longest, self.positions))
         if alpha := recipe.batches.subword_alpha:
             self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
+        self.dev: DevSet | None = None
+        if "dev" in data.splits:
+            dev = Batches(data, recipe.batches, seed=0, split="dev")
+            self.dev = DevSet(dev, self.learner, recipe, tokenizer, validate)
         self.logbook: Logbook | None = None
         self.history = History()
         self.screen: display.Screen = display.Lines()
@@ -172,6 +127,7 @@ class Run:
         self.signals = Signals(team)
         half = self.learner.precision == "fp16"
         self.spikes = Spikes(folder, policy=recipe.training.on_spike, half=half, log=self.log, team=team)
+        self.keeper = Keeper(folder, recipe, tokenizer, self.learner, self.batches, self.spikes)
         self._check()
 
     @classmethod
@@ -187,8 +143,8 @@ class Run:
 
     def _check(self) -> None:
         """What cannot work is said before the first step."""
-        for batches in (self.batches, self.dev):
-            if batches and batches.lengths.max() > self.positions:
+        for batches in (self.batches, *([self.dev.batches] if self.dev else [])):
+            if batches.lengths.max() > self.positions:
                 raise ConfigError(
                     f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network "
                     f"positions for {self.positions}; raise network.longest, or prepare the data with a "
@@ -217,9 +173,9 @@ class Run:
     def begin(self) -> None:
         """Take up the newest checkpoint, or start a new run folder."""
         self._verify()
-        state = self.team.first(self._newest_state)
+        state = self.team.first(self.keeper.newest)
         if state:
-            self._restore(*state)
+            self.progress = self.keeper.take_up(*state)
             console.say(f"resuming {self.folder} at step {self.progress.step:,}")
         elif self.options.init_from:
             place = checkpoints.find_bundle(self.options.init_from)
@@ -228,7 +184,7 @@ class Run:
             console.say(f"starting from the weights of {place}")
         learner = self.learner
         learner.start_alike()
-        self._read_halvings()
+        self.keeper.recall_shortage()
         if self.team.leads:
             self.logbook = Logbook(self.folder / LOG, step=self.progress.step)
             if state and self.logbook.path.is_file():  # whoever tidied it away may go on without it
@@ -259,27 +215,6 @@ class Run:
             self.data.verify()
         self.team.gather(None)
 
-    def _newest_state(self) -> checkpoints.State | None:
-        if self.team.leads:
-            sweep(self.folder)
-        return checkpoints.newest_state(self.folder)
-
-    def _read_halvings(self) -> None:
-        """Take up what an attempt learned that ran out of memory before it could save."""
-        with suppress(FileNotFoundError, ValueError):
-            known = int((self.folder / HALVINGS).read_bytes())
-            self.learner.halvings = max(self.learner.halvings, known)
-
-    def _restore(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        if plain["data"] != self.data.fingerprint:
-            raise DataError(
-                f"{self.data.folder} is not the data that {self.folder} was trained on; prepare it as "
-                "before, or name another run folder to start a new run"
-            )
-        self.learner.restore(plain["learner"], tensors)
-        self.progress = Progress(**plain["progress"])
-        self.spikes.failed = plain.get("failed", 0)
-
     # Step
 
     def loop(self) -> None:
@@ -300,7 +235,7 @@ class Run:
                     self._stretch(mark)
                 except GoBack as back:
                     before = self.progress.step
-                    self._restore(*back.point.state())
+                    self.progress = self.keeper.take_up(*back.point.state())
                     self.screen.advance(self.progress.step - before)
                     mark.restart(self.progress.target_tokens)
         progress = self.progress
@@ -328,7 +263,7 @@ class Run:
                     self._settle()
                     progress.look_due = validating and self.dev is not None
                     self.screen.doing("saving")
-                    self.save()
+                    self.keeper.save(progress)
                     if self.signals.number is not None:
                         self._stop(self.signals.number)
                     if progress.look_due:
@@ -400,138 +335,32 @@ class Run:
 
     def look(self) -> None:
         """The dev set through the eyes of the weights just saved; what is found goes to them."""
-        began = time.monotonic()
+        assert self.dev, "only a run with a dev set looks at it"
+        began, progress = time.monotonic(), self.progress
         try:
             with self.signals.harmless(), self.learner.at_rest():
-                loss, found = self._found()
+                seen = self.dev.look()
         except StoppedHere:
             assert self.signals.number is not None, "only a signal raises it"
             self._stop(self.signals.number)
-        scores: list[dict[str, Any]] = []
-        if loss is not None:
-            scores += [{"metric": "loss", "value": loss, "signature": "nats per target token, dev set"}]
-        scores += found.scores if found else ()
         metric = self.recipe.validation.metric
-        scores.sort(key=lambda score: score["metric"] != metric)
-        judged = bool(scores) and (scores[0]["metric"] == metric or math.isnan(scores[0]["value"]))
-        if judged:
-            self._count_patience(float(scores[0]["value"]), lower_is_better=metric == "loss")
-        shown = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in scores)
-        better = "  (best)" if judged and self.progress.stale == 0 else ""
-        console.say(f"step {self.progress.step:,}: {shown or 'not validated'}{better}")
-        samples = found.samples if found else ()
+        if seen.judged:
+            progress.judge(float(seen.scores[0]["value"]), lower_is_better=metric == "loss")
+        shown = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in seen.scores)
+        better = "  (best)" if seen.judged and progress.stale == 0 else ""
+        console.say(f"step {progress.step:,}: {shown or 'not validated'}{better}")
         took = round(time.monotonic() - began, 2)
-        self.log("validate", scores=scores, samples=samples, seconds=took, **self._place())
+        self.log("validate", scores=seen.scores, samples=seen.samples, seconds=took, **self._place())
         if self.team.leads:
-            self.screen.looked(samples, self._expected(metric))
-        self.progress.look_due = False
-        if self.team.leads:
-            point = Checkpoint(checkpoints.step_folder(self.folder, self.progress.step), self.progress.step)
-            kept = {"scores": tuple(scores) if judged else (), "golden": samples}
-            point.add({"progress": vars(self.progress)}, **kept)
-            self._prune()
-
-    def _found(self) -> tuple[float | None, Validation | None]:
-        """The dev loss and what `validate` found; what does not fit into memory is None, which is said."""
-        assert self.dev, "only a run with a dev set looks at it"
-        loss = None
-        try:
-            loss = self.learner.dev_loss(self.dev)
-            if not math.isfinite(loss):
-                console.warn("the dev loss is not a number; nothing is translated with these weights")
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            console.warn(NOT_ONE_FITS)
-        if loss is None or not math.isfinite(loss) or not self.validate:
-            return loss, None
-        net = self.learner.to_translate_with()
-        found = self.team.lead(lambda: tree_of(self._translated(net)))
-        return loss, Validation(tuple(found["scores"]), tuple(found["samples"]))
-
-    def _translated(self, net: Seq2Seq) -> Validation:
-        assert self.validate, "it is only called where there is something to call"
-        try:
-            return self.validate(net, self.tokenizer, self.data, self.recipe)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        console.warn(NOT_ONE_FITS)
-        return Validation()
+            self.screen.looked(seen.samples, self._expected(metric))
+        progress.look_due = False
+        self.keeper.add(progress, seen)
 
     def _expected(self, metric: str) -> str:
         progress = self.progress
         points = self.history.curve(VALIDATE, metric)
         settled = [point for point in points if point.step >= self.recipe.optim.warmup]
         return foresee(settled, metric, last=self.last_step, pace=progress.seconds / max(progress.step, 1))
-
-    def _count_patience(self, value: float, *, lower_is_better: bool) -> None:
-        best = self.progress.best
-        better = best is None or (value < best if lower_is_better else value > best)
-        if math.isnan(value):  # never an improvement, not even on nothing
-            better = False
-        if better:
-            self.progress.best = value
-        self.progress.stale = 0 if better else self.progress.stale + 1
-
-    # Save
-
-    def save(self) -> None:
-        """Write a checkpoint; its scores come later."""
-        progress = self.progress
-        manifest = bundles.describe(
-            self.learner.net,
-            self.recipe.architecture,
-            self.tokenizer,
-            longest=self._longest(),
-            data={"set": self.data.folder.name, "fingerprint": self.data.fingerprint},
-            training={
-                "step": progress.step,
-                "epoch": progress.epoch,
-                "target_tokens": progress.target_tokens,
-            },
-        )
-        state = {
-            "progress": vars(progress),
-            "failed": self.spikes.failed,
-            "data": self.data.fingerprint,
-            "learner": self.learner.state(),
-        }
-        self._write(manifest, state)
-        if not progress.look_due:
-            self._prune()
-
-    def _write(self, manifest: bundles.Manifest, state: Mapping[str, Any]) -> None:
-        learner, step, tensors = self.learner, self.progress.step, self.learner.tensors()
-
-        def write() -> None:
-            whole = (state, tensors)
-            checkpoints.save(self.folder, manifest, learner.weights(), self.tokenizer, step=step, state=whole)
-
-        if not learner.sharded:
-            self.team.lead(write)
-            return
-        mine = sharding.slices_of(tensors, self.team)
-        checkpoints.save_slices(
-            self.folder,
-            manifest,
-            self.tokenizer,
-            step=step,
-            state=(state, mine),
-            kept=learner.kept(),
-            team=self.team,
-        )
-
-    def _prune(self) -> None:
-        """Let go of the checkpoints that are neither among the best nor among the last."""
-        if not self.team.leads:
-            return
-        training = self.recipe.training
-        checkpoints.prune(self.folder, best=training.keep_best, last=training.keep_last)
-
-    def _longest(self) -> dict[str, int]:
-        """The longest sentences met in training: beyond them the network has seen nothing."""
-        return {"source": int(self.batches.by_source.max()), "target": int(self.batches.by_target.max())}
 
     # Stop
 

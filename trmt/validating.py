@@ -8,12 +8,12 @@ import torch
 
 from trmt import console
 from trmt.arch.base import Seq2Seq
-from trmt.learner import is_out_of_memory
+from trmt.capacity import is_out_of_memory
+from trmt.looking import Validation
 from trmt.recipe import Recipe
 from trmt.scoring import ScoreOptions, bleu_tokenizer, score
 from trmt.shards import PreparedSet
 from trmt.tokenizer import Tokenizer
-from trmt.training import Validation
 from trmt.translating import TranslateOptions, Translator
 
 METRICS = ("chrf", "bleu")
