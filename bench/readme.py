@@ -23,10 +23,11 @@ def load(name: str) -> dict:
 
 
 def source(result: dict) -> str:
-    """Where a figure comes from, in one line."""
+    """Where a figure comes from, in one line; a note says what has changed since."""
     versions = f"Python {result['python']}, torch {result['versions']['torch']}"
     machine = result.get("gpu") or f"{result['cores']} cores of {result['cpu']}"
-    return f"`{result['command']}` at {result['commit']}, {result['date']}: {machine}, {versions}."
+    note = f" {result['note']}" if "note" in result else ""
+    return f"`{result['command']}` at {result['commit']}, {result['date']}: {machine}, {versions}.{note}"
 
 
 def phrasebook() -> str:

@@ -87,7 +87,8 @@ def training_rows() -> list[Row]:
 
 def _fastest(figures: dict) -> str:
     name = figures.get("fastest_peer")
-    return f"{_times(figures['ratios'][name])}, {NAMES[name]}" if name else PENDING
+    alone = len(figures["toolkits"]) == 1
+    return f"{_times(figures['ratios'][name])}, {NAMES[name]}" if name else "" if alone else PENDING
 
 
 def _times(ratio: dict) -> str:

@@ -147,3 +147,67 @@ def test_the_gpus_attention_gets_what_it_asks_for(causal: bool, monkeypatch: pyt
     )
     monkeypatch.setattr(attention, "has_varlen", lambda x: True)
     assert torch.equal(attention.attend((query, key, value), here, over, causal=causal), expected)
+
+
+@needs_kernels
+def test_heads_that_the_kernel_is_not_made_for_are_attended_to(plain: Callable[[], None]) -> None:
+    here, merged = spans(5, 2, 9), torch.randn(16, 3 * 40, requires_grad=True)
+
+    def attended() -> Tensor:  # heads of 20 and of 8
+        return attention.attend_own(merged, here, 2, causal=True) + attention.attend_own(
+            merged, here, 5, causal=True
+        )
+
+    ours = gradients(attended, merged)
+    plain()
+    assert_same(ours, gradients(attended, merged))
+
+
+def test_queries_and_gradients_may_lie_anyhow_in_memory() -> None:
+    here, merged = spans(3, 20, 6), torch.randn(29, 3 * 32)
+    scattered, grad = merged.t().contiguous().t().requires_grad_(), torch.randn(29, 32)
+    merged.requires_grad_()
+    out, other = (attention.attend_own(x, here, 2, causal=True) for x in (merged, scattered))
+    torch.testing.assert_close(out, other)
+    (expected,) = torch.autograd.grad(out, merged, grad, retain_graph=True)
+    for gradient, result, given in (
+        (grad.t().contiguous().t(), out, merged),
+        (torch.cat([grad, grad], 1)[:, :32], out, merged),
+        (grad, other, scattered),
+    ):
+        (found,) = torch.autograd.grad(result, given, gradient, retain_graph=True)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_weights_are_dropped_if_that_is_wanted() -> None:
+    here, over = spans(4, 9), spans(7, 5)
+    merged, memory = torch.randn(13, 3 * 32), torch.randn(12, 2 * 32)
+
+    def both(dropout: float) -> tuple[Tensor, Tensor]:
+        own = attention.attend_own(merged, here, 2, causal=False, dropout=dropout)
+        cross = attention.attend_over(merged[:, :32], memory, here, over, 2, dropout=dropout)
+        return own, cross
+
+    draws = [both(0.2) for _ in range(400)]
+    for place, whole in enumerate(both(0.0)):
+        dropped = torch.stack([draw[place] for draw in draws])
+        assert float(dropped.std(0).min()) > 0
+        torch.testing.assert_close(dropped.mean(0), whole, atol=0.1, rtol=0.1)
+
+
+@needs_kernels
+def test_a_kernel_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short:
+        def trmt_attention(self, *_: object) -> int:
+            return 1
+
+    monkeypatch.setattr(fused, "library", Short)
+    with pytest.raises(MemoryError):
+        attention.attend_own(torch.randn(4, 3 * 32), spans(4), 2, causal=True)
+
+
+def test_the_gpus_attention_is_not_asked_to_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, x = spans(3, 4), torch.randn(7, 2, 16)
+    monkeypatch.setattr(attention, "varlen_attn", lambda *_, **__: pytest.fail("it knows no dropout"))
+    monkeypatch.setattr(attention, "has_varlen", lambda x: True)
+    assert attention.attend((x, x, x), here, here, causal=True, dropout=0.5).shape == (7, 32)

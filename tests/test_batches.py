@@ -307,6 +307,34 @@ def test_in_a_row_batches_fill_their_room_and_fit_into_it() -> None:
     assert real / (len(batches) * (room.source + room.target)) > 0.95, "padding wastes less than 5 %"
 
 
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_of_batches_fit_into_parts_of_their_room(parts: int) -> None:
+    source, target = lognormal_lengths(20_000)
+    some = in_a_row(fake_set(source, target), tokens=8192)
+    assert some.room
+    room = some.room.part(parts)
+    assert room.source < some.room.source / parts + 3 * room.longest
+    for batch in (batch for step in some.plan(0) for batch in step):
+        for part in (batch[rank::parts] for rank in range(parts)):
+            assert int(source[part].sum()) + len(part) <= room.source
+            assert int(target[part].sum()) + len(part) <= room.target
+            assert len(part) < room.sentences
+
+
+def test_what_is_drawn_fits_into_the_room(tmp_path: Path) -> None:
+    folder = toy.make_set(tmp_path)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    resample = resample_with(tokenizer, 0.15, longest=1000)
+    config = BatchConfig(tokens=400, subword_alpha=0.15)
+    some = Batches(PreparedSet.open(folder), config, seed=1, in_row=True, resample=resample)
+    assert some.room
+    fits = []
+    for _, [examples] in islice(some.steps(Position(0, 0)), 20):
+        sides = [len(examples) + len(column.ids) for column in examples.columns.values()]
+        fits.append(sides[0] <= some.room.source and sides[1] <= some.room.target)
+    assert sum(fits) > 15, "most batches are of the one shape that the network is compiled for"
+
+
 def test_in_a_row_a_pair_over_the_budget_stands_alone() -> None:
     source = np.array([3, 500, 4, 2, 700, 1], np.int32)
     some = in_a_row(fake_set(source, source), tokens=20)

@@ -149,6 +149,62 @@ def test_training_that_ends_too_early_reports_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "report.json").exists()
 
 
+FAMILY = """
+import sys
+from types import SimpleNamespace
+
+import torch
+from peers import onmt_family
+from peers.job import Job
+
+
+class Feed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout_1 = torch.nn.Dropout(0.5)
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+
+class Trainer:
+    def __init__(self):
+        self.model, self.train_loss = torch.nn.Sequential(Feed()), SimpleNamespace(padding_idx=1)
+        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    def train(self):
+        assert isinstance(self.model[0].dropout_1, torch.nn.Identity)
+        for _ in range(9):
+            self.step([{"src": torch.zeros(2, 5), "srclen": torch.tensor([5, 3]), "tgt": TARGET}])
+
+    def step(self, batches):
+        self.model[0].weight.sum().backward()
+        self.optimiser.step()
+
+
+TARGET = torch.tensor([[2, 7, 7, 3], [2, 7, 3, 1]])  # the second is one shorter
+onmt_family.train(
+    Job.read(sys.argv[1]),
+    {"told": 1},
+    program=lambda: Trainer().train(),
+    command=["toolkit", "train"],
+    trainer=Trainer,
+    step="step",
+    feed_forward=Feed,
+    after=lambda batch: batch["tgt"][:, 1:],
+)
+"""
+
+
+def test_toolkits_of_one_family_are_watched_where_they_train(tmp_path: Path) -> None:
+    done = run_with_probe(FAMILY, job(tmp_path, warmup_updates=3, warmup_seconds=0.0, seconds=0.0, updates=4))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_bytes())
+    assert report["updates"] == 4
+    assert (report["source_tokens"], report["source_cells"]) == (4 * 8, 4 * 10)
+    assert (report["target_tokens"], report["target_cells"]) == (4 * 5, 4 * 6)
+    assert report["configuration"]["settings"] == {"told": 1}
+    assert json.loads((tmp_path / "config.yaml").read_bytes()) == {"told": 1}
+
+
 def test_the_common_corpus_is_the_prepared_set(tmp_path: Path, data_set: Path) -> None:
     module("peers.corpus").write(data_set, tmp_path)
     data = PreparedSet.open(data_set)

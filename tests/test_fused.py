@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -196,3 +196,108 @@ def test_without_a_home_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", classmethod(unknown))
     assert kernels.load.__wrapped__("training") is not None
+
+
+def cut_short(library: Path) -> None:
+    os.truncate(library, library.stat().st_size // 2)
+
+
+def flip_a_bit(library: Path) -> None:
+    data = bytearray(library.read_bytes())
+    data[len(data) // 2] ^= 1
+    library.write_bytes(data)
+
+
+def empty(library: Path) -> None:
+    library.write_bytes(b"")
+
+
+def lose_its_checksum(library: Path) -> None:
+    library.with_suffix(".sha256").unlink()
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, empty, lose_its_checksum])
+def test_a_damaged_library_is_built_anew(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    """In processes of their own: what is loaded once is not looked at again."""
+
+    def result() -> tuple[str, int]:
+        code = (
+            "import torch\n"
+            "from trmt.arch import fused\n"
+            "print(fused.drop(torch.ones(3, 4), 0.5).shape, fused.library() is not None)\n"
+        )
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        )
+        assert not done.stderr
+        [library] = tmp_path.rglob("*.so")
+        return done.stdout, library.stat().st_mtime_ns
+
+    first = result()
+    assert "True" in first[0] and result() == first, "what is whole is not built again"
+    [library] = tmp_path.rglob("*.so")
+    damage(library)
+    found, built = result()
+    assert found == first[0] and built > first[1]
+    assert result() == (found, built)
+
+
+@needs_kernels
+def test_a_row_of_zeros_has_a_norm() -> None:
+    """Epsilon is what it is divided by, and counts wherever rows are small."""
+    for norm in (nn.LayerNorm(32), nn.RMSNorm(32, eps=1e-4)):
+        x = torch.stack([torch.zeros(32), torch.linspace(-1e-3, 1e-3, 32)]).requires_grad_()
+        ours = gradients(lambda norm=norm, x=x: fused.add_norm(x, x, norm, 0.0)[1], x)
+        assert_same(ours, gradients(lambda norm=norm, x=x: norm(x + x), x), 1e-4)
+
+
+def scattered(x: Tensor) -> Tensor:
+    """The same numbers, none of which lies beside the next of its row."""
+    return x.t().contiguous().t()
+
+
+def apart(x: Tensor) -> Tensor:
+    """The same numbers in rows that do not touch."""
+    return torch.cat([x, x], 1)[:, : x.shape[1]]
+
+
+NORM = nn.LayerNorm(48)
+LINEAR = fused.Linear(48, 32)
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "drop": lambda x, _: fused.drop(x, 0.5),
+    "product": lambda x, _: LINEAR(x),
+    "sum": lambda x, y: fused.add_norm(x, y, NORM, 0.0)[0],
+    "norm": lambda x, y: fused.add_norm(x, y, NORM, 0.0)[1],
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients_may_lie_anyhow_in_memory(name: str) -> None:
+    x, y = (torch.randn(70, 48, requires_grad=True) for _ in range(2))
+    torch.manual_seed(1)
+    out = OPERATIONS[name](x, y)
+    grad = torch.randn(out.shape)
+    expected = torch.autograd.grad(out, x, grad, retain_graph=True)
+    for other in (scattered(grad), apart(grad)):
+        torch.testing.assert_close(torch.autograd.grad(out, x, other, retain_graph=True), expected)
+
+
+@pytest.mark.parametrize("laid_out", [scattered, apart])
+@pytest.mark.parametrize("name", ["product", "sum", "norm"])
+def test_inputs_may_lie_anyhow_in_memory(name: str, laid_out: Callable[[Tensor], Tensor]) -> None:
+    x, y = (torch.randn(70, 48) for _ in range(2))
+    ours, theirs = [laid_out(part).requires_grad_() for part in (x, y)], [x.requires_grad_(), y]
+    found = [OPERATIONS[name](*parts) for parts in (ours, theirs)]
+    torch.testing.assert_close(*found)
+    pairs = zip(found, (ours, theirs), strict=True)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), some[0]) for out, some in pairs))
+
+
+@pytest.mark.parametrize("laid_out", [scattered, apart])
+def test_what_is_dropped_may_lie_anyhow_in_memory(laid_out: Callable[[Tensor], Tensor]) -> None:
+    x = laid_out(torch.arange(1.0, 65 * 64 + 1).view(65, 64))
+    out = fused.drop(x, 0.5)
+    assert torch.equal(out[out != 0], 2 * x[out != 0])
+    assert 0.4 < float((out == 0).float().mean()) < 0.6

@@ -18,7 +18,7 @@ import pytest
 
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
-from tests.test_training import ENDLESS, kill, newest, spawn, wait_for
+from tests.test_training import ENDLESS, ends_as_if_never_killed, kill, newest, spawn, wait_for
 from tests.toy import options
 from trmt import checkpoints
 from trmt.errors import TrmtError
@@ -81,16 +81,8 @@ def test_twenty_kills_at_random_moments_change_nothing(toy_set: Path, tmp_path: 
         time.sleep(float(chooser.uniform(0, 0.3)))
         kill(process)
         since = newest(run)
-    last, whole = newest(run) + 25, tmp_path / "whole"
-    for folder in (run, whole):
-        process = spawn(folder, toy_set, recipe, "--set", f"training.steps={last}")
-        _, said = process.communicate()
-        assert process.returncode == 0, said
-    assert final(run, last) == final(whole, last)
-    ranks = [[point.step for point in checkpoints.ranked(checkpoints.steps(r))] for r in (run, whole)]
-    assert ranks[0] == ranks[1] and ranks[0]
-    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
-    losses = {entry["step"]: entry["loss"] for entry in log(whole, "train")}
+    ends_as_if_never_killed(run, toy_set, recipe)
+    losses = {entry["step"]: entry["loss"] for entry in log(tmp_path / "whole", "train")}
     assert {entry["step"]: entry["loss"] for entry in log(run, "train")} == losses
 
 

@@ -16,12 +16,13 @@ from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import checkpoints, validating
 from trmt.arch.transformer import Transformer
-from trmt.batches import Batches, Position
+from trmt.batches import BatchConfig, Batches, Position
 from trmt.engines.eager import Eager
 from trmt.learner import Learner
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
 from trmt.planning import TrainOptions
+from trmt.shards import PreparedSet
 from trmt.training import Run, train
 
 TRANSLATED = {"validation": {"every": 3, "metric": "chrf", "sentences": 30}}
@@ -266,3 +267,35 @@ def test_largest_batches_are_those_of_the_plan(toy_set: Path, tmp_path: Path) ->
     largest = batches.largest()
     assert all(any(pairs is planned for planned in plan) for pairs in largest)
     assert len({id(pairs) for pairs in largest}) == len(largest) <= 3
+
+
+def test_parts_of_batches_are_of_one_shape_too(toy_set: Path, tmp_path: Path) -> None:
+    """For a network that is compiled: each new shape would be compiled anew."""
+    recipe = toy.recipe(tmp_path)
+    made = Run.planned(options(tmp_path / "run", toy_set, recipe, "training.compile=on"), None)
+    made.learner._forward = made.learner.net  # the shapes are the same without the compiler
+    assert made.learner.room
+    shapes, loss = set(), Translation.loss
+
+    def noted(self: Translation, net: Any, batch: Any) -> Loss:
+        shapes.add(
+            (len(batch.source.ids_N), len(batch.before.ids_N), len(batch.source), batch.source.longest)
+        )
+        return loss(self, net, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Translation, "loss", noted)
+        for halvings in (0, 1):
+            made.learner.parts.halvings = halvings
+            made.learner.learn([made.batches.load(made.batches.plan(0)[0][0])], 0)
+            room = made.learner.room.part(2**halvings)
+            assert shapes == {(room.source, room.target, room.sentences, room.longest)}
+            shapes.clear()
+
+
+def test_room_is_no_longer_than_the_network_has_positions(toy_set: Path, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path)
+    longest = int(Batches(PreparedSet.open(toy_set), BatchConfig(), seed=1).lengths.max())
+    changes = (f"network.longest={longest + 1}", "batches.subword_alpha=0.4")
+    made = Run.planned(options(tmp_path / "run", toy_set, recipe, *changes), None)
+    assert made.learner.room and made.learner.room.longest == longest + 1

@@ -109,6 +109,19 @@ def test_a_run_killed_by_force_ends_with_the_same_weights(toy_set: Path, tmp_pat
     assert not list(run.glob(".partial*"))
 
 
+def ends_as_if_never_killed(run: Path, toy_set: Path, recipe: str) -> None:
+    """Train a little further, and another run as far in one go: all that they leave must be the same."""
+    last, whole = newest(run) + 25, run.parent / "whole"
+    for folder in (run, whole):
+        process = spawn(folder, toy_set, recipe, "--set", f"training.steps={last}")
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert final(run, last) == final(whole, last)
+    ranks = [[point.step for point in checkpoints.ranked(checkpoints.steps(r))] for r in (run, whole)]
+    assert ranks[0] == ranks[1] and ranks[0]
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
 @posix
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(
@@ -129,15 +142,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     for _ in range(4):
         process = spawn(run, toy_set, recipe, *ENDLESS)
         kill_after_progress(process, run, since=newest(run), pause=float(chooser.uniform(0, 0.1)))
-    last, whole = newest(run) + 25, tmp_path / "whole"
-    for folder in (run, whole):
-        process = spawn(folder, toy_set, recipe, "--set", f"training.steps={last}")
-        _, said = process.communicate()
-        assert process.returncode == 0, said
-    assert final(run, last) == final(whole, last)
-    ranks = [[point.step for point in checkpoints.ranked(checkpoints.steps(r))] for r in (run, whole)]
-    assert ranks[0] == ranks[1]
-    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in whole.iterdir())
+    ends_as_if_never_killed(run, toy_set, recipe)
 
 
 # Asked to stop

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.derivatives import needs_kernels
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from trmt.arch import fused
 from trmt.batches import Column, Examples, Room
@@ -282,3 +283,13 @@ def test_a_target_without_a_logit_is_refused(kernels: bool, monkeypatch: pytest.
     hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8)
     with pytest.raises((IndexError, RuntimeError)):
         cross_entropy.smoothed_cross_entropy(hidden, weight, torch.tensor([1, 20, 2]), 0.1)
+
+
+@needs_kernels
+def test_the_kernels_exponential_is_good_to_the_last_digits() -> None:
+    logits = -torch.linspace(0, 80, 61 * 64).view(64, 61).t().contiguous()
+    logits[:, 0] = 0  # the largest of each row, so that nothing is rounded before the exponential
+    target = torch.zeros(61, dtype=torch.long)
+    expected = logits.double().softmax(1)
+    cross_entropy._by_kernel(logits, target, 0.0)
+    torch.testing.assert_close(logits[:, 1:].double(), expected[:, 1:], rtol=1e-6, atol=0)

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from trmt import console
@@ -71,7 +72,8 @@ def _built(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:20]
     folder = _cache()
     library = folder / f"{name}-{key}.so"
-    if library.is_file():
+    checksum = library.with_suffix(".sha256")
+    if _intact(library, checksum):
         return library
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         parts = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
@@ -79,8 +81,21 @@ def _built(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
         # Linked without OpenMP's library: a second copy beside PyTorch's would fight it for the cores.
         _run([compiler, "-shared", str(parts[0]), "-o", str(parts[1]), "-lm"])
         ctypes.CDLL(str(parts[1]))  # what cannot be loaded is not kept
+        parts[0].write_text(_digest(parts[1]), encoding="ascii")
+        parts[0].replace(checksum)
         parts[1].replace(library)
     return library
+
+
+def _intact(library: Path, checksum: Path) -> bool:
+    """Whether the file is as it was built: loading one that was cut short can kill the process."""
+    with suppress(OSError, ValueError):
+        return checksum.read_text(encoding="ascii") == _digest(library)
+    return False
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _run(command: list[str]) -> None:
