@@ -269,6 +269,7 @@ def test_largest_batches_are_those_of_the_plan(toy_set: Path, tmp_path: Path) ->
     assert len({id(pairs) for pairs in largest}) == len(largest) <= 3
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch's compiler, about torch
 def test_parts_of_batches_are_of_one_shape_too(toy_set: Path, tmp_path: Path) -> None:
     """For a network that is compiled: each new shape would be compiled anew."""
     recipe = toy.recipe(tmp_path)

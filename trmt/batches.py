@@ -25,6 +25,7 @@ READ_AHEAD = 4  # batches that wait ready
 SIDES = ("source", "target")
 WINDOW = 1 << 20  # pairs that are cut into batches at a time
 TRIAL = (0,)  # the seed of what is drawn for a batch that is no step's
+MEASURED = 2000  # pairs from which it is told how many pieces drawing makes
 SPARE = 8  # sentences that a room always has left, for what fills it up
 
 
@@ -176,8 +177,19 @@ class Batches:
         """What each batch fits into, in proportion to the data; None where batches differ in length."""
         if not self.in_row:
             return None
-        # Sampled subwords are more than the usual ones, by about as much as is dropped.
-        return self._budget(1 + 2 * self.config.subword_alpha)
+        return self._budget(self._stretch())
+
+    def _stretch(self) -> float:
+        """How many times as many pieces there are once subwords are drawn, and a little more."""
+        if not self.resample:
+            return 1.0
+        pairs = np.unique(np.linspace(0, len(self.split) - 1, MEASURED, dtype=np.int64))
+        stored, drawn = self.load(pairs), self.load(pairs, seed=TRIAL)
+        ratios = [
+            (len(drawn.columns[name].ids) + len(pairs)) / (len(column.ids) + len(pairs))
+            for name, column in stored.columns.items()
+        ]
+        return 1.03 * max(1.0, *ratios)
 
     def _budget(self, stretch: float = 1.0) -> Room:
         means = [float(side.mean()) + 1 for side in (self.by_source, self.by_target)]
@@ -188,7 +200,8 @@ class Batches:
             for mean in means
         )
         sentences = -(-int(budget / max(means) * 1.05) // 64) * 64 + SPARE
-        return Room(source, target, sentences, round(longest * stretch))
+        # One sentence may be stretched more than the whole.
+        return Room(source, target, sentences, round(longest * stretch**2))
 
     def _cut(self, pairs: Indices) -> list[Indices]:
         """Runs of pairs as long as the budget allows; a pair over the budget stands alone."""

@@ -112,10 +112,10 @@ class Run:
         self.steps_per_epoch = len(self.batches.plan(0))
         self.learner = Learner(recipe, steps=self.last_step or 0, team=team)
         self.positions = int(getattr(self.learner.net.config, "longest", 1 << 30))
-        if room := self.batches.room:
-            self.learner.room = replace(room, longest=min(room.longest, self.positions))
         if alpha := recipe.batches.subword_alpha:
             self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
+        if room := self.batches.room:
+            self.learner.room = replace(room, longest=min(room.longest, self.positions))
         self.dev: DevSet | None = None
         if "dev" in data.splits:
             dev = Batches(data, recipe.batches, seed=0, split="dev")

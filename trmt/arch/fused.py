@@ -214,10 +214,11 @@ class _AddNorm(torch.autograd.Function):
         grad_x = torch.empty_like(added)
         grad_y = torch.empty_like(added) if shape.threshold else grad_x
         partial_B2D = added.new_empty(-(-shape.rows // BLOCK), 2, shape.width)
-        grad_added = None if grad_added is None else grad_added.contiguous()
+        # Under names, so that copies live until the kernel is done with them.
+        grad_out, grad_added = grad_out.contiguous(), None if grad_added is None else grad_added.contiguous()
         library().trmt_add_norm_backward(
             ctypes.byref(shape),
-            *map(_at, (grad_out.contiguous(), grad_added, added, weight, statistics)),
+            *map(_at, (grad_out, grad_added, added, weight, statistics)),
             ctypes.c_int(ctx.centred),
             *map(_at, (grad_x, grad_y, partial_B2D)),
         )
