@@ -78,6 +78,7 @@ def test_the_target_is_shifted_by_one_and_the_source_ends_with_eos() -> None:
     assert batch.after_N.tolist() == [5, 6, 7, EOS, 8, EOS]
     assert batch.source.lengths_S.tolist() == batch.before.lengths_S.tolist() == [4, 2]
     assert batch.source.longest == 4
+    assert batch.tokens == 6
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -176,6 +177,7 @@ def test_the_loss_in_half_precision_is_near(dtype: torch.dtype) -> None:
     torch.testing.assert_close(total, expected, rtol=0.02, atol=0)
     for one, other in zip(ours, theirs, strict=True):
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.999
+        assert float(one.norm() / other.norm()) == pytest.approx(1, abs=0.02)
 
 
 def test_a_token_that_many_predict_alike_is_within_fp16() -> None:
@@ -189,6 +191,7 @@ def test_a_token_that_many_predict_alike_is_within_fp16() -> None:
     expected = F.cross_entropy(hidden @ weight.T, target, label_smoothing=0.1, reduction="sum")
     for one, other in zip(ours, torch.autograd.grad(expected, (hidden, weight)), strict=True):
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.999
+        assert float(one.norm() / other.norm()) == pytest.approx(1, abs=0.02)
 
 
 def test_a_gpu_without_a_compiler_has_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +207,18 @@ def test_a_gpu_without_a_compiler_has_the_same_loss(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(ours, theirs)
 
 
-def test_padding_counts_for_nothing_in_the_loss() -> None:
+def test_columns_that_only_make_the_logits_wider_stand_for_nothing() -> None:
+    logits, target = torch.randn(16, 37), torch.randint(0, 37, (16,))
+    sums, grad = cross_entropy._by_torch(logits, target, 37, 0.1, 1.0)
+    wide_sums, wide_grad = cross_entropy._by_torch(F.pad(logits, (0, 27)), target, 37, 0.1, 1.0)
+    torch.testing.assert_close((wide_sums, wide_grad[:, :37]), (sums, grad))
+    assert not wide_grad[:, 37:].any()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_padding_counts_for_nothing_in_the_loss(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels:
+        monkeypatch.setattr(fused, "library", lambda: None)
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     target = torch.randint(0, 20, (9,))
@@ -245,7 +259,9 @@ def test_filled_up_batches_have_one_shape_and_the_same_loss(architecture: str) -
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("room", [Room(10, 72, 20, 30), Room(80, 72, 6, 30), Room(80, 72, 20, 2)])
+@pytest.mark.parametrize(
+    "room", [Room(10, 72, 20, 30), Room(80, 72, 6, 30), Room(80, 72, 20, 2), Room(80, 2000, 20, 30)]
+)
 def test_what_does_not_fit_is_left_as_it_is(room: Room) -> None:
     objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
     some = examples()
