@@ -278,6 +278,7 @@ def apart(x: Tensor) -> Tensor:
 
 NORM = nn.LayerNorm(48)
 LINEAR = fused.Linear(48, 32)
+WEIGHTS = {"product": tuple(LINEAR.parameters()), "norm": tuple(NORM.parameters())}
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "drop": lambda x, _: fused.drop(x, 0.5),
     "product": lambda x, _: LINEAR(x),
@@ -292,9 +293,10 @@ def test_gradients_may_lie_anyhow_in_memory(name: str) -> None:
     torch.manual_seed(1)
     out = OPERATIONS[name](x, y)
     grad = torch.randn(out.shape)
-    expected = torch.autograd.grad(out, x, grad, retain_graph=True)
+    inputs = (x, *WEIGHTS.get(name, ()))
+    expected = torch.autograd.grad(out, inputs, grad, retain_graph=True)
     for other in (scattered(grad), apart(grad)):
-        torch.testing.assert_close(torch.autograd.grad(out, x, other, retain_graph=True), expected)
+        torch.testing.assert_close(torch.autograd.grad(out, inputs, other, retain_graph=True), expected)
 
 
 @pytest.mark.parametrize("laid_out", [scattered, apart])

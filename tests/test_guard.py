@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import toy
-from trmt.guard import ENOUGH, FIRST_SCALE, HIGH, NOT_FINITE, STEEP, WINDOW, Guard, Verdict
+from trmt.guard import ENOUGH, FIRST_SCALE, HIGH, NOT_FINITE, STEEP, WINDOW, Guard, Verdict, _median
 from trmt.training import Run
 
 CPU = torch.device("cpu")
@@ -260,3 +260,22 @@ def test_a_step_never_asks_the_device() -> None:
     with Waits() as waits:
         assert bool(torch.ones(())) and float(torch.ones(())) == 1
     assert waits.count >= 2, "what it is to notice is noticed"
+
+
+def test_what_was_saved_is_not_written_to() -> None:
+    saved = {name: tensor.clone() for name, tensor in guard().tensors().items()}
+    kept = {name: tensor.clone() for name, tensor in saved.items()}
+    other = guard()
+    other.restore(saved)
+    weights = torch.nn.Parameter(torch.ones(3))
+    weights.grad = torch.ones(3)
+    other.take(adam(weights), step=1, norm=torch.tensor(2.0), nll=torch.tensor(3.0), tokens=2, clip=0.0)
+    for name, tensor in kept.items():
+        torch.testing.assert_close(saved[name], tensor, equal_nan=True)
+
+
+def test_the_median_is_the_lower_one_of_those_that_are_numbers() -> None:
+    nan = math.nan
+    rows = torch.tensor([[4.0, nan, 1, 3, 2], [5, nan, nan, nan, 7], [9, 1, 8, 2, 3]])
+    middle, count = _median(rows)
+    assert (middle.tolist(), count.tolist()) == ([2, 5, 3], [4, 2, 5])

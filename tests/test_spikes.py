@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -17,13 +18,15 @@ from tests.contracts.test_training import final, log
 from tests.toy import options
 from trmt import checkpoints
 from trmt.batches import Examples
+from trmt.checkpoints import Checkpoint
 from trmt.errors import BundleError, TrmtError
-from trmt.guard import ENOUGH
+from trmt.guard import ENOUGH, HIGH, NOT_FINITE, Verdict
 from trmt.keeping import Keeper, Progress
 from trmt.learner import Learner
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.spikes import ROLLBACKS, SUSPECTS, Rollback, read
+from trmt.spikes import FAILED_STEPS, ROLLBACKS, SUSPECTS, GoBack, Rollback, Spikes, read
+from trmt.team import Team
 from trmt.training import train
 
 BEGUN, LAST = 72, 90
@@ -280,3 +283,38 @@ def test_rollbacks_that_cannot_be_read_are_not_forgotten(toy_set: Path, recipe: 
     path.write_text("[", encoding="utf-8")
     with pytest.raises(BundleError, match=r"cannot read .*rollbacks\.json"):
         train(options(tmp_path / "run", toy_set, recipe))
+
+
+# The policy by itself
+
+
+def policy(folder: Path, name: str, *, half: bool = False) -> Spikes:
+    return Spikes(folder, policy=name, half=half, log=lambda *_, **__: None, team=Team())
+
+
+def test_a_checkpoint_that_a_suspect_made_is_not_gone_back_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [Checkpoint(tmp_path / str(step), step) for step in (60, 66, 72, 78)]
+    monkeypatch.setattr("trmt.spikes.whole_points", lambda folder: points)
+    with pytest.raises(GoBack) as back:
+        policy(tmp_path, "rollback").hear(Verdict(72 + SUSPECTS, HIGH, norm=1.0, loss=20.0))
+    assert back.value.point.step == 66
+    assert read(tmp_path)[0].left_out == tuple(range(72, 72 + SUSPECTS + 1))
+
+
+def test_failures_count_only_in_a_row(tmp_path: Path) -> None:
+    spikes = policy(tmp_path, "skip")
+    for _ in range(3):
+        for step in range(1, FAILED_STEPS):
+            spikes.hear(Verdict(step, NOT_FINITE, norm=math.nan, loss=1.0))
+        spikes.hear(Verdict(FAILED_STEPS, 0, norm=1.0, loss=1.0))
+    with pytest.raises(TrmtError, match="fell apart"):
+        for step in range(FAILED_STEPS):
+            spikes.hear(Verdict(step, NOT_FINITE, norm=math.nan, loss=1.0))
+
+
+def test_a_loss_scale_that_is_being_found_is_no_reason_to_stop(tmp_path: Path) -> None:
+    policy(tmp_path, "stop", half=True).hear(Verdict(1, NOT_FINITE, norm=math.inf, loss=1.0))
+    with pytest.raises(TrmtError, match="stop"):
+        policy(tmp_path, "stop").hear(Verdict(1, NOT_FINITE, norm=math.inf, loss=1.0))
