@@ -47,6 +47,9 @@ def command(
     batch: Annotated[int, typer.Option("--batch", help="Sentences translated together.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines with scores.")] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="fp32, int8 (on the CPU), or auto: as the bundle is.")
+    ] = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
     ] = None,
@@ -74,6 +77,7 @@ def command(
         max_length=max_length,
         batch=batch,
         device=device,
+        precision=_precision(precision),
         **asked,
     )
     translator = Translator.load(model, options=options, trust_code=trust_code)
@@ -84,6 +88,14 @@ def command(
     except OSError as error:
         _leave(error)
     _warn(report)
+
+
+def _precision(name: str) -> Any:
+    from trmt.errors import ConfigError
+
+    if name not in ("auto", "fp32", "int8"):
+        raise ConfigError(f"there is no precision {name!r} to translate in; choose auto, fp32 or int8")
+    return name
 
 
 def _asked(searching: dict[str, Any], drawing: dict[str, Any], *, sample: bool) -> dict[str, Any]:

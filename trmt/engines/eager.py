@@ -17,6 +17,7 @@ from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Engine, Request
 from trmt.errors import BundleError, ConfigError
+from trmt.kernels.products import Precision
 
 COMPACT_AT = 0.25  # share of finished sentences at which the batch is made smaller
 LOOK_EVERY = 8  # steps between two looks at an accelerator, each of which waits for it
@@ -34,13 +35,14 @@ class Eager(Engine):
         eos: int,
         banned: Collection[int] = (),
         batching: Batching = Batching(),
+        precision: Precision = "fp32",
     ) -> None:
         if net.couples_batch:
             raise ConfigError(
                 f"translations of {type(net).__name__} would depend on the sentences beside them, "
                 "which this engine does not allow; choose another network"
             )
-        self.stepper: Stepper = net.frozen(linear.eager)
+        self.stepper: Stepper = net.frozen(linear.choose(precision))
         self.search = search
         self.bos, self.eos = bos, eos
         self.batching = batching
