@@ -48,6 +48,10 @@ class TranslateOptions:
     precision: Literal["auto", "fp32", "int8"] = "auto"  # auto: that of the bundle, but fp32 on a GPU
 
     def __post_init__(self) -> None:
+        if self.precision not in ("auto", "fp32", "int8"):
+            raise ConfigError(
+                f"there is no precision {self.precision!r} to translate in; choose auto, fp32 or int8"
+            )
         if self.batch < 1 or self.max_length < 0:
             raise ConfigError("--batch is at least 1 and --max-length at least 0")
         if self.n_best > 1 and self.search == "greedy":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, cast
 
 import typer
 
@@ -77,7 +77,7 @@ def command(
         max_length=max_length,
         batch=batch,
         device=device,
-        precision=_precision(precision),
+        precision=cast(Any, precision),  # checked there
         **asked,
     )
     translator = Translator.load(model, options=options, trust_code=trust_code)
@@ -88,14 +88,6 @@ def command(
     except OSError as error:
         _leave(error)
     _warn(report)
-
-
-def _precision(name: str) -> Any:
-    from trmt.errors import ConfigError
-
-    if name not in ("auto", "fp32", "int8"):
-        raise ConfigError(f"there is no precision {name!r} to translate in; choose auto, fp32 or int8")
-    return name
 
 
 def _asked(searching: dict[str, Any], drawing: dict[str, Any], *, sample: bool) -> dict[str, Any]:
