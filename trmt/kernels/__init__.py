@@ -29,7 +29,7 @@ PROCESSORS = {
     "AVX2": ("-march=x86-64-v3",),
 }
 # These choose among processors by themselves, and say where an operation may be fused with the next.
-PORTABLE = {"products": ("-ffp-contract=off",)}
+PORTABLE = {"translating": ("-ffp-contract=off",)}
 MINUTES = 2  # that a compiler may take
 
 
@@ -72,7 +72,7 @@ def _built(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
     import torch
 
     source = SOURCES / f"{name}.c"
-    made_of = [file.read_bytes() for file in (source, *sorted(SOURCES.glob("*.h")))]
+    made_of = [name.encode(), *(file.read_bytes() for file in sorted(SOURCES.glob("*.[ch]")))]
     made_of += [*(flag.encode() for flag in (*FLAGS, *flags)), compiler.encode()]
     made_of += [platform.machine().encode(), platform.platform().encode(), torch.__version__.encode()]
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:20]

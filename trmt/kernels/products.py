@@ -113,10 +113,10 @@ class _Matrix(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The kernels for products, or None."""
-    found = kernels.load("products")
+    """The kernels for translating, or None."""
+    found = kernels.load("translating")
     if found:
-        for name in ("product", "pack_int8", "pack_fp32"):
+        for name in ("product", "pack_int8", "pack_fp32", "step"):
             getattr(found, f"trmt_{name}").restype = None
         found.trmt_product.argtypes = (
             ctypes.c_void_p,
