@@ -25,7 +25,7 @@ from trmt.kernels.products import Int8, Native
 
 NORMS = ("own_norm", "cross_norm", "feed_norm")
 FIRST_COLUMNS = 32  # of a new cache
-WIDE, WIDEST_HEAD = 8, 256  # what the kernel can do: WIDE and WIDEST_HEAD in step.c
+WIDE = 8  # doubles that the kernel takes at a time, at most
 
 
 @dataclass
@@ -111,7 +111,6 @@ def suits(config: Any, product: Any) -> bool:
         and config.activation == "relu"
         and config.positions != "rotary"
         and part % WIDE == 0
-        and part <= WIDEST_HEAD
     )
 
 

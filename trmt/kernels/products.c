@@ -74,6 +74,8 @@ INLINE dot_ints plain_dot(dot_ints sum, int32_t x, dot_bytes w) {
 
 #if defined(__x86_64__)
 #include "products_x86.h"
+#undef NAME
+#undef TARGET
 #else
 static int x86_processors(void) { return 0; }
 #endif

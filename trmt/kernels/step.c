@@ -12,12 +12,9 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum { WIDE = 8, WIDEST_HEAD = 256 };
-
-typedef double wide __attribute__((vector_size(8 * WIDE), aligned(8)));
-typedef int64_t wide_bits __attribute__((vector_size(8 * WIDE), aligned(8)));
-typedef float narrow __attribute__((vector_size(4 * WIDE), aligned(4)));
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 typedef struct {
   const float *weight, *bias; /* without bias it is the root mean square norm */
@@ -56,118 +53,76 @@ typedef struct {
   int64_t count;
 } Seen;
 
-INLINE wide widened(const float *p) { return __builtin_convertvector(*(const narrow *)p, wide); }
+/* What attention needs for one row: [D] sums, [heads, keys] weights. */
+typedef struct {
+  double *sums, *weights;
+  int64_t keys;
+} Room;
 
-INLINE double total(wide v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
+#define NAME(x) plain_##x
+#define TARGET
+#define WIDE 2
+#define WIDENED(p) __builtin_convertvector(*(const plain_narrow *)(p), plain_wide)
+#define NARROWED(v) __builtin_convertvector(v, plain_narrow)
+#define FUSED(a, b, c) ((a) * (b) + (c))
+#define TOTAL(v) ((v)[0] + (v)[1])
+#include "rows.h"
+#undef NAME
+#undef TARGET
+#undef WIDE
+#undef WIDENED
+#undef NARROWED
+#undef FUSED
+#undef TOTAL
 
-/* e to the x for x <= 0; what is below -708 counts as that. */
-INLINE wide wide_exponential(wide x) {
-  wide_bits low = x < -708.0;
-  x = (wide)(((wide_bits)((wide){0} - 708.0) & low) | ((wide_bits)x & ~low));
-  wide shifted = x * 1.4426950408889634 + 6755399441055744.0; /* its lowest bits are the whole number */
-  wide n = shifted - 6755399441055744.0;
-  wide r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  static const double terms[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-                                 1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
-                                 0.5,             1.0,            1.0};
-  wide y = (wide){0} + 1.0 / 6227020800;
-  for (int i = 0; i < 13; i++) y = y * r + terms[i];
-  return y * (wide)(((wide_bits)shifted + 1023) << 52);
-}
-
-/* x += added where there is something to add; out = norm(x) */
-INLINE void norm_row(const Network *n, const Norm *norm, float *x, const float *added, float *out) {
-  int64_t width = n->width;
-  wide sum = {0}, square = {0};
-  if (added)
-    for (int64_t i = 0; i < width; i++) x[i] += added[i];
-  double mean = 0;
-  if (norm->bias) {
-    for (int64_t i = 0; i < width; i += WIDE) sum += widened(x + i);
-    mean = total(sum) / width;
-  }
-  for (int64_t i = 0; i < width; i += WIDE) {
-    wide d = widened(x + i) - mean;
-    square += d * d;
-  }
-  double scale = 1.0 / sqrt(total(square) / width + n->epsilon);
-  for (int64_t i = 0; i < width; i += WIDE) {
-    wide y = (widened(x + i) - mean) * scale * widened(norm->weight + i);
-    if (norm->bias) y += widened(norm->bias + i);
-    *(narrow *)(out + i) = __builtin_convertvector(y, narrow);
-  }
-}
-
-/* One head of one row; `weights` has space for all keys, rounded up to WIDE. */
-INLINE void attend_head(const float *query, const Seen *seen, int64_t from, int64_t part, double *weights,
-                        float *out) {
-  double scale = 1.0 / sqrt((double)part), most = -INFINITY, sum = 0;
-  wide q[WIDEST_HEAD / WIDE];
-  for (int64_t p = 0; p < part; p += WIDE) q[p / WIDE] = widened(query + from + p);
-  for (int64_t j = 0; j < seen->count; j++) {
-    const float *key = seen->keys + seen->offset[j] + from;
-    wide dot = {0};
-    for (int64_t p = 0; p < part; p += WIDE) dot += q[p / WIDE] * widened(key + p);
-    weights[j] = total(dot) * scale;
-    most = weights[j] > most ? weights[j] : most;
-  }
-  for (int64_t j = seen->count; j % WIDE; j++) weights[j] = most;
-  for (int64_t j = 0; j < seen->count; j += WIDE)
-    *(wide *)(weights + j) = wide_exponential(*(wide *)(weights + j) - most);
-  for (int64_t j = 0; j < seen->count; j++) sum += weights[j];
-  for (int64_t p = 0; p < part; p += WIDE) q[p / WIDE] = (wide){0};
-  for (int64_t j = 0; j < seen->count; j++) {
-    const float *value = seen->values + seen->offset[j] + from;
-    double weight = weights[j] / sum;
-    for (int64_t p = 0; p < part; p += WIDE) q[p / WIDE] += weight * widened(value + p);
-  }
-  for (int64_t p = 0; p < part; p += WIDE)
-    *(narrow *)(out + from + p) = __builtin_convertvector(q[p / WIDE], narrow);
-}
-
-INLINE void attend_row(const Network *n, const float *query, const Seen *seen, double *weights, float *out) {
-  int64_t part = n->width / n->heads;
-  for (int64_t head = 0; head < n->heads; head++) {
-    if (part == 64) /* the usual one, with loops of known length */
-      attend_head(query, seen, head * 64, 64, weights, out);
-    else if (part == 32)
-      attend_head(query, seen, head * 32, 32, weights, out);
-    else
-      attend_head(query, seen, head * part, part, weights, out);
-  }
-}
-
-/* The same for each kind of processor. */
-#define VARIANT(name, target)                                                                                 \
-  static target void norm_##name(const Network *n, const Norm *norm, float *x, const float *added, float *out) { \
-    norm_row(n, norm, x, added, out);                                                                         \
-  }                                                                                                           \
-  static target void attend_##name(const Network *n, const float *query, const Seen *seen, double *weights,     \
-                                   float *out) {                                                              \
-    attend_row(n, query, seen, weights, out);                                                                 \
-  }
-VARIANT(plain, )
 #if defined(__x86_64__)
-VARIANT(avx2, __attribute__((target("avx2"))))
-VARIANT(avx512, __attribute__((target("avx2,avx512f,avx512dq,avx512vl,avx512bw"))))
+#define NAME(x) avx2_##x
+#define TARGET __attribute__((target("avx2,fma")))
+#define WIDE 4
+#define WIDENED(p) ((avx2_wide)_mm256_cvtps_pd(_mm_loadu_ps(p)))
+#define NARROWED(v) ((avx2_narrow)_mm256_cvtpd_ps(v))
+#define FUSED(a, b, c) ((avx2_wide)_mm256_fmadd_pd(a, b, c))
+#define TOTAL(v) (((v)[0] + (v)[2]) + ((v)[1] + (v)[3]))
+#include "rows.h"
+#undef NAME
+#undef TARGET
+#undef WIDE
+#undef WIDENED
+#undef NARROWED
+#undef FUSED
+#undef TOTAL
+
+#define NAME(x) avx512_##x
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512dq,avx512vl,avx512bw")))
+#define WIDE 8
+#define WIDENED(p) ((avx512_wide)_mm512_cvtps_pd(_mm256_loadu_ps(p)))
+#define NARROWED(v) ((avx512_narrow)_mm512_cvtpd_ps(v))
+#define FUSED(a, b, c) ((avx512_wide)_mm512_fmadd_pd(a, b, c))
+#define TOTAL(v) _mm512_reduce_add_pd(v)
+#include "rows.h"
+#undef NAME
+#undef TARGET
+#undef WIDE
+#undef WIDENED
+#undef NARROWED
+#undef FUSED
+#undef TOTAL
 #endif
 
 static void normed(const Network *n, const Norm *norm, float *x, const float *added, float *out) {
 #if defined(__x86_64__)
-  if (n->processor >= AVX512_VNNI) return norm_avx512(n, norm, x, added, out);
-  if (n->processor >= AVX2) return norm_avx2(n, norm, x, added, out);
+  if (n->processor >= AVX512_VNNI) return avx512_norm_row(n, norm, x, added, out);
+  if (n->processor >= AVX2) return avx2_norm_row(n, norm, x, added, out);
 #endif
-  norm_plain(n, norm, x, added, out);
+  plain_norm_row(n, norm, x, added, out);
 }
 
-static void attended(const Network *n, const float *query, const Seen *seen, double *weights, float *out) {
+static void attended(const Network *n, const float *query, const Seen *seen, const Room *room, float *out) {
 #if defined(__x86_64__)
-  if (n->processor >= AVX512_VNNI) return attend_avx512(n, query, seen, weights, out);
-  if (n->processor >= AVX2) return attend_avx2(n, query, seen, weights, out);
+  if (n->processor >= AVX512_VNNI) return avx512_attend_row(n, query, seen, room, out);
+  if (n->processor >= AVX2) return avx2_attend_row(n, query, seen, room, out);
 #endif
-  attend_plain(n, query, seen, weights, out);
+  plain_attend_row(n, query, seen, room, out);
 }
 
 /* The row's ancestors in the cache of a layer. */
@@ -202,17 +157,19 @@ static void store(const Network *n, const Step *s, int64_t layer, const float *m
 
 static void attend_all(const Network *n, const Step *s, int64_t layer, const float *query, int64_t stride,
                        int back, float *out) {
-  int64_t rows = s->sentences * s->hypotheses, most = s->room > s->length ? s->room : s->length;
+  int64_t rows = s->sentences * s->hypotheses;
+  int64_t most = ((s->room > s->length ? s->room : s->length) + 7) / 8 * 8;
 #pragma omp parallel if (rows > 8)
   {
-    double *weights = aligned_alloc(64, (most + 64) / 64 * 64 * 16);
-    int64_t *offset = (int64_t *)(weights + (most + 64) / 64 * 64);
+    double *sums = aligned_alloc(64, (n->width + n->heads * most + most + 7) / 8 * 8 * sizeof(double));
+    Room room = {sums, sums + n->width, most};
+    int64_t *offset = (int64_t *)(room.weights + n->heads * most);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
       Seen seen = (back ? look_back : look_over)(n, s, layer, row, offset);
-      attended(n, query + row * stride, &seen, weights, out + row * n->width);
+      attended(n, query + row * stride, &seen, &room, out + row * n->width);
     }
-    free(weights);
+    free(sums);
   }
 }
 
