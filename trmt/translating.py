@@ -113,6 +113,7 @@ class Translator:
         *,
         longest: int,
         options: TranslateOptions = TranslateOptions(),
+        weights: str = "",
     ) -> None:
         self.tokenizer, self.options = tokenizer, options
         source, target = tokenizer.source, tokenizer.target
@@ -129,6 +130,7 @@ class Translator:
             banned={target.pad, target.bos, target.unk},
             batching=Batching(sentences=options.batch),
             precision="int8" if options.precision == "int8" else "fp32",
+            weights=weights,
         )
 
     @classmethod
@@ -149,7 +151,8 @@ class Translator:
         longest = bundle.manifest.longest.get("source")
         if not longest:
             raise BundleError(f"the manifest of {folder} does not say longest.source; copy the bundle again")
-        return cls(bundle.net, bundle.tokenizer, longest=longest, options=options)
+        weights = str(bundle.manifest.weights.get("sha256", ""))
+        return cls(bundle.net, bundle.tokenizer, longest=longest, options=options, weights=weights)
 
     def translate(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0

@@ -114,6 +114,11 @@ def suits(config: Any, product: Any) -> bool:
     )
 
 
+def kernel_for(net: Any, frozen: Any) -> Kernel | None:
+    """The kernel for a decoder whose products are the kernels' own."""
+    return Kernel(net, frozen) if isinstance(frozen.decoder[0].own, Native) else None
+
+
 def round_once(net: Any, frozen: Any) -> None:
     """Let the norms of a frozen decoder compute in double precision."""
     for layer, modules in zip(frozen.decoder, net.decoder, strict=True):

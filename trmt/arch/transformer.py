@@ -315,8 +315,7 @@ class TransformerStepper(Stepper):
         self.kernel: stepping.Kernel | None = None
         if self.stepwise:
             stepping.round_once(net, self.net)
-        if self.stepwise and isinstance(self.product, stepping.Native):
-            self.kernel = stepping.Kernel(net, self.net)
+            self.kernel = stepping.kernel_for(net, self.net)
 
     def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
         if room > self.config.longest:

@@ -18,18 +18,19 @@ from torch import Tensor
 from trmt.arch.base import Linear, Product
 from trmt.kernels import products
 from trmt.kernels.products import Precision
+from trmt.kernels.shelf import Shelf
 
 MIN_ROWS = 16
 
 
-def choose(precision: Precision = "fp32") -> Linear:
-    """Products of this precision, by the best back end there is for each."""
+def choose(precision: Precision = "fp32", *, shelf: Shelf | None = None) -> Linear:
+    """Products of this precision, by the best back end there is for each; packed weights go on the shelf."""
 
     def linear(weight: Tensor, bias: Tensor | None) -> Product:
         on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
         assert on_cpu or precision == "fp32", "int8 is for fp32 weights on the CPU"
         if on_cpu and products.processors():
-            return products.Native(weight, bias, precision=precision)
+            return products.Native(weight, bias, precision=precision, shelf=shelf)
         return products.Int8(weight, bias) if precision == "int8" else eager(weight, bias)
 
     return linear

@@ -76,7 +76,7 @@ def _built(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
     made_of += [*(flag.encode() for flag in (*FLAGS, *flags)), compiler.encode()]
     made_of += [platform.machine().encode(), platform.platform().encode(), torch.__version__.encode()]
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:20]
-    folder = _cache()
+    folder = cache()
     library = folder / f"{name}-{key}.so"
     checksum = library.with_suffix(".sha256")
     if _intact(library, checksum):
@@ -108,7 +108,7 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=60 * MINUTES)
 
 
-def _cache() -> Path:
+def cache() -> Path:
     """A folder that belongs to this user alone: what lies in it is going to be run.
 
     Who has no home to write to, as in many containers, gets one for as long as the process lives.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trmt import kernels
+from trmt.kernels.shelf import Parts, Shelf
 
 Precision = Literal["fp32", "int8"]
 PROCESSORS = ("plain C", "AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX")  # as numbered in products.h
@@ -144,7 +145,13 @@ class Native:
     """A product by the kernels; its weights are packed for them once."""
 
     def __init__(
-        self, weight_NK: Tensor, bias_N: Tensor | None, *, precision: Precision, processor: int | None = None
+        self,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        *,
+        precision: Precision,
+        processor: int | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self.outer, self.inner = weight_NK.shape
         self.processor = processors()[-1] if processor is None else processor
@@ -153,9 +160,8 @@ class Native:
         panels, step = -(-self.outer // PANEL), DEPTH if is_int8 else 1
         depth = -(-self.inner // step) * step
         room = panels * PANEL
-        packed, scale, shift = (
-            _packed(weight_NK, room, depth) if is_int8 else (*_panels(weight_NK, room), None, None)
-        )
+        pack = functools.partial(_int8_panels if is_int8 else _fp32_panels, weight_NK, room, depth)
+        packed, scale, shift = shelf.take(weight_NK, pack) if shelf else pack()
         bias = None if bias_N is None else F.pad(bias_N.float(), [0, room - self.outer])
         self.kept = packed, scale, shift, bias
         self.matrix = _Matrix(
@@ -178,7 +184,7 @@ class Native:
         return y
 
 
-def _packed(weight_NK: Tensor, room: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+def _int8_panels(weight_NK: Tensor, room: int, depth: int) -> Parts:
     whole_NK, scale_N = quantised(weight_NK)
     packed = torch.zeros(room * depth, dtype=torch.int8)
     shift = torch.zeros(room, dtype=torch.int32)
@@ -187,8 +193,8 @@ def _packed(weight_NK: Tensor, room: int, depth: int) -> tuple[Tensor, Tensor, T
     return packed, F.pad(scale_N, [0, room - len(scale_N)]), shift
 
 
-def _panels(weight_NK: Tensor, room: int) -> tuple[Tensor]:
-    packed = torch.zeros(room * weight_NK.shape[1])
+def _fp32_panels(weight_NK: Tensor, room: int, depth: int) -> Parts:
+    packed = torch.zeros(room * depth)
     outer, inner = (ctypes.c_int64(size) for size in weight_NK.shape)
     library().trmt_pack_fp32(_at(weight_NK.contiguous()), outer, inner, _at(packed))
-    return (packed,)
+    return packed, None, None
