@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -132,3 +137,30 @@ def test_the_engine_takes_kernels_where_there_are_any(native: bool, monkeypatch:
     kinds = {type(linear.choose(precision)(torch.randn(4, 4), None)) for precision in ("fp32", "int8")}
     assert (Native in kinds) == native and (Int8 in kinds) != native
     assert linear.backend().startswith("native" if native else "pure")
+
+
+def digest() -> str:
+    """A fingerprint of products that are worth several threads."""
+    made = hashlib.sha256()
+    generator = torch.Generator().manual_seed(5)
+    for outer, inner, rows in ((2000, 256, 3), (512, 1024, 70), (300, 700, 33), (4000, 64, 1)):
+        weight, bias = torch.randn(outer, inner, generator=generator), torch.randn(outer, generator=generator)
+        x = torch.randn(rows, inner, generator=generator)
+        for precision in ("fp32", "int8"):
+            product = Native(weight, bias, precision=precision)  # type: ignore[arg-type]
+            made.update(product(x).numpy().tobytes())
+    return made.hexdigest()
+
+
+@needs_kernels
+def test_the_thread_count_changes_no_bit() -> None:
+    code = "import sys, torch, tests.test_products as here\n"
+    code += "torch.set_num_threads(int(sys.argv[1]))\nprint(here.digest())"
+    environment = {**os.environ, "OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "0"}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code, threads], check=True, capture_output=True, text=True, env=environment
+        ).stdout
+        for threads in ("1", "3")
+    ]
+    assert found[0] == found[1] and found[0].strip()

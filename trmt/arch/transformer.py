@@ -2,7 +2,7 @@
 
 Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when
 decoding), N target tokens of a batch in a row, M source tokens in a row, H heads, P width of one head,
-D width, V vocabulary, A layers.
+D width, V vocabulary, A layers, C columns of the cache.
 
 The arithmetic is written once, as functions of a layer whose fields are modules in training and plain
 products in decoding (`layers.freeze`), and of the attention, which depends on how tokens are laid out: in
