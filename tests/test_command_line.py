@@ -21,6 +21,8 @@ COMMANDS = [
     "check-resume",
     "average",
     "translate",
+    "quantize",
+    "inspect",
     "score",
     "plot",
     "env",

@@ -1,7 +1,8 @@
 """Bundles: a folder that holds a trained network and everything needed to translate with it.
 
     manifest.json         what it is, where it came from, what it scored, and the checksum of the weights
-    weights.safetensors   each tensor once; the manifest says which names share one
+    weights.safetensors   each tensor once; the manifest says which names share one, and whether matrices
+                          are whole numbers beside their scales (trmt/quantised.py)
     tokenizer/            text to ids and back
 
 A bundle is data: nothing in it is unpickled, and its manifest may name registered architectures only, so
@@ -15,7 +16,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import trmt
+from trmt import quantised
 from trmt import tokenizer as tokenizers
 from trmt.arch.base import Seq2Seq
 from trmt.config import build, tree_of
@@ -31,7 +33,7 @@ from trmt.files import atomic_folder, checksum, write_json
 from trmt.registry import ARCHITECTURES, resolve
 from trmt.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMATS = {"fp32": 1, "int8": 2}  # by precision: who knows only the first cannot read the second
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights.safetensors", "tokenizer"
 
 
@@ -54,6 +56,7 @@ class Manifest:
     licences: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)  # size and checksum of the file
+    precision: Literal["fp32", "int8"] = "fp32"  # of the matrices in it
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def write_bundle(
     folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> Manifest:
     """Write a bundle into an existing folder, which its caller makes appear atomically."""
-    write_tensors(folder / WEIGHTS, {name: t for name, t in weights.items() if name not in manifest.tied})
+    stored = {name: tensor for name, tensor in weights.items() if name not in manifest.tied}
+    write_tensors(folder / WEIGHTS, quantised.store(stored) if manifest.precision == "int8" else stored)
     return seal(folder, manifest, tokenizer)
 
 
@@ -122,8 +126,12 @@ def seal(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Manifest:
     tokenizer.save(folder / TOKENIZER)
     size = (folder / WEIGHTS).stat().st_size
     manifest = replace(manifest, weights={"bytes": size, "sha256": checksum(folder / WEIGHTS)})
-    write_json(folder / MANIFEST, {"format": FORMAT, **tree_of(manifest)})
+    _write_manifest(folder, manifest)
     return manifest
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / MANIFEST, {"format": FORMATS[manifest.precision], **tree_of(manifest)})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -146,7 +154,7 @@ def save_bundle(
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
     """Change fields of a bundle's manifest, atomically."""
     manifest = replace(read_manifest(folder), **changes)
-    write_json(folder / MANIFEST, {"format": FORMAT, **tree_of(manifest)})
+    _write_manifest(folder, manifest)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -168,7 +176,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path} is not valid JSON; copy the bundle again") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
         raise BundleError(f"{path} is not a trmt manifest; name a folder that trmt train wrote")
-    if tree.pop("format") > FORMAT:
+    if tree.pop("format") > max(FORMATS.values()):
         raise BundleError(f"{folder} was written by a newer trmt; upgrade trmt to use it")
     known = {f.name for f in fields(Manifest)}
     try:
@@ -179,7 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> dict[str, Tensor]:
-    """The weights of a bundle by name, tied names included; altered ones are an error."""
+    """The weights of a bundle by name, in floating point, tied names included; altered ones are an error."""
     path = folder / WEIGHTS
     try:
         if verify and checksum(path) != manifest.weights.get("sha256"):
@@ -191,6 +199,8 @@ def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> di
         raise BundleError(f"cannot read {path}: {error.strerror}; copy the bundle again") from error
     except SafetensorError as error:
         raise BundleError(f"{path} is damaged: {error}; copy the bundle again") from error
+    if manifest.precision == "int8":
+        stored = quantised.restore(stored)
     for alias, name in manifest.tied.items():
         if name in stored:
             stored[alias] = stored[name]

@@ -296,6 +296,10 @@ def average(places: Sequence[Path], out: Path) -> Manifest:
             raise BundleError(
                 f"{place} and {places[0]} differ in architecture; average checkpoints of one run"
             )
+        if manifest.precision != "fp32":
+            raise BundleError(
+                f"{place} is quantised; average the checkpoints it was made from, then quantise"
+            )
         if manifest.tokenizer != first.tokenizer:
             raise BundleError(f"{place} and {places[0]} differ in tokenizer; average checkpoints of one run")
     total: dict[str, Tensor] = {}

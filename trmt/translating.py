@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from trmt import bundles, checkpoints, console
+from trmt import bundles, checkpoints, console, quantised
 from trmt.arch.base import Seq2Seq
+from trmt.bundles import Bundle
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines.base import Batching, Engine, Request
 from trmt.engines.device import choose_device
@@ -44,8 +45,13 @@ class TranslateOptions:
     batch: int = 64  # sentences translated together
     engine: str = "eager"
     device: str = "auto"
+    precision: Literal["auto", "fp32", "int8"] = "auto"  # auto: that of the bundle, but fp32 on a GPU
 
     def __post_init__(self) -> None:
+        if self.precision not in ("auto", "fp32", "int8"):
+            raise ConfigError(
+                f"there is no precision {self.precision!r} to translate in; choose auto, fp32 or int8"
+            )
         if self.batch < 1 or self.max_length < 0:
             raise ConfigError("--batch is at least 1 and --max-length at least 0")
         if self.n_best > 1 and self.search == "greedy":
@@ -107,6 +113,7 @@ class Translator:
         *,
         longest: int,
         options: TranslateOptions = TranslateOptions(),
+        weights: str = "",
     ) -> None:
         self.tokenizer, self.options = tokenizer, options
         source, target = tokenizer.source, tokenizer.target
@@ -122,6 +129,8 @@ class Translator:
             eos=target.eos,
             banned={target.pad, target.bos, target.unk},
             batching=Batching(sentences=options.batch),
+            precision="int8" if options.precision == "int8" else "fp32",
+            weights=weights,
         )
 
     @classmethod
@@ -136,11 +145,14 @@ class Translator:
         folder = checkpoints.find_bundle(place) if place else checkpoints.default_bundle()
         if not place:
             console.say(f"model: {folder}")
-        bundle = bundles.load_bundle(folder, device=choose_device(options.device), trust_code=trust_code)
+        device = choose_device(options.device)
+        bundle = bundles.load_bundle(folder, device=device, trust_code=trust_code)
+        options = replace(options, precision=_precision(options.precision, bundle, device.type))
         longest = bundle.manifest.longest.get("source")
         if not longest:
             raise BundleError(f"the manifest of {folder} does not say longest.source; copy the bundle again")
-        return cls(bundle.net, bundle.tokenizer, longest=longest, options=options)
+        weights = str(bundle.manifest.weights.get("sha256", ""))
+        return cls(bundle.net, bundle.tokenizer, longest=longest, options=options, weights=weights)
 
     def translate(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0
@@ -224,6 +236,17 @@ class Translator:
 
     def _text(self, ids: Sequence[int]) -> str:
         return BREAKS.sub(" ", self.tokenizer.target.decode(ids)).strip()
+
+
+def _precision(asked: str, bundle: Bundle, device: str) -> Literal["fp32", "int8"]:
+    """What to compute in; a network that is to run in int8 gets weights that int8 can hold."""
+    if asked == "int8" and device != "cpu":
+        raise ConfigError(f"int8 is for the CPU, not for {device}; add --device cpu or leave --precision out")
+    if asked == "int8" and bundle.manifest.precision == "fp32":
+        quantised.round_weights(bundle.net)
+    if asked == "auto":
+        asked = bundle.manifest.precision if device == "cpu" else "fp32"
+    return "int8" if asked == "int8" else "fp32"
 
 
 def _join(texts: Sequence[str], joiners: Sequence[str]) -> str:

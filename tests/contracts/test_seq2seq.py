@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from trmt.arch.base import Ragged, Seq2Seq, Source
-from trmt.engines.linear import eager
+from trmt.engines.linear import choose, eager
 from trmt.registry import ARCHITECTURES
 
 # The registered networks as they are, and the Transformer's options, which change how states work.
@@ -26,6 +26,15 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 def net(request: pytest.FixtureRequest) -> Seq2Seq:
     name, options = request.param
     return small_network(name, **options)
+
+
+linear = eager
+
+
+@pytest.fixture(params=[eager, choose()], ids=["plain", "best"], autouse=True)
+def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every contract with plain products, and with the best there are here."""
+    monkeypatch.setattr(f"{__name__}.linear", request.param)
 
 
 SOURCES = random_sentences(4, seed=1)
@@ -49,7 +58,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> None:
 def test_any_split_into_steps_equals_teacher_forcing(net: Seq2Seq, chunks: list[int]) -> None:
     targets = [sentence[:6] for sentence in random_sentences(8, longest=20, seed=3) if len(sentence) >= 6][:4]
     sources = SOURCES[: len(targets)]
-    stepper = net.frozen(eager)
+    stepper = net.frozen(linear)
     state = stepper.start(Source.of(sources), hypotheses=1, room=6)
     parts, at = [], 0
     for size in chunks:
@@ -64,7 +73,7 @@ def test_any_split_into_steps_equals_teacher_forcing(net: Seq2Seq, chunks: list[
 @pytest.mark.parametrize("reorders", [True, False])
 def test_long_translations_outgrow_the_first_room(net: Seq2Seq, reorders: bool) -> None:
     target = torch.randint(4, VOCABULARY, (70,), generator=torch.Generator().manual_seed(4)).tolist()
-    stepper = net.frozen(eager)
+    stepper = net.frozen(linear)
     state = stepper.start(Source.of(SOURCES[:1]), hypotheses=3, room=70, reorders=reorders)
     for token in target:
         output, state = stepper.step(torch.tensor([[[5], [token], [6]]]), state)
@@ -118,7 +127,7 @@ def test_readout_of_some_ids_is_a_part_of_the_whole(net: Seq2Seq) -> None:
     hidden = net(Source.of(SOURCES), Ragged.of(TARGETS)).hidden
     only = torch.tensor([3, 20, 5])
     torch.testing.assert_close(net.readout(hidden, only), net.readout(hidden)[:, only], **CLOSE)
-    stepper = net.frozen(eager)
+    stepper = net.frozen(linear)
     torch.testing.assert_close(stepper.readout(hidden, only), net.readout(hidden, only), **CLOSE)
     assert net.readout(hidden).shape[-1] == VOCABULARY
 
@@ -134,7 +143,7 @@ def test_attention_is_a_distribution_over_the_real_source(net: Seq2Seq) -> None:
     for row, sentence in enumerate(SOURCES):
         real = weights[:, row, :, :, : len(sentence)].sum(-1)
         torch.testing.assert_close(real, torch.ones_like(real))
-    stepper = net.frozen(eager)
+    stepper = net.frozen(linear)
     tokens = torch.tensor([[sentence[:1]] for sentence in TARGETS])
     output, _ = stepper.step(tokens, stepper.start(source, hypotheses=1, room=1), want=("attention",))
     assert output.attention is not None
@@ -144,7 +153,7 @@ def test_attention_is_a_distribution_over_the_real_source(net: Seq2Seq) -> None:
 
 def beam_of(net: Seq2Seq, prefixes: list[list[list[int]]], *, hypotheses: int, reorders: bool = True):
     """A state in which hypothesis k of sentence s has seen `prefixes[s][k]`, all equally long."""
-    stepper = net.frozen(eager)
+    stepper = net.frozen(linear)
     sources = SOURCES[: len(prefixes)]
     state = stepper.start(Source.of(sources), hypotheses=hypotheses, room=12, reorders=reorders)
     for token in torch.tensor(prefixes).unbind(2):
@@ -184,7 +193,7 @@ def test_reorder_keep_and_fork_equal_recomputing(net: Seq2Seq, hypotheses: int, 
 @torch.inference_mode()
 @pytest.mark.parametrize("older_first", [True, False])
 def test_joined_sentences_of_different_age_equal_recomputing(net: Seq2Seq, older_first: bool) -> None:
-    stepper = net.frozen(eager)
+    stepper = net.frozen(linear)
     old = {"source": [6] * 20, "prefixes": [[4, 9, 5, 7, 8], [6, 5, 4, 10, 8]]}
     young = {"source": [9, 4, 7], "prefixes": [[12, 4], [13, 5]]}
     parts = [old, young] if older_first else [young, old]
@@ -209,7 +218,7 @@ def test_joined_sentences_of_different_age_equal_recomputing(net: Seq2Seq, older
 
 @torch.inference_mode()
 def test_a_consumed_state_raises(net: Seq2Seq) -> None:
-    stepper = net.frozen(eager)
+    stepper = net.frozen(linear)
     state = stepper.start(Source.of(SOURCES), hypotheses=1, room=4)
     tokens = torch.full((len(SOURCES), 1, 1), 4)
     stepper.step(tokens, state)

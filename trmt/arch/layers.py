@@ -109,7 +109,7 @@ def freeze(module: nn.Module, linear: Linear) -> Any:
     if isinstance(module, nn.Linear):
         bias = None if module.bias is None else module.bias.detach()
         product = linear(module.weight.detach(), bias)
-        return (lambda x: F.relu(product(x))) if getattr(module, "relu", False) else product
+        return _with_relu(product) if getattr(module, "relu", False) else product
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return _frozen_norm(module)
     if isinstance(module, nn.Dropout):
@@ -117,6 +117,11 @@ def freeze(module: nn.Module, linear: Linear) -> Any:
     if isinstance(module, nn.ModuleList):
         return [freeze(child, linear) for child in module]
     return SimpleNamespace(**{name: freeze(child, linear) for name, child in module.named_children()})
+
+
+def _with_relu(product: Any) -> Any:
+    """The product followed by relu; some do it in the same pass."""
+    return product.with_relu() if hasattr(product, "with_relu") else lambda x: F.relu(product(x))
 
 
 def _same(x: Tensor) -> Tensor:

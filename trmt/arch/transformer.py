@@ -2,7 +2,7 @@
 
 Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when
 decoding), N target tokens of a batch in a row, M source tokens in a row, H heads, P width of one head,
-D width, V vocabulary, A layers.
+D width, V vocabulary, A layers, C columns of the cache.
 
 The arithmetic is written once, as functions of a layer whose fields are modules in training and plain
 products in decoding (`layers.freeze`), and of the attention, which depends on how tokens are laid out: in
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import attention, fused, layers
+from trmt.arch import attention, fused, layers, stepping
 from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
 from trmt.errors import ConfigError
@@ -274,8 +274,11 @@ def _split(net: Any, config: TransformerConfig, merged_SQD: Tensor, position: Te
     return query, key, value
 
 
-def remember(net: Any, config: TransformerConfig, source: Source) -> Memory:
-    """Read the source for decoding: keys and values for every decoder layer, and the mask over them."""
+def remember(net: Any, config: TransformerConfig, source: Source, *, in_rows: bool = False) -> Memory:
+    """Read the source for decoding: keys and values for every decoder layer, and the mask over them.
+
+    They are laid out as [S, 2 * A, H, L, P], with `in_rows` as [S, 2 * A, L, D].
+    """
     _check_length(config, source)
     ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
     mask = layers.blocked(real_SL)[:, None, None]
@@ -286,6 +289,11 @@ def remember(net: Any, config: TransformerConfig, source: Source) -> Memory:
         return layers.attend(query_SHLP, key_SHLP, value_SHLP, mask)
 
     x_SLD = encode(net, config, embed(net, config, ids_SL, position_L, side=0), look_around)
+    if in_rows:
+        both_SALD = net.memory(x_SLD).unflatten(-1, (2 * config.decoder_layers, -1)).transpose(1, 2)
+        return Memory(
+            {"both": both_SALD.contiguous(), "mask": mask}, {"both": (2, 0.0), "mask": (3, -math.inf)}
+        )
     both_SAHLP = net.memory(x_SLD).unflatten(-1, (2 * config.decoder_layers, config.heads, -1))
     both_SAHLP = both_SAHLP.permute(0, 2, 3, 1, 4)
     return Memory({"both": both_SAHLP, "mask": mask}, {"both": (3, 0.0), "mask": (3, -math.inf)})
@@ -303,6 +311,11 @@ class TransformerStepper(Stepper):
         self.net.positions = getattr(net, "positions", None)
         self.weight_VD = net.output.weight.detach()
         self.product = linear(self.weight_VD, None)
+        self.stepwise = stepping.suits(self.config, self.product)
+        self.kernel: stepping.Kernel | None = None
+        if self.stepwise:
+            stepping.round_once(net, self.net)
+            self.kernel = stepping.kernel_for(net, self.net)
 
     def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
         if room > self.config.longest:
@@ -310,7 +323,12 @@ class TransformerStepper(Stepper):
                 f"{room} target positions are asked for, the network has {self.config.longest}; "
                 "lower --max-length"
             )
-        memory = remember(self.net, self.config, source)
+        memory = remember(self.net, self.config, source, in_rows=self.stepwise)
+        position_S = torch.zeros_like(source.lengths_S)
+        if self.stepwise:
+            sizes = (len(source), hypotheses)
+            cache = stepping.Cache.empty(sizes, layers=self.config.decoder_layers, width=self.config.width)
+            return State(memory, cache, position_S)
         store = layers.key_value_store(
             memory["both"],
             (len(source), hypotheses),
@@ -320,9 +338,11 @@ class TransformerStepper(Stepper):
             width=self.config.width,
             room=room,
         )
-        return State(memory, store, torch.zeros_like(source.lengths_S))
+        return State(memory, store, position_S)
 
     def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
+        if self.stepwise:
+            return self._stepwise(tokens_SKT, state, want=want)
         memory, store, position_S = state.take()
         config, both_SAHLP = self.config, memory["both"]
         sentences, hypotheses, count = tokens_SKT.shape
@@ -347,6 +367,51 @@ class TransformerStepper(Stepper):
         attention = torch.stack(weights) if weights else None
         hidden_SKTD = x_SQD.view(sentences, hypotheses, count, -1)
         return Output(hidden_SKTD, attention=attention), State(memory, store, position_S + count)
+
+    def _stepwise(
+        self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()
+    ) -> tuple[Output, State]:
+        """The same one token after the other, in the arithmetic of `stepping`."""
+        memory, cache, position_S = state.take()
+        count = tokens_SKT.shape[2]
+        cache.make_room(int(position_S.max()) + count)
+        hidden, weights = [], []
+        for tokens_SK in tokens_SKT.unbind(2):
+            if self.kernel and "attention" not in want:
+                one_SKD = self.kernel.step(tokens_SK, position_S, cache, memory["both"], memory["mask"])
+            else:
+                one_SKD, looked = self._one_token(tokens_SK, position_S, cache, memory)
+                weights.append(torch.stack(looked))  # [A, S, H, K, L]
+            hidden.append(one_SKD)
+            position_S = position_S + 1
+        attention = torch.stack(weights, 4).flatten(3, 4) if "attention" in want else None
+        return Output(torch.stack(hidden, 2), attention=attention), State(memory, cache, position_S)
+
+    def _one_token(
+        self, tokens_SK: Tensor, position_S: Tensor, cache: stepping.Cache, memory: Memory
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the kernel does, in plain PyTorch, and the weights of attention over the source."""
+        config, both_SALD = self.config, memory["both"]
+        columns = int(position_S.max()) + 1
+        past_SC = torch.arange(columns) <= position_S[:, None]
+        past = layers.blocked(past_SC)[:, None, None]
+        cache.mark(position_S)
+        weights: list[Tensor] = []
+
+        def look_back(index: int, merged_SKD: Tensor) -> Tensor:
+            query_SKD, key_SKD, value_SKD = merged_SKD.chunk(3, -1)
+            cache.put(index, key_SKD, value_SKD, position_S)
+            return stepping.attend(query_SKD, *cache.histories(index, columns), past, config.heads)
+
+        def look_over(index: int, query_SKD: Tensor) -> Tensor:
+            key, value = both_SALD[:, 2 * index, None], both_SALD[:, 2 * index + 1, None]
+            query_SHKP, key_SHLP = (layers.heads(x, config.heads) for x in (query_SKD, key[:, 0]))
+            weights.append(layers.attention_weights(query_SHKP, key_SHLP, memory["mask"]))
+            return stepping.attend(query_SKD, key, value, memory["mask"], config.heads)
+
+        position_SK = position_S[:, None].expand(tokens_SK.shape)
+        x_SKD = embed(self.net, config, tokens_SK, position_SK, side=1)
+        return decode(self.net, config, x_SKD, look_back, look_over), weights
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return self.product(hidden) if only is None else F.linear(hidden, self.weight_VD[only])

@@ -10,7 +10,19 @@ import typer
 from typer.core import TyperGroup
 
 from trmt import __version__, console
-from trmt.cli import average, check_resume, env, plot, prepare, score, tokenizer, train, translate
+from trmt.cli import (
+    average,
+    check_resume,
+    env,
+    inspect,
+    plot,
+    prepare,
+    quantize,
+    score,
+    tokenizer,
+    train,
+    translate,
+)
 from trmt.errors import TrmtError
 
 
@@ -63,6 +75,8 @@ app.command("train")(train.command)
 app.command("check-resume")(check_resume.command)
 app.command("average")(average.command)
 app.command("translate")(translate.command)
+app.command("quantize")(quantize.command)
+app.command("inspect")(inspect.command)
 app.command("score")(score.command)
 app.command("plot")(plot.command)
 app.command("env")(env.command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, cast
 
 import typer
 
@@ -47,6 +47,9 @@ def command(
     batch: Annotated[int, typer.Option("--batch", help="Sentences translated together.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines with scores.")] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="fp32, int8 (on the CPU), or auto: as the bundle is.")
+    ] = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
     ] = None,
@@ -74,6 +77,7 @@ def command(
         max_length=max_length,
         batch=batch,
         device=device,
+        precision=cast(Any, precision),  # checked there
         **asked,
     )
     translator = Translator.load(model, options=options, trust_code=trust_code)

@@ -17,6 +17,8 @@ from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Engine, Request
 from trmt.errors import BundleError, ConfigError
+from trmt.kernels.products import Precision
+from trmt.kernels.shelf import Shelf
 
 COMPACT_AT = 0.25  # share of finished sentences at which the batch is made smaller
 LOOK_EVERY = 8  # steps between two looks at an accelerator, each of which waits for it
@@ -34,13 +36,19 @@ class Eager(Engine):
         eos: int,
         banned: Collection[int] = (),
         batching: Batching = Batching(),
+        precision: Precision = "fp32",
+        weights: str = "",
     ) -> None:
+        """`weights` is the checksum of the weights' file; packed forms of them are then kept for others."""
         if net.couples_batch:
             raise ConfigError(
                 f"translations of {type(net).__name__} would depend on the sentences beside them, "
                 "which this engine does not allow; choose another network"
             )
-        self.stepper: Stepper = net.frozen(linear.eager)
+        shelf = Shelf.of(weights, precision) if weights else None
+        self.stepper: Stepper = net.frozen(linear.choose(precision, shelf=shelf))
+        if shelf:
+            shelf.keep()
         self.search = search
         self.bos, self.eos = bos, eos
         self.batching = batching

@@ -1,7 +1,10 @@
 """How a frozen network's matrix products are made.
 
-Translations must not depend on which sentences happen to share a batch, nor on the number of threads.
-On the CPU, fp32 products give a row the same bits whatever the other rows are, if two conditions hold
+Translations must not depend on which sentences happen to share a batch, nor on the number of threads. On the
+CPU there are two back ends that keep this: `native`, the C kernels, and `pure`, plain PyTorch. In int8 both
+give the same bits (trmt/kernels/products.py), in fp32 they differ in the last ones.
+
+PyTorch's own fp32 products give a row the same bits whatever the other rows are, if two conditions hold
 (torch 2.11 to 2.13 on x86, held by tests/test_linear.py): there are at least 16 rows, and the inner
 dimension is short enough that the product is never split along it, which depends on rows and threads.
 """
@@ -12,9 +15,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trmt.arch.base import Product
+from trmt.arch.base import Linear, Product
+from trmt.kernels import products
+from trmt.kernels.products import Precision
+from trmt.kernels.shelf import Shelf
 
 MIN_ROWS = 16
+
+
+def choose(precision: Precision = "fp32", *, shelf: Shelf | None = None) -> Linear:
+    """Products of this precision, by the best back end there is for each; packed weights go on the shelf."""
+
+    def linear(weight: Tensor, bias: Tensor | None) -> Product:
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+        assert on_cpu or precision == "fp32", "int8 is for fp32 weights on the CPU"
+        if on_cpu and products.processors():
+            return products.Native(weight, bias, precision=precision, shelf=shelf)
+        return products.Int8(weight, bias) if precision == "int8" else eager(weight, bias)
+
+    return linear
+
+
+def backend() -> str:
+    """What makes the products on the CPU, in words."""
+    found = products.processors()
+    return f"native, {products.PROCESSORS[found[-1]]}" if found else "pure PyTorch"
 
 
 def eager(weight: Tensor, bias: Tensor | None) -> Product:

@@ -1,8 +1,9 @@
 """Small C kernels, compiled where a C compiler is at hand, the first time they are wanted.
 
-Nothing needs them: whoever uses one has the same in plain PyTorch. They are built for the kind of
-processor they run on (AVX-512, AVX2 or neither), kept in the user's cache under a name made of everything
-that went into them, and called through ctypes. TRMT_KERNELS=0 does without them.
+Nothing needs them: whoever uses one has the same in plain PyTorch. Those for training are built for the kind
+of processor they run on (AVX-512, AVX2 or neither), those for translating hold the code for every kind and
+choose when they run. They are kept in the user's cache under a name made of everything that went into them,
+and called through ctypes. TRMT_KERNELS=0 does without them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PROCESSORS = {
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
 }
+# These choose among processors by themselves, and say where an operation may be fused with the next.
+PORTABLE = {"translating": ("-ffp-contract=off",)}
 MINUTES = 2  # that a compiler may take
 
 
@@ -38,12 +41,12 @@ def load(name: str) -> ctypes.CDLL | None:
     compiler = _compiler()
     if compiler is None:
         return None
-    for flags in _variants():
+    for flags in _variants(name):
         try:
             return ctypes.CDLL(str(_built(name, compiler, flags)))
         except (OSError, subprocess.SubprocessError):
             continue
-    console.warn(f"{compiler} cannot build trmt's kernels; training goes on without them, slower")
+    console.warn(f"{compiler} cannot build trmt's kernels for {name}; it goes on without them, slower")
     return None
 
 
@@ -54,10 +57,12 @@ def _compiler() -> str | None:
     return None
 
 
-def _variants() -> list[tuple[str, ...]]:
+def _variants(name: str) -> list[tuple[str, ...]]:
     """Flags to try, best first; the parallel ones need the OpenMP that PyTorch has brought along."""
     import torch
 
+    if name in PORTABLE:
+        return [(*PORTABLE[name], "-fopenmp"), PORTABLE[name]]
     processor = PROCESSORS.get(torch.backends.cpu.get_cpu_capability(), ())
     return [(*processor, "-fopenmp"), ("-fopenmp",), processor, ()]
 
@@ -67,10 +72,11 @@ def _built(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
     import torch
 
     source = SOURCES / f"{name}.c"
-    made_of = [source.read_bytes(), *(flag.encode() for flag in (*FLAGS, *flags)), compiler.encode()]
+    made_of = [name.encode(), *(file.read_bytes() for file in sorted(SOURCES.glob("*.[ch]")))]
+    made_of += [*(flag.encode() for flag in (*FLAGS, *flags)), compiler.encode()]
     made_of += [platform.machine().encode(), platform.platform().encode(), torch.__version__.encode()]
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:20]
-    folder = _cache()
+    folder = cache()
     library = folder / f"{name}-{key}.so"
     checksum = library.with_suffix(".sha256")
     if _intact(library, checksum):
@@ -102,7 +108,7 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=60 * MINUTES)
 
 
-def _cache() -> Path:
+def cache() -> Path:
     """A folder that belongs to this user alone: what lies in it is going to be run.
 
     Who has no home to write to, as in many containers, gets one for as long as the process lives.

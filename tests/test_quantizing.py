@@ -1,0 +1,128 @@
+"""Bundles in int8: a quarter of the size, the same translations as quantising when loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fakes import small_network
+from trmt import bundles, quantised
+from trmt.bundles import describe, read_manifest, read_weights, save_bundle
+from trmt.checkpoints import average
+from trmt.errors import BundleError, ConfigError
+from trmt.inspecting import inspect
+from trmt.kernels import products
+from trmt.quantizing import quantize
+from trmt.registry import ARCHITECTURES
+from trmt.tokenizer import Tokenizer
+from trmt.translating import TranslateOptions, Translator
+
+TEXTS = ["one two three", "four", "", "three three two one", "five six seven eight nine"]
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def bundle(request: pytest.FixtureRequest, toy_set: Path, tmp_path: Path) -> Path:
+    """A bundle of random weights, large enough for its matrices to be most of it."""
+    tokenizer = Tokenizer.load(toy_set / "tokenizer")
+    net = small_network(
+        request.param, source_vocabulary=60, target_vocabulary=60, width=64, **_wide(request.param)
+    )
+    manifest = describe(
+        net,
+        request.param,
+        tokenizer,
+        longest={"source": 20, "target": 20},
+        golden=tuple({"source": text, "translation": "?", "reference": "!"} for text in TEXTS[:2]),
+        scores=({"metric": "bleu", "value": 99.0, "signature": "made up"},),
+    )
+    save_bundle(tmp_path / "fp32", manifest, net.state_dict(), tokenizer)
+    return tmp_path / "fp32"
+
+
+def _wide(architecture: str) -> dict[str, int]:
+    return {"feed_forward": 128} if architecture == "transformer" else {}
+
+
+def translations(folder: Path, **options: object) -> list[tuple[str, float]]:
+    translator = Translator.load(folder, options=TranslateOptions(device="cpu", **options))  # type: ignore[arg-type]
+    found = translator.translate(TEXTS)
+    return [(each.text, each.candidates[0].score if each.candidates else 0.0) for each in found]
+
+
+def test_a_quantised_bundle_translates_as_quantising_on_the_way(bundle: Path, tmp_path: Path) -> None:
+    done = quantize(bundle, tmp_path / "int8")
+    assert translations(tmp_path / "int8") == translations(bundle, precision="int8")
+    assert translations(tmp_path / "int8") == translations(tmp_path / "int8", batch=1)
+    assert translations(tmp_path / "int8") != translations(bundle)
+    assert done.bytes_after < 0.45 * done.bytes_before
+    manifest = read_manifest(tmp_path / "int8")
+    assert manifest.precision == "int8" and manifest.scores == ()
+    assert [entry["translation"] for entry in manifest.golden] == [
+        text for text, _ in translations(tmp_path / "int8")[:2]
+    ]
+
+
+def test_kernels_and_plain_pytorch_translate_alike(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not products.processors():
+        pytest.skip("no C compiler here")
+    native = translations(bundle, precision="int8")
+    monkeypatch.setattr(products, "processors", lambda: ())
+    assert translations(bundle, precision="int8") == native
+
+
+def test_weights_come_back_as_what_they_were_rounded_to(bundle: Path, tmp_path: Path) -> None:
+    quantize(bundle, tmp_path / "int8")
+    net = bundles.load_bundle(bundle).net
+    quantised.round_weights(net)
+    found = read_weights(tmp_path / "int8", read_manifest(tmp_path / "int8"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in net.state_dict().items())
+
+
+def test_what_cannot_be_done_is_said(bundle: Path, tmp_path: Path) -> None:
+    quantize(bundle, tmp_path / "int8")
+    with pytest.raises(BundleError, match="quantised already"):
+        quantize(tmp_path / "int8", tmp_path / "again")
+    with pytest.raises(BundleError, match="average the checkpoints it was made from"):
+        average([tmp_path / "int8"], tmp_path / "mean")
+    with pytest.raises(BundleError, match="would be lost"):
+        quantize(bundle, bundle)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(BundleError, match="is no bundle"):
+        quantize(bundle, tmp_path / "notes")
+    with pytest.raises(ConfigError, match="no precision"):
+        TranslateOptions(precision="int4")  # type: ignore[arg-type]
+
+
+def test_older_versions_refuse_what_they_cannot_read(bundle: Path, tmp_path: Path) -> None:
+    quantize(bundle, tmp_path / "int8")
+    formats = [
+        json.loads((place / "manifest.json").read_bytes())["format"] for place in (bundle, tmp_path / "int8")
+    ]
+    assert formats == [1, 2]
+
+
+def test_broken_weights_are_not_quantised(bundle: Path, tmp_path: Path) -> None:
+    net = bundles.load_bundle(bundle).net
+    with torch.no_grad():
+        next(parameter for parameter in net.parameters() if parameter.dim() == 2)[0, 0] = torch.nan
+    manifest = bundles.replace(read_manifest(bundle), golden=())
+    save_bundle(bundle, manifest, net.state_dict(), Tokenizer.load(bundle / "tokenizer"))
+    with pytest.raises(BundleError, match="not finite"):
+        quantize(bundle, tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+
+
+def test_inspect_says_what_it_is_and_what_runs_it(bundle: Path, tmp_path: Path) -> None:
+    quantize(bundle, tmp_path / "int8")
+    before, after = inspect(bundle), inspect(tmp_path / "int8")
+    assert (before["precision"], after["precision"]) == ("fp32", "int8")
+    assert (
+        before["parameters"]
+        == after["parameters"]
+        == sum(parameter.numel() for parameter in bundles.load_bundle(bundle).net.parameters())
+    )
+    assert before["backend"].startswith("native" if products.processors() else "pure")
+    assert before["scores"] and not after["scores"] and json.dumps(after)

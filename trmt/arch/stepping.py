@@ -1,0 +1,239 @@
+"""The Transformer's decoder one token at a time: by one call of a kernel, or the same in plain PyTorch.
+
+Axes: S sentence, K hypothesis, C columns of the cache, L source position, H heads, P width of one head,
+D width, A layers.
+
+What lies between the matrix products is computed in double precision and rounded to fp32 once. Then it does
+not matter in which order a kernel and PyTorch add: they differ in the last bit of one number in many
+millions, and int8 products after it hardly ever see that. This is how int8 gives the same text with and
+without kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trmt.kernels import products
+from trmt.kernels.products import Int8, Native
+
+NORMS = ("own_norm", "cross_norm", "feed_norm")
+FIRST_COLUMNS = 32  # of a new cache
+WIDE = 8  # doubles that the kernel takes at a time, at most
+
+
+@dataclass
+class Cache:
+    """Keys and values of every hypothesis, and a table of who descends from whom.
+
+    `pairs_A2SCKD` holds in column c of a sentence what its hypotheses were given at position c. `reorder`
+    moves none of it: `table_SKC` says which hypothesis made column c of the history of hypothesis k.
+    """
+
+    pairs_A2SCKD: Tensor
+    table_SKC: Tensor
+
+    @classmethod
+    def empty(cls, sizes: tuple[int, int], *, layers: int, width: int) -> Cache:
+        """A cache for `sizes` = (sentences, hypotheses); it grows as it fills."""
+        sentences, hypotheses = sizes
+        return cls(
+            torch.zeros(layers, 2, sentences, FIRST_COLUMNS, hypotheses, width),
+            torch.zeros(sentences, hypotheses, FIRST_COLUMNS, dtype=torch.int32),
+        )
+
+    @property
+    def columns(self) -> int:
+        """How many tokens of each hypothesis there is space for."""
+        return self.table_SKC.shape[2]
+
+    def make_room(self, columns: int) -> None:
+        """Space for so many tokens."""
+        if columns > self.columns:
+            self._widen(max(columns, 2 * self.columns))
+
+    def _widen(self, columns: int) -> None:
+        more = columns - self.columns
+        self.pairs_A2SCKD = F.pad(self.pairs_A2SCKD, [0, 0, 0, 0, 0, more])
+        self.table_SKC = F.pad(self.table_SKC, [0, more])
+
+    def reorder(self, parents_SK: Tensor) -> Cache:
+        self.table_SKC = self.table_SKC.gather(1, parents_SK[:, :, None].expand_as(self.table_SKC))
+        return self
+
+    def keep(self, sentences: Tensor) -> Cache:
+        self.pairs_A2SCKD = self.pairs_A2SCKD.index_select(2, sentences)
+        self.table_SKC = self.table_SKC.index_select(0, sentences)
+        return self
+
+    def join(self, other: Cache) -> Cache:
+        columns = max(self.columns, other.columns)
+        for cache in (self, other):
+            cache._widen(columns)
+        pairs = torch.cat([self.pairs_A2SCKD, other.pairs_A2SCKD], 2)
+        return Cache(pairs, torch.cat([self.table_SKC, other.table_SKC]))
+
+    def fork(self) -> Cache:
+        return Cache(self.pairs_A2SCKD.clone(), self.table_SKC.clone())
+
+    def mark(self, position_S: Tensor) -> None:
+        """Enter the tokens at `position_S` into the table."""
+        column = position_S[:, None, None].expand(-1, self.table_SKC.shape[1], 1)
+        own_K = torch.arange(self.table_SKC.shape[1], dtype=torch.int32)
+        self.table_SKC.scatter_(2, column, own_K[None, :, None].expand_as(column))
+
+    def put(self, layer: int, key_SKD: Tensor, value_SKD: Tensor, position_S: Tensor) -> None:
+        """Store what the tokens at `position_S` gave."""
+        sentence_S = torch.arange(len(position_S))
+        for part, new in enumerate((key_SKD, value_SKD)):
+            self.pairs_A2SCKD[layer, part, sentence_S, position_S] = new
+
+    def histories(self, layer: int, columns: int) -> tuple[Tensor, Tensor]:
+        """The keys and values [S, K, C, D] of each hypothesis and its ancestors."""
+        index_SCK = self.table_SKC[:, :, :columns].long().transpose(1, 2)
+        pairs_2SCKD = self.pairs_A2SCKD[layer, :, :, :columns]
+        index = index_SCK[None, ..., None].expand_as(pairs_2SCKD)
+        key_SCKD, value_SCKD = pairs_2SCKD.gather(3, index)
+        return key_SCKD.transpose(1, 2), value_SCKD.transpose(1, 2)
+
+
+def suits(config: Any, product: Any) -> bool:
+    """Whether the decoder of this config, with products of this kind, is stepped by this module."""
+    part = config.width // config.heads
+    return (
+        isinstance(product, Native | Int8)
+        and config.activation == "relu"
+        and config.positions != "rotary"
+        and part % WIDE == 0
+    )
+
+
+def kernel_for(net: Any, frozen: Any) -> Kernel | None:
+    """The kernel for a decoder whose products are the kernels' own."""
+    return Kernel(net, frozen) if isinstance(frozen.decoder[0].own, Native) else None
+
+
+def round_once(net: Any, frozen: Any) -> None:
+    """Let the norms of a frozen decoder compute in double precision."""
+    for layer, modules in zip(frozen.decoder, net.decoder, strict=True):
+        for name in NORMS:
+            setattr(layer, name, _norm(getattr(modules, name)))
+    if net.config.norm_place == "pre":
+        frozen.decoder_norm = _norm(net.decoder_norm)
+
+
+def _norm(module: Any) -> Any:
+    weight = module.weight.detach().double()
+    shape, eps = weight.shape, float(module.eps or 0)
+    if isinstance(module, nn.RMSNorm):
+        return lambda x: F.rms_norm(x.double(), shape, weight, eps).float()
+    bias = module.bias.detach().double()
+    return lambda x: F.layer_norm(x.double(), shape, weight, bias, eps).float()
+
+
+def attend(query_SKD: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """Attention that rounds once; keys and values are [S, K or 1, J, D], the additive mask [S, 1, 1, J]."""
+    query, key, value = (
+        x.unflatten(-1, (heads, -1)).transpose(-3, -2).double() for x in (query_SKD[:, :, None], key, value)
+    )
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1]) + mask[:, None]
+    return (scores.softmax(-1) @ value).flatten(2).float()
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("own", "own_out", "query", "cross_out", "inner", "outer")
+    )
+
+
+class _Network(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "width", "heads", "feed", "pre_norm", "processor")),
+        ("epsilon", ctypes.c_double),
+        ("embedding_scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("embedding", "positions", "layer", "norms")),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("sentences", "hypotheses", "room", "length")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("tokens", "position", "table", "cache", "memory", "mask", "hidden")
+        ),
+    )
+
+
+class Kernel:
+    """A decoder whose step is one call; `net` is the network, `frozen` its tree of products."""
+
+    def __init__(self, net: Any, frozen: Any) -> None:
+        config = net.config
+        norms = [getattr(layer, name) for layer in net.decoder for name in NORMS]
+        pre = config.norm_place == "pre"
+        norms += [net.decoder_norm] if pre else []
+        products_of = [
+            (layer.own, layer.own_out, layer.query, layer.cross_out, layer.feed.inner, layer.feed.outer)
+            for layer in frozen.decoder
+        ]
+        positions = net.table if config.positions == "sinusoidal" else net.positions.detach()[1]
+        embedding = net.target_embedding.weight.detach()
+        self.layers = (_Layer * len(products_of))(
+            *(_Layer(*(product.address for product in row)) for row in products_of)
+        )
+        self.norms = (_Norm * len(norms))(
+            *(_Norm(norm.weight.data_ptr(), _pointer(getattr(norm, "bias", None))) for norm in norms)
+        )
+        self.kept = norms, products_of, positions, embedding  # what the pointers point to
+        self.network = _Network(
+            config.decoder_layers,
+            config.width,
+            config.heads,
+            config.feed_forward,
+            pre,
+            products_of[0][0].processor,
+            float(norms[0].eps or 0),
+            math.sqrt(config.width),
+            embedding.data_ptr(),
+            positions.data_ptr(),
+            ctypes.addressof(self.layers),
+            ctypes.addressof(self.norms),
+        )
+        self.function = products.library().trmt_step
+        self.width = config.width
+
+    def step(self, tokens_SK: Tensor, position_S: Tensor, cache: Cache, both: Tensor, mask: Tensor) -> Tensor:
+        """The hidden states [S, K, D] after one more token of each hypothesis."""
+        sentences, hypotheses = tokens_SK.shape
+        tokens_SK, both, mask = tokens_SK.contiguous(), both.contiguous(), mask.contiguous()
+        hidden_SKD = torch.empty(sentences, hypotheses, self.width)
+        step = _Step(
+            sentences,
+            hypotheses,
+            cache.columns,
+            both.shape[2],
+            tokens_SK.data_ptr(),
+            position_S.data_ptr(),
+            cache.table_SKC.data_ptr(),
+            cache.pairs_A2SCKD.data_ptr(),
+            both.data_ptr(),
+            mask.data_ptr(),
+            hidden_SKD.data_ptr(),
+        )
+        self.function(ctypes.byref(self.network), ctypes.byref(step))
+        return hidden_SKD
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

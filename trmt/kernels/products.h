@@ -1,0 +1,30 @@
+/* What the matrix products and those who call them from C share. */
+
+#ifndef TRMT_PRODUCTS_H
+#define TRMT_PRODUCTS_H
+
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { PANEL = 16 }; /* outputs whose weights lie together */
+
+/* The weights of one product, [panels][depth / 4][16][4] of int8 or [panels][inner][16] of float. What lies
+   beyond `outer` and `inner` is zero. */
+typedef struct {
+  int64_t outer, inner;
+  int64_t panels; /* outer / 16, rounded up */
+  int64_t depth;  /* of int8, inner rounded up to 64; of float, inner */
+  int64_t is_int8, relu;
+  const void *packed;
+  const float *scale;   /* int8: what one unit of each output's weights stands for */
+  const int32_t *shift; /* int8: 128 times the sum of each output's weights */
+  const float *bias;    /* or null */
+} Matrix;
+
+enum { PLAIN, AVX2, AVX_VNNI, AVX512_VNNI, AMX }; /* processors, each with all that is before it in its line */
+
+int trmt_processors(void);
+void trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int processor);
+
+#endif

@@ -1,0 +1,107 @@
+/* Norms and attention of one row, in double precision; included once for each kind of processor.
+
+   The one who includes it defines NAME, TARGET, WIDE (doubles of a vector), and
+   WIDENED(p)      a vector of the WIDE floats at p
+   NARROWED(v)     the same as floats
+   FUSED(a, b, c)  a * b + c
+   TOTAL(v)        the sum of a vector */
+
+typedef double NAME(wide) __attribute__((vector_size(8 * WIDE), aligned(8)));
+typedef int64_t NAME(wide_bits) __attribute__((vector_size(8 * WIDE), aligned(8)));
+typedef float NAME(narrow) __attribute__((vector_size(4 * WIDE), aligned(4)));
+
+/* e to the x for x <= 0; what is below -708 counts as that. */
+INLINE TARGET NAME(wide) NAME(exponential)(NAME(wide) x) {
+  NAME(wide_bits) low = x < -708.0;
+  x = (NAME(wide))(((NAME(wide_bits))((NAME(wide)){0} - 708.0) & low) | ((NAME(wide_bits))x & ~low));
+  NAME(wide) shifted = x * 1.4426950408889634 + 6755399441055744.0; /* its lowest bits are the whole number */
+  NAME(wide) n = shifted - 6755399441055744.0;
+  NAME(wide) r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  static const double terms[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                                 1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
+                                 0.5,             1.0,            1.0};
+  NAME(wide) y = (NAME(wide)){0} + 1.0 / 6227020800;
+  for (int i = 0; i < 13; i++) y = FUSED(y, r, (NAME(wide)){0} + terms[i]);
+  return y * (NAME(wide))(((NAME(wide_bits))shifted + 1023) << 52);
+}
+
+/* x += added where there is something to add; out = norm(x) */
+static TARGET void NAME(norm_row)(const Network *n, const Norm *norm, float *x, const float *added, float *out) {
+  int64_t width = n->width;
+  NAME(wide) sum = {0}, square = {0};
+  if (added)
+    for (int64_t i = 0; i < width; i++) x[i] += added[i];
+  double mean = 0;
+  if (norm->bias) {
+    for (int64_t i = 0; i < width; i += WIDE) sum += WIDENED(x + i);
+    mean = TOTAL(sum) / width;
+  }
+  for (int64_t i = 0; i < width; i += WIDE) {
+    NAME(wide) d = WIDENED(x + i) - mean;
+    square = FUSED(d, d, square);
+  }
+  double scale = 1.0 / sqrt(TOTAL(square) / width + n->epsilon);
+  for (int64_t i = 0; i < width; i += WIDE) {
+    NAME(wide) y = (WIDENED(x + i) - mean) * scale * WIDENED(norm->weight + i);
+    if (norm->bias) y += WIDENED(norm->bias + i);
+    *(NAME(narrow) *)(out + i) = NARROWED(y);
+  }
+}
+
+INLINE void NAME(fetch)(const float *row, int64_t width) {
+  for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
+}
+
+/* Scores to weights that add up to 1; there is space for `count` rounded up to WIDE. */
+INLINE TARGET void NAME(softmax)(double *scores, int64_t count) {
+  double most = -INFINITY, sum = 0;
+  for (int64_t j = 0; j < count; j++) most = scores[j] > most ? scores[j] : most;
+  for (int64_t j = count; j % WIDE; j++) scores[j] = most;
+  for (int64_t j = 0; j < count; j += WIDE)
+    *(NAME(wide) *)(scores + j) = NAME(exponential)(*(NAME(wide) *)(scores + j) - most);
+  for (int64_t j = 0; j < count; j++) sum += scores[j];
+  for (int64_t j = 0; j < count; j++) scores[j] /= sum;
+}
+
+/* All heads of one row. Keys are gone through once, and values, since they come from far: each is read whole
+   while the next one is on its way. */
+INLINE TARGET void NAME(attend)(const Network *n, const float *query, const Seen *seen, const Room *room,
+                                const int64_t part, float *out) {
+  int64_t width = n->width, count = seen->count;
+  double scale = 1.0 / sqrt((double)part), *sums = room->sums;
+  for (int64_t i = 0; i < width; i += WIDE) *(NAME(wide) *)(sums + i) = WIDENED(query + i);
+  for (int64_t j = 0; j < count; j++) {
+    const float *key = seen->keys + seen->offset[j];
+    NAME(fetch)(j + 1 < count ? seen->keys + seen->offset[j + 1] : seen->values + seen->offset[0], width);
+    for (int64_t head = 0; head < n->heads; head++) {
+      NAME(wide) dot = {0};
+      for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
+        dot = FUSED(*(NAME(wide) *)(sums + p), WIDENED(key + p), dot);
+      room->weights[head * room->keys + j] = TOTAL(dot) * scale;
+    }
+  }
+  for (int64_t head = 0; head < n->heads; head++) NAME(softmax)(room->weights + head * room->keys, count);
+  memset(sums, 0, width * sizeof(double));
+  for (int64_t j = 0; j < count; j++) {
+    const float *value = seen->values + seen->offset[j];
+    if (j + 1 < count) NAME(fetch)(seen->values + seen->offset[j + 1], width);
+    for (int64_t head = 0; head < n->heads; head++) {
+      NAME(wide) weight = (NAME(wide)){0} + room->weights[head * room->keys + j];
+      for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
+        *(NAME(wide) *)(sums + p) = FUSED(weight, WIDENED(value + p), *(NAME(wide) *)(sums + p));
+    }
+  }
+  for (int64_t i = 0; i < width; i += WIDE)
+    *(NAME(narrow) *)(out + i) = NARROWED(*(NAME(wide) *)(sums + i));
+}
+
+static TARGET void NAME(attend_row)(const Network *n, const float *query, const Seen *seen, const Room *room,
+                                    float *out) {
+  int64_t part = n->width / n->heads;
+  if (part == 64) /* the usual ones, with loops of known length */
+    NAME(attend)(n, query, seen, room, 64, out);
+  else if (part == 32)
+    NAME(attend)(n, query, seen, room, 32, out);
+  else
+    NAME(attend)(n, query, seen, room, part, out);
+}

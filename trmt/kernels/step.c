@@ -1,0 +1,221 @@
+/* One step of a Transformer's decoder, all layers of it, for one new token of each hypothesis.
+
+   Composed of PyTorch's operations a step takes hundreds of calls, which for few rows is most of its time.
+   trmt/arch/stepping.py has the same in plain PyTorch, and holds what is cached.
+
+   Between the products, norms and attention compute in double precision and round to fp32 once. So whoever
+   computes the same in another order (PyTorch, other vector lengths) gets the same fp32 numbers but for a
+   rounding in many millions, and int8 products after it hardly ever see that one. */
+
+#include "products.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+typedef struct {
+  const float *weight, *bias; /* without bias it is the root mean square norm */
+} Norm;
+
+typedef struct {
+  const Matrix *own, *own_out, *query, *cross_out, *inner, *outer;
+} Layer;
+
+typedef struct {
+  int64_t layers, width, heads, feed; /* sizes */
+  int64_t pre_norm, processor;
+  double epsilon;
+  float embedding_scale;
+  const float *embedding; /* [V, D] */
+  const float *positions; /* [longest, D] */
+  const Layer *layer;
+  const Norm *norms; /* of each sublayer in turn, and with pre_norm a last one */
+} Network;
+
+typedef struct {
+  int64_t sentences, hypotheses, room, length; /* S, K, columns there is space for, source positions */
+  const int64_t *tokens;                       /* [S, K] */
+  const int64_t *position;                     /* [S], where this token stands */
+  int32_t *table;                              /* [S, K, room]: which hypothesis made the ancestor's column */
+  float *cache;                                /* [layers, 2, S, room, K, D]: keys, values */
+  const float *memory;                         /* [S, 2 * layers, L, D]: keys, values of the source */
+  const float *mask;                           /* [S, L]: 0 where there is source */
+  float *hidden;                               /* [S, K, D]: the result */
+} Step;
+
+/* Where the keys of one row are: `offset` from the first key, and from the first value. */
+typedef struct {
+  const float *keys, *values;
+  const int64_t *offset;
+  int64_t count;
+} Seen;
+
+/* What attention needs for one row: [D] sums, [heads, keys] weights. */
+typedef struct {
+  double *sums, *weights;
+  int64_t keys;
+} Room;
+
+#define NAME(x) plain_##x
+#define TARGET
+#define WIDE 2
+#define WIDENED(p) __builtin_convertvector(*(const plain_narrow *)(p), plain_wide)
+#define NARROWED(v) __builtin_convertvector(v, plain_narrow)
+#define FUSED(a, b, c) ((a) * (b) + (c))
+#define TOTAL(v) ((v)[0] + (v)[1])
+#include "rows.h"
+#undef NAME
+#undef TARGET
+#undef WIDE
+#undef WIDENED
+#undef NARROWED
+#undef FUSED
+#undef TOTAL
+
+#if defined(__x86_64__)
+#define NAME(x) avx2_##x
+#define TARGET __attribute__((target("avx2,fma")))
+#define WIDE 4
+#define WIDENED(p) ((avx2_wide)_mm256_cvtps_pd(_mm_loadu_ps(p)))
+#define NARROWED(v) ((avx2_narrow)_mm256_cvtpd_ps(v))
+#define FUSED(a, b, c) ((avx2_wide)_mm256_fmadd_pd(a, b, c))
+#define TOTAL(v) (((v)[0] + (v)[2]) + ((v)[1] + (v)[3]))
+#include "rows.h"
+#undef NAME
+#undef TARGET
+#undef WIDE
+#undef WIDENED
+#undef NARROWED
+#undef FUSED
+#undef TOTAL
+
+#define NAME(x) avx512_##x
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512dq,avx512vl,avx512bw")))
+#define WIDE 8
+#define WIDENED(p) ((avx512_wide)_mm512_cvtps_pd(_mm256_loadu_ps(p)))
+#define NARROWED(v) ((avx512_narrow)_mm512_cvtpd_ps(v))
+#define FUSED(a, b, c) ((avx512_wide)_mm512_fmadd_pd(a, b, c))
+#define TOTAL(v) _mm512_reduce_add_pd(v)
+#include "rows.h"
+#undef NAME
+#undef TARGET
+#undef WIDE
+#undef WIDENED
+#undef NARROWED
+#undef FUSED
+#undef TOTAL
+#endif
+
+static void normed(const Network *n, const Norm *norm, float *x, const float *added, float *out) {
+#if defined(__x86_64__)
+  if (n->processor >= AVX512_VNNI) return avx512_norm_row(n, norm, x, added, out);
+  if (n->processor >= AVX2) return avx2_norm_row(n, norm, x, added, out);
+#endif
+  plain_norm_row(n, norm, x, added, out);
+}
+
+static void attended(const Network *n, const float *query, const Seen *seen, const Room *room, float *out) {
+#if defined(__x86_64__)
+  if (n->processor >= AVX512_VNNI) return avx512_attend_row(n, query, seen, room, out);
+  if (n->processor >= AVX2) return avx2_attend_row(n, query, seen, room, out);
+#endif
+  plain_attend_row(n, query, seen, room, out);
+}
+
+/* The row's ancestors in the cache of a layer. */
+static Seen look_back(const Network *n, const Step *s, int64_t layer, int64_t row, int64_t *offset) {
+  int64_t sentence = row / s->hypotheses, count = s->position[sentence] + 1;
+  int64_t all = s->sentences * s->room * s->hypotheses * n->width;
+  const int32_t *table = s->table + row * s->room;
+  for (int64_t c = 0; c < count; c++)
+    offset[c] = ((sentence * s->room + c) * s->hypotheses + table[c]) * n->width;
+  return (Seen){s->cache + 2 * layer * all, s->cache + (2 * layer + 1) * all, offset, count};
+}
+
+static Seen look_over(const Network *n, const Step *s, int64_t layer, int64_t row, int64_t *offset) {
+  int64_t sentence = row / s->hypotheses, count = 0;
+  const float *mask = s->mask + sentence * s->length;
+  const float *keys = s->memory + (sentence * 2 * n->layers + 2 * layer) * s->length * n->width;
+  for (int64_t l = 0; l < s->length; l++)
+    if (mask[l] == 0) offset[count++] = l * n->width;
+  return (Seen){keys, keys + s->length * n->width, offset, count};
+}
+
+/* Keys and values of the new tokens into the cache. */
+static void store(const Network *n, const Step *s, int64_t layer, const float *merged) {
+  int64_t width = n->width, all = s->sentences * s->room * s->hypotheses * width;
+  for (int64_t row = 0; row < s->sentences * s->hypotheses; row++) {
+    int64_t sentence = row / s->hypotheses, column = sentence * s->room + s->position[sentence];
+    int64_t place = (column * s->hypotheses + row % s->hypotheses) * width;
+    for (int part = 0; part < 2; part++)
+      memcpy(s->cache + (2 * layer + part) * all + place, merged + (3 * row + 1 + part) * width, width * 4);
+  }
+}
+
+static void attend_all(const Network *n, const Step *s, int64_t layer, const float *query, int64_t stride,
+                       int back, float *out) {
+  int64_t rows = s->sentences * s->hypotheses;
+  int64_t most = ((s->room > s->length ? s->room : s->length) + 7) / 8 * 8;
+#pragma omp parallel if (rows > 8)
+  {
+    double *sums = aligned_alloc(64, (n->width + n->heads * most + most + 7) / 8 * 8 * sizeof(double));
+    Room room = {sums, sums + n->width, most};
+    int64_t *offset = (int64_t *)(room.weights + n->heads * most);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      Seen seen = (back ? look_back : look_over)(n, s, layer, row, offset);
+      attended(n, query + row * stride, &seen, &room, out + row * n->width);
+    }
+    free(sums);
+  }
+}
+
+static void norm_all(const Network *n, int64_t rows, const Norm *norm, float *x, const float *added, float *out) {
+#pragma omp parallel for schedule(static) if (rows > 32)
+  for (int64_t row = 0; row < rows; row++)
+    normed(n, norm, x + row * n->width, added ? added + row * n->width : 0, out + row * n->width);
+}
+
+static void embed(const Network *n, const Step *s, float *x) {
+  for (int64_t row = 0; row < s->sentences * s->hypotheses; row++) {
+    const float *from = n->embedding + s->tokens[row] * n->width;
+    const float *position = n->positions + s->position[row / s->hypotheses] * n->width;
+    for (int64_t i = 0; i < n->width; i++) x[row * n->width + i] = from[i] * n->embedding_scale + position[i];
+  }
+}
+
+void trmt_step(const Network *n, const Step *s) {
+  int64_t rows = s->sentences * s->hypotheses, width = n->width;
+  int64_t most = n->feed > 3 * width ? n->feed : 3 * width;
+  float *x = aligned_alloc(64, (rows * (3 * width + most) * 4 + 63) / 64 * 64);
+  float *found = x + rows * width, *added = found + rows * width, *inner = added + rows * width;
+  float *normal = s->hidden; /* what a sublayer reads: with pre_norm apart from the sum `x` */
+  embed(n, s, x);
+  if (n->pre_norm)
+    norm_all(n, rows, n->norms, x, 0, normal);
+  else
+    memcpy(normal, x, rows * width * 4);
+  for (int64_t row = 0; row < rows; row++)
+    s->table[row * s->room + s->position[row / s->hypotheses]] = row % s->hypotheses;
+  for (int64_t i = 0; i < 3 * n->layers; i++) {
+    const Layer *layer = n->layer + i / 3;
+    if (i % 3 == 0) {
+      trmt_product(layer->own, normal, rows, inner, n->processor);
+      store(n, s, i / 3, inner);
+      attend_all(n, s, i / 3, inner, 3 * width, 1, found);
+      trmt_product(layer->own_out, found, rows, added, n->processor);
+    } else if (i % 3 == 1) {
+      trmt_product(layer->query, normal, rows, inner, n->processor);
+      attend_all(n, s, i / 3, inner, width, 0, found);
+      trmt_product(layer->cross_out, found, rows, added, n->processor);
+    } else {
+      trmt_product(layer->inner, normal, rows, inner, n->processor);
+      trmt_product(layer->outer, inner, rows, added, n->processor);
+    }
+    norm_all(n, rows, n->norms + i + n->pre_norm, n->pre_norm ? x : normal, added, normal);
+  }
+  free(x);
+}
