@@ -112,6 +112,17 @@ def test_relu_in_the_same_pass(precision: products.Precision) -> None:
     assert same(Int8(weight, bias).with_relu()(x), F.relu(Int8(weight, bias)(x)))
 
 
+def test_some_outputs_have_the_bits_of_the_whole() -> None:
+    for x, weight, bias in cases(40):
+        outputs = torch.randperm(len(weight))[: 1 + len(weight) // 2]
+        made = [Int8(weight, bias)]
+        for precision in ("fp32", "int8"):
+            made += [Native(weight, bias, precision=precision)] if products.processors() else []  # type: ignore
+        for product in made:
+            assert same(product.only(outputs)(x), product(x)[:, outputs])
+            assert same(product.with_relu().only(outputs)(x), F.relu(product(x)[:, outputs]))
+
+
 def test_quantising_what_was_quantised_changes_nothing() -> None:
     for _, weight, _ in cases(40):
         whole, scale = quantised(weight)

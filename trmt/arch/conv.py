@@ -209,4 +209,4 @@ class ConvS2SStepper(Stepper):
         return Output(hidden_SKTD, attention=attention), State(memory, own, position_S + tokens_SKT.shape[2])
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        return self.product(hidden) if only is None else F.linear(hidden, self.weight_VD[only])
+        return layers.readout(self.product, self.weight_VD, hidden, only)

@@ -1,7 +1,8 @@
 """What several networks use word for word: attention, positions, norms, freezing, the key/value store.
 
 Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when
-decoding), C columns of the store, J slots of the store (C * K), H heads, D width, P width of one head.
+decoding), C columns of the store, J slots of the store (C * K), H heads, D width, P width of one
+head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -122,6 +123,13 @@ def freeze(module: nn.Module, linear: Linear) -> Any:
 def _with_relu(product: Any) -> Any:
     """The product followed by relu; some do it in the same pass."""
     return product.with_relu() if hasattr(product, "with_relu") else lambda x: F.relu(product(x))
+
+
+def readout(product: Any, weight_VD: Tensor, hidden: Tensor, only: Tensor | None) -> Tensor:
+    """The logits of the whole vocabulary, or of the ids in `only`; where products can, with the same bits."""
+    if only is None:
+        return product(hidden)
+    return product.only(only)(hidden) if hasattr(product, "only") else F.linear(hidden, weight_VD[only])
 
 
 def _same(x: Tensor) -> Tensor:

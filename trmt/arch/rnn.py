@@ -187,7 +187,7 @@ class RNNStepper(Stepper):
         return Output(hidden_SKTD, attention=attention), State(memory, own, position_S + tokens_SKT.shape[2])
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        return self.product(hidden) if only is None else F.linear(hidden, self.weight_VD[only])
+        return layers.readout(self.product, self.weight_VD, hidden, only)
 
 
 def _direction(encoder: nn.GRU, layer: int, suffix: str, linear: Linear) -> tuple[Any, Any]:

@@ -414,4 +414,4 @@ class TransformerStepper(Stepper):
         return decode(self.net, config, x_SKD, look_back, look_over), weights
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        return self.product(hidden) if only is None else F.linear(hidden, self.weight_VD[only])
+        return layers.readout(self.product, self.weight_VD, hidden, only)

@@ -33,6 +33,7 @@ class Product(Protocol):
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
     def with_relu(self) -> Product: ...
+    def only(self, outputs: Tensor, /) -> Product: ...  # the same bits, of these outputs alone
 
 
 def quantised(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,6 +79,15 @@ class Int8:
         other = object.__new__(Int8)
         other.__dict__.update(self.__dict__)
         other.relu = True
+        return other
+
+    def only(self, outputs: Tensor) -> Int8:
+        other = object.__new__(Int8)
+        other.__dict__.update(self.__dict__)
+        other.whole_NK, other.scale_N = self.whole_NK[outputs], self.scale_N[outputs]
+        other.bias_N = None if self.bias_N is None else self.bias_N[outputs]
+        other.outer = len(outputs)
+        other.sums = other._by_int_mm if self.sums == self._by_int_mm else other._by_fp32
         return other
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -157,31 +167,50 @@ class Native:
         self.processor = processors()[-1] if processor is None else processor
         self.function = library().trmt_product
         is_int8 = precision == "int8"
-        panels, step = -(-self.outer // PANEL), DEPTH if is_int8 else 1
+        step = DEPTH if is_int8 else 1
         depth = -(-self.inner // step) * step
-        room = panels * PANEL
+        room = -(-self.outer // PANEL) * PANEL
         pack = functools.partial(_int8_panels if is_int8 else _fp32_panels, weight_NK, room, depth)
         packed, scale, shift = shelf.take(weight_NK, pack) if shelf else pack()
-        bias = None if bias_N is None else F.pad(bias_N.float(), [0, room - self.outer])
-        self.kept = packed, scale, shift, bias
+        self._hold((packed, scale, shift, None if bias_N is None else _padded(bias_N.float())), depth)
+
+    def _hold(self, parts: tuple[Tensor | None, ...], depth: int, *, relu: bool = False) -> None:
+        self.kept = parts
+        panels, is_int8 = -(-self.outer // PANEL), parts[1] is not None
         self.matrix = _Matrix(
-            self.outer, self.inner, panels, depth, is_int8, False, *(_at(tensor) for tensor in self.kept)
+            self.outer, self.inner, panels, depth, is_int8, relu, *(_at(tensor) for tensor in parts)
         )
         self.address = ctypes.addressof(self.matrix)
 
-    def with_relu(self) -> Native:
+    def _with(self, outer: int, parts: tuple[Tensor | None, ...], *, relu: bool) -> Native:
         other = object.__new__(Native)
         other.__dict__.update(self.__dict__)
-        other.matrix = _Matrix.from_buffer_copy(self.matrix)
-        other.matrix.relu = True
-        other.address = ctypes.addressof(other.matrix)
+        other.outer = outer
+        other._hold(parts, self.matrix.depth, relu=relu)
         return other
+
+    def with_relu(self) -> Native:
+        return self._with(self.outer, self.kept, relu=True)
+
+    def only(self, outputs: Tensor) -> Native:
+        packed, *others = self.kept
+        assert packed is not None
+        together = 4 if self.matrix.is_int8 else 1  # inputs of one output that lie together
+        rows = packed.view(self.matrix.panels, -1, PANEL, together)[outputs // PANEL, :, outputs % PANEL]
+        missing = -len(outputs) % PANEL
+        rows = F.pad(rows, [0, 0, 0, 0, 0, missing]).unflatten(0, (-1, PANEL)).transpose(1, 2)
+        chosen = [None if part is None else _padded(part[outputs]) for part in others]
+        return self._with(len(outputs), (rows.contiguous(), *chosen), relu=bool(self.matrix.relu))
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.outer))
         self.function(self.address, x.data_ptr(), x.numel() // self.inner, y.data_ptr(), self.processor)
         return y
+
+
+def _padded(part: Tensor) -> Tensor:
+    return F.pad(part, [0, -len(part) % PANEL])
 
 
 def _int8_panels(weight_NK: Tensor, room: int, depth: int) -> Parts:
