@@ -66,7 +66,7 @@ def test_a_quantised_bundle_translates_as_quantising_on_the_way(bundle: Path, tm
 
 
 def test_kernels_and_plain_pytorch_translate_alike(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not products.processors():
+    if not products.best():
         pytest.skip("no C compiler here")
     native = translations(bundle, precision="int8")
     monkeypatch.setattr(products, "processors", lambda: ())
@@ -124,5 +124,5 @@ def test_inspect_says_what_it_is_and_what_runs_it(bundle: Path, tmp_path: Path) 
         == after["parameters"]
         == sum(parameter.numel() for parameter in bundles.load_bundle(bundle).net.parameters())
     )
-    assert before["backend"].startswith("native" if products.processors() else "pure")
+    assert before["backend"].startswith("native" if products.best() else "pure")
     assert before["scores"] and not after["scores"] and json.dumps(after)

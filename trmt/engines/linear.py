@@ -28,8 +28,9 @@ def choose(precision: Precision = "fp32", *, shelf: Shelf | None = None) -> Line
 
     def linear(weight: Tensor, bias: Tensor | None) -> Product:
         on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-        assert on_cpu or precision == "fp32", "int8 is for fp32 weights on the CPU"
-        if on_cpu and products.processors():
+        fits = on_cpu and weight.shape[1] <= products.LONGEST
+        assert fits or precision == "fp32", "int8 is for fp32 weights on the CPU, of so many inputs at most"
+        if on_cpu and products.best():
             return products.Native(weight, bias, precision=precision, shelf=shelf)
         return products.Int8(weight, bias) if precision == "int8" else eager(weight, bias)
 
@@ -38,8 +39,8 @@ def choose(precision: Precision = "fp32", *, shelf: Shelf | None = None) -> Line
 
 def backend() -> str:
     """What makes the products on the CPU, in words."""
-    found = products.processors()
-    return f"native, {products.PROCESSORS[found[-1]]}" if found else "pure PyTorch"
+    found = products.best()
+    return f"native, {products.PROCESSORS[found]}" if found else "pure PyTorch"
 
 
 def eager(weight: Tensor, bias: Tensor | None) -> Product:

@@ -24,7 +24,7 @@ PROCESSORS = ("plain C", "AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX")  # as numbere
 MOST = 127.0  # of the whole numbers; -128 is never used
 TINY = 2.0**-100  # rows that stay below it count as zero: 127 divided by less could be infinite
 PANEL, DEPTH = 16, 64  # what outputs and inputs of packed weights are padded to multiples of
-LONGEST = 1 << 16  # inputs, for sums that fit in 32 bits
+LONGEST = 1 << 16  # inputs of an int8 product, for sums that fit in 32 bits
 EXACT = 1024  # so many products of whole numbers up to 127 add up to less than 2**24, exact in fp32
 
 
@@ -147,6 +147,11 @@ def processors() -> tuple[int, ...]:
     return tuple(number for number in range(len(PROCESSORS)) if bits >> number & 1)
 
 
+def best() -> int | None:
+    """The processor to use; None where PyTorch does better, for want of kernels or of vectors of 8 floats."""
+    return max(processors(), default=0) or None
+
+
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -164,7 +169,7 @@ class Native:
         shelf: Shelf | None = None,
     ) -> None:
         self.outer, self.inner = weight_NK.shape
-        self.processor = processors()[-1] if processor is None else processor
+        self.processor = (best() or 0) if processor is None else processor
         self.function = library().trmt_product
         is_int8 = precision == "int8"
         step = DEPTH if is_int8 else 1
