@@ -26,7 +26,7 @@ FIRST_COLUMNS = 32  # of a new store
 def check_sizes(config: Any) -> None:
     """Refuse a config whose whole numbers, all sizes, or fractions, all dropouts, are out of range."""
     for name, value in ((field.name, getattr(config, field.name)) for field in fields(config)):
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ConfigError(f"network.{name} = {value} is too small; set it to at least 1")
         if isinstance(value, float) and not 0 <= value < 1:
             raise ConfigError(f"network.{name} = {value} is out of range; set it from 0 to below 1")
