@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trmt.arch.layers import sinusoids
 from trmt.arch.transformer import Transformer, TransformerConfig
+from trmt.config import build
 from trmt.errors import BundleError, ConfigError
 from trmt.moving.marian import halves, layers_from_marian, turns
 from trmt.moving.pieces import SOURCE, TARGET
@@ -21,7 +22,7 @@ from trmt.tokenizer import Settings, Tokenizer
 
 Json = dict[str, Any]
 
-ACTIVATIONS: Mapping[str, Literal["relu", "gelu", "swish"]] = {
+ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",
     "gelu": "gelu",
     "swish": "swish",
@@ -49,14 +50,14 @@ def read(folder: Path) -> Imported:
         )
     tokenizer = read_tokenizer(folder)
     weights = read_weights(folder)
-    config = _config(told, weights, tokenizer, folder)
-    net = Transformer(config)
     try:
+        config = _config(told, weights, tokenizer, folder)
         found = _ours(weights, config, told, tokenizer)
+        net = Transformer(config)
         net.load_state_dict(found)
     except (KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise BundleError(f"the weights in {folder} are not a whole Marian model ({reason})") from error
+        raise BundleError(f"{folder} does not hold a whole Marian model ({reason}); copy it again") from error
     return Imported(net.eval(), tokenizer, config.longest - 1)
 
 
@@ -134,21 +135,22 @@ def _config(
     shared = bool(told.get("share_encoder_decoder_embeddings", True))
     tied = bool(told.get("tie_word_embeddings", True))
     bias = weights.get("final_logits_bias")
-    config = TransformerConfig(
-        source_vocabulary=tokenizer.source.vocabulary,
-        target_vocabulary=tokenizer.target.vocabulary,
-        width=told["d_model"],
-        feed_forward=told["encoder_ffn_dim"],
-        heads=told["encoder_attention_heads"],
-        encoder_layers=told["encoder_layers"],
-        decoder_layers=told["decoder_layers"],
-        dropout=told.get("dropout", 0.1),
-        attention_dropout=told.get("attention_dropout", 0.0),
-        activation=activation,
-        tied="none" if not tied else "all" if shared else "target",
-        output_bias=bias is not None and bool(bias.any()),
-        longest=told.get("max_position_embeddings", 512),
-    )
+    options = {
+        "source_vocabulary": tokenizer.source.vocabulary,
+        "target_vocabulary": tokenizer.target.vocabulary,
+        "width": told["d_model"],
+        "feed_forward": told["encoder_ffn_dim"],
+        "heads": told["encoder_attention_heads"],
+        "encoder_layers": told["encoder_layers"],
+        "decoder_layers": told["decoder_layers"],
+        "dropout": told.get("dropout", 0.1),
+        "attention_dropout": told.get("attention_dropout", 0.0),
+        "activation": activation,
+        "tied": "none" if not tied else "all" if shared else "target",
+        "output_bias": bias is not None and bool(bias.any()),
+        "longest": told.get("max_position_embeddings", 512),
+    }
+    config = build(TransformerConfig, options, where=str(folder / "config.json"))
     _check_positions(weights, config, folder)
     return config
 

@@ -69,15 +69,17 @@ def decoder(net: Transformer, tokenizer: Tokenizer) -> Graph:
     memory = builder.memory(hidden, cached, [layer[2:] for layer in past])
 
     def look_back(index: int, x: str) -> str:
-        query, *new = builder.merged(f"decoder.{index}", x, begin, end)
-        both = [builder.extended(old, own, begin) for old, own in zip(past[index][:2], new, strict=True)]
-        for kind, value in zip(("key", "value"), both, strict=True):
-            builder.present(value, index, "decoder", kind)
-        return builder.attention(f"decoder.{index}", query, *both, causal)
+        query, key, value = builder.merged(f"decoder.{index}", x, begin, end)
+        key = builder.extended(past[index][0], key, begin)
+        value = builder.extended(past[index][1], value, begin)
+        builder.present(key, index, "decoder", "key")
+        builder.present(value, index, "decoder", "value")
+        return builder.attention(f"decoder.{index}", query, key, value, causal)
 
     def look_over(index: int, x: str) -> str:
         query = builder.heads(builder.linear(f"decoder.{index}.query", x))
-        return builder.attention(f"decoder.{index}", query, *memory[index], mask, out="cross_out")
+        key, value = memory[index]
+        return builder.attention(f"decoder.{index}", query, key, value, mask, out="cross_out")
 
     for index in range(config.decoder_layers):
         name = f"decoder.{index}"

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
@@ -40,36 +39,39 @@ def normalising_model(side: Side) -> bytes:
 @cache
 def _rules(name: str) -> bytes:
     """A model that holds nothing but how to normalise."""
-    settings: dict[str, Any] = {
-        "add_dummy_prefix": True,
-        "escape_whitespaces": True,
-        "remove_extra_whitespaces": True,
-    }
-    if name != "nfc":
-        return _serialized(rule_name=name, **settings)
-    return _serialized(norm_map=sorted(_compositions()), **settings)
-
-
-def _serialized(**settings: Any) -> bytes:
     sentencepiece.set_min_log_level(2)  # or it tells what it does on standard error
-    rules: bytes = sentencepiece.SentencePieceNormalizer(**settings).serialized_model_proto()
-    return rules
+    known = (
+        _compositions()
+        if name == "nfc"
+        else sentencepiece.SentencePieceNormalizer(rule_name=name).Decompile()
+    )
+    rules = {**_white_space(), **{before: _spaced(after) for before, after in known}}
+    made = sentencepiece.SentencePieceNormalizer(
+        norm_map=sorted(rules.items()),
+        add_dummy_prefix=True,
+        escape_whitespaces=True,
+        remove_extra_whitespaces=True,
+    )
+    serialized: bytes = made.serialized_model_proto()
+    return serialized
+
+
+def _white_space() -> dict[str, str]:
+    return {space: " " for space in map(chr, range(sys.maxunicode + 1)) if space.isspace() and space != " "}
+
+
+def _spaced(text: str) -> str:
+    return "".join(" " if character.isspace() else character for character in text)
 
 
 def _compositions() -> Iterator[tuple[str, str]]:
-    """What NFC changes, character by character and sequence by sequence, and white space to spaces."""
-    seen = set()
+    """What NFC changes, character by character and sequence by sequence."""
     for character in map(chr, range(sys.maxunicode + 1)):
-        if character.isspace():
-            if character != " ":
-                seen.add((character, " "))
-            continue
         parts = unicodedata.normalize("NFD", character)
         composed = unicodedata.normalize("NFC", character)
         for spelled in {character, parts, *_partly(parts)}:
             if unicodedata.normalize("NFC", spelled) == composed != spelled:
-                seen.add((spelled, composed))
-    yield from seen
+                yield spelled, composed
 
 
 def _partly(parts: str) -> Iterator[str]:

@@ -58,9 +58,8 @@ def write_model(net: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     marian, state = package("transformers"), marian_weights(net, tokenizer)
     config = marian_config(net, tokenizer)
     model = marian.MarianMTModel(config)
-    for name in ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"):
-        state[name] = model.state_dict()[name]  # a table that it computes itself
-    model.load_state_dict(state)
+    tables = {name: table for name, table in model.state_dict().items() if "embed_positions" in name}
+    model.load_state_dict(state | tables)  # the tables of positions it computes itself
     model.generation_config = marian.GenerationConfig(**generation(tokenizer, net.config.longest))
     model.save_pretrained(folder)
 
