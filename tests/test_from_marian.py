@@ -16,6 +16,7 @@ from tests.texts import ENGLISH, GERMAN
 from trmt import bundles
 from trmt.arch.base import Ragged, Source
 from trmt.errors import BundleError, ConfigError
+from trmt.exporting import ExportOptions, export
 from trmt.importing import ImportOptions, import_model
 from trmt.moving import from_marian
 from trmt.moving.marian import halves
@@ -167,6 +168,15 @@ def loss_of(place: Path) -> float:
     ).hidden
     after = torch.tensor([token for ids in targets for token in (*ids, 0)])
     return float(torch.nn.functional.cross_entropy(bundle.net.readout(hidden), after))
+
+
+@pytest.mark.parametrize("to", ["ctranslate2", "huggingface", "onnx"])
+def test_an_imported_model_goes_out_again(folder: Path, to: str, pieces: Pieces, tmp_path: Path) -> None:
+    """Export itself compares: with ids by a list, translations that begin with padding, and tags."""
+    for number, place in enumerate((folder, marians.folder(tmp_path / "separate", pieces, separate=True))):
+        bundle = import_model(ImportOptions(folder=place, out=tmp_path / f"bundle{number}"))
+        out = export(ExportOptions(model=bundle, to=to, out=tmp_path / f"{to}{number}"))
+        assert (out / "source.spm").read_bytes() == (place / "source.spm").read_bytes()
 
 
 def test_old_and_cut_weights_are_read(folder: Path) -> None:

@@ -159,3 +159,9 @@ def test_made_up_sentences_are_always_the_same(tokenizer: Tokenizer, tmp_path: P
     made = probes.sentences(bundle)
     assert made == probes.sentences(bundle)
     assert len(set(made)) >= 4
+
+
+def test_a_network_too_short_for_any_sentence_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = moved.bundle(tmp_path / "bundle", tokenizer)
+    with pytest.raises(BundleError, match="pass --no-check"):
+        probes.expected(bundles.load_bundle(folder).net, tokenizer, moved.TEXTS, longest=0)

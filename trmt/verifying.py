@@ -95,6 +95,8 @@ def record(folder: Path, sentences: Sentences) -> None:
 
     A bundle that cannot translate them is still a bundle; that it has none is said.
     """
+    if not sentences:
+        return
     plain = [{key: each[key] for key in ("source", "reference") if key in each} for each in sentences]
     try:
         texts = replayed(folder, plain, device="cpu")

@@ -56,10 +56,15 @@ def expected(net: Seq2Seq, tokenizer: Tokenizer, texts: Sequence[str], *, longes
     """What our network makes of these texts; what it scores as translations is made up."""
     source, target = tokenizer.source, tokenizer.target
     encoded = zip(texts, map(tuple, source.encode(texts)), strict=True)
-    texts, sources = zip(*(pair for pair in encoded if 0 < len(pair[1]) <= longest), strict=True)
+    fitting = [(text, ids) for text, ids in encoded if 0 < len(ids) <= longest]
+    if not fitting:
+        raise BundleError("no sentence is short enough for this network to compare it on; pass --no-check")
+    sources = tuple(ids for _, ids in fitting)
     limit = min(LIMIT, int(getattr(net.config, "longest", LIMIT + 1)) - 1)
     made = target.encode(_made_up(target, len(sources)))
-    probe = Probe(tuple(texts), sources, tuple(tuple(ids[:limit]) for ids in made), limit)
+    probe = Probe(
+        tuple(text for text, _ in fitting), sources, tuple(tuple(ids[:limit]) for ids in made), limit
+    )
     filling = range(target.vocabulary, int(getattr(net.config, "target_vocabulary", 0)))
     banned = sorted({*target.never, *filling})
 
