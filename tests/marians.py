@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import sentencepiece
 import torch
@@ -97,16 +98,19 @@ def folder(path: Path, made: Pieces, *, separate: bool = False, bias: bool = Fal
 @torch.no_grad()
 def decisive(model: Any, *, bias: bool) -> Any:
     """The model with weights so large that few of its choices are close, in eval mode."""
-    torch.manual_seed(11)
     for name, parameter in model.named_parameters():
         if "embed_positions" in name:
             continue
+        # By name, since not every version of transformers has them in the same order.
+        drawn = (
+            torch.randn(parameter.shape, generator=torch.Generator().manual_seed(crc32(name.encode()))) * 0.3
+        )
         if parameter.dim() == 1:
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+            parameter.add_(drawn)
         else:
             embeds = "shared" in name or "embed_tokens" in name
             larger = model.config.d_model**0.5 if embeds and not model.config.scale_embedding else 1
-            parameter.copy_(torch.randn_like(parameter) * 0.3 * larger)
+            parameter.copy_(drawn * larger)
     if bias:
-        model.final_logits_bias.normal_()
+        model.final_logits_bias.normal_(generator=torch.Generator().manual_seed(11))
     return model.eval()

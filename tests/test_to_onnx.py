@@ -71,7 +71,7 @@ def test_optimum_loads_and_translates_it(
 
 def test_a_filler_for_the_past_counts_for_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Some programs give one column of zeros where there is no past yet, others none."""
-    out = exported(moved.bundle(tmp_path / "bundle", tokenizer))
+    out = exported(moved.bundle(tmp_path / "bundle", tokenizer), check=False)
     encoder, decoder = (
         onnxruntime.InferenceSession(out / name, providers=["CPUExecutionProvider"])
         for name in ("encoder_model.onnx", "decoder_model_merged.onnx")
@@ -98,7 +98,7 @@ def test_large_graphs_keep_their_weights_beside_them(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "LARGEST", 1000)
-    out = exported(moved.bundle(tmp_path / "bundle", tokenizer))
+    out = exported(moved.bundle(tmp_path / "bundle", tokenizer), check=False)
     assert (out / "encoder_model.onnx_data").stat().st_size > 1000
     assert (out / "encoder_model.onnx").stat().st_size < 60_000
     assert onnx.load(out / "encoder_model.onnx").graph.name == "encoder_model"
@@ -106,7 +106,7 @@ def test_large_graphs_keep_their_weights_beside_them(
 
 def test_each_weight_is_there_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = moved.bundle(tmp_path / "bundle", tokenizer)
-    written = sum(path.stat().st_size for path in exported(folder).glob("*.onnx"))
+    written = sum(path.stat().st_size for path in exported(folder, check=False).glob("*.onnx"))
     weights = (folder / "weights.safetensors").stat().st_size
     shared = tokenizer.target.vocabulary * moved.SIZES["width"] * 4  # an embedding for each of the two graphs
     tables = 2 * moved.SIZES["longest"] * moved.SIZES["width"] * 4
