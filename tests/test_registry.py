@@ -12,8 +12,9 @@ from trmt.arch.base import Seq2Seq
 from trmt.decode.base import Ranker, Search
 from trmt.engines.base import Engine
 from trmt.errors import ConfigError
+from trmt.moving.base import Format
 from trmt.objectives.base import Objective
-from trmt.registry import ARCHITECTURES, ENGINES, OBJECTIVES, RANKERS, SEARCHES, resolve
+from trmt.registry import ARCHITECTURES, ENGINES, FORMATS, OBJECTIVES, RANKERS, SEARCHES, resolve
 
 CONTRACTS = [
     (ARCHITECTURES, Seq2Seq),
@@ -21,6 +22,7 @@ CONTRACTS = [
     (SEARCHES, Search),
     (RANKERS, Ranker),
     (ENGINES, Engine),
+    (FORMATS, Format),
 ]
 ENTRIES = [(table, name, contract) for table, contract in CONTRACTS for name in table]
 

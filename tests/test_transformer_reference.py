@@ -118,3 +118,19 @@ def test_the_base_model_has_the_papers_size() -> None:
     attention, feed, norm = 4 * (width * width + width), 2 * width * inner + inner + width, 2 * width
     layers = 6 * (attention + feed + 2 * norm) + 6 * (2 * attention + feed + 3 * norm)
     assert sum(parameter.numel() for parameter in net.parameters()) == 37_000 * width + layers == 63_082_496
+
+
+@torch.no_grad()
+def test_a_bias_of_the_output_is_part_of_every_way_to_read_out() -> None:
+    torch.manual_seed(3)
+    config = TransformerConfig(
+        source_vocabulary=23, target_vocabulary=23, width=32, heads=4, output_bias=True
+    )
+    net = Transformer(config).eval()
+    shaken(net)
+    frozen, hidden, only = net.frozen(eager), torch.randn(18, 32), torch.tensor([4, 22, 7])
+    expected = hidden @ net.target_embedding.weight.T + net.output_bias
+    for found in (net, frozen):
+        torch.testing.assert_close(found.readout(hidden), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.readout(hidden, only), expected[:, only], atol=1e-5, rtol=1e-5)
+    assert net.readout_matrix() is None, "a loss that knows of the matrix alone would leave the bias out"

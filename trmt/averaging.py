@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trmt import bundles, checkpoints, console
 from trmt.checkpoints import AVERAGE, MODELS
@@ -22,8 +24,14 @@ class AverageOptions:
     out: Path | None = None
 
 
-def average(options: AverageOptions) -> Path:
-    """Average checkpoints into a bundle and return its folder."""
+Record = Callable[[Path, Sequence[Mapping[str, Any]]], None]  # of golden sentences
+
+
+def average(options: AverageOptions, record: Record | None = None) -> Path:
+    """Average checkpoints into a bundle and return its folder.
+
+    `record` translates golden sentences with it, those of the checkpoints.
+    """
     if options.best is not None and options.last is not None:
         raise ConfigError("--best and --last exclude each other; choose one")
     if any(count is not None and count < 1 for count in (options.best, options.last)):
@@ -46,7 +54,10 @@ def average(options: AverageOptions) -> Path:
         raise BundleError(f"{out} is there and is no bundle; choose another place with --out")
     if out.resolve() in [place.resolve() for place in chosen] or (out / checkpoints.TRAINING).exists():
         raise BundleError(f"{out} is a checkpoint that would be lost; choose another place with --out")
+    golden = [bundles.read_manifest(place).golden for place in chosen]
     checkpoints.average(chosen, out)
+    if record:
+        record(out, next(filter(None, golden), ()))
     console.say(f"average of {', '.join(place.name for place in chosen)} -> {out}")
     return out
 

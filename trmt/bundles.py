@@ -25,7 +25,6 @@ from torch import Tensor
 
 import trmt
 from trmt import quantised
-from trmt import tokenizer as tokenizers
 from trmt.arch.base import Seq2Seq
 from trmt.config import build, tree_of
 from trmt.errors import BundleError, ConfigError, TrmtError
@@ -91,7 +90,7 @@ def describe(net: Seq2Seq, architecture: str, tokenizer: Tokenizer, **rest: Any)
         network=tree_of(net.config),
         languages=tokenizer.languages,
         tokenizer=tokenizer.fingerprint,
-        special={"pad": tokenizers.PAD, "unk": tokenizers.UNK, "bos": tokenizers.BOS, "eos": tokenizers.EOS},
+        special={name: getattr(tokenizer.target, name) for name in ("pad", "unk", "bos", "eos")},
         normalisation={
             "source": tokenizer.settings.normalise_source,
             "target": tokenizer.settings.normalise_target,

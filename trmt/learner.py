@@ -40,6 +40,9 @@ class Learned:
     tokens: int
 
 
+SPECIALS = Specials(bos=BOS, eos=EOS)  # of the tokenizers that are trained here
+
+
 class Learner:
     """A network with its objective, optimiser, running mean and precision; training ends at step `steps`.
 
@@ -47,7 +50,9 @@ class Learner:
     shares divided by the tokens of all; they are added up once everyone has got through.
     """
 
-    def __init__(self, recipe: Recipe, *, steps: int, team: Team | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, *, steps: int, team: Team | None = None, specials: Specials = SPECIALS
+    ) -> None:
         self.recipe, self.team = recipe, team or Team()
         if recipe.training.deterministic:
             be_deterministic()
@@ -65,7 +70,7 @@ class Learner:
         self.rate = optim.learning_rate(recipe.optim, width=width, steps=steps)
         objective = resolve(OBJECTIVES, recipe.objective, trust_code=True)
         loss = build(objective.config_class, recipe.loss, where="loss")
-        self.objective: Objective = objective(loss, Specials(bos=BOS, eos=EOS))
+        self.objective: Objective = objective(loss, specials)
         self.optimizer = optim.optimiser(self.net, recipe.optim)
         self.guard = Guard(
             self.device,

@@ -44,7 +44,10 @@ def quantize(place: Path | None, out: Path, *, trust_code: bool = False) -> Quan
         bundle.manifest,
         precision="int8",
         scores=(),  # nobody has measured these weights yet
-        golden=tuple({**entry, "translation": text} for entry, text in zip(golden, after, strict=True)),
+        golden=tuple(
+            {**entry, "translation": text, "beam": TranslateOptions().beam}
+            for entry, text in zip(golden, after, strict=True)
+        ),
     )
     bundles.save_bundle(out, manifest, weights, bundle.tokenizer)
     unchanged = sum(one == other for one, other in zip(before, after, strict=True))

@@ -33,6 +33,13 @@ ENGINES: Mapping[str, str] = {
     "eager": "trmt.engines.eager:Eager",
 }
 
+# What `trmt export` writes.
+FORMATS: Mapping[str, str] = {
+    "ctranslate2": "trmt.moving.to_ctranslate2:CTranslate2",
+    "huggingface": "trmt.moving.to_huggingface:HuggingFace",
+    "onnx": "trmt.moving.to_onnx:ONNX",
+}
+
 
 def suggestion(name: str, known: list[str]) -> str:
     """The tail of an error message: the nearest known name, or all of them."""

@@ -30,6 +30,7 @@ from trmt.keeping import Keeper, Progress
 from trmt.learner import Learner
 from trmt.logbook import Clock, Logbook
 from trmt.looking import DevSet, Validate
+from trmt.objectives.base import Specials
 from trmt.outlook import foresee
 from trmt.parts import ShortMemory
 from trmt.planning import (
@@ -110,7 +111,8 @@ class Run:
         self.batches = Batches(data, recipe.batches, seed=recipe.training.seed, in_row=in_row)
         # Epochs differ by a batch or so; the first one's length stands for all.
         self.steps_per_epoch = len(self.batches.plan(0))
-        self.learner = Learner(recipe, steps=self.last_step or 0, team=team)
+        specials = Specials(bos=tokenizer.target.bos, eos=tokenizer.target.eos)
+        self.learner = Learner(recipe, steps=self.last_step or 0, team=team, specials=specials)
         self.positions = int(getattr(self.learner.net.config, "longest", 1 << 30))
         if alpha := recipe.batches.subword_alpha:
             self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)

@@ -122,12 +122,13 @@ class Translator:
         self.longest = max(min(longest, self.positions - 1), 1)
         self.eos = source.eos
         self.ranker = resolve(RANKERS, "best")()
+        rows = int(getattr(net.config, "target_vocabulary", 0))  # those beyond the vocabulary fill it up
         self.engine: Engine = resolve(ENGINES, options.engine)(
             net,
             options.build_search(),
             bos=target.bos,
             eos=target.eos,
-            banned={target.pad, target.bos, target.unk},
+            banned=target.never | set(range(target.vocabulary, rows)),
             batching=Batching(sentences=options.batch),
             precision="int8" if options.precision == "int8" else "fp32",
             weights=weights,
@@ -198,9 +199,9 @@ class Translator:
             if ids:
                 yield ids, ""
             return
-        text = self.tokenizer.source.normalise(text)
-        for piece in split_text(text, lambda part: len(self._encoded(part)) <= self.longest):
-            ids = self._encoded(piece.text)
+        lead, text = self.tokenizer.source.lead(self.tokenizer.source.normalise(text))
+        for piece in split_text(text, lambda part: len(self._encoded(lead + part)) <= self.longest):
+            ids = self._encoded(lead + piece.text)
             # A single character can have more bytes than a very small network has positions.
             for begin in range(0, len(ids), self.longest):
                 last = begin + self.longest >= len(ids)

@@ -40,7 +40,13 @@ def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Reci
     )
     shown = range(min(recipe.validation.samples, len(sources)))
     samples = tuple(
-        {"source": sources[n], "translation": translations[n], "reference": references[n]} for n in shown
+        {
+            "source": sources[n],
+            "translation": translations[n],
+            "reference": references[n],
+            "beam": recipe.validation.beam,
+        }
+        for n in shown
     )
     return Validation(scores, samples)
 

@@ -27,7 +27,7 @@ FIRST_COLUMNS = 32  # of a new store
 def check_sizes(config: Any) -> None:
     """Refuse a config whose whole numbers, all sizes, or fractions, all dropouts, are out of range."""
     for name, value in ((field.name, getattr(config, field.name)) for field in fields(config)):
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ConfigError(f"network.{name} = {value} is too small; set it to at least 1")
         if isinstance(value, float) and not 0 <= value < 1:
             raise ConfigError(f"network.{name} = {value} is out of range; set it from 0 to below 1")
@@ -125,11 +125,15 @@ def _with_relu(product: Any) -> Any:
     return product.with_relu() if hasattr(product, "with_relu") else lambda x: F.relu(product(x))
 
 
-def readout(product: Any, weight_VD: Tensor, hidden: Tensor, only: Tensor | None) -> Tensor:
+def readout(
+    product: Any, weight_VD: Tensor, hidden: Tensor, only: Tensor | None, bias_V: Tensor | None = None
+) -> Tensor:
     """The logits of the whole vocabulary, or of the ids in `only`; where products can, with the same bits."""
     if only is None:
         return product(hidden)
-    return product.only(only)(hidden) if hasattr(product, "only") else F.linear(hidden, weight_VD[only])
+    if hasattr(product, "only"):
+        return product.only(only)(hidden)
+    return F.linear(hidden, weight_VD[only], None if bias_V is None else bias_V[only])
 
 
 def _same(x: Tensor) -> Tensor:

@@ -43,9 +43,10 @@ class TransformerConfig:
     attention_dropout: float = 0.0
     norm_place: Literal["post", "pre"] = "post"
     norm: Literal["layer", "rms"] = "layer"
-    activation: Literal["relu", "gelu", "swiglu"] = "relu"
+    activation: Literal["relu", "gelu", "swish", "swiglu"] = "relu"
     positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"
     tied: Literal["all", "target", "none"] = "all"  # which embeddings share the output's matrix
+    output_bias: bool = False  # a bias for each piece of the vocabulary, as Marian has it
     longest: int = 1024  # positions there are
 
     def __post_init__(self) -> None:
@@ -107,6 +108,7 @@ class Transformer(Seq2Seq):
         self.output = (
             _embedding(config.target_vocabulary, width) if config.tied == "none" else self.target_embedding
         )
+        self.output_bias = nn.Parameter(torch.zeros(config.target_vocabulary)) if config.output_bias else None
         self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(Layer(config, cross=True) for _ in range(config.decoder_layers))
         # Keys and values of the source for every decoder layer, from one product.
@@ -151,11 +153,10 @@ class Transformer(Seq2Seq):
         return Output(hidden_ND, attention=torch.stack(weights) if weights else None)
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        weight = self.output.weight
-        return F.linear(hidden, weight if only is None else weight[only])
+        return _readout(hidden, self.output.weight, self.output_bias, only)
 
-    def readout_matrix(self) -> Tensor:
-        return self.output.weight
+    def readout_matrix(self) -> Tensor | None:
+        return self.output.weight if self.output_bias is None else None
 
     def frozen(self, linear: Linear) -> Stepper:
         return TransformerStepper(self, linear)
@@ -167,6 +168,12 @@ def _embedding(vocabulary: int, width: int) -> nn.Embedding:
     return embedding
 
 
+def _readout(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, only: Tensor | None) -> Tensor:
+    if only is not None:
+        weight_VD, bias_V = weight_VD[only], None if bias_V is None else bias_V[only]
+    return F.linear(hidden, weight_VD, bias_V)
+
+
 def _feed(layer: Any, config: TransformerConfig, x_SQD: Tensor) -> Tensor:
     inner = layer.feed.inner(x_SQD)
     if config.activation == "swiglu":
@@ -174,6 +181,8 @@ def _feed(layer: Any, config: TransformerConfig, x_SQD: Tensor) -> Tensor:
         inner = F.silu(gate) * value
     elif config.activation == "gelu":
         inner = F.gelu(inner)
+    elif config.activation == "swish":
+        inner = F.silu(inner)
     return layer.feed.outer(inner)
 
 
@@ -310,7 +319,8 @@ class TransformerStepper(Stepper):
         self.net.table = getattr(net, "table", None)
         self.net.positions = getattr(net, "positions", None)
         self.weight_VD = net.output.weight.detach()
-        self.product = linear(self.weight_VD, None)
+        self.bias_V = None if net.output_bias is None else net.output_bias.detach()
+        self.product = linear(self.weight_VD, self.bias_V)
         self.stepwise = stepping.suits(self.config, self.product)
         self.kernel: stepping.Kernel | None = None
         if self.stepwise:
@@ -414,4 +424,4 @@ class TransformerStepper(Stepper):
         return decode(self.net, config, x_SKD, look_back, look_over), weights
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        return layers.readout(self.product, self.weight_VD, hidden, only)
+        return layers.readout(self.product, self.weight_VD, hidden, only, self.bias_V)

@@ -14,6 +14,8 @@ from trmt.cli import (
     average,
     check_resume,
     env,
+    export,
+    importing,
     inspect,
     plot,
     prepare,
@@ -22,6 +24,7 @@ from trmt.cli import (
     tokenizer,
     train,
     translate,
+    verify,
 )
 from trmt.errors import TrmtError
 
@@ -77,6 +80,9 @@ app.command("average")(average.command)
 app.command("translate")(translate.command)
 app.command("quantize")(quantize.command)
 app.command("inspect")(inspect.command)
+app.command("verify")(verify.command)
+app.command("export")(export.command)
+app.command("import")(importing.command)
 app.command("score")(score.command)
 app.command("plot")(plot.command)
 app.command("env")(env.command)

@@ -23,5 +23,6 @@ def command(
 ) -> None:
     """Average checkpoints into a bundle. Without --best or --last: the best five."""
     from trmt.averaging import AverageOptions, average
+    from trmt.verifying import record
 
-    average(AverageOptions(places=tuple(places or ()), best=best, last=last, out=out))
+    average(AverageOptions(places=tuple(places or ()), best=best, last=last, out=out), record)

@@ -7,6 +7,7 @@ def command() -> None:
     """Print versions, machine and devices: what a bug report needs."""
     import os
     import platform
+    from contextlib import suppress
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -23,6 +24,14 @@ def command() -> None:
             typer.echo(f"{name:<14} {version(name)}")
         except PackageNotFoundError:
             typer.echo(f"{name:<14} missing")
+    for name in (
+        "ctranslate2",
+        "transformers",
+        "onnxruntime",
+        "optimum-onnx",
+    ):  # what exports are checked with
+        with suppress(PackageNotFoundError):
+            typer.echo(f"{name:<14} {version(name)}")
     capability = torch.backends.cpu.get_cpu_capability()
     typer.echo(f"cpu            {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}")
     for index in range(torch.cuda.device_count()):

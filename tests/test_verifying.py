@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import moved, toy
+from trmt import bundles
+from trmt.averaging import AverageOptions, average
+from trmt.cli import main
+from trmt.errors import BundleError
+from trmt.quantizing import quantize
+from trmt.tokenizer import Tokenizer
+from trmt.training import train
+from trmt.translating import TranslateOptions, Translator
+from trmt.validating import validate
+from trmt.verifying import VerifyOptions, record, verify
+
+
+@pytest.fixture
+def bundle(toy_set: Path, tmp_path: Path) -> Path:
+    varied = {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}
+    folder = moved.bundle(tmp_path / "bundle", Tokenizer.load(toy_set / "tokenizer"), **varied)
+    record(folder, [{"source": text} for text in moved.TEXTS])
+    return folder
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["trmt", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def test_a_bundle_that_nobody_touched_is_as_it_was(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = verify(VerifyOptions(model=bundle))
+    assert (found.sentences, found.differences, found.problem()) == (len(moved.TEXTS), (), None)
+    capsys.readouterr()
+    assert command(monkeypatch, "verify", str(bundle)) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"whole, and {len(moved.TEXTS)} golden sentences are translated as before" in said.err
+
+
+def test_what_is_recorded_is_what_the_bundle_translates(bundle: Path) -> None:
+    golden = bundles.read_manifest(bundle).golden
+    greedy = Translator.load(bundle, options=TranslateOptions(search="greedy"))
+    found = greedy.translate(moved.TEXTS)
+    assert [each["translation"] for each in golden] == [each.text for each in found]
+    assert len({each["translation"] for each in golden}) > 1
+
+
+def test_each_sentence_is_searched_for_as_it_was(bundle: Path) -> None:
+    beam = Translator.load(bundle, options=TranslateOptions(beam=3)).translate(moved.TEXTS)
+    golden = [
+        {"source": text, "translation": each.text, "beam": 3}
+        for text, each in zip(moved.TEXTS, beam, strict=True)
+    ]
+    mixed = [*golden, *bundles.read_manifest(bundle).golden]
+    assert any(one["translation"] != two["translation"] for one, two in zip(mixed, mixed[8:], strict=False))
+    bundles.rewrite_manifest(bundle, golden=tuple(mixed))
+    assert verify(VerifyOptions(model=bundle)).differences == ()
+
+
+def changed_weights(folder: Path, change: Any) -> None:
+    bundle = bundles.load_bundle(folder)
+    weights = {name: tensor.clone() for name, tensor in bundle.net.state_dict().items()}
+    change(weights)
+    bundles.save_bundle(folder, bundle.manifest, weights, bundle.tokenizer)
+
+
+def test_other_translations_are_told(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed_weights(bundle, lambda weights: weights["memory.weight"].mul_(-1))
+    versions = {"torch": "1.0", "trmt": bundles.read_manifest(bundle).versions["trmt"]}
+    bundles.rewrite_manifest(bundle, versions=versions)
+    found = verify(VerifyOptions(model=bundle))
+    assert found.differences
+    assert found.versions == (f"torch 1.0 -> {torch.__version__}",)
+    capsys.readouterr()
+    assert command(monkeypatch, "verify", str(bundle)) == 1
+    said = capsys.readouterr().err
+    assert said.count(" and is now ") == len(found.differences)
+    assert f"{len(found.differences)} of {len(moved.TEXTS)} golden sentences" in said
+    assert "torch 1.0" in said
+
+
+def test_damage_is_an_error(bundle: Path) -> None:
+    def broken(weights: dict[str, torch.Tensor]) -> None:
+        weights["memory.bias"][3] = float("nan")
+
+    changed_weights(bundle, broken)
+    with pytest.raises(BundleError, match=r"'memory\.bias' .* not all numbers"):
+        verify(VerifyOptions(model=bundle))
+    path = bundle / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="checksum differs"):
+        verify(VerifyOptions(model=bundle))
+
+
+def test_bundles_without_golden_sentences_say_so(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundles.rewrite_manifest(bundle, golden=())
+    capsys.readouterr()
+    assert command(monkeypatch, "verify", str(bundle)) == 0
+    assert "has no golden sentences: only its files were checked" in capsys.readouterr().err
+
+
+def test_runs_and_their_averages_can_be_verified(toy_set: Path, tmp_path: Path) -> None:
+    changes = {"validation": {"metric": "chrf", "sentences": 4, "beam": 2}}
+    run = train(toy.options(tmp_path / "run", toy_set, toy.recipe(tmp_path, changes)), validate)
+    assert verify(VerifyOptions(model=run)).sentences == 3
+    average(AverageOptions(places=(run,)), record)
+    golden = json.loads((run / "average" / "manifest.json").read_bytes())["golden"]
+    assert [each["source"] for each in golden] == [
+        each["source"] for each in bundles.read_manifest(run / "step-00000006").golden
+    ]
+    assert all(each["reference"] and each["beam"] == 1 for each in golden)
+    assert verify(VerifyOptions(model=run)).differences == ()
+
+
+def test_a_quantised_bundle_does_what_it_did(bundle: Path) -> None:
+    out = bundle.parent / "int8"
+    quantize(bundle, out)
+    golden = bundles.read_manifest(out).golden
+    assert all(each["beam"] == 4 for each in golden)
+    assert verify(VerifyOptions(model=out)).differences == ()
+    greedy = tuple({**each, "beam": 1} for each in golden)
+    bundles.rewrite_manifest(out, golden=greedy)
+    assert verify(VerifyOptions(model=out)).differences, "the beam makes no difference here"

@@ -1,0 +1,1 @@
+"""Models that move in and out: other programs' folders, written, read, and compared with ours."""
