@@ -141,6 +141,8 @@ class Masks:
         self.banned, self.eos = banned, eos
         self.limit_S = torch.tensor([request.limit for request in requests], device=device)
         self.shortest = min(request.limit for request in requests)
+        self.least_S = torch.tensor([request.least for request in requests], device=device)
+        self.most_least = max(request.least for request in requests)
         self.longest_prefix = max(len(request.prefix) for request in requests)
         rows = [
             list(request.prefix) + [-1] * (self.longest_prefix - len(request.prefix)) for request in requests
@@ -152,12 +154,16 @@ class Masks:
         kept = object.__new__(Masks)
         kept.__dict__.update(self.__dict__)
         kept.limit_S, kept.prefix_ST = self.limit_S[sentences], self.prefix_ST[sentences]
+        kept.least_S = self.least_S[sentences]
         return kept
 
     def apply(self, scores_SKV: Tensor, step: int) -> None:
         """Rule out, in place, what may not follow `step` tokens."""
         if len(self.banned):
             scores_SKV.index_fill_(2, self.banned, -torch.inf)
+        if step < self.most_least:
+            end_SK = scores_SKV[:, :, self.eos]
+            end_SK.masked_fill_((self.least_S > step)[:, None], -torch.inf)
         if step < self.longest_prefix:
             wanted_S = self.prefix_ST[:, step]
             self._force(scores_SKV, wanted_S.clamp(min=0), where_S=wanted_S >= 0)
