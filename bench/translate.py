@@ -209,7 +209,7 @@ def measure(
         power=network.power,
         forced=network.forced,
     )
-    hows = {name: how for name in engines}
+    hows = dict.fromkeys(engines, how)
     calls = calls_of(point, network)
     warm: dict[str, Any] = {}
     for name, engine in engines.items():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trmt.decode.base import Hypothesis, Search
+from trmt.decode.base import Hypothesis, Search, Sentence
 from trmt.decode.greedy import LineState
 from trmt.errors import ConfigError
 
@@ -50,9 +50,14 @@ class Sampling(Search):
         """As many as samples are asked for."""
         return self.samples
 
-    def start(self, keys: Sequence[int], *, room: int, eos: int, device: torch.device) -> SamplingState:
-        lines = LineState.empty((len(keys), self.samples, room), eos=eos, device=device)
-        lots = [torch.rand(room, self.samples, generator=self._generator(key)).T for key in keys]
+    def start(
+        self, sentences: Sequence[Sentence], *, room: int, eos: int, device: torch.device
+    ) -> SamplingState:
+        lines = LineState.empty(sentences, (self.samples, room), eos=eos, device=device)
+        lots = [
+            torch.rand(room, self.samples, generator=self._generator(sentence.key)).T
+            for sentence in sentences
+        ]
         return SamplingState(**vars(lines), lot_SKT=torch.stack(lots).to(device))
 
     def _generator(self, key: int) -> torch.Generator:
@@ -60,7 +65,8 @@ class Sampling(Search):
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
     def advance(self, scores_SKV: Tensor, state: SamplingState) -> tuple[Tensor, Tensor, SamplingState]:
-        at = state.length_S[:, None, None].expand(-1, self.samples, 1)
+        # A sentence that waits to be taken away stays within its lots.
+        at = state.length_S.clamp(max=state.lot_SKT.shape[2] - 1)[:, None, None].expand(-1, self.samples, 1)
         lot_SK1 = state.lot_SKT.gather(2, at)
         tokens_SK = self._choose(scores_SKV, lot_SK1)
         # The score is the probability under the network, not under the sharpened distribution.
