@@ -22,7 +22,7 @@ class Trmt:
         torch.set_num_threads(threads)
         self.version = f"{trmt.__version__} on torch {torch.__version__}"
         bundle = bundles.load_bundle(Path(model))
-        self.net, self.tokenizer = bundle.net, bundle.tokenizer
+        self.net, self.tokenizer, self.compute = bundle.net, bundle.tokenizer, compute
         source, target = self.tokenizer.source, self.tokenizer.target
         self.ids = {piece: number for number, piece in enumerate(source.pieces(range(source.vocabulary)))}
         self.pieces = target.pieces(range(target.vocabulary))
@@ -42,6 +42,7 @@ class Trmt:
             eos=side.eos,
             banned={side.pad, side.bos, side.unk},
             batching=Batching(sentences=batch),
+            precision=self.compute,
         )
 
     def translate(self, sentences: list[Pieces], how: How) -> Iterator[tuple[int, Pieces]]:

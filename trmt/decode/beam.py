@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trmt.decode.base import Hypothesis, Search, SearchState, Sentence, log_sums, top
+from trmt.decode.base import Hypothesis, Search, SearchState, Sentence
+from trmt.decode.choosing import highest
 from trmt.errors import ConfigError
 
 ROUNDING = 1e-6  # what normalised scores are off by, at most, relative to themselves
@@ -86,8 +87,8 @@ class Beam(Search):
 
     def advance(self, scores_SKV: Tensor, state: BeamState) -> tuple[Tensor, Tensor, BeamState]:
         scores_RV = scores_SKV.flatten(0, 1)
-        best_RC, ids_RC = top(scores_RV, self.size)
-        log_RC = best_RC - log_sums(scores_RV, best_RC[:, :1])
+        best_RC, ids_RC, sum_R1 = highest(scores_RV, self.size)
+        log_RC = best_RC - sum_R1
         total = (state.score_SK.view(-1, 1) + log_RC).view(len(state.score_SK), -1)
         score_SK, flat_SK = total.topk(self.size, -1)
         parents_SK = flat_SK // log_RC.shape[1]

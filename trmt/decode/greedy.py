@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trmt.decode.base import Hypothesis, Search, SearchState, Sentence, log_sums, top
+from trmt.decode.base import Hypothesis, Search, SearchState, Sentence
+from trmt.decode.choosing import highest
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Greedy(Search):
 
     def advance(self, scores_SKV: Tensor, state: LineState) -> tuple[Tensor, Tensor, LineState]:
         scores_RV = scores_SKV.flatten(0, 1)
-        best_R1, tokens_R1 = top(scores_RV, 1)
-        log_R1 = best_R1 - log_sums(scores_RV, best_R1)
+        best_R1, tokens_R1, sum_R1 = highest(scores_RV, 1)
+        log_R1 = best_R1 - sum_R1
         tokens_SK = tokens_R1.view(scores_SKV.shape[:2])
         return torch.zeros_like(tokens_SK), tokens_SK, state.extended(tokens_SK, log_R1.view_as(tokens_SK))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trmt.decode.base import Hypothesis, Search, Sentence
+from trmt.decode.choosing import highest
 from trmt.decode.greedy import LineState
 from trmt.errors import ConfigError
 
@@ -70,7 +71,9 @@ class Sampling(Search):
         lot_SK1 = state.lot_SKT.gather(2, at)
         tokens_SK = self._choose(scores_SKV, lot_SK1)
         # The score is the probability under the network, not under the sharpened distribution.
-        log_SK = scores_SKV.gather(2, tokens_SK[:, :, None])[:, :, 0] - scores_SKV.logsumexp(-1)
+        chosen_SK = scores_SKV.gather(2, tokens_SK[:, :, None])[:, :, 0]
+        # Last, because the scores may be lost in it.
+        log_SK = chosen_SK - highest(scores_SKV.flatten(0, 1), 1)[2].view_as(chosen_SK)
         lines = state.extended(tokens_SK, log_SK)
         parents_SK = torch.arange(self.samples, device=tokens_SK.device).expand_as(tokens_SK)
         return parents_SK, tokens_SK, SamplingState(**vars(lines), lot_SKT=state.lot_SKT)
