@@ -121,6 +121,13 @@ class Transformer(Seq2Seq):
             table_width = width if config.positions == "sinusoidal" else width // config.heads
             self.register_buffer("table", layers.sinusoids(config.longest, table_width), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        # What `to` and its kind come down to.
+        net: Transformer = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.target_embedding.weight.is_cuda:
+            attention.load_varlen()
+        return net
+
     def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
         config = self.config
         _check_length(config, source)
