@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_suite
 import quality_tables
 import speed_tables
+import translation_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -94,6 +95,12 @@ def scale() -> str:
     return table(speed_tables.SCALE_HEAD, speed_tables.scale_rows()) + sources(["scale"])
 
 
+def translation() -> str:
+    result = translation_tables.result()
+    measured = table(translation_tables.HEAD, translation_tables.rows())
+    return measured + (f"\n\n- {source(result)}" if result else "")
+
+
 def sources(names: list[str]) -> str:
     """Where the figures come from, of those results that there are."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -136,6 +143,7 @@ TABLES = {
     "training": training,
     "peers": peers,
     "scale": scale,
+    "translation": translation,
     "quality": quality,
     "corpora": corpora,
     "gpu": gpu,

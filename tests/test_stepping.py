@@ -114,6 +114,7 @@ def test_what_the_kernel_has_not_is_left_to_pytorch(options: dict[str, Any]) -> 
 
 def test_the_cache_follows_ancestors() -> None:
     cache = Cache.empty((1, 2), layers=1, width=2)
+    cache.make_room(4)
     histories = [[], []]
     for column, parents in enumerate([[0, 1], [1, 1], [0, 0], [1, 0]]):
         position = torch.tensor([column])

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import trmt
 from trmt import quantised
@@ -215,11 +216,26 @@ def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code:
             f"{folder / TOKENIZER} is not the tokenizer this network was trained with; copy it again"
         )
     try:
-        net = build_network(manifest.architecture, manifest.network, trust_code=trust_code)
+        with _Undrawn():
+            net = build_network(manifest.architecture, manifest.network, trust_code=trust_code)
     except TrmtError as error:
         raise BundleError(f"cannot build the network of {folder}: {error}") from error
-    load_weights(net, read_weights(folder, manifest), where=str(folder))
+    weights = read_weights(folder, manifest)
+    check_weights(net, weights, where=str(folder))
+    # The tensors themselves and not copies: they are the file, mapped, which other processes share.
+    net.load_state_dict(weights, assign=True)
     return Bundle(folder, manifest, net.to(device).eval(), tokenizer)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves fresh weights undrawn, for a network that is about to get others; drawing takes seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def load_weights(net: Seq2Seq, weights: Mapping[str, Tensor], *, where: str) -> None:

@@ -10,17 +10,26 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from trmt import console
 from trmt.errors import DataError
-from trmt.translating import BREAKS, Candidate, Translation, Translator
+from trmt.translating import BREAKS, Candidate, Translation
 
 BOM = b"\xef\xbb\xbf"
 FIRST_WINDOW, WINDOW = 128, 4096  # lines translated together: few at first, so that the first are soon out
 WINDOW_BYTES = 1 << 20  # a window of long lines ends here, so that they too are soon out
 PENDING = 64 << 20  # bytes read ahead of the translation, at most (a single line may be longer)
 LINE_BYTES = 48  # what a line takes besides its bytes
+
+
+class Translates(Protocol):
+    """What turns lines into translations: a `Translator`, or several in processes of their own."""
+
+    def ready(
+        self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0
+    ) -> Iterator[tuple[int, Translation]]:
+        """(number of the line, its translation) as they become ready."""
 
 
 @dataclass
@@ -34,7 +43,7 @@ class Report:
 
 
 def translate_stream(
-    translator: Translator,
+    translator: Translates,
     source: BinaryIO,
     out: BinaryIO,
     *,

@@ -143,9 +143,7 @@ class Translator:
         trust_code: bool = False,
     ) -> Translator:
         """The translator in a bundle or run folder; without a name, the default one."""
-        folder = checkpoints.find_bundle(place) if place else checkpoints.default_bundle()
-        if not place:
-            console.say(f"model: {folder}")
+        folder = find_model(place)
         device = choose_device(options.device)
         bundle = bundles.load_bundle(folder, device=device, trust_code=trust_code)
         options = replace(options, precision=_precision(options.precision, bundle, device.type))
@@ -237,6 +235,15 @@ class Translator:
 
     def _text(self, ids: Sequence[int]) -> str:
         return BREAKS.sub(" ", self.tokenizer.target.decode(ids)).strip()
+
+
+def find_model(place: Path | None) -> Path:
+    """The bundle that is meant by a bundle or run folder; without a name the default one, which is told."""
+    if place:
+        return checkpoints.find_bundle(place)
+    folder = checkpoints.default_bundle()
+    console.say(f"model: {folder}")
+    return folder
 
 
 def _precision(asked: str, bundle: Bundle, device: str) -> Literal["fp32", "int8"]:

@@ -29,6 +29,7 @@ PACKAGES: dict[str, list[list[str]]] = {
         + ["pyahocorasick", "six", "tensorboard", "flask", "pandas", "spacy", "fasttext-wheel"],
     ],
     "sockeye": [["--no-deps", "sockeye==3.1.34"], ["pyyaml", "numpy", "sacrebleu", "portalocker"]],
+    "ctranslate2": [["ctranslate2==4.8.5"]],
     "transformers": [["transformers==5.23.0", "accelerate==1.15.0", "datasets", "sentencepiece"]],
     "fairseq": [
         ["hydra-core>=1.3,<1.4", "omegaconf>=2.3", "setuptools", "cython", "cffi", "regex", "sacrebleu"]

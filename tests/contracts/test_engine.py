@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.fakes import random_sentences, small_network
-from trmt.arch.base import Ragged, Seq2Seq, Source
+from trmt.arch.base import Output, Ragged, Seq2Seq, Source, State, Stepper
 from trmt.decode.base import Hypothesis, Search
 from trmt.decode.beam import Beam
 from trmt.decode.greedy import Greedy
@@ -177,7 +178,7 @@ def unequal_with(threads: int, **sizes: Any) -> list[str]:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_batch_size_changes_no_bit(threads: int) -> None:
-    assert unequal_with(threads, count=10, longest=12, batches=(1, 10)) == []
+    assert unequal_with(threads, count=10, longest=12, batches=(1, 3, 10)) == []
 
 
 @pytest.mark.slow
@@ -202,17 +203,53 @@ def test_finished_sentences_come_before_the_batch_ends() -> None:
     assert sorted(order) == list(range(8)) and order[-1] == 0
 
 
+class Recorder(Stepper):
+    """A stepper that notes the lengths of the sentences that were begun together, and how many steps ran."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper = stepper
+        self.begun: list[list[int]] = []
+        self.rows: list[int] = []
+
+    def start(self, source: Source, **options: Any) -> State:
+        self.begun.append(source.lengths_S.tolist())
+        return self.stepper.start(source, **options)
+
+    def step(self, tokens_SKT: Tensor, state: State, **options: Any) -> tuple[Output, State]:
+        self.rows.append(len(tokens_SKT))
+        return self.stepper.step(tokens_SKT, state, **options)
+
+    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
+        return self.stepper.readout(hidden, only)
+
+
+def recorded(batching: Batching, requests: Sequence[Request]) -> Recorder:
+    net, search = small_network("rnn"), Greedy()
+    engine = resolve(ENGINES, "eager")(net, search, bos=BOS, eos=EOS, banned=[EOS], batching=batching)
+    engine.stepper = Recorder(engine.stepper)
+    translated(engine, requests)
+    return engine.stepper
+
+
 def test_a_batch_holds_no_more_source_than_it_may() -> None:
     requests = [Request((5,) * length, limit=1) for length in (3, 9, 1, 9, 2, 40, 5)]
-    engine = resolve(ENGINES, "eager")(
-        small_network("rnn"), Greedy(), bos=BOS, eos=EOS, batching=Batching(sentences=4, tokens=18)
-    )
-    batches = list(engine._batches(requests))
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    for batch in batches:
-        lengths = [len(requests[index].source) for index in batch]
-        assert len(batch) == 1 or (len(batch) <= 4 and max(lengths) * len(lengths) <= 18)
-    assert batches[0] == [5] and batches[1] == [1, 3]
+    begun = recorded(Batching(sentences=4, tokens=18), requests).begun
+    assert begun == [[40], [9, 9], [5, 3, 2], [1]]
+
+
+def test_sentences_take_the_places_of_finished_ones() -> None:
+    # Nothing ends by itself here: each goes on to its limit.
+    requests = [Request((5,) * 8, limit=2 if index % 2 else 40) for index in range(40)]
+    found = recorded(Batching(sentences=8), requests)
+    assert sum(map(len, found.begun)) == 40
+    assert len(found.begun) > 5, "in five batches of 8, nobody's place was taken"
+    # 20 * 40 and 20 * 2 tokens, nearly all of them in full batches.
+    assert max(found.rows) == 8 and sum(found.rows) < 1.5 * (20 * 40 + 20 * 2)
+
+
+def test_much_shorter_sentences_wait_for_a_batch_of_their_own() -> None:
+    requests = [Request((5,) * length, limit=limit) for length, limit in [(30, 9)] * 3 + [(30, 2), (4, 9)]]
+    assert recorded(Batching(sentences=4), requests).begun == [[30] * 4, [4]]
 
 
 def test_training_mode_does_not_matter() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -213,6 +215,46 @@ def test_joined_sentences_of_different_age_equal_recomputing(net: Seq2Seq, older
     for s, part in enumerate(parts):
         for k in range(2):
             want = teacher_forced(net, [part["source"]], [seen[s][k]])[0][-1]
+            torch.testing.assert_close(logits[s, k], want, **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("hypotheses", "reorders"), [(1, True), (3, True), (3, False), (20, True)])
+@pytest.mark.parametrize("young", [0, 2, 40])
+def test_replaced_sentences_equal_recomputing(
+    net: Seq2Seq, hypotheses: int, reorders: bool, young: int
+) -> None:
+    """Sentences that are younger or older, with longer or shorter sources, take the places of others."""
+    draw = torch.Generator().manual_seed(6)
+    stepper = net.frozen(eager)
+
+    def begun(sources: list[list[int]], length: int) -> tuple[Any, list[Any]]:
+        state = stepper.start(Source.of(sources), hypotheses=hypotheses, room=60, reorders=reorders)
+        prefixes = torch.randint(4, VOCABULARY, (len(sources), hypotheses, length), generator=draw)
+        for token in prefixes.unbind(2):
+            _, state = stepper.step(token[:, :, None], state)
+        return state, prefixes.tolist()
+
+    sources = [[5, 6, 7], [9] * 20, [4, 8], [7, 7, 4]]
+    state, prefixes = begun(sources, 5)
+    others = [[6] * 18, [10, 11]] if young else [[6] * 19]
+    fresh, their_prefixes = begun(others, young)
+    places = [2, 0][: len(others)]
+    state = state.replace(torch.tensor(places), fresh)
+    for place, source, prefix in zip(places, others, their_prefixes, strict=True):
+        sources[place], prefixes[place] = source, prefix
+    for token in (14, 15):
+        parents = torch.randint(0, hypotheses, (4, hypotheses), generator=draw)
+        if not reorders:
+            parents = torch.arange(hypotheses).expand(4, -1)
+        output, state = stepper.step(torch.full((4, hypotheses, 1), token), state.reorder(parents))
+        prefixes = [
+            [rows[parent] + [token] for parent in row] for rows, row in zip(prefixes, parents, strict=True)
+        ]
+    logits = stepper.readout(output.hidden)[:, :, 0]
+    for s, source in enumerate(sources):
+        for k in range(0, hypotheses, 1 if hypotheses < 8 else 7):
+            want = teacher_forced(net, [source], [prefixes[s][k]])[0][-1]
             torch.testing.assert_close(logits[s, k], want, **CLOSE)
 
 

@@ -23,14 +23,21 @@ from trmt.arch import fused, layers
 from trmt.arch.base import Ragged, cells
 
 varlen_attn: Any = None
-with suppress(ImportError):  # before PyTorch 2.10
-    from torch.nn.attention.varlen import varlen_attn
-# PyTorch 2.10 has a flag for what each token may see, later ones a window.
-_FLAG = varlen_attn is not None and "is_causal" in inspect.signature(varlen_attn).parameters
-_CAUSAL: dict[bool, Any] = {
-    causal: {"is_causal": causal} if _FLAG else {"window_size": (-1, 0 if causal else -1)}
-    for causal in (True, False)
-}
+_CAUSAL: dict[bool, Any] = {}
+
+
+def load_varlen() -> None:
+    """Load PyTorch's attention for a GPU; only where there is one, since its whole compiler comes along."""
+    global varlen_attn
+    with suppress(ImportError):  # before PyTorch 2.10
+        from torch.nn.attention.varlen import varlen_attn as found
+
+        # PyTorch 2.10 has a flag for what each token may see, later ones a window.
+        flag = "is_causal" in inspect.signature(found).parameters
+        for causal in (True, False):
+            _CAUSAL[causal] = {"is_causal": causal} if flag else {"window_size": (-1, 0 if causal else -1)}
+        varlen_attn = found
+
 
 LANES = 16  # floats that a kernel takes at a time
 TOGETHER = 32  # sentences of like length that are padded together

@@ -6,7 +6,7 @@ D width, V vocabulary.
 A network maps a `Source` and a target to hidden states (`forward`) and hidden states to logits
 (`readout`). For translating it is `frozen` into a `Stepper`, which starts a `State` from a source and
 takes it forward a few tokens at a time. Search sees only the state, and of it only `reorder`, `keep`,
-`join` and `fork`; networks know nothing of search, text or special ids.
+`replace`, `join` and `fork`; networks know nothing of search, text or special ids.
 """
 
 from __future__ import annotations
@@ -113,13 +113,14 @@ class Own(Protocol):
 
     def reorder(self, parents_SK: Tensor) -> Own: ...
     def keep(self, sentences: Tensor) -> Own: ...
+    def replace(self, places: Tensor, other: Any) -> Own: ...
     def join(self, other: Any) -> Own: ...
     def fork(self) -> Own: ...
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The part of a state that the source left; it belongs to a sentence and never changes.
+    """The part of a state that the source left; it belongs to a sentence and changes only with it.
 
     `along_source` gives, for each tensor that runs along the source, the axis that does and the value
     that stands where there is no source.
@@ -144,14 +145,31 @@ class Memory:
         }
         return Memory(joined, self.along_source)
 
+    def replace(self, places: Tensor, other: Memory) -> Memory:
+        """The other's sentences instead of those at `places`; written in place, unless they are longer."""
+        pairs = {name: self._same_width(name, tensor, other[name]) for name, tensor in self.tensors.items()}
+        replaced = {name: mine.index_copy_(0, places, theirs) for name, (mine, theirs) in pairs.items()}
+        return Memory(replaced, self.along_source)
+
+    def fork(self) -> Memory:
+        """A copy."""
+        return Memory({name: tensor.clone() for name, tensor in self.tensors.items()}, self.along_source)
+
     def _same_width(self, name: str, mine: Tensor, theirs: Tensor) -> list[Tensor]:
         if name not in self.along_source:
             return [mine, theirs]
         axis, absent = self.along_source[name]
         width = max(mine.shape[axis], theirs.shape[axis])
+        if mine.shape[axis] == theirs.shape[axis]:
+            return [mine, theirs]
         # F.pad counts axes from the last one, two numbers for each.
         before = [0, 0] * (mine.dim() - 1 - axis)
-        return [F.pad(each, [*before, 0, width - each.shape[axis]], value=absent) for each in (mine, theirs)]
+        return [
+            F.pad(each, [*before, 0, width - each.shape[axis]], value=absent)
+            if each.shape[axis] < width
+            else each
+            for each in (mine, theirs)
+        ]
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,10 @@ class Rows:
 
     def keep(self, sentences: Tensor) -> Rows:
         return Rows(tuple(tensor.index_select(0, sentences) for tensor in self.tensors))
+
+    def replace(self, places: Tensor, other: Rows) -> Rows:
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return Rows(tuple(mine.index_copy(0, places, theirs) for mine, theirs in pairs))
 
     def join(self, other: Rows) -> Rows:
         return Rows(tuple(torch.cat(both) for both in zip(self.tensors, other.tensors, strict=True)))
@@ -206,6 +228,13 @@ class State:
         memory, own, position_S = self.take()
         return State(memory.keep(sentences), own.keep(sentences), position_S.index_select(0, sentences))
 
+    def replace(self, places: Tensor, other: State) -> State:
+        """The sentences of `other` instead of those at `places`; both must hold as many hypotheses."""
+        memory, own, position_S = self.take()
+        their_memory, their_own, their_position_S = other.take()
+        positions = position_S.index_copy(0, places, their_position_S)
+        return State(memory.replace(places, their_memory), own.replace(places, their_own), positions)
+
     def join(self, other: State) -> State:
         """The sentences of both states, these first; both must hold as many hypotheses."""
         memory, own, position_S = self.take()
@@ -217,7 +246,7 @@ class State:
         """A copy that can go another way."""
         memory, own, position_S = self.take()
         self._consumed = False
-        return State(memory, own.fork(), position_S.clone())
+        return State(memory.fork(), own.fork(), position_S.clone())
 
 
 class Stepper(ABC):

@@ -24,7 +24,7 @@ from trmt.kernels import products
 from trmt.kernels.products import Int8, Native
 
 NORMS = ("own_norm", "cross_norm", "feed_norm")
-FIRST_COLUMNS = 32  # of a new cache
+FIRST_COLUMNS = 32  # of a cache that is no longer empty
 WIDE = 8  # doubles that the kernel takes at a time, at most
 
 
@@ -44,8 +44,8 @@ class Cache:
         """A cache for `sizes` = (sentences, hypotheses); it grows as it fills."""
         sentences, hypotheses = sizes
         return cls(
-            torch.zeros(layers, 2, sentences, FIRST_COLUMNS, hypotheses, width),
-            torch.zeros(sentences, hypotheses, FIRST_COLUMNS, dtype=torch.int32),
+            torch.zeros(layers, 2, sentences, 0, hypotheses, width),
+            torch.zeros(sentences, hypotheses, 0, dtype=torch.int32),
         )
 
     @property
@@ -56,7 +56,7 @@ class Cache:
     def make_room(self, columns: int) -> None:
         """Space for so many tokens."""
         if columns > self.columns:
-            self._widen(max(columns, 2 * self.columns))
+            self._widen(max(columns, 2 * self.columns, FIRST_COLUMNS))
 
     def _widen(self, columns: int) -> None:
         more = columns - self.columns
@@ -70,6 +70,13 @@ class Cache:
     def keep(self, sentences: Tensor) -> Cache:
         self.pairs_A2SCKD = self.pairs_A2SCKD.index_select(2, sentences)
         self.table_SKC = self.table_SKC.index_select(0, sentences)
+        return self
+
+    def replace(self, places: Tensor, other: Cache) -> Cache:
+        columns = other.columns
+        self.make_room(columns)
+        self.pairs_A2SCKD[:, :, :, :columns].index_copy_(2, places, other.pairs_A2SCKD)
+        self.table_SKC[:, :, :columns].index_copy_(0, places, other.table_SKC)
         return self
 
     def join(self, other: Cache) -> Cache:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import attention, fused, layers, stepping
+from trmt.arch import attention, fused, layers, stepping, stores
 from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
 from trmt.errors import ConfigError
@@ -122,6 +122,13 @@ class Transformer(Seq2Seq):
         else:
             table_width = width if config.positions == "sinusoidal" else width // config.heads
             self.register_buffer("table", layers.sinusoids(config.longest, table_width), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        # What `to` and its kind come down to.
+        net: Transformer = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.target_embedding.weight.is_cuda:
+            attention.load_varlen()
+        return net
 
     def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
         config = self.config
@@ -303,16 +310,29 @@ def remember(net: Any, config: TransformerConfig, source: Source, *, in_rows: bo
         return Memory(
             {"both": both_SALD.contiguous(), "mask": mask}, {"both": (2, 0.0), "mask": (3, -math.inf)}
         )
-    both_SAHLP = net.memory(x_SLD).unflatten(-1, (2 * config.decoder_layers, config.heads, -1))
-    both_SAHLP = both_SAHLP.permute(0, 2, 3, 1, 4)
-    return Memory({"both": both_SAHLP, "mask": mask}, {"both": (3, 0.0), "mask": (3, -math.inf)})
+    both_SLAHP = net.memory(x_SLD).unflatten(-1, (2 * config.decoder_layers, config.heads, -1))
+    # Each contiguous: attention walks along the source.
+    tensors = {
+        name: part_SLHP.transpose(1, 2).contiguous()
+        for name, part_SLHP in zip(_memory_names(config), both_SLAHP.unbind(2), strict=True)
+    }
+    along = dict.fromkeys(tensors, (2, 0.0))
+    return Memory({**tensors, "mask": mask}, {**along, "mask": (3, -math.inf)})
+
+
+def _memory_names(config: TransformerConfig) -> list[str]:
+    return [f"{part}{layer}" for layer in range(config.decoder_layers) for part in ("key", "value")]
 
 
 class TransformerStepper(Stepper):
-    """The Transformer for translating: cached keys and values, one call for any number of new tokens."""
+    """The Transformer for translating: cached keys and values, one call for any number of new tokens.
+
+    A step does what `decode` does, once more in other words: at a few rows a time, every call that is saved
+    counts.
+    """
 
     def __init__(self, net: Transformer, linear: Linear) -> None:
-        self.config = net.config
+        self.config = config = net.config
         self.net = layers.freeze(net, linear)
         for name in ("source_embedding", "target_embedding"):
             setattr(self.net, name, getattr(net, name))
@@ -326,6 +346,18 @@ class TransformerStepper(Stepper):
         if self.stepwise:
             stepping.round_once(net, self.net)
             self.kernel = stepping.kernel_for(net, self.net)
+        self.embedding_VD = net.target_embedding.weight.detach()
+        self.scale = math.sqrt(config.width)
+        self.post = config.norm_place == "post"
+        norms = [
+            norm for layer in self.net.decoder for norm in (layer.own_norm, layer.cross_norm, layer.feed_norm)
+        ]
+        if not self.post:
+            norms.append(self.net.decoder_norm)
+        self.first_norm = None if self.post else norms.pop(0)
+        self.norms = [norms[3 * index : 3 * index + 3] for index in range(config.decoder_layers)]
+        names = _memory_names(config)
+        self.names = list(zip(names[::2], names[1::2], strict=True))
 
     def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
         if room > self.config.longest:
@@ -339,8 +371,8 @@ class TransformerStepper(Stepper):
             sizes = (len(source), hypotheses)
             cache = stepping.Cache.empty(sizes, layers=self.config.decoder_layers, width=self.config.width)
             return State(memory, cache, position_S)
-        store = layers.key_value_store(
-            memory["both"],
+        store = stores.key_value_store(
+            memory["key0"],
             (len(source), hypotheses),
             reorders=reorders,
             layers=self.config.decoder_layers,
@@ -354,28 +386,26 @@ class TransformerStepper(Stepper):
         if self.stepwise:
             return self._stepwise(tokens_SKT, state, want=want)
         memory, store, position_S = state.take()
-        config, both_SAHLP = self.config, memory["both"]
         sentences, hypotheses, count = tokens_SKT.shape
-        mask = store.advance(count)
-        step_T = torch.arange(count, device=tokens_SKT.device)
-        position_SQ = (position_S[:, None] + step_T).repeat(1, hypotheses)
-        x_SQD = embed(self.net, self.config, tokens_SKT.flatten(1), position_SQ, side=1)
-
+        position = self._positions(store, position_S, tokens_SKT)
+        mask, over = store.advance(count), memory["mask"]
+        x_SQD = self._embedded(tokens_SKT.view(sentences, -1), position)
+        inner_SQD = x_SQD if self.first_norm is None else self.first_norm(x_SQD)
         weights: list[Tensor] = []
-
-        def look_back(index: int, merged_SQD: Tensor) -> Tensor:
-            return store.attend(index, *_split(self.net, config, merged_SQD, position_SQ), mask)
-
-        def look_over(index: int, query_SQD: Tensor) -> Tensor:
-            query_SHQP = layers.heads(query_SQD, config.heads)
-            key_SHLP, value_SHLP = both_SAHLP[:, 2 * index], both_SAHLP[:, 2 * index + 1]
+        for index, layer in enumerate(self.net.decoder):
+            own_norm, cross_norm, feed_norm = self.norms[index]
+            key_SHLP, value_SHLP = (memory[name] for name in self.names[index])
+            query_SHQP, both_2SHQP = self._split(layer.own(inner_SQD), position)
+            found_SQD = store.attend(index, query_SHQP, both_2SHQP, mask)
+            x_SQD, inner_SQD = self._add(x_SQD, layer.own_out(found_SQD), own_norm)
+            query_SHQP = layers.heads(layer.query(inner_SQD), self.config.heads)
             if "attention" in want:
-                weights.append(layers.attention_weights(query_SHQP, key_SHLP, memory["mask"]))
-            return layers.attend(query_SHQP, key_SHLP, value_SHLP, memory["mask"])
-
-        x_SQD = decode(self.net, config, x_SQD, look_back, look_over)
+                weights.append(layers.attention_weights(query_SHQP, key_SHLP, over))
+            found_SQD = layers.attend(query_SHQP, key_SHLP, value_SHLP, over)
+            x_SQD, inner_SQD = self._add(x_SQD, layer.cross_out(found_SQD), cross_norm)
+            x_SQD, inner_SQD = self._add(x_SQD, _feed(layer, self.config, inner_SQD), feed_norm)
+        hidden_SKTD = inner_SQD.view(sentences, hypotheses, count, -1)
         attention = torch.stack(weights) if weights else None
-        hidden_SKTD = x_SQD.view(sentences, hypotheses, count, -1)
         return Output(hidden_SKTD, attention=attention), State(memory, store, position_S + count)
 
     def _stepwise(
@@ -422,6 +452,38 @@ class TransformerStepper(Stepper):
         position_SK = position_S[:, None].expand(tokens_SK.shape)
         x_SKD = embed(self.net, config, tokens_SK, position_SK, side=1)
         return decode(self.net, config, x_SKD, look_back, look_over), weights
+
+    def _positions(self, store: Any, position_S: Tensor, tokens_SKT: Tensor) -> Any:
+        """Of each query: a number if it is the same for all, or a tensor [S or 1, Q]."""
+        _, hypotheses, count = tokens_SKT.shape
+        if store.even and count == 1:
+            return store.columns
+        step_T = torch.arange(count, device=position_S.device)
+        return (position_S[:, None] + step_T).repeat(1, hypotheses)
+
+    def _embedded(self, ids_SQ: Tensor, position: Any) -> Tensor:
+        x_SQD = F.embedding(ids_SQ, self.embedding_VD).mul_(self.scale)
+        if self.config.positions == "sinusoidal":
+            x_SQD += self.net.table[position]
+        elif self.config.positions == "learned":
+            x_SQD += self.net.positions[1, position]
+        return x_SQD
+
+    def _add(self, x_SQD: Tensor, y_SQD: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        added_SQD = y_SQD.add_(x_SQD)
+        inner_SQD = norm(added_SQD)
+        return (inner_SQD if self.post else added_SQD), inner_SQD
+
+    def _split(self, merged_SQD: Tensor, position: Any) -> tuple[Tensor, Tensor]:
+        """Queries [S, H, Q, P] from their merged product, and keys and values [2, S, H, Q, P]."""
+        sentences, queries, _ = merged_SQD.shape
+        parts = merged_SQD.view(sentences, queries, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.config.positions != "rotary":
+            return parts[0], parts[1:]
+        angle = self.net.table[position]
+        angle = angle[:, None] if angle.dim() == 3 else angle
+        query, key = layers.rotated(parts[0], angle), layers.rotated(parts[1], angle)
+        return query, torch.stack([key, parts[2]])
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return layers.readout(self.product, self.weight_VD, hidden, only, self.bias_V)

@@ -53,6 +53,12 @@ def command(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
     ] = None,
+    workers: Annotated[
+        str,
+        typer.Option(
+            "--workers", help="Processes of one thread each, for many lines; auto: one for each core."
+        ),
+    ] = "1",
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
     ] = False,
@@ -63,11 +69,17 @@ def command(
     asked = _asked(searching, drawing, sample=sample)
     source, out = _streams()
 
+    from contextlib import ExitStack
+
     import torch
 
     from trmt import console
     from trmt.streaming import translate_stream
-    from trmt.translating import TranslateOptions, Translator
+    from trmt.translating import TranslateOptions, Translator, find_model
+    from trmt.workers import Workers, count_of
+
+    count = count_of(workers)
+    _check_workers(count, threads=threads, device=device)
 
     if threads:
         torch.set_num_threads(threads)
@@ -76,18 +88,35 @@ def command(
         n_best=n_best,
         max_length=max_length,
         batch=batch,
-        device=device,
+        device="cpu" if count > 1 else device,
         precision=cast(Any, precision),  # checked there
         **asked,
     )
-    translator = Translator.load(model, options=options, trust_code=trust_code)
-    if source.isatty():
-        console.say("type a line to have it translated, Ctrl-D to end")
-    try:
-        report = translate_stream(translator, source, out, as_json=as_json, prefixed=prefixed)
-    except OSError as error:
-        _leave(error)
+    with ExitStack() as ends:
+        translator: Translator | Workers
+        if count == 1:
+            translator = Translator.load(model, options=options, trust_code=trust_code)
+        else:
+            folder = find_model(model)
+            translator = ends.enter_context(
+                Workers(folder, count=count, options=options, trust_code=trust_code)
+            )
+        if source.isatty():
+            console.say("type a line to have it translated, Ctrl-D to end")
+        try:
+            report = translate_stream(translator, source, out, as_json=as_json, prefixed=prefixed)
+        except OSError as error:
+            _leave(error)
     _warn(report)
+
+
+def _check_workers(count: int, *, threads: int | None, device: str) -> None:
+    from trmt.errors import ConfigError
+
+    if count > 1 and threads:
+        raise ConfigError("--workers are of one thread each; leave out --threads")
+    if count > 1 and device not in ("auto", "cpu"):
+        raise ConfigError("--workers are for the CPU; leave out --device")
 
 
 def _asked(searching: dict[str, Any], drawing: dict[str, Any], *, sample: bool) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Axes: S sentence, K hypothesis, V vocabulary, T target position, R rows (S * K).
 
 A search sees scores and returns which hypotheses to continue with which tokens. It runs on tensors of
-fixed shapes without asking a device for a value; the engine owns the loop, the masks (bans, prefixes,
-limits) and the moment of looking whether everything is done.
+fixed shapes without asking an accelerator for a value; the engine owns the loop, the masks (bans, prefixes)
+and the moment of looking whether everything is done. Scores that a search was given it may overwrite.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 CHUNK = 128  # of the vocabulary, in the first stage of `top`
+BLOCK = 16  # rows whose exponentials stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,18 @@ class Hypothesis:
     ids: tuple[int, ...]
     score: float  # natural logarithm of its probability
     normalised: float  # what the search ranks by
+
+
+class Sentence(Protocol):
+    """What a search is told of a sentence."""
+
+    @property
+    def limit(self) -> int:
+        """So many tokens at most: a hypothesis that has them ends there, at no cost."""
+
+    @property
+    def key(self) -> int:
+        """Names the sentence for those who draw lots."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,11 @@ class SearchState:
         both = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
         return self._with([torch.cat(pair) for pair in both])
 
+    def replace(self, places: Tensor, other: Self) -> Self:
+        """The sentences of `other` instead of those at `places`; both must have the same room."""
+        both = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        return self._with([mine.index_copy(0, places, theirs) for mine, theirs in both])
+
     def _with(self, values: list[Tensor]) -> Self:
         named: dict[str, Any] = {field.name: value for field, value in zip(fields(self), values, strict=True)}
         return replace(self, **named)
@@ -57,8 +75,8 @@ class Search(ABC):
     reorders: bool  # whether `advance` ever returns other parents than 0, 1, 2, ...
 
     @abstractmethod
-    def start(self, keys: Sequence[int], *, room: int, eos: int, device: torch.device) -> Any:
-        """The state before the first token; `keys` name the sentences for those who draw lots."""
+    def start(self, sentences: Sequence[Sentence], *, room: int, eos: int, device: torch.device) -> Any:
+        """The state before the first token; `room` is at least the highest limit."""
 
     @abstractmethod
     def advance(self, scores_SKV: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
@@ -99,3 +117,14 @@ def top(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ids = torch.cat([ids, rest.expand(ids.shape[0], -1)], 1)
     best = near.topk(count, -1)
     return best.values, ids.gather(1, best.indices)
+
+
+def log_sums(scores_RV: Tensor, most_R1: Tensor) -> Tensor:
+    """The logarithm of the sum of exponentials of each row [R, 1], whose greatest score is given.
+
+    The scores are lost: at the size of a vocabulary, memory for the exponentials costs more than they do.
+    """
+    sums = []
+    for scores, most in zip(scores_RV.split(BLOCK), most_R1.split(BLOCK), strict=True):
+        sums.append(scores.sub_(most).exp_().sum(-1, keepdim=True))
+    return (torch.cat(sums) if len(sums) > 1 else sums[0]).log_().add_(most_R1)

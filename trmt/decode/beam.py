@@ -10,12 +10,13 @@ lives could overtake the worst one asked for, whatever it went on with.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from trmt.decode.base import Hypothesis, Search, SearchState, top
+from trmt.decode.base import Hypothesis, Search, SearchState, Sentence
+from trmt.decode.choosing import highest
 from trmt.errors import ConfigError
 
 ROUNDING = 1e-6  # what normalised scores are off by, at most, relative to themselves
@@ -24,15 +25,17 @@ MAX_PENALTY = 10  # as an exponent; far larger ones overflow and make all hypoth
 
 @dataclass(frozen=True)
 class BeamState(SearchState):
-    """The living hypotheses, and behind them the finished ones."""
+    """The living hypotheses, the finished ones, and of each step who went on from where with what."""
 
+    limit_S: Tensor
     eos_S: Tensor
     score_SK: Tensor  # minus infinity where no hypothesis lives
-    tokens_SKT: Tensor
+    parents_STK: Tensor
+    tokens_STK: Tensor
     ended_S: Tensor  # how many have finished
     ended_score_SK: Tensor
-    ended_length_SK: Tensor
-    ended_tokens_SKT: Tensor
+    ended_length_SK: Tensor  # with the end
+    ended_place_SK: Tensor  # where the last token before the end stands
 
 
 @dataclass(frozen=True)
@@ -62,96 +65,125 @@ class Beam(Search):
         """A beam of one never exchanges its hypothesis."""
         return self.size > 1
 
-    def start(self, keys: Sequence[int], *, room: int, eos: int, device: torch.device) -> BeamState:
-        sentences = len(keys)
-        score_SK = torch.full((sentences, self.size), -torch.inf, device=device)
+    def start(self, sentences: Sequence[Sentence], *, room: int, eos: int, device: torch.device) -> BeamState:
+        limit_S = torch.tensor([sentence.limit for sentence in sentences], device=device)
+        zero_S = torch.zeros_like(limit_S)
+        score_SK = torch.full((len(sentences), self.size), -torch.inf, device=device)
         score_SK[:, 0] = 0  # all places begin with the same prefix: only one may count
-        empty_SKT = torch.zeros((sentences, self.size, room), dtype=torch.long, device=device)
-        zero_S = torch.zeros(sentences, dtype=torch.long, device=device)
+        history_STK = torch.zeros((len(sentences), room, self.size), dtype=torch.long, device=device)
         return BeamState(
             done_S=zero_S.bool(),
             length_S=zero_S,
+            limit_S=limit_S,
             eos_S=zero_S + eos,
             score_SK=score_SK,
-            tokens_SKT=empty_SKT,
+            parents_STK=history_STK,
+            tokens_STK=history_STK.clone(),
             ended_S=zero_S,
             ended_score_SK=torch.full_like(score_SK, -torch.inf),
-            ended_length_SK=zero_S[:, None].expand(-1, self.size).clone(),
-            ended_tokens_SKT=empty_SKT.clone(),
+            ended_length_SK=torch.ones_like(score_SK, dtype=torch.long),
+            ended_place_SK=torch.zeros_like(score_SK, dtype=torch.long),
         )
 
     def advance(self, scores_SKV: Tensor, state: BeamState) -> tuple[Tensor, Tensor, BeamState]:
-        best, ids = top(scores_SKV.flatten(0, 1), self.size)
-        log_SKC = (best - scores_SKV.flatten(0, 1).logsumexp(-1, keepdim=True)).unflatten(0, (-1, self.size))
-        total = (state.score_SK[:, :, None] + log_SKC).flatten(1)
+        scores_RV = scores_SKV.flatten(0, 1)
+        best_RC, ids_RC, sum_R1 = highest(scores_RV, self.size)
+        log_RC = best_RC - sum_R1
+        total = (state.score_SK.view(-1, 1) + log_RC).view(len(state.score_SK), -1)
         score_SK, flat_SK = total.topk(self.size, -1)
-        parents_SK = flat_SK // log_SKC.shape[2]
-        tokens_SK = ids.view(ids.shape[0] // self.size, -1).gather(1, flat_SK)
+        parents_SK = flat_SK // log_RC.shape[1]
+        tokens_SK = ids_RC.view(total.shape).gather(1, flat_SK)
 
+        # A sentence that waits to be taken away stays within its room.
+        at = state.length_S.clamp(max=state.tokens_STK.shape[1] - 1)[:, None, None].expand(-1, 1, self.size)
+        state.parents_STK.scatter_(1, at, parents_SK[:, None])
+        state.tokens_STK.scatter_(1, at, tokens_SK[:, None])
+        length_S = state.length_S + 1
+        ends_SK = tokens_SK == state.eos_S[:, None]
+        full_S = length_S >= state.limit_S
+        if tokens_SK.device.type == "cpu" and not (ends_SK.any() or full_S.any() or state.ended_S.any()):
+            return parents_SK, tokens_SK, replace(state, length_S=length_S, score_SK=score_SK)
         place_K = torch.arange(self.size, device=score_SK.device)
         taken = place_K >= (self.size - state.ended_S)[:, None]
         score_SK = score_SK.masked_fill(taken | state.done_S[:, None], -torch.inf)
-        history_SKT = state.tokens_SKT.gather(1, parents_SK[:, :, None].expand_as(state.tokens_SKT))
-        at = state.length_S[:, None, None].expand(-1, self.size, 1)
-        history_SKT.scatter_(2, at, tokens_SK[:, :, None])
-        ends_SK = (tokens_SK == state.eos_S[:, None]) & score_SK.isfinite()
-        state = self._with_ended(state, ends_SK, score_SK, history_SKT)
-        return parents_SK, tokens_SK, state
+        state = replace(state, length_S=length_S, score_SK=score_SK)
+        return parents_SK, tokens_SK, self._with_ended(state, ends_SK, full_S, parents_SK)
 
-    def _with_ended(
-        self, state: BeamState, ends_SK: Tensor, score_SK: Tensor, history_SKT: Tensor
-    ) -> BeamState:
-        """Move what ended to the places behind those that ended before."""
-        place_SK = state.ended_S[:, None] + ends_SK.cumsum(1) - 1
+    def _with_ended(self, state: BeamState, ends_SK: Tensor, full_S: Tensor, parents_SK: Tensor) -> BeamState:
+        """Move what ended, and at the limit all, to the places behind those that ended before."""
+        leaves_SK = (ends_SK | full_S[:, None]) & state.score_SK.isfinite()
+        place_SK = state.ended_S[:, None] + leaves_SK.cumsum(1) - 1
         # A spare place at the end takes what is not meant to be kept.
-        place_SK = torch.where(ends_SK, place_SK, self.size)
-        length_S = state.length_S + 1
-        ended_S = state.ended_S + ends_SK.sum(1)
-        ended_score_SK = _put(state.ended_score_SK, place_SK, score_SK)
-        ended_length_SK = _put(state.ended_length_SK, place_SK, length_S[:, None].expand_as(place_SK))
-        living_SK = score_SK.masked_fill(ends_SK, -torch.inf)
+        place_SK = torch.where(leaves_SK, place_SK, self.size)
+        # At the limit the end comes without having been chosen.
+        length_SK = state.length_S[:, None] + ~ends_SK
+        own_SK = torch.arange(self.size, device=place_SK.device).expand_as(place_SK)
+        ended_S = state.ended_S + leaves_SK.sum(1)
+        ended_score_SK = _put(state.ended_score_SK, place_SK, state.score_SK)
+        ended_length_SK = _put(state.ended_length_SK, place_SK, length_SK)
+        last_SK = torch.where(ends_SK, parents_SK, own_SK)
+        living_SK = state.score_SK.masked_fill(leaves_SK, -torch.inf)
         worst_S = self._normalised(ended_score_SK, ended_length_SK).topk(self.n_best, 1).values[:, -1]
         # A log probability only falls and the penalty is largest at full length: more is out of reach.
-        hope_S = self._normalised(living_SK, torch.full_like(ended_length_SK, history_SKT.shape[2])).amax(1)
+        hope_S = self._normalised(living_SK.amax(1), state.limit_S + 1)
         hope_S = hope_S * (1 - ROUNDING)
-        return BeamState(
-            done_S=state.done_S | (ended_S >= self.size) | (worst_S >= hope_S),
-            length_S=length_S,
-            eos_S=state.eos_S,
+        return replace(
+            state,
+            done_S=state.done_S | full_S | (ended_S >= self.size) | (worst_S >= hope_S),
             score_SK=living_SK,
-            tokens_SKT=history_SKT,
             ended_S=ended_S,
             ended_score_SK=ended_score_SK,
             ended_length_SK=ended_length_SK,
-            ended_tokens_SKT=_put(state.ended_tokens_SKT, place_SK, history_SKT),
+            ended_place_SK=_put(state.ended_place_SK, place_SK, last_SK),
         )
 
     def _normalised(self, score: Tensor, length: Tensor) -> Tensor:
         return score / ((5 + length) / 6) ** self.length_penalty
 
     def results(self, state: BeamState) -> list[list[Hypothesis]]:
+        steps = int(state.length_S.max())
         rows = zip(
             state.ended_S.tolist(),
             state.ended_score_SK.tolist(),
             state.ended_length_SK.tolist(),
-            state.ended_tokens_SKT.tolist(),
+            state.ended_place_SK.tolist(),
+            state.parents_STK[:, :steps].tolist(),
+            state.tokens_STK[:, :steps].tolist(),
             strict=True,
         )
-        return [
-            self._ranked(scores[:ended], lengths[:ended], tokens) for ended, scores, lengths, tokens in rows
-        ]
+        return [self._ranked(*row) for row in rows]
 
-    def _ranked(self, scores: list[float], lengths: list[int], tokens: list[list[int]]) -> list[Hypothesis]:
+    def _ranked(
+        self,
+        ended: int,
+        scores: list[float],
+        lengths: list[int],
+        places: list[int],
+        parents: list[list[int]],
+        tokens: list[list[int]],
+    ) -> list[Hypothesis]:
         # In Python: a tensor's powers differ in the last bit with the place of a number in it.
         found = [
-            Hypothesis(tuple(ids[: length - 1]), score, score / ((5 + length) / 6) ** self.length_penalty)
-            for score, length, ids in zip(scores, lengths, tokens, strict=False)
+            (score / ((5 + length) / 6) ** self.length_penalty, score, length, place)
+            for score, length, place in zip(scores[:ended], lengths, places, strict=False)
         ]
-        return sorted(found, key=lambda each: -each.normalised)[: self.n_best]
+        best = sorted(found, key=lambda each: -each[0])[: self.n_best]
+        return [
+            Hypothesis(_traced(length - 1, place, parents, tokens), score, normalised)
+            for normalised, score, length, place in best
+        ]
+
+
+def _traced(count: int, place: int, parents: list[list[int]], tokens: list[list[int]]) -> tuple[int, ...]:
+    """The first `count` tokens of the hypothesis that stands at `place` after them."""
+    ids = []
+    for step in range(count - 1, -1, -1):
+        ids.append(tokens[step][place])
+        place = parents[step][place]
+    return tuple(reversed(ids))
 
 
 def _put(kept: Tensor, place_SK: Tensor, new: Tensor) -> Tensor:
     """`new` written to its places along axis 1; place K is thrown away."""
     spare = torch.cat([kept, torch.zeros_like(kept[:, :1])], 1)
-    index = place_SK if new.dim() == 2 else place_SK[:, :, None].expand_as(new)
-    return spare.scatter(1, index, new)[:, :-1]
+    return spare.scatter_(1, place_SK, new)[:, :-1]

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trmt.decode.base import Hypothesis, Search, SearchState
+from trmt.decode.base import Hypothesis, Search, SearchState, Sentence
+from trmt.decode.choosing import highest
 
 
 @dataclass(frozen=True)
 class LineState(SearchState):
     """Hypotheses that never meet: what greedy search and sampling keep."""
 
+    limit_S: Tensor
     eos_S: Tensor
     score_SK: Tensor
     ended_SK: Tensor
@@ -25,32 +27,41 @@ class LineState(SearchState):
     tokens_SKT: Tensor
 
     @classmethod
-    def empty(cls, sizes: tuple[int, int, int], *, eos: int, device: torch.device) -> LineState:
-        """Room for `sizes` = (sentences, hypotheses, tokens)."""
-        zero_S = torch.zeros(sizes[0], dtype=torch.long, device=device)
-        zero_SK = torch.zeros(sizes[:2], dtype=torch.long, device=device)
+    def empty(
+        cls, sentences: Sequence[Sentence], sizes: tuple[int, int], *, eos: int, device: torch.device
+    ) -> LineState:
+        """Room for `sizes` = (hypotheses, tokens) of each sentence."""
+        limit_S = torch.tensor([sentence.limit for sentence in sentences], device=device)
+        zero_S = torch.zeros_like(limit_S)
+        zero_SK = torch.zeros((len(sentences), sizes[0]), dtype=torch.long, device=device)
         return cls(
             done_S=zero_S.bool(),
             length_S=zero_S,
+            limit_S=limit_S,
             eos_S=zero_S + eos,
             score_SK=zero_SK.float(),
             ended_SK=zero_SK.bool(),
             count_SK=zero_SK,
-            tokens_SKT=torch.zeros(sizes, dtype=torch.long, device=device),
+            tokens_SKT=torch.zeros((len(sentences), *sizes), dtype=torch.long, device=device),
         )
 
     def extended(self, tokens_SK: Tensor, log_SK: Tensor) -> LineState:
         """Each hypothesis one token longer, but those that have ended."""
-        at = self.length_S[:, None, None].expand(-1, tokens_SK.shape[1], 1)
-        ended_SK = self.ended_SK | (tokens_SK == self.eos_S[:, None])
+        # A sentence that waits to be taken away stays in its room.
+        at = self.length_S.clamp(max=self.tokens_SKT.shape[2] - 1)[:, None, None]
+        at = at.expand(-1, tokens_SK.shape[1], 1)
+        length_S = self.length_S + 1
+        over_SK = self.ended_SK | (tokens_SK == self.eos_S[:, None])
+        ended_SK = over_SK | (length_S >= self.limit_S)[:, None]
         return LineState(
             done_S=ended_SK.all(1),
-            length_S=self.length_S + 1,
+            length_S=length_S,
+            limit_S=self.limit_S,
             eos_S=self.eos_S,
             score_SK=self.score_SK + log_SK.masked_fill(self.ended_SK, 0),
             ended_SK=ended_SK,
-            count_SK=self.count_SK + ~ended_SK,
-            tokens_SKT=self.tokens_SKT.scatter(2, at, tokens_SK[:, :, None]),
+            count_SK=self.count_SK + ~over_SK,
+            tokens_SKT=self.tokens_SKT.scatter_(2, at, tokens_SK[:, :, None]),
         )
 
     def hypotheses(self) -> list[list[Hypothesis]]:
@@ -72,13 +83,15 @@ class Greedy(Search):
     hypotheses: int = 1
     reorders: bool = False
 
-    def start(self, keys: Sequence[int], *, room: int, eos: int, device: torch.device) -> LineState:
-        return LineState.empty((len(keys), 1, room), eos=eos, device=device)
+    def start(self, sentences: Sequence[Sentence], *, room: int, eos: int, device: torch.device) -> LineState:
+        return LineState.empty(sentences, (1, room), eos=eos, device=device)
 
     def advance(self, scores_SKV: Tensor, state: LineState) -> tuple[Tensor, Tensor, LineState]:
-        best_SK, tokens_SK = scores_SKV.max(-1)
-        log_SK = best_SK - scores_SKV.logsumexp(-1)
-        return torch.zeros_like(tokens_SK), tokens_SK, state.extended(tokens_SK, log_SK)
+        scores_RV = scores_SKV.flatten(0, 1)
+        best_R1, tokens_R1, sum_R1 = highest(scores_RV, 1)
+        log_R1 = best_R1 - sum_R1
+        tokens_SK = tokens_R1.view(scores_SKV.shape[:2])
+        return torch.zeros_like(tokens_SK), tokens_SK, state.extended(tokens_SK, log_R1.view_as(tokens_SK))
 
     def results(self, state: LineState) -> list[list[Hypothesis]]:
         return state.hypotheses()

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trmt.decode.base import Hypothesis, Search
+from trmt.decode.base import Hypothesis, Search, Sentence
+from trmt.decode.choosing import highest
 from trmt.decode.greedy import LineState
 from trmt.errors import ConfigError
 
@@ -50,9 +51,14 @@ class Sampling(Search):
         """As many as samples are asked for."""
         return self.samples
 
-    def start(self, keys: Sequence[int], *, room: int, eos: int, device: torch.device) -> SamplingState:
-        lines = LineState.empty((len(keys), self.samples, room), eos=eos, device=device)
-        lots = [torch.rand(room, self.samples, generator=self._generator(key)).T for key in keys]
+    def start(
+        self, sentences: Sequence[Sentence], *, room: int, eos: int, device: torch.device
+    ) -> SamplingState:
+        lines = LineState.empty(sentences, (self.samples, room), eos=eos, device=device)
+        lots = [
+            torch.rand(room, self.samples, generator=self._generator(sentence.key)).T
+            for sentence in sentences
+        ]
         return SamplingState(**vars(lines), lot_SKT=torch.stack(lots).to(device))
 
     def _generator(self, key: int) -> torch.Generator:
@@ -60,11 +66,14 @@ class Sampling(Search):
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
     def advance(self, scores_SKV: Tensor, state: SamplingState) -> tuple[Tensor, Tensor, SamplingState]:
-        at = state.length_S[:, None, None].expand(-1, self.samples, 1)
+        # A sentence that waits to be taken away stays within its lots.
+        at = state.length_S.clamp(max=state.lot_SKT.shape[2] - 1)[:, None, None].expand(-1, self.samples, 1)
         lot_SK1 = state.lot_SKT.gather(2, at)
         tokens_SK = self._choose(scores_SKV, lot_SK1)
         # The score is the probability under the network, not under the sharpened distribution.
-        log_SK = scores_SKV.gather(2, tokens_SK[:, :, None])[:, :, 0] - scores_SKV.logsumexp(-1)
+        chosen_SK = scores_SKV.gather(2, tokens_SK[:, :, None])[:, :, 0]
+        # Last, because the scores may be lost in it.
+        log_SK = chosen_SK - highest(scores_SKV.flatten(0, 1), 1)[2].view_as(chosen_SK)
         lines = state.extended(tokens_SK, log_SK)
         parents_SK = torch.arange(self.samples, device=tokens_SK.device).expand_as(tokens_SK)
         return parents_SK, tokens_SK, SamplingState(**vars(lines), lot_SKT=state.lot_SKT)

@@ -17,10 +17,12 @@ class Request:
     limit: int  # tokens of the translation, at most
     prefix: tuple[int, ...] = ()  # what the translation must begin with
     key: int = 0  # names the sentence for searches that draw lots
+    least: int = 0  # tokens of the translation, at least
 
     def __post_init__(self) -> None:
         assert self.source, "an empty source has nothing to attend to"
         assert 0 <= len(self.prefix) <= self.limit, "the limit leaves no room for the prefix"
+        assert 0 <= self.least <= self.limit, "a translation cannot be both shorter and longer"
 
 
 @dataclass(frozen=True)

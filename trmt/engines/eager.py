@@ -1,15 +1,19 @@
-"""The driver of search: sorts sentences by length, batches them, steps, and drops what is finished.
+"""The driver of search: sorts sentences by length, keeps a batch of them going, and hands out what is done.
 
 Axes: S sentence, K hypothesis, V vocabulary, T target position.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trmt.arch.base import Seq2Seq, Source, State, Stepper
@@ -20,7 +24,8 @@ from trmt.errors import BundleError, ConfigError
 from trmt.kernels.products import Precision
 from trmt.kernels.shelf import Shelf
 
-COMPACT_AT = 0.25  # share of finished sentences at which the batch is made smaller
+COMPACT_AT = 0.25  # share of finished sentences at which others take their places, or the batch shrinks
+REFILL_WIDTH = 0.6  # of the longest source in a batch: what is shorter waits for the next
 LOOK_EVERY = 8  # steps between two looks at an accelerator, each of which waits for it
 
 
@@ -56,56 +61,66 @@ class Eager(Engine):
         self.banned = torch.tensor(sorted(banned), dtype=torch.long, device=self.device)
 
     def translate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
-        for batch in self._batches(requests):
-            yield from self._run([(index, requests[index]) for index in batch])
-
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Neighbours in length together; the longest first, so that what does not fit shows at once."""
+        # Neighbours in length together; the longest first, so that what does not fit shows at once.
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].source))
-        batch: list[int] = []
-        for index in order:
-            widest = len(requests[batch[0]].source) if batch else 0
-            full = (len(batch) + 1) * widest > self.batching.tokens
-            if batch and (full or len(batch) >= self.batching.sentences):
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+        # Where nothing may be written there is nothing to search for.
+        yield from ((index, [Hypothesis((), 0.0, 0.0)]) for index in order if not requests[index].limit)
+        queue = deque(index for index in order if requests[index].limit)
+        room = max((request.limit for request in requests), default=0)
+        while queue:
+            yield from self._flow(requests, queue, room)
+
+    def _taken(self, requests: Sequence[Request], queue: deque[int], *, most: int) -> list[int]:
+        """As many from the front of the queue as may be translated together."""
+        widest = len(requests[queue[0]].source)
+        count = max(min(most, self.batching.sentences, self.batching.tokens // widest), 1)
+        return [queue.popleft() for _ in range(min(count, len(queue)))]
 
     @torch.inference_mode()
-    def _run(self, batch: list[tuple[int, Request]]) -> Iterator[tuple[int, list[Hypothesis]]]:
-        """One batch to its end, handing out each sentence when the batch is made smaller."""
-        requests = [request for _, request in batch]
-        indices = [index for index, _ in batch]
-        room = max(request.limit for request in requests) + 1
-        source = Source.of([request.source for request in requests], self.device)
-        masks = Masks(requests, banned=self.banned, eos=self.eos)
-        search_state = self.search.start(
-            [request.key for request in requests], room=room, eos=self.eos, device=self.device
-        )
-        state = self.stepper.start(
-            source, hypotheses=self.search.hypotheses, room=room, reorders=self.search.reorders
-        )
-        tokens_SK = torch.full((len(batch), self.search.hypotheses), self.bos, device=self.device)
-        for step in range(room):
-            tokens_SK, state, search_state = self._step(step, tokens_SK, state, masks, search_state)
-            last = step == room - 1
-            if not last and self.device.type != "cpu" and (step + 1) % LOOK_EVERY:
+    def _flow(
+        self, requests: Sequence[Request], queue: deque[int], room: int
+    ) -> Iterator[tuple[int, list[Hypothesis]]]:
+        """Sentences from the front of the queue to their end, while others take the places of finished ones.
+
+        Who comes later is as long as those it stands beside, or little shorter: what is much shorter is left
+        to the next flow, since here it would be padded.
+        """
+        under = self._started(requests, self._taken(requests, queue, most=len(queue)), room)
+        shortest = REFILL_WIDTH * under.width
+        for step in itertools.count(1):
+            under.step(self)
+            at_end = under.oldest >= room  # of the room: who is there is done, and must not go on
+            if not at_end and self.device.type != "cpu" and step % LOOK_EVERY:
                 continue
-            done = search_state.done_S.tolist()
-            if all(done) or last:
-                yield from zip(indices, self._results(search_state), strict=True)
+            done = under.search_state.done_S.tolist()
+            if not at_end and sum(done) < max(COMPACT_AT * len(done), 1):
+                continue
+            finished = [place for place, is_done in enumerate(done) if is_done]
+            results = self._results(under.search_state.keep(self._places(finished)))
+            yield from zip([under.indices[place] for place in finished], results, strict=True)
+            if all(done):
                 return
-            if sum(done) >= COMPACT_AT * len(done):
-                finished = [place for place, is_done in enumerate(done) if is_done]
-                alive = [place for place, is_done in enumerate(done) if not is_done]
-                results = self._results(search_state.keep(self._places(finished)))
-                yield from zip((indices[place] for place in finished), results, strict=True)
-                kept = self._places(alive)
-                indices = [indices[place] for place in alive]
-                tokens_SK, state, search_state = tokens_SK[kept], state.keep(kept), search_state.keep(kept)
-                masks = masks.keep(kept)
+            if queue and len(requests[queue[0]].source) >= shortest:
+                fresh = self._started(requests, self._taken(requests, queue, most=len(finished)), room)
+                places, finished = finished[: len(fresh.indices)], finished[len(fresh.indices) :]
+                under.replace(self._places(places), fresh)
+            if finished:
+                left_out = set(finished)
+                under.keep(self._places([place for place in range(len(done)) if place not in left_out]))
+
+    def _started(self, requests: Sequence[Request], indices: list[int], room: int) -> _Underway:
+        """These sentences before their first token."""
+        chosen = [requests[index] for index in indices]
+        source = Source.of([request.source for request in chosen], self.device)
+        kind = self.search
+        return _Underway(
+            indices,
+            torch.full((len(chosen), kind.hypotheses), self.bos, device=self.device),
+            self.stepper.start(source, hypotheses=kind.hypotheses, room=room, reorders=kind.reorders),
+            kind.start(chosen, room=room, eos=self.eos, device=self.device),
+            Masks(chosen, banned=self.banned, eos=self.eos),
+            source.longest,
+        )
 
     def _results(self, search_state: Any) -> list[list[Hypothesis]]:
         results = self.search.results(search_state)
@@ -120,50 +135,92 @@ class Eager(Engine):
     def _places(self, places: list[int]) -> Tensor:
         return torch.tensor(places, dtype=torch.long, device=self.device)
 
-    def _step(
-        self, step: int, tokens_SK: Tensor, state: State, masks: Masks, search_state: Any
-    ) -> tuple[Tensor, State, Any]:
-        output, state = self.stepper.step(tokens_SK[:, :, None], state)
+
+@dataclass
+class _Underway:
+    """The sentences that are being translated together, and all that belongs to them."""
+
+    indices: list[int]  # of their requests
+    tokens_SK: Tensor
+    state: State
+    search_state: Any
+    masks: Masks
+    width: int  # of the longest source
+    oldest: int = 0  # tokens that the longest hypothesis has
+
+    def step(self, engine: Eager) -> None:
+        """One token more for each hypothesis."""
+        output, state = engine.stepper.step(self.tokens_SK[:, :, None], self.state)
         # In half precision a sum over a vocabulary would lose the differences that decide.
-        scores_SKV = self.stepper.readout(output.hidden[:, :, 0]).float()
-        masks.apply(scores_SKV, step)
-        parents_SK, tokens_SK, search_state = self.search.advance(scores_SKV, search_state)
-        if self.search.reorders:
-            state = state.reorder(parents_SK)
-        return tokens_SK, state, search_state
+        scores_SKV = engine.stepper.readout(output.hidden[:, :, 0]).float()
+        self.masks.apply(scores_SKV, self.search_state.length_S)
+        parents_SK, self.tokens_SK, self.search_state = engine.search.advance(scores_SKV, self.search_state)
+        self.state = state.reorder(parents_SK) if engine.search.reorders else state
+        self.oldest += 1
+
+    def keep(self, sentences: Tensor) -> None:
+        """Only these sentences."""
+        self.indices = [self.indices[place] for place in sentences.tolist()]
+        self.tokens_SK = self.tokens_SK.index_select(0, sentences)
+        self.state = self.state.keep(sentences)
+        self.search_state = self.search_state.keep(sentences)
+        self.masks.keep(sentences)
+        self.oldest = int(self.search_state.length_S.max())
+
+    def replace(self, places: Tensor, other: _Underway) -> None:
+        """The sentences of `other` instead of those at `places`."""
+        for place, index in zip(places.tolist(), other.indices, strict=True):
+            self.indices[place] = index
+        self.tokens_SK = self.tokens_SK.index_copy(0, places, other.tokens_SK)
+        self.state = self.state.replace(places, other.state)
+        self.search_state = self.search_state.replace(places, other.search_state)
+        self.masks.replace(places, other.masks)
+        self.oldest = int(self.search_state.length_S.max())
 
 
 class Masks:
-    """What may not come next: banned ids, anything but the prefix, anything but the end at the limit."""
+    """What may not come next: banned ids, anything but the prefix, the end before its time."""
 
     def __init__(self, requests: Sequence[Request], *, banned: Tensor, eos: int) -> None:
         device = banned.device
         self.banned, self.eos = banned, eos
-        self.limit_S = torch.tensor([request.limit for request in requests], device=device)
-        self.shortest = min(request.limit for request in requests)
-        self.longest_prefix = max(len(request.prefix) for request in requests)
-        rows = [
-            list(request.prefix) + [-1] * (self.longest_prefix - len(request.prefix)) for request in requests
-        ]
-        self.prefix_ST = torch.tensor(rows, dtype=torch.long, device=device).view(len(requests), -1)
+        self.block = _block(banned.tolist())
+        longest = max(len(request.prefix) for request in requests)
+        rows = [[*request.prefix, *[-1] * (longest - len(request.prefix))] for request in requests]
+        self.prefix_ST = torch.tensor(rows, dtype=torch.long, device=device).view(len(requests), longest)
+        self.least_S = torch.tensor([request.least for request in requests], device=device)
+        # So many steps more there is something to do beside what is banned.
+        self.busy = max(longest, *(request.least for request in requests))
 
-    def keep(self, sentences: Tensor) -> Masks:
+    def keep(self, sentences: Tensor) -> None:
         """The masks of these sentences only."""
-        kept = object.__new__(Masks)
-        kept.__dict__.update(self.__dict__)
-        kept.limit_S, kept.prefix_ST = self.limit_S[sentences], self.prefix_ST[sentences]
-        return kept
+        self.prefix_ST, self.least_S = self.prefix_ST[sentences], self.least_S[sentences]
 
-    def apply(self, scores_SKV: Tensor, step: int) -> None:
-        """Rule out, in place, what may not follow `step` tokens."""
-        if len(self.banned):
+    def replace(self, places: Tensor, other: Masks) -> None:
+        """The sentences of `other` instead of those at `places`."""
+        self.least_S = self.least_S.index_copy(0, places, other.least_S)
+        width = max(self.prefix_ST.shape[1], other.prefix_ST.shape[1])
+        mine, theirs = (
+            F.pad(masks.prefix_ST, [0, width - masks.prefix_ST.shape[1]], value=-1) for masks in (self, other)
+        )
+        self.prefix_ST = mine.index_copy(0, places, theirs)
+        self.busy = max(self.busy, other.busy)
+
+    def apply(self, scores_SKV: Tensor, length_S: Tensor) -> None:
+        """Rule out, in place, what may not follow so many tokens."""
+        if self.block:
+            scores_SKV[:, :, self.block] = -torch.inf
+        elif len(self.banned):
             scores_SKV.index_fill_(2, self.banned, -torch.inf)
-        if step < self.longest_prefix:
-            wanted_S = self.prefix_ST[:, step]
-            self._force(scores_SKV, wanted_S.clamp(min=0), where_S=wanted_S >= 0)
-        if step >= self.shortest:
-            end_S = torch.full_like(self.limit_S, self.eos)
-            self._force(scores_SKV, end_S, where_S=self.limit_S <= step)
+        if self.busy <= 0:
+            return
+        self.busy -= 1
+        scores_SKV[:, :, self.eos].masked_fill_((length_S < self.least_S)[:, None], -torch.inf)
+        longest = self.prefix_ST.shape[1]
+        if longest:
+            wanted_S = self.prefix_ST.gather(1, length_S.clamp(max=longest - 1)[:, None])[:, 0]
+            within_S = (wanted_S >= 0) & (length_S < longest)
+            self._force(scores_SKV, wanted_S.clamp(min=0), where_S=within_S)
 
     @staticmethod
     def _force(scores_SKV: Tensor, token_S: Tensor, *, where_S: Tensor) -> None:
@@ -172,3 +229,10 @@ class Masks:
         # The score is set and not left, since the token may be banned elsewhere.
         certain_SV = torch.where(token_V == token_S[:, None], 0.0, -torch.inf)
         scores_SKV.copy_(torch.where(where_S[:, None, None], certain_SV[:, None], scores_SKV))
+
+
+def _block(ids: list[int]) -> slice | None:
+    """The ids as a slice, if they follow one another: it is faster to fill."""
+    if ids and ids == [*range(ids[0], ids[0] + len(ids))]:
+        return slice(ids[0], ids[0] + len(ids))
+    return None

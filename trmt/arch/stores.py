@@ -1,0 +1,243 @@
+"""What a Transformer's decoder has seen so far: the keys and values of each hypothesis.
+
+Axes: S sentence, K hypothesis, T target position, Q queries (K * T of them), C columns of the store, J slots
+of the store (C * K), H heads, P width of one head, D width.
+
+Each sentence's columns begin at its own first token, so what a sentence computes is the same whatever stands
+beside it, older or younger.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trmt.arch.layers import KEY_MULTIPLE, attend
+
+FIRST_COLUMNS = 32  # of a new store
+ANCESTOR_LIMIT = 16  # measured: with more hypotheses, masking common slots costs more than moving rows
+
+
+def _padded(columns: int, hypotheses: int) -> int:
+    """So many columns that their slots are a multiple of KEY_MULTIPLE."""
+    step = KEY_MULTIPLE // math.gcd(KEY_MULTIPLE, hypotheses)
+    return -(-columns // step) * step
+
+
+@dataclass
+class AncestorStore:
+    """Keys and values of all hypotheses in the order they were made, and a table of who descends from whom.
+
+    Slot `c * K + k` holds what hypothesis k saw in column c. `reorder` moves no keys: it rearranges
+    `table_SKC`, whose entry says in which slot of column c the ancestor of hypothesis k lies, or -1
+    where there is none. The hypotheses of a sentence are queries over its common slots. The store begins
+    small and doubles when it is full: few translations come near their limit.
+    """
+
+    like: Tensor  # any tensor of the kind the keys are
+    heads: int
+    part: int
+    layers: int
+    table_SKC: Tensor
+    filled: list[int]  # columns of each sentence
+    both: list[Tensor] = field(default_factory=list)  # of each layer, keys and values [2, S, H, J, P]
+    columns: int = 0  # of the fullest
+    even: bool = True  # whether all have so many
+    slots: Any = 0  # of the open columns: the first one, or where they lie [S, Q]
+
+    @classmethod
+    def empty(
+        cls, like: Tensor, sizes: tuple[int, int], *, layers: int, heads: int, width: int, room: int
+    ) -> AncestorStore:
+        """A store for `sizes` = (sentences, hypotheses), which will hardly see more than `room` columns."""
+        columns = _padded(min(room, FIRST_COLUMNS), sizes[1])
+        table_SKC = torch.full((*sizes, columns), -1, dtype=torch.long, device=like.device)
+        return cls(like, heads, width // heads, layers, table_SKC, [0] * sizes[0])
+
+    @property
+    def hypotheses(self) -> int:
+        return self.table_SKC.shape[1]
+
+    def advance(self, count: int) -> Tensor:
+        """Open `count` columns; returns the additive mask [S or 1, 1, Q, J] of the queries that fill them."""
+        if not self.both:
+            sentences, hypotheses, columns = self.table_SKC.shape
+            shape = (2, sentences, self.heads, columns * hypotheses, self.part)
+            # Zeros and not garbage: masked slots are multiplied by zero, and zero times NaN is NaN.
+            self.both = [self.like.new_zeros(shape) for _ in range(self.layers)]
+        last = self.columns + count
+        if last > self.table_SKC.shape[2]:
+            self._resize(_padded(max(last, 2 * self.table_SKC.shape[2]), self.hypotheses))
+        if self.even:
+            column_ST = torch.arange(self.columns, last, device=self.like.device)[None]
+        else:
+            filled_S1 = torch.tensor(self.filled, device=self.like.device)[:, None]
+            column_ST = filled_S1 + torch.arange(count, device=self.like.device)
+        mask = self._open(column_ST, _padded(last, self.hypotheses))
+        self.columns = last
+        self.filled = [columns + count for columns in self.filled]
+        return mask
+
+    def _open(self, column_ST: Tensor, used: int) -> Tensor:
+        """Note who fills which slots; the mask of what each query may see in the first `used` columns."""
+        sentences, hypotheses, _ = self.table_SKC.shape
+        count = column_ST.shape[1]
+        slot_K = torch.arange(hypotheses, device=self.like.device)
+        self.slots = self.columns * hypotheses
+        if not self.even:
+            self.slots = (column_ST[:, :, None] * hypotheses + slot_K).flatten(1)
+        column_C = torch.arange(used, device=self.like.device)
+        if hypotheses == 1:
+            seen = column_C <= column_ST[:, :, None]
+            return torch.where(seen, 0.0, -torch.inf)[:, None]
+        if self.even:
+            self.table_SKC[:, :, self.columns : self.columns + count] = slot_K[:, None]
+        else:
+            place_SKT = column_ST[:, None].expand(-1, hypotheses, -1)
+            self.table_SKC.scatter_(2, place_SKT, slot_K[None, :, None].expand(sentences, -1, count))
+        seen = (self.table_SKC[:, :, :used, None] == slot_K).flatten(2)  # [S, K, J]
+        if count > 1:
+            past_STJ = (column_C <= column_ST[:, :, None]).repeat_interleave(hypotheses, 2)
+            seen = (seen[:, :, None] & past_STJ[:, None]).flatten(1, 2)
+        return torch.where(seen, 0.0, -torch.inf)[:, None]
+
+    def attend(self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor) -> Tensor:
+        """Store the keys and values of the open columns, and attend to all so far: [S, Q, D]."""
+        hypotheses, store = self.hypotheses, self.both[layer]
+        count = both_2SHQP.shape[3]
+        if count > hypotheses > 1:  # queries run over hypotheses first, slots over columns first
+            both_2SHQP = both_2SHQP.unflatten(3, (hypotheses, -1)).transpose(3, 4).flatten(3, 4)
+        if self.even:
+            store.narrow(3, self.slots, count).copy_(both_2SHQP)
+        else:
+            sentence_S1 = torch.arange(len(self.slots), device=store.device)[:, None]
+            store[:, sentence_S1, :, self.slots] = both_2SHQP.permute(1, 3, 0, 2, 4)
+        key_SHJP, value_SHJP = store.narrow(3, 0, mask.shape[-1]).unbind(0)
+        return attend(query_SHQP, key_SHJP, value_SHJP, mask)
+
+    def reorder(self, parents_SK: Tensor) -> AncestorStore:
+        used = self.table_SKC[:, :, : self.columns]
+        used.copy_(used.gather(1, parents_SK[:, :, None].expand_as(used)))
+        return self
+
+    def keep(self, sentences: Tensor) -> AncestorStore:
+        self.both = [both.index_select(1, sentences) for both in self.both]
+        self.table_SKC = self.table_SKC.index_select(0, sentences)
+        return self._filled([self.filled[sentence] for sentence in sentences.tolist()])
+
+    def replace(self, places: Tensor, other: AncestorStore) -> AncestorStore:
+        """The sentences of `other` instead of those at `places`."""
+        self._fit(other)
+        if other.both and self.both:
+            for mine, theirs in zip(self.both, other.both, strict=True):
+                mine.index_copy_(1, places, theirs)
+        self.table_SKC.index_copy_(0, places, other.table_SKC)
+        filled = dict(zip(places.tolist(), other.filled, strict=True))
+        return self._filled([filled.get(place, columns) for place, columns in enumerate(self.filled)])
+
+    def join(self, other: AncestorStore) -> AncestorStore:
+        """The sentences of both stores."""
+        self._fit(other)
+        self.both = [torch.cat(pair, 1) for pair in zip(self.both, other.both, strict=True)]
+        self.table_SKC = torch.cat([self.table_SKC, other.table_SKC])
+        return self._filled(self.filled + other.filled)
+
+    def _fit(self, other: AncestorStore) -> None:
+        """Make both as large; an empty one has no keys as long as that is enough."""
+        columns = max(self.table_SKC.shape[2], other.table_SKC.shape[2])
+        for store in (self, other):
+            if store.table_SKC.shape[2] < columns:
+                store._resize(columns)
+
+    def _filled(self, filled: list[int]) -> AncestorStore:
+        self.filled, self.columns = filled, max(filled, default=0)
+        self.even = min(filled, default=0) == self.columns
+        return self
+
+    def _resize(self, columns: int) -> None:
+        """Room for so many columns."""
+        more = columns - self.table_SKC.shape[2]
+        self.both = [F.pad(both, [0, 0, 0, more * self.hypotheses]) for both in self.both]
+        self.table_SKC = F.pad(self.table_SKC, [0, more], value=-1)
+
+    def fork(self) -> AncestorStore:
+        copy = AncestorStore(**vars(self))
+        copy.both = [both.clone() for both in self.both]
+        copy.table_SKC = self.table_SKC.clone()
+        return copy
+
+
+@dataclass
+class RowStore:
+    """Keys and values apart for each hypothesis: better where nothing is reordered, or K is large.
+
+    It is the ancestor store of S * K sentences with one hypothesis each; only `reorder` moves data.
+    """
+
+    rows: AncestorStore
+    hypotheses: int
+
+    @classmethod
+    def empty(
+        cls, like: Tensor, sizes: tuple[int, int], *, layers: int, heads: int, width: int, room: int
+    ) -> RowStore:
+        """Room for `room` tokens of `sizes` = (sentences, hypotheses)."""
+        flat = (sizes[0] * sizes[1], 1)
+        rows = AncestorStore.empty(like, flat, layers=layers, heads=heads, width=width, room=room)
+        return cls(rows, sizes[1])
+
+    @property
+    def even(self) -> bool:
+        return self.rows.even
+
+    @property
+    def columns(self) -> int:
+        return self.rows.columns
+
+    def advance(self, count: int) -> Tensor:
+        """Open `count` columns; returns the additive mask of the queries that fill them."""
+        return self.rows.advance(count)
+
+    def attend(self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor) -> Tensor:
+        """Store the keys and values of the open columns, and attend to all so far: [S, Q, D]."""
+        query = query_SHQP.unflatten(2, (self.hypotheses, -1)).transpose(1, 2).flatten(0, 1)
+        both = both_2SHQP.unflatten(3, (self.hypotheses, -1)).transpose(2, 3).flatten(1, 2)
+        out = self.rows.attend(layer, query, both, mask)
+        return out.unflatten(0, (-1, self.hypotheses)).flatten(1, 2)
+
+    def reorder(self, parents_SK: Tensor) -> RowStore:
+        start_S1 = torch.arange(parents_SK.shape[0], device=parents_SK.device)[:, None] * self.hypotheses
+        self.rows.keep((start_S1 + parents_SK).flatten())
+        return self
+
+    def _rows(self, sentences: Tensor) -> Tensor:
+        hypothesis_K = torch.arange(self.hypotheses, device=sentences.device)
+        return (sentences[:, None] * self.hypotheses + hypothesis_K).flatten()
+
+    def keep(self, sentences: Tensor) -> RowStore:
+        self.rows.keep(self._rows(sentences))
+        return self
+
+    def replace(self, places: Tensor, other: RowStore) -> RowStore:
+        self.rows.replace(self._rows(places), other.rows)
+        return self
+
+    def join(self, other: RowStore) -> RowStore:
+        return RowStore(self.rows.join(other.rows), self.hypotheses)
+
+    def fork(self) -> RowStore:
+        return RowStore(self.rows.fork(), self.hypotheses)
+
+
+def key_value_store(
+    like: Tensor, sizes: tuple[int, int], *, reorders: bool, layers: int, heads: int, width: int, room: int
+) -> AncestorStore | RowStore:
+    """The store that suits the number of hypotheses and whether they are reordered."""
+    shared = sizes[1] == 1 or (reorders and sizes[1] <= ANCESTOR_LIMIT)
+    kind = AncestorStore if shared else RowStore
+    return kind.empty(like, sizes, layers=layers, heads=heads, width=width, room=room)
