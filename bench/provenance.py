@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -22,6 +25,19 @@ def record(name: str, figures: dict, *, command: str, folder: Path = RESULTS) ->
     result = {"figures": figures, "command": command, **provenance()}
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def without_places(value: Any, names: Mapping[str, str]) -> Any:
+    """The same figures or words with folders of this machine called by names."""
+    if isinstance(value, str):
+        for place, name in names.items():
+            value = re.sub(rf"{re.escape(place)}(?=/|$)", name, value)
+        return value
+    if isinstance(value, Mapping):
+        return {key: without_places(each, names) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(each, names) for each in value]
+    return value
 
 
 def provenance() -> dict:

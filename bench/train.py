@@ -35,7 +35,7 @@ from typing import Any
 
 from peers.install import python_of
 from peers.job import Job, Shape
-from provenance import ROOT, record
+from provenance import ROOT, record, without_places
 from rounds import per_second, summed_up, table
 
 # Toolkit: the distribution that is compared.
@@ -323,10 +323,14 @@ def main() -> None:
     if given.recipe and given.peers:
         parser.error("a recipe is trmt's alone: leave out --peers, or use --preset")
     with tempfile.TemporaryDirectory() as scratch:
-        figures = run(given, given.work or Path(scratch))
+        work = given.work or Path(scratch)
+        places = {"WORK": work, "DATA_SET": given.data_set, "FOLDER": given.peers}
+        hidden = {str(place): name for name, place in places.items() if place}
+        figures = without_places(run(given, work), hidden)
     data = given.data_set.resolve().name if given.data_set else "synthetic"
     name = given.name or f"{data}-{given.preset}-{given.device}"
-    print(record(f"train-{name}", figures, command=f"python bench/train.py {shlex.join(_words(given))}"))
+    words = shlex.join(without_places(sys.argv[1:], hidden))
+    print(record(f"train-{name}", figures, command=f"python bench/train.py {words}"))
     print(table(figures))
 
 
@@ -356,13 +360,6 @@ def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
         options=given.options,
     )
     return measure(spec)
-
-
-def _words(given: argparse.Namespace) -> list[str]:
-    """The command line without the folders of this machine."""
-    words = sys.argv[1:]
-    hidden = {str(given.data_set): "DATA_SET", str(given.peers): "FOLDER", str(given.work): "WORK"}
-    return [hidden.get(word, word) for word in words]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import experiment  # noqa: E402
 import gpu_suite  # noqa: E402
 import moses  # noqa: E402
 import multi30k  # noqa: E402
+import provenance  # noqa: E402
 import quality_tables  # noqa: E402
 
 from trmt.recipe import load_recipe  # noqa: E402
@@ -260,3 +261,18 @@ def test_tables_show_the_mean_and_what_waits(tmp_path: Path, monkeypatch: pytest
     figures["wanted"] = 5
     (tmp_path / "multi30k.json").write_text(json.dumps({"figures": figures}), encoding="utf-8")
     assert "3 of 5" in [row[-1] for row in quality_tables.multi30k_rows()]
+
+
+def test_result_files_do_not_name_the_folders_of_the_machine() -> None:
+    found = {"argv": ["--data", "/here/set", "/here/settle"], "run": "/here/set/run", "size": 3}
+    names = {"/here/set": "DATA_SET"}
+    expected = {"argv": ["--data", "DATA_SET", "/here/settle"], "run": "DATA_SET/run", "size": 3}
+    assert provenance.without_places(found, names) == expected
+
+
+@pytest.mark.parametrize("file", sorted(provenance.RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_result_files_say_where_they_come_from(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert all(result[name] for name in ("command", "cpu", "versions", "date", "commit"))
+    assert not any(place in text for place in ('"/tmp/', '"/home/', '"/root/'))

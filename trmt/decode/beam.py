@@ -1,6 +1,7 @@
 """Beam search with the length penalty of Wu et al. (arXiv 1609.08144, equation 14).
 
-Axes: S sentence, K hypothesis, R rows (S * K), C candidates of one hypothesis, V vocabulary, T target position.
+Axes: S sentence, K hypothesis, R rows (S * K), C candidates of one of them, V vocabulary, T target
+position.
 
 A hypothesis that ends keeps its place in the beam, so the beam narrows as hypotheses finish, and a beam
 of one is greedy search. A sentence is done when every place is taken, or when no hypothesis that still

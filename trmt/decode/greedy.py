@@ -1,6 +1,6 @@
 """Greedy search: always the most probable token.
 
-Axes: S sentence, K hypothesis (one here), V vocabulary, T target position.
+Axes: S sentence, K hypothesis (one here), R rows (S * K), V vocabulary, T target position.
 """
 
 from __future__ import annotations
