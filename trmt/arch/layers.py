@@ -7,6 +7,7 @@ head, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -22,9 +23,10 @@ from trmt.errors import ConfigError
 KEY_MULTIPLE = 16
 
 
-def check_sizes(config: Any) -> None:
+def check_sizes(config: Any, *, but: Collection[str] = ()) -> None:
     """Refuse a config whose whole numbers, all sizes, or fractions, all dropouts, are out of range."""
-    for name, value in ((field.name, getattr(config, field.name)) for field in fields(config)):
+    for name in (field.name for field in fields(config) if field.name not in but):
+        value = getattr(config, name)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ConfigError(f"network.{name} = {value} is too small; set it to at least 1")
         if isinstance(value, float) and not 0 <= value < 1:
@@ -115,7 +117,8 @@ def freeze(module: nn.Module, linear: Linear) -> Any:
         return _same
     if isinstance(module, nn.ModuleList):
         return [freeze(child, linear) for child in module]
-    return SimpleNamespace(**{name: freeze(child, linear) for name, child in module.named_children()})
+    own = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+    return SimpleNamespace(**own, **{name: freeze(child, linear) for name, child in module.named_children()})
 
 
 def _with_relu(product: Any) -> Any:

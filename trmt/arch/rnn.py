@@ -1,109 +1,200 @@
-"""A GRU encoder-decoder with additive attention (Bahdanau et al., arXiv 1409.0473).
+"""Recurrent encoder-decoders: from the fixed context vector to attention of every kind.
 
 Axes: S sentence, K hypothesis, L source position, T target position, N all tokens of a batch in a row,
-D width, G the three gates of a GRU, V vocabulary.
+Q queries, H heads, D width, G the gates of a cell side by side, V vocabulary.
+
+The encoder's states h are summed up in one vector c, from which the decoder's first states are made. With
+context = "start" the decoder sees nothing else of the source (Sutskever et al., arXiv 1409.3215), with
+"every" it sees c at each step (Cho et al., arXiv 1406.1078), with "attention" it looks at the states h:
+
+    place = "before"    c_t = look(s_t-1);  s_t = cell(s_t-1, [y_t-1, c_t]);  o_t = tanh(W [s_t, c_t, y_t-1])
+                        (Bahdanau et al., arXiv 1409.0473)
+    place = "after"     s_t = cell(s_t-1, y_t-1);  c_t = look(s_t);  o_t = tanh(W [s_t, c_t]); with
+                        input_feeding the cell also sees o_t-1 (Luong et al., arXiv 1508.04025)
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from trmt.arch import layers
+from trmt.arch import focus, layers
 from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
+from trmt.arch.focus import Attention, AttentionConfig, Glance, Pooling
+from trmt.arch.recurrent import STATES, Cells, Kind, Reads, Recurrent, Steps, last, plain
+from trmt.arch.reinforce import Draw, reinforced
+from trmt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class RNNConfig:
-    """The sizes of a recurrent network with attention."""
+class RNNConfig(AttentionConfig):
+    """The sizes and kinds of a recurrent encoder-decoder."""
 
     source_vocabulary: int
     target_vocabulary: int
-    width: int = 512
-    encoder_layers: int = 1  # each reads in both directions
+    cell: Kind = "gru"
+    reads: Reads = "both"  # the encoder's directions; "backward" reads the source from its end
+    encoder_layers: int = 1
     decoder_layers: int = 1
+    residual: bool = False  # around each layer but the first
+    summary: Literal["last", "mean", "max", "attention"] = "last"  # the one vector made of a source
+    context: Literal["start", "every", "attention"] = "attention"
+    place: Literal["before", "after"] = "before"  # of the look: before the cell's step or after it
+    input_feeding: bool = False
     dropout: float = 0.2
     tied: Literal["target", "none"] = "target"  # whether the output shares the target embedding
-    longest: int = 1024  # it has no positions; the limit keeps translations from running away
 
     def __post_init__(self) -> None:
-        layers.check_sizes(self)
+        layers.check_sizes(self, but=("temperature", "entropy"))
+        self.check_attention()
+        if self.reads == "both" and self.width % 2:
+            raise ConfigError(f'reads = "both" halves the width, and width = {self.width} is odd; change one')
+        if self.residual and max(self.encoder_layers, self.decoder_layers) < 2:
+            raise ConfigError(
+                "residual = true goes around each layer but the first, and encoder_layers and "
+                "decoder_layers are 1; set one of them higher"
+            )
+        if self.context != "attention":
+            self._check_without_attention()
+        if self.input_feeding and self.place == "before":
+            raise ConfigError(
+                'input_feeding = true feeds what a look after the step found, and place = "before"; '
+                'set place = "after"'
+            )
 
+    def _check_without_attention(self) -> None:
+        for name, usual in (("focus", "soft"), ("static", False), ("input_feeding", False)):
+            if getattr(self, name) != usual:
+                value = str(getattr(self, name)).lower()
+                raise ConfigError(
+                    f'{name} = {value} is of attention, and context = "{self.context}" has none; '
+                    'set context = "attention"'
+                )
 
-class Cell(nn.Module):
-    """The weights of one GRU step; `gru` is its arithmetic."""
+    @property
+    def looks(self) -> bool:
+        """Whether there is a look at the source for each target token."""
+        return self.context == "attention" and not self.static
 
-    def __init__(self, inner: int, width: int) -> None:
-        super().__init__()
-        self.input = layers.xavier(nn.Linear(inner, 3 * width), 3)
-        self.recur = layers.xavier(nn.Linear(width, 3 * width), 3)
+    @property
+    def looks_into_cell(self) -> bool:
+        """Whether what a look finds changes the decoder's states, which then go step by step."""
+        return self.input_feeding or (self.looks and self.place == "before")
 
-
-def gru(input_G: Tensor, recur_G: Tensor, state_D: Tensor) -> Tensor:
-    """One GRU step from the two products; gates in the order of torch.nn.GRU: reset, update, new."""
-    input_reset, input_update, input_new = input_G.chunk(3, -1)
-    recur_reset, recur_update, recur_new = recur_G.chunk(3, -1)
-    reset = torch.sigmoid(input_reset + recur_reset)
-    update = torch.sigmoid(input_update + recur_update)
-    new = torch.tanh(input_new + reset * recur_new)
-    return new + update * (state_D - new)
+    @property
+    def constant(self) -> bool:
+        """Whether the cell sees a vector that is the same at every step."""
+        return self.context == "every" or (self.static and self.place == "before")
 
 
 class RNN(Seq2Seq):
-    """The network as it is trained: the encoder's sequences run fused, the decoder step by step."""
+    """The network as it is trained: sequences run fused wherever no look stands between two steps."""
 
     config_class = RNNConfig
+    look: ClassVar[Callable[..., Glance]] = staticmethod(focus.look)
 
     def __init__(self, config: RNNConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
-        self.source_embedding = nn.Embedding(config.source_vocabulary, width)
-        self.target_embedding = nn.Embedding(config.target_vocabulary, width)
+        self.source_embedding = _embedding(config.source_vocabulary, width)
+        self.target_embedding = _embedding(config.target_vocabulary, width)
         self.output = (
-            self.target_embedding
-            if config.tied == "target"
-            else nn.Embedding(config.target_vocabulary, width)
+            self.target_embedding if config.tied == "target" else _embedding(config.target_vocabulary, width)
         )
-        for embedding in (self.source_embedding, self.target_embedding, self.output):
-            nn.init.normal_(embedding.weight, std=width**-0.5)
-        self.encoder = nn.GRU(
-            width,
-            width,
-            config.encoder_layers,
-            batch_first=True,
-            bidirectional=True,
-            dropout=config.dropout if config.encoder_layers > 1 else 0.0,
+        self.encoder = self.reader(config.encoder_layers)
+        if config.summary == "attention":
+            self.pooling = Pooling(width)
+        states = STATES[config.cell] * config.decoder_layers
+        self.first = layers.xavier(nn.Linear(width, states * width), states)
+        inner = 1 + config.constant + config.looks_into_cell
+        self.decoder = Recurrent(
+            config.cell,
+            (inner * width, width, config.decoder_layers),
+            residual=config.residual,
+            dropout=config.dropout,
         )
-        self.key = layers.xavier(nn.Linear(2 * width, width, bias=False))
-        self.query = layers.xavier(nn.Linear(width, width))
-        self.first = layers.xavier(nn.Linear(width, config.decoder_layers * width))
-        self.score = nn.Parameter(torch.randn(width) * width**-0.5)
-        inner = [3 * width] + [width] * (config.decoder_layers - 1)
-        self.cells = nn.ModuleList(Cell(size, width) for size in inner)
-        self.readout_layer = layers.xavier(nn.Linear(4 * width, width))
+        if config.context == "attention":
+            self.attention = Attention(config)
+        if config.context != "start":
+            parts = 2 if config.context == "attention" and config.place == "after" else 3
+            self.answer = layers.xavier(nn.Linear(parts * width, width))
+        if config.focus == "sampled":
+            self.baseline = nn.Linear(width, 1)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
-        ids_SL, real_SL = source.padded(layers.key_multiple(self))
-        x_SLD = self.drop(self.source_embedding(ids_SL))
-        packed = pack_padded_sequence(x_SLD, source.lengths_S.cpu(), batch_first=True, enforce_sorted=False)
-        states_SLD, _ = pad_packed_sequence(
-            self.encoder(packed)[0], batch_first=True, total_length=ids_SL.shape[1]
+    def reader(self, count: int) -> Recurrent:
+        """A stack of layers that reads the source."""
+        config = self.config
+        sizes = (config.width, config.width, count)
+        return Recurrent(
+            config.cell, sizes, reads=config.reads, residual=config.residual, dropout=config.dropout
         )
-        memory, own = remember(self, states_SLD, real_SL, hypotheses=1)
+
+    def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
+        config = self.config
+        memory, cells = self.read(self, config, source)
         ids_ST, _ = target.padded()
-        embedded_SKTD = self.drop(self.target_embedding(ids_ST))[:, None]
-        hidden_SKTD, _, weights = decode(self, embedded_SKTD, memory, own)
-        hidden_ND = hidden_SKTD.flatten(0, 2)[target.cells_N(ids_ST.shape[1])]
-        return Output(hidden_ND, attention=_as_attention(weights) if "attention" in want else None)
+        embedded_STD = self.drop(self.target_embedding(ids_ST))
+        run = self._steps if config.looks_into_cell else self._fused
+        hidden_STD, glance, query_STD = run(embedded_STD, memory, cells)
+        cells_N = target.cells_N(ids_ST.shape[1])
+        hidden_ND = hidden_STD.flatten(0, 1)[cells_N]
+        aux = {}
+        if glance is not None and glance.log_drawn_SQ is not None and glance.entropy_SQ is not None:
+            baseline_ST = self.baseline(query_STD.detach())[..., 0]
+            parts_ST = (glance.log_drawn_SQ, glance.entropy_SQ, baseline_ST)
+            draw = Draw(*(part_ST.flatten()[cells_N] for part_ST in parts_ST))
+            lasting = config.looks_into_cell
+            aux = reinforced(self.readout, hidden_ND, target, draw, lasting=lasting, entropy=config.entropy)
+        attention = _weights(memory, glance, ids_ST.shape) if "attention" in want else None
+        return Output(hidden_ND, aux, attention)
+
+    # A document is read in another way than a sentence; all else is the same.
+    @staticmethod
+    def read(net: Any, config: Any, source: Source) -> tuple[Memory, list[Cells]]:
+        """What the decoder sees of a source, and the cells it starts with."""
+        ids_SL, real_SL = source.padded(layers.key_multiple(net))
+        x_SLD = net.drop(F.embedding(ids_SL, net.source_embedding.weight))
+        states_SLD = net.encoder.read(x_SLD, real_SL)
+        tensors: dict[str, Tensor] = {}
+        along: dict[str, tuple[int, float]] = {}
+        if config.context == "attention":
+            tensors, along = focus.prepared(net.attention, config, states_SLD, real_SL)
+        return begin(net, config, focus.look, states_SLD, real_SL, Memory(tensors, along))
+
+    def _fused(
+        self, embedded_STD: Tensor, memory: Memory, cells: list[Cells]
+    ) -> tuple[Tensor, Glance | None, Tensor]:
+        """The decoder where no look stands between two steps: all of them at once."""
+        config = self.config
+        known_STD = _known(config, memory, embedded_STD[:, None])[:, 0]
+        out_STD = self.decoder.whole(self.drop(known_STD), cells)
+        sentences, count = out_STD.shape[:2]
+        glance = None
+        if config.looks:
+            position_ST = torch.arange(count, device=out_STD.device).expand(sentences, -1)
+            glance = self.look(self.attention, config, out_STD, position_ST, memory)
+        hidden_STD = _answer(self, config, out_STD, _context(memory, glance), embedded_STD)
+        return self.drop(hidden_STD), glance, out_STD
+
+    def _steps(
+        self, embedded_STD: Tensor, memory: Memory, cells: list[Cells]
+    ) -> tuple[Tensor, Glance | None, Tensor]:
+        """The decoder step by step, as in translating."""
+        known = self.config.width * (1 + self.config.constant)
+        steps = self.decoder.steps(plain, known=known)
+        own = rows(self.config, cells, hypotheses=1)
+        position_S = torch.zeros(len(embedded_STD), dtype=torch.long, device=embedded_STD.device)
+        hidden_SKTD, _, glances, queries = decode(
+            self, self.config, steps, embedded_STD[:, None], (memory, own, position_S), self.look
+        )
+        return hidden_SKTD[:, 0], _together(glances), torch.cat(queries, 1) if queries else hidden_SKTD[:, 0]
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         weight = self.output.weight
@@ -116,97 +207,178 @@ class RNN(Seq2Seq):
         return RNNStepper(self, linear)
 
 
-def remember(net: Any, states_SLD: Tensor, real_SL: Tensor, *, hypotheses: int) -> tuple[Memory, Rows]:
-    """What the decoder starts from: the source's states, their keys, and its own first states."""
-    memory = Memory(
-        {"states": states_SLD, "keys": net.key(states_SLD), "mask": layers.blocked(real_SL)},
-        {"states": (1, 0.0), "keys": (1, 0.0), "mask": (1, -math.inf)},
+def _embedding(vocabulary: int, width: int) -> nn.Embedding:
+    embedding = nn.Embedding(vocabulary, width)
+    nn.init.normal_(embedding.weight, std=width**-0.5)
+    return embedding
+
+
+def begin(
+    net: Any,
+    config: RNNConfig,
+    look: Callable[..., Glance],
+    states_SLD: Tensor,
+    real_SL: Tensor,
+    memory: Memory,
+) -> tuple[Memory, list[Cells]]:
+    """The decoder's first cells, made of the summary; what it will see at every step joins the memory."""
+    summary_SD = _summary(net, config, states_SLD, real_SL)
+    parts = iter(net.first(summary_SD).chunk(STATES[config.cell] * config.decoder_layers, -1))
+    # An LSTM's cells are no outputs of a tanh, and may begin anywhere.
+    cells = [
+        (torch.tanh(next(parts)), *(next(parts) for _ in range(STATES[config.cell] - 1)))
+        for _ in range(config.decoder_layers)
+    ]
+    if config.context == "every":
+        return Memory({**memory.tensors, "context": summary_SD}, memory.along_source), cells
+    if config.static:
+        query_S1D = cells[-1][0][:, None]
+        nowhere_S1 = torch.zeros(query_S1D.shape[:2], dtype=torch.long, device=query_S1D.device)
+        glance = look(net.attention, config, query_S1D, nowhere_S1, memory)
+        # Nobody will look again: of the source only what was found stays.
+        found = {"context": glance.context_SQD[:, 0], "weights": glance.weights_SHQL}
+        return Memory(found, {"weights": (3, 0.0)}), cells
+    return memory, cells
+
+
+def _summary(net: Any, config: RNNConfig, states_SLD: Tensor, real_SL: Tensor) -> Tensor:
+    lengths_S = real_SL.sum(1)
+    if config.summary == "last":
+        return last(states_SLD, lengths_S, config.reads)
+    if config.summary == "max":
+        return states_SLD.masked_fill(~real_SL[..., None], -torch.inf).amax(1)
+    if config.summary == "attention":
+        return focus.pooled(net.pooling, states_SLD, real_SL)
+    return focus.average(real_SL / lengths_S[:, None], states_SLD)
+
+
+def rows(config: RNNConfig, cells: list[Cells], *, hypotheses: int) -> Rows:
+    """The decoder's own part of a state, the same for all hypotheses: cells, and what it feeds itself."""
+    tensors = [cell for layer in cells for cell in layer]
+    if config.input_feeding:
+        tensors.append(torch.zeros_like(cells[-1][0]))
+    return Rows(tuple(tensor[:, None].expand(-1, hypotheses, -1) for tensor in tensors))
+
+
+def decode(
+    net: Any,
+    config: RNNConfig,
+    steps: Steps,
+    embedded_SKTD: Tensor,
+    parts: tuple[Memory, Rows, Tensor],
+    look: Callable[..., Glance],
+) -> tuple[Tensor, Rows, list[Glance], list[Tensor]]:
+    """The decoder over T tokens, one by one; also its looks, and what they were made from."""
+    memory, own, position_S = parts
+    size = STATES[config.cell]
+    cells = [own.tensors[at : at + size] for at in range(0, size * config.decoder_layers, size)]
+    feed = own.tensors[-1] if config.input_feeding else None
+    hidden, glances, queries = [], [], []
+    known_SKTG = steps.known(net.drop(_known(config, memory, embedded_SKTD)))
+
+    def glance_from(query_SKD: Tensor, step: int) -> Tensor:
+        position_SK = (position_S + step)[:, None].expand(query_SKD.shape[:2])
+        glances.append(look(net.attention, config, query_SKD, position_SK, memory))
+        queries.append(query_SKD)
+        return glances[-1].context_SQD
+
+    for step, known_SKG in enumerate(known_SKTG.unbind(2)):
+        context_SKD, found = _context(memory, None), feed
+        if config.looks and config.place == "before":
+            context_SKD = found = glance_from(cells[-1][0], step)
+        out_SKD, cells = steps.step(known_SKG, None if found is None else net.drop(found), cells, net.drop)
+        if config.looks and config.place == "after":
+            context_SKD = glance_from(out_SKD, step)
+        answer_SKD = _answer(net, config, out_SKD, context_SKD, embedded_SKTD[:, :, step])
+        feed = answer_SKD if config.input_feeding else None
+        hidden.append(net.drop(answer_SKD))
+    tensors = [cell for layer in cells for cell in layer] + ([] if feed is None else [feed])
+    return torch.stack(hidden, 2), Rows(tuple(tensors)), glances, queries
+
+
+def _known(config: RNNConfig, memory: Memory, embedded_SKTD: Tensor) -> Tensor:
+    """What the cell sees that is known of all steps beforehand."""
+    if not config.constant:
+        return embedded_SKTD
+    constant_SD = memory["context"]
+    return torch.cat([embedded_SKTD, constant_SD[:, None, None].expand_as(embedded_SKTD)], -1)
+
+
+def _context(memory: Memory, glance: Glance | None) -> Tensor | None:
+    """What a look found, or what is the same at every step, if there is any of it."""
+    if glance is not None:
+        return glance.context_SQD
+    return memory["context"][:, None] if "context" in memory.tensors else None
+
+
+def _answer(
+    net: Any, config: RNNConfig, out_SQD: Tensor, context: Tensor | None, embedded_SQD: Tensor
+) -> Tensor:
+    """The hidden state to read out from."""
+    if context is None:
+        return out_SQD
+    parts = [out_SQD, context.expand_as(out_SQD)]
+    if config.context != "attention" or config.place == "before":
+        parts.append(embedded_SQD)
+    return torch.tanh(net.answer(torch.cat(parts, -1)))
+
+
+def _together(glances: list[Glance]) -> Glance | None:
+    """The looks of all steps as one, of one hypothesis."""
+    if not glances:
+        return None
+    drawn = [glance.log_drawn_SQ for glance in glances if glance.log_drawn_SQ is not None]
+    entropy = [glance.entropy_SQ for glance in glances if glance.entropy_SQ is not None]
+    return Glance(
+        torch.cat([glance.context_SQD for glance in glances], 1),
+        torch.cat([glance.weights_SHQL for glance in glances], 2),
+        torch.cat(drawn, 1) if drawn else None,
+        torch.cat(entropy, 1) if entropy else None,
     )
-    # The backward direction's state at the first word has read the whole sentence.
-    backward_SD = states_SLD[:, 0, states_SLD.shape[-1] // 2 :]
-    first_SD = torch.tanh(net.first(backward_SD)).chunk(len(net.cells), -1)
-    return memory, Rows(tuple(x_SD[:, None].expand(-1, hypotheses, -1) for x_SD in first_SD))
 
 
-def decode(net: Any, embedded_SKTD: Tensor, memory: Memory, own: Rows) -> tuple[Tensor, Rows, list[Tensor]]:
-    """The decoder over T tokens, one by one, since each look at the source depends on the state before."""
-    states_SLD, keys_SLD, mask_SL = memory["states"], memory["keys"], memory["mask"]
-    state = list(own.tensors)
-    hidden, weights = [], []
-    for embedded_SKD in embedded_SKTD.unbind(2):
-        energy_SKLD = torch.tanh(keys_SLD[:, None] + net.query(state[-1])[:, :, None])
-        # Not a product: a matrix with one column is not row-invariant on the CPU.
-        energy_SKL = (energy_SKLD * net.score).sum(-1) + mask_SL[:, None]
-        weights_SKL = energy_SKL.softmax(-1)
-        context_SKD = weights_SKL @ states_SLD
-        x_SKD = torch.cat([embedded_SKD, context_SKD], -1)
-        for index, cell in enumerate(net.cells):
-            state[index] = gru(cell.input(net.drop(x_SKD)), cell.recur(state[index]), state[index])
-            x_SKD = state[index]
-        joined_SKD = torch.cat([x_SKD, context_SKD, embedded_SKD], -1)
-        hidden.append(net.drop(torch.tanh(net.readout_layer(joined_SKD))))
-        weights.append(weights_SKL)
-    return torch.stack(hidden, 2), Rows(tuple(state)), weights
-
-
-def _as_attention(weights_SKL: list[Tensor]) -> Tensor:
-    """[1 layer, S, 1 head, K * T, L]."""
-    return torch.stack(weights_SKL, 2).flatten(1, 2)[None, :, None]
+def _weights(memory: Memory, glance: Glance | None, sizes: Collection[int]) -> Tensor | None:
+    """The weights of all queries, in the one layer there is: [1, S, H, Q, L]."""
+    if glance is not None:
+        return glance.weights_SHQL[None]
+    if "weights" not in memory.tensors:
+        return None
+    *_, count = sizes
+    return memory["weights"].expand(-1, -1, count, -1)[None]
 
 
 class RNNStepper(Stepper):
-    """The same network for translating: plain products, the encoder unrolled."""
+    """The same network for translating: plain products, every sequence step by step."""
 
     def __init__(self, net: RNN, linear: Linear) -> None:
+        self.config, self.read, self.look = net.config, net.read, net.look
         self.net = layers.freeze(net, linear)
-        self.net.score = net.score.detach()
-        self.source_embedding = net.source_embedding.weight.detach()
-        self.target_embedding = net.target_embedding.weight.detach()
-        self.encoder = [
-            [_direction(net.encoder, layer, suffix, linear) for suffix in ("", "_reverse")]
-            for layer in range(net.config.encoder_layers)
-        ]
+        for name, child in net.named_children():
+            if isinstance(child, Recurrent):
+                setattr(self.net, name, child.steps(linear))
+        self.decoder = net.decoder.steps(linear, known=net.config.width * (1 + net.config.constant))
+        self.embedding_VD = net.target_embedding.weight.detach()
         self.weight_VD = net.output.weight.detach()
         self.product = linear(self.weight_VD, None)
 
     def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
-        ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
-        x_SLD = F.embedding(ids_SL, self.source_embedding)
-        for forward, backward in self.encoder:
-            ahead = _scan(forward, x_SLD, real_SL, steps=range(ids_SL.shape[1]))
-            back = _scan(backward, x_SLD, real_SL, steps=range(ids_SL.shape[1] - 1, -1, -1))
-            x_SLD = torch.cat([ahead, back], -1) * real_SL[..., None]
-        memory, own = remember(self.net, x_SLD, real_SL, hypotheses=hypotheses)
+        memory, cells = self.read(self.net, self.config, source)
+        own = rows(self.config, cells, hypotheses=hypotheses)
         return State(memory, own, torch.zeros_like(source.lengths_S))
 
     def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
         memory, own, position_S = state.take()
-        embedded_SKTD = F.embedding(tokens_SKT, self.target_embedding)
-        hidden_SKTD, own, weights = decode(self.net, embedded_SKTD, memory, own)
-        attention = _as_attention(weights) if "attention" in want else None
+        embedded_SKTD = F.embedding(tokens_SKT, self.embedding_VD)
+        hidden_SKTD, own, glances, _ = decode(
+            self.net, self.config, self.decoder, embedded_SKTD, (memory, own, position_S), self.look
+        )
+        attention = None
+        if "attention" in want:
+            hypotheses, count = tokens_SKT.shape[1:]
+            attention = _weights(memory, _together(glances), (hypotheses * count,))
+            if attention is not None and glances:  # the steps of each hypothesis stand together
+                attention = attention.unflatten(3, (count, hypotheses)).transpose(3, 4).flatten(3, 4)
         return Output(hidden_SKTD, attention=attention), State(memory, own, position_S + tokens_SKT.shape[2])
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return layers.readout(self.product, self.weight_VD, hidden, only)
-
-
-def _direction(encoder: nn.GRU, layer: int, suffix: str, linear: Linear) -> tuple[Any, Any]:
-    """The two products of one layer of torch's GRU in one direction."""
-    named = {
-        name: getattr(encoder, f"{name}_l{layer}{suffix}").detach()
-        for name in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
-    }
-    return linear(named["weight_ih"], named["bias_ih"]), linear(named["weight_hh"], named["bias_hh"])
-
-
-def _scan(direction: tuple[Any, Any], x_SLD: Tensor, real_SL: Tensor, *, steps: range) -> Tensor:
-    """The states of one direction; padding leaves a state as it is."""
-    input_product, recur_product = direction
-    input_SLG = input_product(x_SLD)
-    state_SD = x_SLD.new_zeros(x_SLD.shape[0], input_SLG.shape[-1] // 3)
-    states_SLD = x_SLD.new_zeros(*x_SLD.shape[:2], state_SD.shape[1])
-    for step in steps:
-        new_SD = gru(input_SLG[:, step], recur_product(state_SD), state_SD)
-        state_SD = torch.where(real_SL[:, step, None], new_SD, state_SD)
-        states_SLD[:, step] = state_SD
-    return states_SLD

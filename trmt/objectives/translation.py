@@ -78,17 +78,13 @@ class Translation(Objective):
 
     def loss(self, net: Seq2Seq, batch: TranslationBatch) -> Loss:
         output = net(batch.source, batch.before)
-        if output.aux:
-            raise ConfigError(
-                f"the network has losses of its own ({', '.join(sorted(output.aux))}), which the objective "
-                "translation does not add up; choose another objective or network"
-            )
         weight_VD, smoothing = net.readout_matrix(), self.config.label_smoothing
         if weight_VD is None:
             smoothed: Any = SmoothedCrossEntropy.apply  # torch leaves it untyped
             total, nll = smoothed(net.readout(output.hidden).float(), batch.after_N, smoothing)
         else:
             total, nll = smoothed_cross_entropy(output.hidden, weight_VD, batch.after_N, smoothing)
+        total = total + sum(weighted for weighted, _ in output.aux.values())
         return Loss(total, nll.detach(), batch.tokens)
 
 
