@@ -12,6 +12,7 @@ from trmt.errors import ConfigError
 ARCHITECTURES: Mapping[str, str] = {
     "transformer": "trmt.arch.transformer:Transformer",
     "rnn": "trmt.arch.rnn:RNN",
+    "hierarchical": "trmt.arch.hierarchical:Hierarchical",
     "conv": "trmt.arch.conv:ConvS2S",
 }
 

@@ -29,6 +29,13 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ARCHITECTURES),
     ("transformer", {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}),
     ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none"}),
+    ("rnn", {"context": "start", "cell": "lstm", "reads": "backward"}),
+    ("rnn", {"context": "every", "summary": "mean"}),
+    ("rnn", {"score": "dot", "place": "after", "input_feeding": True, "cell": "lstm"}),
+    ("rnn", {"score": "cosine", "summary": "attention", "focus": "predictive"}),
+    ("rnn", {"score": "location", "focus": "gumbel", "heads": 1}),
+    ("rnn", {"score": "general", "static": True}),
+    ("hierarchical", {"mark": 7, "score": "dot"}),
 ]
 SEARCHES: list[Search] = [
     Greedy(), Beam(size=4, n_best=2), Beam(size=20), Sampling(samples=2), Sampling(top_k=5, temperature=0.7),
@@ -53,7 +60,7 @@ def networks(**sizes: Any) -> list[tuple[str, Seq2Seq]]:
     for variant in VARIANTS:
         known = resolve(ARCHITECTURES, variant[0]).config_class.__dataclass_fields__
         options = {name: value for name, value in sizes.items() if name in known}
-        net = small_network(variant[0], **options, **variant[1])
+        net = small_network(variant[0], **{**options, **variant[1]})
         with torch.no_grad():
             # Sharper than untrained networks are, so that translations differ and some end by themselves.
             for parameter in net.parameters():

@@ -43,6 +43,9 @@ VARIANTS = [
     ("transformer", {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}),
     ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none", "decoder_layers": 1}),
     *(("rnn", options) for options in RNNS),
+    ("hierarchical", {"mark": 7, "score": "dot", "place": "after", "input_feeding": True}),
+    ("hierarchical", {"mark": 7, "score": "location", "summary": "mean", "sentence_layers": 2}),
+    ("hierarchical", {"mark": 7, "static": True}),
 ]
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

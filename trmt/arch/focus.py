@@ -16,7 +16,7 @@ Axes: S sentence, Q queries, L source position, H heads, D width, P width of one
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,8 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trmt.arch import layers, scores
+from trmt.arch.base import Memory
 from trmt.arch.scores import Score, Similarity
 from trmt.errors import ConfigError
+
+SMALL = 400  # multiplications of a product that torch 2.13 makes without a library for matrices
 
 Focus = Literal["soft", "monotonic", "predictive", "sampled", "gumbel"]
 
@@ -67,6 +70,9 @@ class Glance:
     entropy_SQ: Tensor | None = None  # of what they were drawn from
 
 
+Look = Callable[[Any, Any, Tensor, Tensor, Memory], Glance]  # (net, config, query, position, memory)
+
+
 class Attention(nn.Module):
     """What a look at the source learns."""
 
@@ -98,7 +104,9 @@ def pooled(net: Any, states_SLD: Tensor, real_SL: Tensor) -> Tensor:
 
 def average(weights_SL: Tensor, states_SLD: Tensor) -> Tensor:
     """The sum of the states with these weights: [S, D]."""
-    return (weights_SL[:, None].to(states_SLD.dtype) @ states_SLD)[:, 0]
+    rows = -(-SMALL // (layers.KEY_MULTIPLE * states_SLD.shape[-1]))  # as in `steady`
+    weights_SQL = weights_SL[:, None].to(states_SLD.dtype).expand(-1, rows, -1)
+    return (weights_SQL @ states_SLD)[:, 0]
 
 
 def prepared(
@@ -123,25 +131,44 @@ def prepared(
     return tensors, {"keys": (2, 0.0), "values": (2, 0.0), "mask": (3, -math.inf)}
 
 
+def steady(look: Look) -> Look:
+    """The look that gives a query the same bits whatever the length of its source is padded to.
+
+    On the CPU, torch multiplies batches of small matrices in another way than larger ones; rows of zeros
+    make them large enough. In training that would only cost time.
+    """
+
+    def steadied(net: Any, config: Any, query_SQD: Tensor, position_SQ: Tensor, memory: Memory) -> Glance:
+        count, part = query_SQD.shape[1], min(query_SQD.shape[-1] // config.heads, layers.KEY_MULTIPLE)
+        missing = -(-SMALL // (layers.KEY_MULTIPLE * part)) - count
+        if getattr(net, "training", False) or missing <= 0:
+            return look(net, config, query_SQD, position_SQ, memory)
+        query_SQD, position_SQ = F.pad(query_SQD, (0, 0, 0, missing)), F.pad(position_SQ, (0, missing))
+        glance = look(net, config, query_SQD, position_SQ, memory)
+        return Glance(glance.context_SQD[:, :count], glance.weights_SHQL[:, :, :count])
+
+    return steadied
+
+
+@steady
 def look(
     net: Any,
     config: AttentionConfig,
     query_SQD: Tensor,
     position_SQ: Tensor,
-    memory: Mapping[str, Tensor] | Any,
+    memory: Memory,
 ) -> Glance:
-    """Look at a source from these queries, which stand at these positions of the target."""
-    score_SHQL = scores.scores(net.similarity, config.score, query_SQD, memory["keys"]) + memory["mask"]
+    """Look at a source with a network's attention, from queries at these positions of the target."""
+    score_SHQL = scores.scores(net.attention.similarity, config.score, query_SQD, memory["keys"])
+    score_SHQL = score_SHQL + memory["mask"]
     if config.focus in ("monotonic", "predictive"):
-        score_SHQL = score_SHQL + _window(net, config, query_SQD, position_SQ, memory)
+        score_SHQL = score_SHQL + _window(net.attention, config, query_SQD, position_SQ, memory)
     weights, log_drawn, entropy = weigh(config, score_SHQL, training=getattr(net, "training", False))
     context_SQD = (weights.to(memory["values"].dtype) @ memory["values"]).transpose(1, 2).flatten(2)
     return Glance(context_SQD, weights, log_drawn, entropy)
 
 
-def _window(
-    net: Any, config: AttentionConfig, query_SQD: Tensor, position_SQ: Tensor, memory: Any
-) -> Tensor:
+def _window(net: Any, config: AttentionConfig, query_SQD: Tensor, position_SQ: Tensor, memory: Any) -> Tensor:
     """What a window adds to the scores: [S, 1, Q, L]."""
     end_S1 = (memory["lengths"] - 1)[:, None]
     place_L = torch.arange(memory["keys"].shape[2], device=query_SQD.device)
@@ -150,7 +177,9 @@ def _window(
         away_SQL = place_L - torch.minimum(position_SQ, end_S1)[..., None]
         return layers.blocked(away_SQL.abs() <= config.reach)[:, None]
     pointed_SQ = (torch.tanh(net.place(query_SQD)) * net.pointer).sum(-1)
-    away_SQL = place_L - (end_S1 * torch.sigmoid(pointed_SQ.float()))[..., None]
+    # The CPU's last numbers of an odd count come from another sigmoid: with 16 of each there are none.
+    share_SQ = pointed_SQ.float()[..., None].repeat(1, 1, layers.KEY_MULTIPLE).sigmoid()[..., 0]
+    away_SQL = place_L - (end_S1 * share_SQ)[..., None]
     bell_SQL = -2 * (away_SQL / config.reach) ** 2
     return (bell_SQL + layers.blocked(away_SQL.abs() <= config.reach))[:, None]
 

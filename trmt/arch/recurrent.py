@@ -20,7 +20,7 @@ Kind = Literal["rnn", "gru", "lstm"]
 Reads = Literal["forward", "backward", "both"]
 Cells = tuple[Tensor, ...]  # the hidden vectors of a layer, and for an LSTM its cells
 
-MODULES: dict[Kind, type[nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+MODULES: dict[Kind, Any] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 STATES: dict[Kind, int] = {"rnn": 1, "gru": 1, "lstm": 2}
 
 
@@ -92,10 +92,9 @@ class Recurrent(nn.Module):
         inner, width, count = sizes
         self.kind, self.reads, self.residual = kind, reads, residual
         both = reads == "both"
+        self.width = width // 2 if both else width  # of each direction
         self.layers = nn.ModuleList(
-            MODULES[kind](
-                width if index else inner, width // (1 + both), batch_first=True, bidirectional=both
-            )
+            MODULES[kind](width if index else inner, self.width, batch_first=True, bidirectional=both)
             for index in range(count)
         )
         for layer in self.layers:
@@ -138,7 +137,7 @@ class Recurrent(nn.Module):
             ]
             for index, layer in enumerate(self.layers)
         ]
-        return Steps(directions, self.reads, self.residual, self.layers[0].hidden_size)
+        return Steps(directions, self.reads, self.residual, self.width)
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Steps:
         return x, after
 
     def read(self, x_SLD: Tensor, real_SL: Tensor) -> Tensor:
-        """What `Recurrent.read` does, without packing; a sentence's steps are the same bits in any company."""
+        """What `Recurrent.read` does, but the same bits for a sentence whatever stands beside it."""
         ahead, back = range(x_SLD.shape[1]), range(x_SLD.shape[1] - 1, -1, -1)
         order = {"forward": [ahead], "backward": [back], "both": [ahead, back]}[self.reads]
         for index, layer in enumerate(self.directions):
@@ -230,7 +229,7 @@ def _direction(layer: Any, kind: Kind, suffix: str, linear: Linear, *, known: in
     return Direction(kind, linear(weight, bias), found, linear(recur, recur_bias))
 
 
-def _begin(layer: nn.RNNBase, kind: Kind) -> None:
+def _begin(layer: nn.Module, kind: Kind) -> None:
     """Glorot for inputs, orthogonal for states, gate by gate; an LSTM begins by keeping what it has."""
     gates = {"rnn": 1, "gru": 3, "lstm": 4}[kind]
     with torch.no_grad():

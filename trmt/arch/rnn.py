@@ -15,9 +15,9 @@ context = "start" the decoder sees nothing else of the source (Sutskever et al.,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trmt.arch import focus, layers
 from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
-from trmt.arch.focus import Attention, AttentionConfig, Glance, Pooling
+from trmt.arch.focus import Attention, AttentionConfig, Glance, Look, Pooling
 from trmt.arch.recurrent import STATES, Cells, Kind, Reads, Recurrent, Steps, last, plain
 from trmt.arch.reinforce import Draw, reinforced
 from trmt.errors import ConfigError
@@ -96,7 +96,6 @@ class RNN(Seq2Seq):
     """The network as it is trained: sequences run fused wherever no look stands between two steps."""
 
     config_class = RNNConfig
-    look: ClassVar[Callable[..., Glance]] = staticmethod(focus.look)
 
     def __init__(self, config: RNNConfig) -> None:
         super().__init__()
@@ -145,7 +144,7 @@ class RNN(Seq2Seq):
         hidden_STD, glance, query_STD = run(embedded_STD, memory, cells)
         cells_N = target.cells_N(ids_ST.shape[1])
         hidden_ND = hidden_STD.flatten(0, 1)[cells_N]
-        aux = {}
+        aux: Mapping[str, tuple[Tensor, Tensor]] = {}
         if glance is not None and glance.log_drawn_SQ is not None and glance.entropy_SQ is not None:
             baseline_ST = self.baseline(query_STD.detach())[..., 0]
             parts_ST = (glance.log_drawn_SQ, glance.entropy_SQ, baseline_ST)
@@ -155,7 +154,9 @@ class RNN(Seq2Seq):
         attention = _weights(memory, glance, ids_ST.shape) if "attention" in want else None
         return Output(hidden_ND, aux, attention)
 
-    # A document is read in another way than a sentence; all else is the same.
+    # A document is read and looked at in another way than a sentence; all else is the same.
+    look = staticmethod(focus.look)
+
     @staticmethod
     def read(net: Any, config: Any, source: Source) -> tuple[Memory, list[Cells]]:
         """What the decoder sees of a source, and the cells it starts with."""
@@ -179,7 +180,7 @@ class RNN(Seq2Seq):
         glance = None
         if config.looks:
             position_ST = torch.arange(count, device=out_STD.device).expand(sentences, -1)
-            glance = self.look(self.attention, config, out_STD, position_ST, memory)
+            glance = self.look(self, config, out_STD, position_ST, memory)
         hidden_STD = _answer(self, config, out_STD, _context(memory, glance), embedded_STD)
         return self.drop(hidden_STD), glance, out_STD
 
@@ -216,7 +217,7 @@ def _embedding(vocabulary: int, width: int) -> nn.Embedding:
 def begin(
     net: Any,
     config: RNNConfig,
-    look: Callable[..., Glance],
+    look: Look,
     states_SLD: Tensor,
     real_SL: Tensor,
     memory: Memory,
@@ -234,7 +235,7 @@ def begin(
     if config.static:
         query_S1D = cells[-1][0][:, None]
         nowhere_S1 = torch.zeros(query_S1D.shape[:2], dtype=torch.long, device=query_S1D.device)
-        glance = look(net.attention, config, query_S1D, nowhere_S1, memory)
+        glance = look(net, config, query_S1D, nowhere_S1, memory)
         # Nobody will look again: of the source only what was found stays.
         found = {"context": glance.context_SQD[:, 0], "weights": glance.weights_SHQL}
         return Memory(found, {"weights": (3, 0.0)}), cells
@@ -266,7 +267,7 @@ def decode(
     steps: Steps,
     embedded_SKTD: Tensor,
     parts: tuple[Memory, Rows, Tensor],
-    look: Callable[..., Glance],
+    look: Look,
 ) -> tuple[Tensor, Rows, list[Glance], list[Tensor]]:
     """The decoder over T tokens, one by one; also its looks, and what they were made from."""
     memory, own, position_S = parts
@@ -278,7 +279,7 @@ def decode(
 
     def glance_from(query_SKD: Tensor, step: int) -> Tensor:
         position_SK = (position_S + step)[:, None].expand(query_SKD.shape[:2])
-        glances.append(look(net.attention, config, query_SKD, position_SK, memory))
+        glances.append(look(net, config, query_SKD, position_SK, memory))
         queries.append(query_SKD)
         return glances[-1].context_SQD
 
