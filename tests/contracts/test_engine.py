@@ -29,6 +29,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ARCHITECTURES),
     ("transformer", {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}),
     ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none"}),
+    ("conv", {"encoder_attention": "after"}),
+    ("conv", {"encoder_attention": "pooling"}),
     ("rnn", {"context": "start", "cell": "lstm", "reads": "backward"}),
     ("rnn", {"context": "every", "summary": "mean"}),
     ("rnn", {"score": "dot", "place": "after", "input_feeding": True, "cell": "lstm"}),

@@ -42,6 +42,7 @@ VARIANTS = [
     *((name, {}) for name in ARCHITECTURES),
     ("transformer", {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}),
     ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none", "decoder_layers": 1}),
+    *(("conv", {"encoder_attention": place}) for place in ("before", "after", "pooling")),
     *(("rnn", options) for options in RNNS),
     ("hierarchical", {"mark": 7, "score": "dot", "place": "after", "input_feeding": True}),
     ("hierarchical", {"mark": 7, "score": "location", "summary": "mean", "sentence_layers": 2}),

@@ -1,5 +1,14 @@
 """ConvS2S: gated convolutions with attention in every decoder layer (Gehring et al., arXiv 1705.03122).
 
+The encoder's layers may attend, too, at one of the places that Yin et al. (arXiv 1512.05193) put attention
+at in a convolutional network:
+
+    before     x' = (x + attend(x, x)) / sqrt 2, then the convolution of x'
+    after      h = convolution of x, then (h + attend(h, h)) / sqrt 2
+    pooling    h = convolution of x, then in each window sum of softmax(v . tanh(W h)) h
+
+where `attend` is scaled dot-product attention between the positions of the sentence.
+
 Axes: S sentence, K hypothesis, L source position, T target position, W inputs that a step looks at,
 N all tokens of a batch in a row, Q queries (K * T of them), H heads (one here), D width, V vocabulary.
 """
@@ -33,6 +42,7 @@ class ConvS2SConfig:
     encoder_layers: int = 8
     decoder_layers: int = 8
     kernel: int = 3
+    encoder_attention: Literal["none", "before", "after", "pooling"] = "none"  # of the source to itself
     dropout: float = 0.2
     tied: Literal["target", "none"] = "target"  # whether the output shares the target embedding
     longest: int = 1024  # positions there are
@@ -41,6 +51,11 @@ class ConvS2SConfig:
         layers.check_sizes(self)
         if self.kernel % 2 == 0:
             raise ConfigError(f"kernel = {self.kernel} has no middle; choose an odd number")
+        if self.encoder_attention == "pooling" and self.kernel == 1:
+            raise ConfigError(
+                'encoder_attention = "pooling" chooses within windows, and kernel = 1 leaves nothing to '
+                "choose from; set network.kernel to 3 or more"
+            )
 
 
 class Convolution(nn.Module):
@@ -57,6 +72,12 @@ class Convolution(nn.Module):
         if cross:
             self.query = layers.xavier(nn.Linear(width, width))
             self.out = layers.xavier(nn.Linear(width, width))
+        elif config.encoder_attention == "pooling":
+            self.weigh = layers.xavier(nn.Linear(width, width))
+            self.vector = nn.Parameter(torch.randn(width) * width**-0.5)
+        elif config.encoder_attention != "none":
+            self.own = layers.xavier(nn.Linear(width, 3 * width), 3)
+            self.own_out = layers.xavier(nn.Linear(width, width))
 
 
 class ConvS2S(Seq2Seq):
@@ -128,12 +149,18 @@ def encode(net: Any, config: ConvS2SConfig, source: Source) -> Memory:
     embedded_SLD = _embed(net, config, ids_SL, position_L, side=0)
     x_SLD = embedded_SLD
     side = config.kernel // 2
-    for layer in net.encoder:
-        # Padding is zeroed before each layer: what lies behind a sentence must not leak into it.
-        around_SLD = F.pad(x_SLD * real_SL1, [0, 0, side, side])
-        x_SLD = (x_SLD + _gated(net, layer, around_SLD, config.kernel)) * HALF
-    x_SLD = net.last(x_SLD)
     mask = layers.blocked(real_SL)[:, None, None]
+    for layer in net.encoder:
+        inner_SLD = _attended(layer, x_SLD, mask) if config.encoder_attention == "before" else x_SLD
+        # Padding is zeroed before each layer: what lies behind a sentence must not leak into it.
+        around_SLD = F.pad(inner_SLD * real_SL1, [0, 0, side, side])
+        h_SLD = _gated(net, layer, around_SLD, config.kernel)
+        if config.encoder_attention == "after":
+            h_SLD = _attended(layer, h_SLD, mask)
+        elif config.encoder_attention == "pooling":
+            h_SLD = _pooled(layer, h_SLD, real_SL, config.kernel)
+        x_SLD = (x_SLD + h_SLD) * HALF
+    x_SLD = net.last(x_SLD)
     values_SLD = (x_SLD + embedded_SLD) * HALF
     # The sum of m values weighted about evenly shrinks like 1/sqrt(m); the paper scales it back up.
     grow_S1 = source.lengths_S[:, None, None].to(x_SLD.dtype).sqrt()
@@ -141,6 +168,24 @@ def encode(net: Any, config: ConvS2SConfig, source: Source) -> Memory:
         {"keys": x_SLD, "values": values_SLD, "mask": mask, "grow": grow_S1},
         {"keys": (1, 0.0), "values": (1, 0.0), "mask": (3, -math.inf)},
     )
+
+
+def _attended(layer: Any, x_SLD: Tensor, mask: Tensor) -> Tensor:
+    """Each position with what it finds at the others."""
+    query, key, value = (part_SLD[:, None] for part_SLD in layer.own(x_SLD).chunk(3, -1))
+    return (x_SLD + layer.own_out(layers.attend(query, key, value, mask))) * HALF
+
+
+def _pooled(layer: Any, h_SLD: Tensor, real_SL: Tensor, kernel: int) -> Tensor:
+    """Each position replaced by the sum of its window, weighted by what the window itself says."""
+    score_SL = (torch.tanh(layer.weigh(h_SLD)) * layer.vector).sum(-1)
+    # Not minus infinity: beyond a sentence there are windows with nothing in them.
+    nothing = torch.finfo(score_SL.dtype).min / 2
+    around = [kernel // 2, kernel // 2]
+    score_SL = F.pad(score_SL.masked_fill(~real_SL, nothing), around, value=nothing)
+    weights_SLW = score_SL.unfold(1, kernel, 1).softmax(-1)
+    windows_SLDW = F.pad(h_SLD * real_SL[..., None], [0, 0, *around]).unfold(1, kernel, 1)
+    return (windows_SLDW * weights_SLW[:, :, None]).sum(-1)
 
 
 def decode(
