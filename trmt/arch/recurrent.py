@@ -129,7 +129,10 @@ class Recurrent(nn.Module):
         return x + y if self.residual and index else y
 
     def steps(self, linear: Linear, *, known: int | None = None) -> Steps:
-        """The same stack step by step; of the first layer's input, `known` columns are known beforehand."""
+        """The same stack step by step; of the first layer's input, `known` columns are multiplied beforehand.
+
+        By default none are: halves of a matrix would not be rounded to int8 as the whole is.
+        """
         directions = [
             [
                 _direction(layer, self.kind, suffix, linear, known=None if index else known)
@@ -137,7 +140,7 @@ class Recurrent(nn.Module):
             ]
             for index, layer in enumerate(self.layers)
         ]
-        return Steps(directions, self.reads, self.residual, self.width)
+        return Steps(directions, self.reads, self.residual, self.width, known is not None)
 
 
 @dataclass(frozen=True)
@@ -148,27 +151,29 @@ class Steps:
     reads: Reads
     residual: bool
     width: int  # of each direction
+    ahead: bool  # whether what is known beforehand is multiplied beforehand
 
     def known(self, x: Tensor) -> Tensor:
-        """The first layer's product with what is known of all steps beforehand."""
-        return self.directions[0][0].known(x)
+        """What `step` wants of the input that is known of all steps beforehand."""
+        return self.directions[0][0].known(x) if self.ahead else x
 
     def step(
-        self, known_G: Tensor, found: Tensor | None, cells: list[Cells], drop: Callable[[Tensor], Tensor]
+        self, known: Tensor, found: Tensor | None, cells: list[Cells], drop: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, list[Cells]]:
         """One step of all layers, from what was known and what this step found: the output, the new cells."""
         after: list[Cells] = []
-        x = known_G
+        x = known
         for index, [direction] in enumerate(self.directions):
-            if index:
-                input_G = direction.known(drop(x))
-            elif found is not None and direction.found is not None:
-                input_G = known_G + direction.found(found)
-            else:
-                input_G = known_G
+            input_G = direction.known(drop(x)) if index else self._input(direction, known, found)
             after.append(direction.step(input_G, cells[index]))
             x = x + after[-1][0] if self.residual and index else after[-1][0]
         return x, after
+
+    def _input(self, first: Direction, known: Tensor, found: Tensor | None) -> Tensor:
+        """The first layer's product."""
+        if not self.ahead:
+            return first.known(known if found is None else torch.cat([known, found], -1))
+        return known if found is None or first.found is None else known + first.found(found)
 
     def read(self, x_SLD: Tensor, real_SL: Tensor) -> Tensor:
         """What `Recurrent.read` does, but the same bits for a sentence whatever stands beside it."""
@@ -216,6 +221,11 @@ def _turned(x_SLD: Tensor, lengths_S: Tensor) -> Tensor:
     from_SL = lengths_S[:, None] - 1 - place_L
     from_SL = torch.where(from_SL >= 0, from_SL, place_L)
     return x_SLD.gather(1, from_SL[..., None].expand_as(x_SLD))
+
+
+def detached(linear: Linear) -> Linear:
+    """Products that no gradient flows through."""
+    return lambda weight, bias: linear(weight.detach().contiguous(), None if bias is None else bias.detach())
 
 
 def _direction(layer: Any, kind: Kind, suffix: str, linear: Linear, *, known: int | None) -> Direction:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from trmt.arch import focus, layers
 from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
 from trmt.arch.focus import Attention, AttentionConfig, Glance, Look, Pooling
-from trmt.arch.recurrent import STATES, Cells, Kind, Reads, Recurrent, Steps, last, plain
+from trmt.arch.recurrent import STATES, Cells, Kind, Reads, Recurrent, Steps, detached, last, plain
 from trmt.arch.reinforce import Draw, reinforced
 from trmt.errors import ConfigError
 
@@ -275,7 +275,7 @@ def decode(
     cells = [own.tensors[at : at + size] for at in range(0, size * config.decoder_layers, size)]
     feed = own.tensors[-1] if config.input_feeding else None
     hidden, glances, queries = [], [], []
-    known_SKTG = steps.known(net.drop(_known(config, memory, embedded_SKTD)))
+    known = steps.known(net.drop(_known(config, memory, embedded_SKTD)))
 
     def glance_from(query_SKD: Tensor, step: int) -> Tensor:
         position_SK = (position_S + step)[:, None].expand(query_SKD.shape[:2])
@@ -283,11 +283,11 @@ def decode(
         queries.append(query_SKD)
         return glances[-1].context_SQD
 
-    for step, known_SKG in enumerate(known_SKTG.unbind(2)):
+    for step, known_SK in enumerate(known.unbind(2)):
         context_SKD, found = _context(memory, None), feed
         if config.looks and config.place == "before":
             context_SKD = found = glance_from(cells[-1][0], step)
-        out_SKD, cells = steps.step(known_SKG, None if found is None else net.drop(found), cells, net.drop)
+        out_SKD, cells = steps.step(known_SK, None if found is None else net.drop(found), cells, net.drop)
         if config.looks and config.place == "after":
             context_SKD = glance_from(out_SKD, step)
         answer_SKD = _answer(net, config, out_SKD, context_SKD, embedded_SKTD[:, :, step])
@@ -354,10 +354,10 @@ class RNNStepper(Stepper):
     def __init__(self, net: RNN, linear: Linear) -> None:
         self.config, self.read, self.look = net.config, net.read, net.look
         self.net = layers.freeze(net, linear)
+        products = detached(linear)
         for name, child in net.named_children():
             if isinstance(child, Recurrent):
-                setattr(self.net, name, child.steps(linear))
-        self.decoder = net.decoder.steps(linear, known=net.config.width * (1 + net.config.constant))
+                setattr(self.net, name, child.steps(products))
         self.embedding_VD = net.target_embedding.weight.detach()
         self.weight_VD = net.output.weight.detach()
         self.product = linear(self.weight_VD, None)
@@ -371,7 +371,7 @@ class RNNStepper(Stepper):
         memory, own, position_S = state.take()
         embedded_SKTD = F.embedding(tokens_SKT, self.embedding_VD)
         hidden_SKTD, own, glances, _ = decode(
-            self.net, self.config, self.decoder, embedded_SKTD, (memory, own, position_S), self.look
+            self.net, self.config, self.net.decoder, embedded_SKTD, (memory, own, position_S), self.look
         )
         attention = None
         if "attention" in want:
