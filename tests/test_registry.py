@@ -42,7 +42,7 @@ def test_every_entry_is_what_its_table_says(table: Mapping[str, str], name: str,
 def test_a_wrong_name_suggests_the_right_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'transformer'"):
         resolve(ARCHITECTURES, "transfromer")
-    with pytest.raises(ConfigError, match="known are conv, rnn, transformer"):
+    with pytest.raises(ConfigError, match="known are conv, hierarchical, rnn, transformer"):
         resolve(ARCHITECTURES, "qqq")
 
 
