@@ -222,14 +222,14 @@ def test_the_dev_set_is_translated_in_smaller_batches(
 ) -> None:
     recipe = toy.recipe(tmp_path, TRANSLATED)
     train(options(tmp_path / "plenty", toy_set, recipe), validating.validate)
-    short, work = Short(), Eager._run
+    short, work = Short(), Eager._started
 
-    def scarce(self: Eager, batch: list[Any]) -> Any:
-        short.ask(len(batch), 5)
-        return work(self, batch)
+    def scarce(self: Eager, requests: Any, indices: list[int], room: int) -> Any:
+        short.ask(len(indices), 5)
+        return work(self, requests, indices, room)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Eager, "_run", scarce)
+        patch.setattr(Eager, "_started", scarce)
         train(options(run, toy_set, recipe), validating.validate)
     assert short.refused and max(short.fitted) <= 5
     assert "translating the dev set again, 4 sentences at a time" in capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_a_dev_set_that_does_not_fit_at_all_does_not_end_the_run(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*((Learner, "_dev_sums", full) if where == "loss" else (Eager, "_run", full)))
+        patch.setattr(*((Learner, "_dev_sums", full) if where == "loss" else (Eager, "_started", full)))
         train(options(run, toy_set, recipe), validating.validate)
     assert capsys.readouterr().err.count("training goes on without it") == 2
     points = checkpoints.steps(run)
