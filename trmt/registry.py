@@ -13,10 +13,13 @@ ARCHITECTURES: Mapping[str, str] = {
     "transformer": "trmt.arch.transformer:Transformer",
     "rnn": "trmt.arch.rnn:RNN",
     "conv": "trmt.arch.conv:ConvS2S",
+    "universal": "trmt.arch.universal:Universal",
 }
 
 OBJECTIVES: Mapping[str, str] = {
     "translation": "trmt.objectives.translation:Translation",
+    "divergence": "trmt.objectives.distances:Divergence",
+    "squared": "trmt.objectives.distances:SquaredDistance",
 }
 
 SEARCHES: Mapping[str, str] = {

@@ -128,17 +128,21 @@ def test_smoothing_out_of_range_is_refused(wrong: float) -> None:
         TranslationConfig(label_smoothing=wrong)
 
 
-def test_losses_that_would_be_left_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
+def test_losses_of_the_network_itself_are_added(
+    objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = small_network("rnn")
+    batch = objective.collate(examples(), CPU)
+    before = objective.loss(net, batch)
     plain = net.forward
 
     def with_aux(*args: Any, **options: Any) -> Any:
-        return replace(plain(*args, **options), aux={"balance": (torch.tensor(1.0), torch.tensor(1))})
+        return replace(plain(*args, **options), aux={"balance": (torch.tensor(7.0), torch.tensor(3))})
 
     monkeypatch.setattr(net, "forward", with_aux)
-    with pytest.raises(ConfigError, match="balance"):
-        objective.loss(net, objective.collate(examples(), CPU))
+    after = objective.loss(net, batch)
+    torch.testing.assert_close(after.total, before.total + 7)
+    torch.testing.assert_close(after.nll, before.nll)
 
 
 @pytest.mark.parametrize("kernels", [True, False])

@@ -18,6 +18,7 @@ VARIANTS = [
     *((name, {}) for name in ARCHITECTURES),
     ("transformer", {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}),
     ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none", "decoder_layers": 1}),
+    ("universal", {"halting": "fixed", "norm_place": "pre", "norm": "rms", "activation": "swiglu"}),
     ("rnn", {"decoder_layers": 1, "encoder_layers": 1, "tied": "none"}),
 ]
 

@@ -99,7 +99,8 @@ class Output:
     """What a network returns.
 
     `hidden` has one row for each target token: [N, D] from `forward`, [S, K, T, D] from `step`.
-    `aux` holds named losses as (sum, count). `attention` is there only when asked for, as the weights
+    `aux` holds named losses of the network itself as (sum, count), weighted already: an objective adds the
+    sums to its own, count and all are divided by its tokens. `attention` is there only when asked for, as the weights
     of each layer over the source: [layers, S, heads, T, L] from `forward`, with K * T for T from `step`.
     """
 
