@@ -52,7 +52,7 @@ def test_the_divergence_is_torchs(smoothing: float, architecture: str) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.4])
 def test_the_divergence_is_the_smoothed_cross_entropy_but_for_a_constant(smoothing: float) -> None:
-    net, divergence = of_both(Divergence, smoothing, "transformer")
+    _, divergence = of_both(Divergence, smoothing, "transformer")
     _, cross = of_both(Translation, smoothing, "transformer")
     row = smoothed(torch.zeros(1, 23), torch.tensor([4]), smoothing)[0]
     entropy = float(torch.distributions.Categorical(probs=row).entropy())

@@ -1,4 +1,4 @@
-"""The Universal Transformer (Dehghani et al., arXiv 1807.03819): one layer again and again, as long as needed.
+"""The Universal Transformer (Dehghani et al., arXiv 1807.03819): one layer, again and again.
 
 Encoder and decoder have a single layer each, whose weights all steps share. Before every step a position is
 told where it stands and which step it is. With adaptive computation time (Graves, arXiv 1603.08983) each
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import attention, fused, layers
+from trmt.arch import attention, fused, layers, stores
 from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
 from trmt.arch.transformer import Layer
@@ -47,6 +47,7 @@ class UniversalConfig:
     attention_dropout: float = 0.0
     norm_place: Literal["post", "pre"] = "post"
     norm: Literal["layer", "rms"] = "layer"
+    epsilon: float = 0.0  # of the norms; 0 takes what is usual for them
     activation: Literal["relu", "gelu", "swiglu"] = "relu"
     tied: Literal["all", "target", "none"] = "all"  # which embeddings share the output's matrix
     longest: int = 1024  # positions there are
@@ -86,8 +87,8 @@ class Universal(Seq2Seq):
         if config.halting == "adaptive":
             self.encoder_halt, self.decoder_halt = _halting(width), _halting(width)
         if config.norm_place == "pre":
-            self.encoder_norm = layers.norm(config.norm, width)
-            self.decoder_norm = layers.norm(config.norm, width)
+            self.encoder_norm = layers.norm(config.norm, width, config.epsilon)
+            self.decoder_norm = layers.norm(config.norm, width, config.epsilon)
         places = max(config.longest, config.encoder_steps, config.decoder_steps)
         self.register_buffer("table", layers.sinusoids(places, width), persistent=False)
 
@@ -144,7 +145,7 @@ def _embedding(vocabulary: int, width: int) -> nn.Embedding:
 
 
 def _halting(width: int) -> nn.Linear:
-    """The probability of halting, as a logit; at first it is high, because long thoughts are hard to learn."""
+    """The probability of halting, as a logit; high at first, because long thoughts are hard to learn."""
     linear = layers.xavier(nn.Linear(width, 1))
     nn.init.ones_(linear.bias)
     return linear
@@ -290,8 +291,11 @@ def remember(net: Any, config: UniversalConfig, source: Source) -> Memory:
         return layers.attend(*_split(config, merged_SLD), mask)
 
     hidden_SLD, _ = encode(net, config, ids_SL, position_L, look_around)
-    both_SAHLP = net.memory(hidden_SLD).unflatten(-1, (2, config.heads, -1)).permute(0, 2, 3, 1, 4)
-    return Memory({"both": both_SAHLP, "mask": mask}, {"both": (3, 0.0), "mask": (3, -math.inf)})
+    key_SHLP, value_SHLP = (layers.heads(part, config.heads) for part in net.memory(hidden_SLD).chunk(2, -1))
+    return Memory(
+        {"key": key_SHLP.contiguous(), "value": value_SHLP.contiguous(), "mask": mask},
+        {"key": (2, 0.0), "value": (2, 0.0), "mask": (3, -math.inf)},
+    )
 
 
 def _split(config: UniversalConfig, merged_SQD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,8 +326,8 @@ class UniversalStepper(Stepper):
                 "lower --max-length"
             )
         memory = remember(self.net, self.config, source)
-        store = layers.key_value_store(
-            memory["both"],
+        store = stores.key_value_store(
+            memory["key"],
             (len(source), hypotheses),
             reorders=reorders,
             layers=self.config.decoder_steps,
@@ -335,7 +339,7 @@ class UniversalStepper(Stepper):
 
     def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
         memory, store, position_S = state.take()
-        config, both_SAHLP = self.config, memory["both"]
+        config = self.config
         sentences, hypotheses, count = tokens_SKT.shape
         mask = store.advance(count)
         step_T = torch.arange(count, device=tokens_SKT.device)
@@ -343,11 +347,12 @@ class UniversalStepper(Stepper):
         weights: list[Tensor] = []
 
         def look_back(step: int, merged_SQD: Tensor) -> Tensor:
-            return store.attend(step, *_split(config, merged_SQD), mask)
+            query_SHQP, key_SHQP, value_SHQP = _split(config, merged_SQD)
+            return store.attend(step, query_SHQP, torch.stack([key_SHQP, value_SHQP]), mask)
 
         def look_over(query_SQD: Tensor) -> Tensor:
             query_SHQP = layers.heads(query_SQD, config.heads)
-            key_SHLP, value_SHLP = both_SAHLP[:, 0], both_SAHLP[:, 1]
+            key_SHLP, value_SHLP = memory["key"], memory["value"]
             if "attention" in want:
                 weights.append(layers.attention_weights(query_SHQP, key_SHLP, memory["mask"]))
             return layers.attend(query_SHQP, key_SHLP, value_SHLP, memory["mask"])

@@ -64,6 +64,7 @@ class Translation(Objective):
         before = _inserted(target, ends - target.lengths, self.specials.bos)
         after = _inserted(target, ends, self.specials.eos)
         source = _inserted(source, np.cumsum(source.lengths), self.specials.eos)
+        tokens = len(after.ids)
         longest = None
         if room and (filler := _filler(source, before, room)):
             source, before = (_filled(column, filler[n], 0) for n, column in enumerate((source, before)))
@@ -73,7 +74,7 @@ class Translation(Objective):
             Source(*_tensors(source, device, longest)),
             Ragged(*_tensors(before, device, longest)),
             _moved(after.ids, device),
-            self.tokens(examples),
+            tokens,
         )
 
     def loss(self, net: Seq2Seq, batch: TranslationBatch) -> Loss:
