@@ -86,16 +86,15 @@ def test_damaged_files_are_said(content: bytes, expected: str, tmp_path: Path) -
 def test_made_vectors_know_what_stands_alike() -> None:
     """Words that are exchanged for each other everywhere come near each other, and are made again alike."""
     chooser = np.random.default_rng(1)
-    sentences = [
-        [str(chooser.choice(["red", "blue"])), "a", "b"]
-        if chooser.random() < 0.5
-        else ["c", str(chooser.choice(["one", "two"])), "d"]
-        for _ in range(2000)
-    ]
-    made = train_vectors(sentences, width=12)
+    kinds = [(["red", "blue"], ["a", "b", "e"]), (["one", "two"], ["c", "d", "f"])]
+    sentences = []
+    for _ in range(2000):
+        alike, beside = kinds[chooser.integers(2)]
+        sentences.append([str(chooser.choice(alike)), *map(str, chooser.permutation(beside))])
+    made = train_vectors(sentences, width=12, epochs=20)
     rows = dict(zip(made.words, made.rows / np.linalg.norm(made.rows, axis=1, keepdims=True), strict=True))
     assert rows["red"] @ rows["blue"] > rows["red"] @ rows["one"] + 0.2
-    np.testing.assert_array_equal(made.rows, train_vectors(sentences, width=12).rows)
+    np.testing.assert_array_equal(made.rows, train_vectors(sentences, width=12, epochs=20).rows)
 
 
 def tokenizer_of(data: Path) -> Tokenizer:

@@ -1,7 +1,8 @@
 """Word vectors: embeddings that begin with what word2vec (arXiv 1301.3781) or GloVe found, or with our own.
 
 Files are the text format of word2vec, its binary one, and that of GloVe, which has no first line. A piece
-that is a whole word takes the vector of the word; a file of pieces, as `trmt vectors` writes it, fits as it is.
+that is a whole word takes the vector of the word; a file of pieces, as `trmt vectors` writes it, fits as
+it is.
 Vectors are shifted and scaled to the spread that the network's fresh embeddings have.
 """
 
@@ -126,24 +127,16 @@ def _collected(found: Iterable[tuple[str, Matrix]], wanted: Collection[str] | No
 def train_vectors(
     sentences: Iterable[Sequence[str]], *, width: int, seed: int = 1, epochs: int = 5
 ) -> Vectors:
-    """Vectors of skip-gram with negative sampling, made by gensim with one worker: the same ones each time."""
+    """Vectors of skip-gram with negative sampling, by gensim with one worker: the same ones each time."""
     try:
         from gensim.models import Word2Vec
     except ImportError as error:
         raise ConfigError(
-            "making word vectors needs the package gensim; install it with pip install 'trmt[vectors]', or name "
-            "a file of vectors"
+            "making word vectors needs the package gensim; install it with pip install 'trmt[vectors]', or "
+            "name a file of vectors"
         ) from error
-    model = Word2Vec(
-        sentences=sentences,
-        vector_size=width,
-        sg=1,
-        min_count=1,
-        workers=1,
-        seed=seed,
-        epochs=epochs,
-        window=5,
-    )
+    drawn = {"seed": seed, "workers": 1}
+    model = Word2Vec(sentences, vector_size=width, sg=1, min_count=1, window=5, epochs=epochs, **drawn)
     return Vectors(tuple(model.wv.index_to_key), np.asarray(model.wv.vectors, np.float32))
 
 
@@ -200,8 +193,8 @@ def check_and_freeze(net: Network, recipe: Any) -> None:
             _freeze(net, side)
     if len(asked) == 2 and net.source_embedding is net.target_embedding:
         raise ConfigError(
-            'vectors.source and vectors.target are two for the one table of network.tied = "all"; leave one out, '
-            'or set network.tied = "target"'
+            'vectors.source and vectors.target are two for the one table of network.tied = "all"; leave one '
+            'out, or set network.tied = "target"'
         )
 
 
@@ -210,7 +203,7 @@ def _freeze(net: Network, side: str) -> None:
     output = getattr(getattr(net, "output", None), "weight", None)
     if weight is output:
         raise ConfigError(
-            f"vectors.frozen = true would freeze the output too, as network.tied = {net.config.tied!r} ties it "
+            f"vectors.frozen = true would freeze the output too: network.tied = {net.config.tied!r} ties it "
             f'to the {side} embeddings; set network.tied = "none", or do not freeze'
         )
     weight.requires_grad_(False)
@@ -261,8 +254,8 @@ def put(weight: torch.Tensor, vectors: Vectors, side: Side, *, where: str) -> in
         raise DataError(f"{where} has no vector for any piece of the tokenizer; is it of another language?")
     if vectors.rows.shape[1] != weight.shape[1]:
         raise ConfigError(
-            f"{where} has vectors of {vectors.rows.shape[1]} numbers and network.width is {weight.shape[1]}; set "
-            "one to the other"
+            f"{where} has vectors of {vectors.rows.shape[1]} numbers, network.width is {weight.shape[1]}; "
+            "set one to the other"
         )
     taken = torch.from_numpy(vectors.rows[rows])
     spread = float(weight.detach().std())
