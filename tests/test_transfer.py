@@ -205,6 +205,5 @@ def test_what_does_not_go_together_is_refused(
     refused(
         "no encoder",
         lambda: train(options(at, toy_set, plain, init_from=of(rnn_run))),
-        BundleError,
     )
     assert not at.exists()
