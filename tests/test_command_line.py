@@ -17,7 +17,9 @@ from trmt.cli import app
 COMMANDS = [
     "tokenizer",
     "prepare",
+    "vectors",
     "train",
+    "pretrain",
     "check-resume",
     "average",
     "translate",
