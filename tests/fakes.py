@@ -25,6 +25,8 @@ SMALL: Mapping[str, Any] = {
     "decoder_layers": 2,
     "dropout": 0.0,
     "longest": 96,
+    "encoder_steps": 4,
+    "decoder_steps": 3,
 }
 
 

@@ -17,7 +17,9 @@ from trmt.cli import app
 COMMANDS = [
     "tokenizer",
     "prepare",
+    "vectors",
     "train",
+    "pretrain",
     "check-resume",
     "average",
     "translate",
@@ -135,7 +137,7 @@ def test_wrong_usage_ends_with_2(
 
 
 MISTAKES = [
-    (["train"], "there is no prepared set in data/"),
+    (["train"], "there is no prepared set of pairs in data/"),
     (["train", "--data", "nowhere"], "nowhere is not a prepared set"),
     (["average"], "there is no run in models/"),
     (["average", "nowhere"], "there are no checkpoints in nowhere"),

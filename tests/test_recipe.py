@@ -10,13 +10,19 @@ from tests.fakes import VOCABULARY
 from trmt.bundles import build_network
 from trmt.config import build, read_toml, to_toml, tree_of
 from trmt.errors import ConfigError
-from trmt.objectives.translation import TranslationConfig
 from trmt.optim import learning_rate
 from trmt.recipe import MAY_CHANGE, Recipe, _flat, differences, fitting, load_recipe, names, safe_name
+from trmt.registry import NETWORKS, OBJECTIVES, resolve
 
 
 def sizes(source: int, target: int) -> dict[str, Any]:
     return {"source_vocabulary": source, "target_vocabulary": target}
+
+
+def vocabulary(name: str, size: int) -> dict[str, Any]:
+    """As many pieces on both sides, as far as the network has two."""
+    config = resolve(NETWORKS, load_recipe(name).architecture).config_class
+    return {key: value for key, value in sizes(size, size).items() if key in config.__dataclass_fields__}
 
 
 def parameters(name: str, network: dict[str, Any]) -> int:
@@ -28,10 +34,12 @@ def parameters(name: str, network: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("name", names())
 def test_every_recipe_loads_and_builds(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(name, network=sizes(8000, 8000))
+    recipe = load_recipe(name, network=vocabulary(name, 8000))
     assert recipe.description
-    assert parameters(name, sizes(8000, 8000)) < parameters(name, sizes(8000, 9000) | {"tied": "target"})
-    build(TranslationConfig, recipe.loss, where="loss")
+    assert parameters(name, vocabulary(name, 8000)) < parameters(name, vocabulary(name, 9000))
+    objective = resolve(OBJECTIVES, recipe.objective)
+    build(objective.config_class, recipe.loss, where="loss")
+    assert issubclass(resolve(NETWORKS, recipe.architecture), objective.networks)
     assert learning_rate(recipe.optim, width=512, steps=recipe.training.steps)(1) > 0
     (tmp_path / "config.toml").write_bytes(to_toml(tree_of(recipe)).encode())
     assert build(Recipe, read_toml(tmp_path / "config.toml"), where="config") == recipe

@@ -89,3 +89,18 @@ def recipe(folder: Path, changes: dict[str, Any] | None = None, *, architecture:
 def options(run: Path, data: Path, recipe_file: str, *settings: str, **more: Any) -> TrainOptions:
     """What `train` takes, in short."""
     return TrainOptions(run=run, data=data, recipe=recipe_file, settings=list(settings), **more)
+
+
+def write_documents(path: Path, *, count: int, seed: int) -> str:
+    """Documents of one to nine sentences, each with a word of its own in all sentences."""
+    chooser = random.Random(seed)
+    parts = []
+    for _ in range(count):
+        topic = chooser.choice(WORDS)
+        sentences = [
+            " ".join([topic, *chooser.choices(WORDS, k=chooser.randint(1, 6))])
+            for _ in range(chooser.randint(1, 9))
+        ]
+        parts.append("\n".join(sentences))
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return str(path)

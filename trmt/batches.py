@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trmt.errors import ConfigError, DataError
-from trmt.shards import PreparedSet, Split
+from trmt.shards import PAIRS, PreparedSet, Split
 
 Indices = NDArray[Any]  # of whole numbers, as narrow as the corpus allows
 
@@ -35,9 +35,16 @@ class BatchConfig:
 
     tokens: int = 4096  # of the longer side in one batch, padding included where a network computes it
     accumulate: int = 1  # batches whose gradients make one step
+    passage: int = (
+        128  # of documents: tokens of an example, which is made of sentences that follow each other
+    )
     subword_alpha: float = 0.0  # subword sampling: dropout of merges for BPE, smoothing for unigram; 0 is off
 
     def __post_init__(self) -> None:
+        if self.passage < 8:
+            raise ConfigError(
+                f"batches.passage = {self.passage} has no room for two sentences; set at least 8"
+            )
         if self.tokens < 1 or self.accumulate < 1 or not 0 <= self.subword_alpha < 1:
             raise ConfigError(
                 "batches.tokens and batches.accumulate are at least 1, "
@@ -135,11 +142,23 @@ class Batches:
         if not len(self.split):
             raise DataError(f"the {split} split of {data.folder} is empty; run trmt prepare with more data")
         self.config, self.seed, self.resample = config, seed, resample
-        self.by_source, self.by_target = (_small(self.split.lengths(f"{side}.ids")) for side in SIDES)
+        self._check_kind()
+        self.by_source, self.by_target = map(_small, self._sides())
         self.lengths = _small(np.maximum(self.by_source, self.by_target).astype(np.int32) + 1)
         self.weights = data.corpus_weights
         self.in_row = in_row
         self._planned: tuple[int, list[list[Indices]]] | None = None
+
+    def _check_kind(self) -> None:
+        if self.data.kind != PAIRS:
+            raise ConfigError(
+                f"{self.data.folder} holds documents in one language, and this objective learns from pairs; "
+                "use trmt pretrain, or prepare pairs with --train"
+            )
+
+    def _sides(self) -> Iterable[NDArray[Any]]:
+        """How long each example is at most, on either side."""
+        return (self.split.lengths(f"{side}.ids") for side in SIDES)
 
     def plan(self, epoch: int) -> list[list[Indices]]:
         """The steps of an epoch, each a list of `accumulate` batches of pair numbers."""
@@ -158,9 +177,9 @@ class Batches:
         """The pairs of an epoch, near ones alike in length; corpus weights repeat pairs or leave some out."""
         generator = np.random.default_rng([self.seed, epoch])
         # Every byte here is paid once for each pair of the corpus.
-        kind = np.int32 if len(self.split) < 1 << 31 else np.int64
+        kind = np.int32 if len(self.by_source) < 1 << 31 else np.int64
         if (self.weights == 1).all():
-            pairs = np.arange(len(self.split), dtype=kind)
+            pairs = np.arange(len(self.by_source), dtype=kind)
         else:
             weight = self.weights[self.split.scalars("corpus", np.arange(len(self.split)))]
             times = np.floor(weight + generator.random(len(weight))).astype(np.int64)

@@ -26,11 +26,11 @@ from torch.overrides import TorchFunctionMode
 
 import trmt
 from trmt import quantised
-from trmt.arch.base import Seq2Seq
+from trmt.arch.base import Network, Seq2Seq
 from trmt.config import build, tree_of
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.files import atomic_folder, checksum, write_json
-from trmt.registry import ARCHITECTURES, resolve
+from trmt.registry import NETWORKS, resolve
 from trmt.tokenizer import Tokenizer
 
 FORMATS = {"fp32": 1, "int8": 2}  # by precision: who knows only the first cannot read the second
@@ -69,12 +69,13 @@ class Bundle:
     tokenizer: Tokenizer
 
 
-def build_network(architecture: str, options: Mapping[str, Any], *, trust_code: bool = False) -> Seq2Seq:
+def build_network(architecture: str, options: Mapping[str, Any], *, trust_code: bool = False) -> Network:
     """A network with fresh weights."""
-    network = resolve(ARCHITECTURES, architecture, trust_code=trust_code)
+    network: type[Any] = resolve(NETWORKS, architecture, trust_code=trust_code)
     config = build(network.config_class, dict(options), where="network")
     try:
-        return network(config)
+        made: Network = network(config)
+        return made
     except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         # Torch's own words for sizes that no machine could hold; they go on for lines.
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -84,7 +85,7 @@ def build_network(architecture: str, options: Mapping[str, Any], *, trust_code: 
         ) from error
 
 
-def describe(net: Seq2Seq, architecture: str, tokenizer: Tokenizer, **rest: Any) -> Manifest:
+def describe(net: Network, architecture: str, tokenizer: Tokenizer, **rest: Any) -> Manifest:
     """The manifest of a network and its tokenizer; `rest` are further fields."""
     return Manifest(
         architecture=architecture,
@@ -220,6 +221,11 @@ def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code:
             net = build_network(manifest.architecture, manifest.network, trust_code=trust_code)
     except TrmtError as error:
         raise BundleError(f"cannot build the network of {folder}: {error}") from error
+    if not isinstance(net, Seq2Seq):
+        raise BundleError(
+            f"{folder} holds a network that reads and cannot translate; train one that begins with it: "
+            f"trmt train --init-from {folder}:encoder"
+        )
     weights = read_weights(folder, manifest)
     check_weights(net, weights, where=str(folder))
     # The tensors themselves and not copies: they are the file, mapped, which other processes share.
@@ -238,13 +244,13 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_weights(net: Seq2Seq, weights: Mapping[str, Tensor], *, where: str) -> None:
+def load_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
     """Put weights into a network; a difference in names or shapes is an error that names one."""
     check_weights(net, weights, where=where)
     net.load_state_dict(dict(weights))
 
 
-def check_weights(net: Seq2Seq, weights: Mapping[str, Tensor], *, where: str) -> None:
+def check_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
     """Refuse weights that differ in names or shapes from a network's."""
     expected = net.state_dict()
     for name, tensor in expected.items():

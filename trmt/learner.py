@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trmt import bundles, console, optim, sharding
-from trmt.arch.base import Seq2Seq
+from trmt import bundles, console, optim, sharding, transfer, vectors
+from trmt.arch.base import Network, Seq2Seq
 from trmt.batches import TRIAL, Batches, Examples, Room, halves
 from trmt.capacity import is_out_of_memory
 from trmt.config import build
@@ -60,6 +60,7 @@ class Learner:
         self.precision = choose_precision(recipe.training.precision, self.device)
         torch.manual_seed(recipe.training.seed)
         self.net = bundles.build_network(recipe.architecture, recipe.network, trust_code=True)
+        vectors.check_and_freeze(self.net, recipe)
         self.sharded = recipe.training.shard and self.team.size > 1
         if self.sharded:
             self._shard()
@@ -71,6 +72,7 @@ class Learner:
         objective = resolve(OBJECTIVES, recipe.objective, trust_code=True)
         loss = build(objective.config_class, recipe.loss, where="loss")
         self.objective: Objective = objective(loss, specials)
+        self._check_network()
         self.optimizer = optim.optimiser(self.net, recipe.optim)
         self.guard = Guard(
             self.device,
@@ -83,6 +85,13 @@ class Learner:
         self._forward: Any = compiled(self.net) if self.compiles else self.net
         self.room: Room | None = None  # what every batch fits into, if there is such a thing
         self.parts = Parts(self.team, sharded=self.sharded)
+
+    def _check_network(self) -> None:
+        if not isinstance(self.net, self.objective.networks):
+            raise ConfigError(
+                f"objective = {self.recipe.objective!r} cannot be learned by architecture = "
+                f"{self.recipe.architecture!r}; change one of the two"
+            )
 
     def _shard(self) -> None:
         """Keep a slice of the network; whole it may not fit on the device."""
@@ -152,7 +161,7 @@ class Learner:
         total = torch.zeros(1, device=self.device) + nll
         grads: list[Tensor] = []
         if not self.sharded:  # there they were added up on the way
-            for parameter in self.net.parameters():
+            for parameter in filter(lambda p: p.requires_grad, self.net.parameters()):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 grads.append(parameter.grad)
@@ -264,14 +273,17 @@ class Learner:
 
     def to_translate_with(self) -> Seq2Seq:
         """An ordinary network with today's weights, for the leader to use; for all ranks to call together."""
+        plain: Network | None = None if self.sharded else self.net
         if not self.sharded:
-            return self.net
-        plain = None
+            assert isinstance(plain, Seq2Seq), "only what can translate is asked to"
+            return plain
         if self.team.leads:
             plain = bundles.build_network(self.recipe.architecture, self.recipe.network, trust_code=True)
             plain.to(self.device).eval()
         sharding.gather_into(plain, self.net)
-        return plain or self.net
+        net = plain or self.net
+        assert isinstance(net, Seq2Seq), "only what can translate is asked to"
+        return net
 
     # Save and restore
 
@@ -349,14 +361,25 @@ class Learner:
                 sharding.put(now[name], tensors, name, self.team)
         sharding.let_go(self.net)
 
-    def start_from(self, weights: Mapping[str, Tensor], *, where: str) -> None:
-        """Begin with these weights instead of random ones."""
+    def start_from(self, weights: Mapping[str, Tensor], *, where: str, encoder: bool = False) -> None:
+        """Begin with these weights instead of random ones, or only with those of what reads."""
+        if encoder:
+            if self.sharded:
+                raise ConfigError(
+                    f"training.shard = true and --init-from {where}:encoder exclude each other; begin "
+                    "without sharding, or save a whole network to begin from"
+                )
+            weights = transfer.with_encoder(self.net.state_dict(), weights, where=where)
         if self.sharded:
             bundles.check_weights(self.net, weights, where=where)
             for name, tensor in self.net.state_dict().items():
                 sharding.put(tensor, weights, name, self.team)
         else:
             bundles.load_weights(self.net, weights, where=where)
+        self.restart_mean()
+
+    def restart_mean(self) -> None:
+        """Let the running mean begin with the weights that are there now."""
         if self.mean:
             self.mean = optim.RunningMean(self.net, self.mean.decay)
 

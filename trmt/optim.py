@@ -83,8 +83,9 @@ def learning_rate(config: OptimConfig, *, width: int, steps: int) -> Callable[[i
 
 def optimiser(net: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Adam over the parameters of `net`; its learning rate is set anew before every step."""
-    matrices = [p for p in net.parameters() if p.dim() > 1]
-    vectors = [p for p in net.parameters() if p.dim() <= 1]
+    learned = [p for p in net.parameters() if p.requires_grad]
+    matrices = [p for p in learned if p.dim() > 1]
+    vectors = [p for p in learned if p.dim() <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

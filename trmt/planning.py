@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 
-from trmt import bundles, checkpoints, console
+from trmt import bundles, checkpoints, console, transfer
+from trmt.arch.transformer import Transformer
 from trmt.checkpoints import CONFIG
 from trmt.config import Tree, build, read_toml
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.recipe import MAY_CHANGE, Recipe, differences, fitting, load_recipe
-from trmt.registry import ARCHITECTURES, OBJECTIVES, resolve
-from trmt.shards import PreparedSet
+from trmt.registry import NETWORKS, OBJECTIVES, resolve
+from trmt.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.tokenizer import Tokenizer
 from trmt.unchanged import difference
 
@@ -44,6 +45,7 @@ class TrainOptions:
     init_from: Path | None = None
     dry_run: bool = False
     trust_code: bool = False
+    pretrain: bool = False  # on documents in one language
 
 
 def remembered(options: TrainOptions) -> TrainOptions:
@@ -72,19 +74,27 @@ def origin_of(options: TrainOptions, data: PreparedSet) -> Origin:
     """What a run with these options begins with."""
     if not options.init_from:
         return Origin(str(data.folder), data.fingerprint)
-    place = checkpoints.find_bundle(options.init_from)
+    place = checkpoints.find_bundle(transfer.split(options.init_from)[0])
     weights = bundles.read_manifest(place).weights.get("sha256")
     return Origin(str(data.folder), data.fingerprint, str(options.init_from), weights)
 
 
-def default_data() -> Path:
-    """The only or newest prepared set in data/."""
-    found = [index.parent for index in DATA.glob("*/index.json")]
+def default_data(*, kind: str = PAIRS) -> Path:
+    """The only or newest prepared set in data/, of pairs or of documents."""
+    found = [index.parent for index in DATA.glob("*/index.json") if _kind(index) == kind]
     if not found:
-        raise DataError(f"there is no prepared set in {DATA}/; run trmt prepare first, or pass --data")
+        how = "trmt prepare --documents" if kind == DOCUMENTS else "trmt prepare"
+        raise DataError(f"there is no prepared set of {kind} in {DATA}/; run {how} first, or pass --data")
     newest = max(found, key=lambda folder: (folder / "index.json").stat().st_mtime)
     console.say(f"data: {newest}" + (" (the newest)" if len(found) > 1 else ""))
     return newest
+
+
+def _kind(index: Path) -> str:
+    try:
+        return str(json.loads(index.read_bytes()).get("kind", PAIRS))
+    except (OSError, ValueError, AttributeError):
+        return PAIRS  # opening it will say what is wrong
 
 
 def _usual_recipe(options: TrainOptions, pairs: int) -> str:
@@ -92,6 +102,10 @@ def _usual_recipe(options: TrainOptions, pairs: int) -> str:
     if options.run and (options.run / CONFIG).is_file():
         console.say(f"recipe: that of {options.run}")
         return str(options.run / CONFIG)
+    if options.pretrain:
+        name = "bert-base" if torch.cuda.is_available() and pairs >= 1_000_000 else "bert-tiny"
+        console.say(f"recipe: {name} (fits {pairs:,} sentences)")
+        return name
     name = fitting(pairs, gpu=torch.cuda.is_available())
     console.say(f"recipe: {name} (fits {pairs:,} pairs)")
     return name
@@ -105,31 +119,60 @@ def resolved_recipe(
     settings = list(options.settings)
     if not translates:
         settings += ["validation.sentences=0", 'validation.metric="loss"']
+    from_encoder: Tree = {}
     if options.init_from:
-        place = checkpoints.find_bundle(options.init_from)
+        named, encoder_only = transfer.split(options.init_from)
+        place = checkpoints.find_bundle(named)
         manifest = bundles.read_manifest(place)
         if manifest.tokenizer != tokenizer.fingerprint:
             raise BundleError(
                 f"{place} was trained with another tokenizer than {data.folder}; prepare the "
                 f"data with --tokenizer {place / bundles.TOKENIZER}"
             )
-        recipe = load_recipe(name, settings, network=manifest.network, architecture=manifest.architecture)
+        if encoder_only:
+            from_encoder = transfer.encoder_fields(manifest, where=place)
+            recipe = load_recipe(name, settings, network=from_encoder)
+        else:
+            recipe = load_recipe(name, settings, network=manifest.network, architecture=manifest.architecture)
     else:
-        recipe = load_recipe(name, settings, network=_sizes(tokenizer))
+        recipe = load_recipe(name, settings)
     # What the user wrote may name code; a bundle or a run folder may come from anywhere.
     trusted = options.trust_code or not (options.init_from or Path(name).name == CONFIG)
-    network = resolve(ARCHITECTURES, recipe.architecture, trust_code=trusted)
+    network = resolve(NETWORKS, recipe.architecture, trust_code=trusted)
     resolve(OBJECTIVES, recipe.objective, trust_code=trusted)
+    if from_encoder:
+        if not issubclass(network, Transformer):
+            raise ConfigError(
+                f"architecture = {recipe.architecture!r} has no encoder that --init-from {options.init_from} "
+                "could be; choose the recipe of a transformer"
+            )
+        transfer.check_fields(recipe.network, from_encoder, where=place)
+    recipe = _with_sizes(recipe, network.config_class, tokenizer)
+    _check_purpose(options, recipe, data)
     if not tokenizer.joint and recipe.network.get("tied", getattr(network.config_class, "tied", "")) == "all":
         recipe = replace(recipe, network={**recipe.network, "tied": "target"})
     return recipe, Path(name).stem
 
 
-def _sizes(tokenizer: Tokenizer) -> Tree:
-    return {
+def _with_sizes(recipe: Recipe, config_class: type, tokenizer: Tokenizer) -> Recipe:
+    """The recipe with the tokenizer's vocabularies, as far as the network wants to know them."""
+    sizes = {
         "source_vocabulary": tokenizer.source.vocabulary,
         "target_vocabulary": tokenizer.target.vocabulary,
     }
+    known = {each.name for each in fields(config_class)}
+    wanted = {name: size for name, size in sizes.items() if name in known}
+    return replace(recipe, network={**wanted, **recipe.network})
+
+
+def _check_purpose(options: TrainOptions, recipe: Recipe, data: PreparedSet) -> None:
+    """Refuse to train on documents what translates pairs, and the other way round."""
+    if options.pretrain != (data.kind == DOCUMENTS):
+        command, other = ("pretrain", "train") if options.pretrain else ("train", "pretrain")
+        raise ConfigError(
+            f"{data.folder} holds {data.kind}, which trmt {command} does not learn from; use trmt {other}, "
+            "or name another set with --data"
+        )
 
 
 def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:

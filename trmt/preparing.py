@@ -102,8 +102,8 @@ def prepare(options: PrepareOptions) -> PreparedSet:
     if there is not None:
         console.say(f"{_summary(there)}; up to date, --force prepares it again")
         return there
-    _check_replaceable(job.out)
-    _sweep(job.out)
+    check_replaceable(job.out)
+    sweep(job.out)
     with atomic_folder(job.out) as folder:
         _build(job, folder, made_from)
     made = PreparedSet.open(job.out)
@@ -174,16 +174,22 @@ def _made_from(job: _Job) -> dict[str, Any] | None:
 
 
 def _up_to_date(job: _Job, made_from: dict[str, Any] | None) -> PreparedSet | None:
-    if job.options.force or made_from is None:
+    if job.options.force or not is_up_to_date(job.out, made_from):
         return None
+    return PreparedSet.open(job.out)
+
+
+def is_up_to_date(out: Path, made_from: dict[str, Any] | None) -> bool:
+    """Whether the set there was made from just this."""
+    if made_from is None:
+        return False
     try:
-        there = PreparedSet.open(job.out)
+        return PreparedSet.open(out).index.get("made_from") == made_from
     except DataError:
-        return None
-    return there if there.index.get("made_from") == made_from else None
+        return False
 
 
-def _check_replaceable(out: Path) -> None:
+def check_replaceable(out: Path) -> None:
     """Refuse to replace a folder that holds anything but what an earlier run wrote."""
     if not out.exists():
         return
@@ -202,7 +208,7 @@ def _check_replaceable(out: Path) -> None:
         )
 
 
-def _sweep(out: Path) -> None:
+def sweep(out: Path) -> None:
     """Remove what earlier runs for `out` left when they were killed, but not what another one is writing."""
     ours = re.compile(re.escape(f"{PARTIAL}{out.name}") + r"-\d+-[0-9a-f]{8}")
     for left in out.parent.glob(f"{PARTIAL}*"):
@@ -270,12 +276,13 @@ def _head(corpus: Corpus, counts: Sequence[int]) -> Head:
 
 def _id_columns(tokenizer: Tokenizer) -> tuple[Column, Column]:
     return (
-        Column("source.ids", _id_type(tokenizer.source.vocabulary)),
-        Column("target.ids", _id_type(tokenizer.target.vocabulary)),
+        Column("source.ids", id_type(tokenizer.source.vocabulary)),
+        Column("target.ids", id_type(tokenizer.target.vocabulary)),
     )
 
 
-def _id_type(vocabulary: int) -> str:
+def id_type(vocabulary: int) -> str:
+    """The narrowest type of numbers that ids fit into."""
     return "<u2" if vocabulary <= 1 << 16 else "<u4"
 
 

@@ -67,6 +67,21 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VectorsConfig:
+    """What embeddings begin with instead of chance."""
+
+    source: str = ""  # a file of word2vec or GloVe; "train" makes vectors from the prepared set; "" is chance
+    target: str = ""
+    frozen: bool = False  # whether they stay as they are
+
+    def __post_init__(self) -> None:
+        if self.frozen and not (self.source or self.target):
+            raise ConfigError(
+                "vectors.frozen = true would keep embeddings of chance; name vectors.source or vectors.target"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything a run is configured by."""
 
@@ -75,6 +90,7 @@ class Recipe:
     objective: str = "translation"
     network: dict[str, Any] = field(default_factory=dict)  # the architecture's own fields
     loss: dict[str, Any] = field(default_factory=dict)  # the objective's own fields
+    vectors: VectorsConfig = field(default_factory=VectorsConfig)
     batches: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -14,10 +14,22 @@ ARCHITECTURES: Mapping[str, str] = {
     "rnn": "trmt.arch.rnn:RNN",
     "hierarchical": "trmt.arch.hierarchical:Hierarchical",
     "conv": "trmt.arch.conv:ConvS2S",
+    "universal": "trmt.arch.universal:Universal",
 }
+
+# Networks that read only: they are trained to be the encoder of another.
+ENCODERS: Mapping[str, str] = {
+    "masked-encoder": "trmt.arch.masked_encoder:MaskedEncoder",
+}
+
+NETWORKS: Mapping[str, str] = {**ARCHITECTURES, **ENCODERS}
 
 OBJECTIVES: Mapping[str, str] = {
     "translation": "trmt.objectives.translation:Translation",
+    "divergence": "trmt.objectives.distances:Divergence",
+    "squared": "trmt.objectives.distances:SquaredDistance",
+    "masked": "trmt.objectives.masked:Masked",
+    "denoising": "trmt.objectives.denoising:Denoising",
 }
 
 SEARCHES: Mapping[str, str] = {

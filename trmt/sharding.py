@@ -14,13 +14,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trmt.arch.base import Seq2Seq
+from trmt.arch.base import Network
 from trmt.errors import ConfigError
 from trmt.slices import Slice, chunk
 from trmt.team import Team
 
 
-def shard(net: Seq2Seq, team: Team, device: torch.device) -> None:
+def shard(net: Network, team: Team, device: torch.device) -> None:
     """Cut every parameter of `net` into slices of rows, one for each rank."""
     # They take most of a second to load, which only large networks have to pay.
     from torch.distributed.device_mesh import init_device_mesh
@@ -70,7 +70,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if sliced(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def gather_into(plain: Seq2Seq | None, net: Seq2Seq) -> None:
+def gather_into(plain: Network | None, net: Network) -> None:
     """Fill an ordinary network with the weights of one in slices, a tensor at a time; others pass None."""
     for name, tensor in net.state_dict().items():
         gathered = whole(tensor)
@@ -104,7 +104,7 @@ def put(target: Tensor, saved: Mapping[str, Tensor], name: str, team: Team) -> N
 
 
 def restore_moments(
-    net: Seq2Seq, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor], team: Team
+    net: Network, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor], team: Team
 ) -> None:
     """Give an optimiser this rank's slices of its saved memory."""
     for name, parameter in net.named_parameters():

@@ -38,6 +38,7 @@ INDEX = "index.json"
 TOKENIZER = "tokenizer"
 KEYS = {"languages", "corpora", "splits", "files"}
 SIDES = ("source", "target")
+PAIRS, DOCUMENTS = "pairs", "documents"  # kinds of sets; without a word a set holds pairs
 SHARD_PAIRS = 1 << 20
 SHARD_BYTES = 256 << 20
 OFFSETS = np.dtype("<u8")
@@ -359,6 +360,11 @@ class PreparedSet:
         """The language translated from, and the one translated to."""
         source, target = self.index["languages"]
         return source, target
+
+    @property
+    def kind(self) -> str:
+        """Whether it holds pairs of sentences or documents in one language."""
+        return str(self.index.get("kind", PAIRS))
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -17,12 +17,12 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from trmt import bundles, capacity, checkpoints, console, display, unchanged
-from trmt.batches import Batches, Examples, Position
+from trmt import bundles, capacity, checkpoints, console, display, transfer, unchanged, vectors
+from trmt.batches import Examples, Position
 from trmt.budget import Job, about, glance, pace, plan
 from trmt.capacity import is_out_of_memory
 from trmt.checkpoints import CONFIG, MODELS
-from trmt.config import to_toml, tree_of
+from trmt.config import build, to_toml, tree_of
 from trmt.errors import ConfigError, TrmtError
 from trmt.files import atomic_file, only_one, write_json
 from trmt.history import LOG, TRAIN, VALIDATE, History
@@ -43,9 +43,9 @@ from trmt.planning import (
     resolved_recipe,
 )
 from trmt.recipe import Recipe, safe_name
-from trmt.registry import ARCHITECTURES, resolve
+from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.resampling import resample_with
-from trmt.shards import PreparedSet
+from trmt.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.spikes import GoBack, Spikes
 from trmt.stopping import Interrupted, Signals, StoppedHere
 from trmt.team import Team, assembled
@@ -107,11 +107,13 @@ class Run:
         self.team = team = team or Team()
         self.folder, self.recipe, self.data, self.tokenizer = folder, recipe, data, tokenizer
         self.options = options
-        in_row = bool(resolve(ARCHITECTURES, recipe.architecture, trust_code=True).in_row)
-        self.batches = Batches(data, recipe.batches, seed=recipe.training.seed, in_row=in_row)
+        in_row = bool(resolve(NETWORKS, recipe.architecture, trust_code=True).in_row)
+        objective = resolve(OBJECTIVES, recipe.objective, trust_code=True)
+        read = objective.batches(build(objective.config_class, recipe.loss, where="loss"))
+        self.batches = read(data, recipe.batches, seed=recipe.training.seed, in_row=in_row)
         # Epochs differ by a batch or so; the first one's length stands for all.
         self.steps_per_epoch = len(self.batches.plan(0))
-        specials = Specials(bos=tokenizer.target.bos, eos=tokenizer.target.eos)
+        specials = Specials.of(tokenizer.target)
         self.learner = Learner(recipe, steps=self.last_step or 0, team=team, specials=specials)
         self.positions = int(getattr(self.learner.net.config, "longest", 1 << 30))
         if alpha := recipe.batches.subword_alpha:
@@ -120,7 +122,7 @@ class Run:
             self.learner.room = replace(room, longest=min(room.longest, self.positions))
         self.dev: DevSet | None = None
         if "dev" in data.splits:
-            dev = Batches(data, recipe.batches, seed=0, split="dev")
+            dev = read(data, recipe.batches, seed=0, split="dev")
             self.dev = DevSet(dev, self.learner, recipe, tokenizer, validate)
         self.logbook: Logbook | None = None
         self.history = History()
@@ -136,7 +138,7 @@ class Run:
     def planned(cls, options: TrainOptions, validate: Validate | None, team: Team | None = None) -> Self:
         """The run that these options describe, about to begin."""
         options = remembered(options)
-        data = PreparedSet.open(options.data or default_data())
+        data = PreparedSet.open(options.data or default_data(kind=DOCUMENTS if options.pretrain else PAIRS))
         tokenizer = Tokenizer.load(data.tokenizer_folder)
         recipe, name = resolved_recipe(options, data, tokenizer, translates=validate is not None)
         folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
@@ -147,10 +149,14 @@ class Run:
         """What cannot work is said before the first step."""
         for batches in (self.batches, *([self.dev.batches] if self.dev else [])):
             if batches.lengths.max() > self.positions:
+                shorter = (
+                    "prepare the data with a lower --max-length"
+                    if self.data.kind == PAIRS
+                    else "lower batches.passage"
+                )
                 raise ConfigError(
                     f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network "
-                    f"positions for {self.positions}; raise network.longest, or prepare the data with a "
-                    "lower --max-length"
+                    f"positions for {self.positions}; raise network.longest, or {shorter}"
                 )
         if not self.dev and self.recipe.training.patience and not self.last_step:
             raise ConfigError(
@@ -180,11 +186,15 @@ class Run:
             self.progress = self.keeper.take_up(*state)
             console.say(f"resuming {self.folder} at step {self.progress.step:,}")
         elif self.options.init_from:
-            place = checkpoints.find_bundle(self.options.init_from)
+            named, encoder = transfer.split(self.options.init_from)
+            place = checkpoints.find_bundle(named)
             weights = bundles.read_weights(place, bundles.read_manifest(place))
-            self.learner.start_from(weights, where=str(place))
-            console.say(f"starting from the weights of {place}")
+            self.learner.start_from(weights, where=str(place), encoder=encoder)
+            console.say(f"starting from the {'encoder' if encoder else 'weights'} of {place}")
         learner = self.learner
+        if not state:
+            vectors.begin_with(learner.net, self.recipe.vectors, self.tokenizer, self.data)
+            learner.restart_mean()
         learner.start_alike()
         self.keeper.recall_shortage()
         if self.team.leads:

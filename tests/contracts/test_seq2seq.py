@@ -47,6 +47,8 @@ VARIANTS = [
     ("hierarchical", {"mark": 7, "score": "dot", "place": "after", "input_feeding": True}),
     ("hierarchical", {"mark": 7, "score": "location", "summary": "mean", "sentence_layers": 2}),
     ("hierarchical", {"mark": 7, "static": True}),
+    ("universal", {"halting": "fixed", "norm_place": "pre", "norm": "rms", "activation": "swiglu"}),
+    ("rnn", {"decoder_layers": 1, "encoder_layers": 1, "tied": "none"}),
 ]
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -93,6 +93,11 @@ class Source(Ragged):
 
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        moved = super().to(device, non_blocking=non_blocking)
+        extras = {name: x.to(device, non_blocking=non_blocking) for name, x in self.extras.items()}
+        return replace(moved, extras=extras)
+
 
 @dataclass(frozen=True)
 class Output:
@@ -100,8 +105,9 @@ class Output:
 
     `hidden` has one row for each target token: [N, D] from `forward`, [S, K, T, D] from `step`.
     `aux` holds named losses of the network's own as (sum, count), weighted already: an objective adds the
-    sums to its own. `attention` is there only when asked for, and where a network has it, as the weights
-    of each layer over the source: [layers, S, heads, T, L] from `forward`, with K * T for T from `step`.
+    sums to its own, and all are divided by its tokens. `attention` is there only when asked for, and where a
+    network has it, as the weights of each layer over the source: [layers, S, heads, T, L] from `forward`,
+    with K * T for T from `step`.
     """
 
     hidden: Tensor
@@ -269,14 +275,19 @@ class Stepper(ABC):
         """The logits of the whole vocabulary, or of the ids in `only`."""
 
 
-class Seq2Seq(nn.Module, ABC):
-    """A network that maps a source and a target prefix to the next target token."""
+class Network(nn.Module):
+    """What every network says of itself, whether it translates or only reads."""
 
+    config: Any
     config_class: ClassVar[type]  # the dataclass its constructor takes
     couples_batch: ClassVar[bool] = False  # True where a sentence's output depends on its neighbours
     in_row: ClassVar[bool] = False  # True where `forward` computes no padding: a batch may hold any lengths
     # True where `forward` calls each module that is in a ModuleList, and has a matrix, exactly once.
     layers_called_once: ClassVar[bool] = False
+
+
+class Seq2Seq(Network, ABC):
+    """A network that maps a source and a target prefix to the next target token."""
 
     @abstractmethod
     def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:

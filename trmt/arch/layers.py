@@ -87,9 +87,11 @@ def rotated(x: Tensor, angle: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-def norm(kind: Literal["layer", "rms"], width: int) -> nn.Module:
-    """The normalisation layer of this kind."""
-    return nn.LayerNorm(width) if kind == "layer" else nn.RMSNorm(width, eps=1e-6)
+def norm(kind: Literal["layer", "rms"], width: int, epsilon: float = 0.0) -> nn.Module:
+    """The normalisation layer of this kind; an epsilon of 0 stands for the usual one."""
+    if kind == "layer":
+        return nn.LayerNorm(width, eps=epsilon or 1e-5)
+    return nn.RMSNorm(width, eps=epsilon or 1e-6)
 
 
 def xavier(linear: nn.Linear, parts: int = 1) -> nn.Linear:

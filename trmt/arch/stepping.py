@@ -116,6 +116,8 @@ def suits(config: Any, product: Any) -> bool:
     return (
         isinstance(product, Native | Int8)
         and config.activation == "relu"
+        and config.embedding_scale
+        and not config.embedding_norm
         and config.positions != "rotary"
         and part % WIDE == 0
     )

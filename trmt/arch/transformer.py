@@ -43,6 +43,10 @@ class TransformerConfig:
     attention_dropout: float = 0.0
     norm_place: Literal["post", "pre"] = "post"
     norm: Literal["layer", "rms"] = "layer"
+    epsilon: float = 0.0  # of the norms; 0 takes what is usual for them
+    embedding_norm: bool = False  # a norm behind the embeddings, as BERT has it
+    embedding_scale: bool = True  # embeddings are multiplied by the square root of the width
+    segments: int = 1  # kinds of source tokens, each of which adds a vector of its own if there are several
     activation: Literal["relu", "gelu", "swish", "swiglu"] = "relu"
     positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"
     tied: Literal["all", "target", "none"] = "all"  # which embeddings share the output's matrix
@@ -64,7 +68,7 @@ class TransformerConfig:
 class Feed(nn.Module):
     """The position-wise feed-forward layer; SwiGLU (arXiv 2002.05202) has a gate beside the inner product."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         gated = config.activation == "swiglu"
         relu = config.activation == "relu"
@@ -76,21 +80,61 @@ class Feed(nn.Module):
 class Layer(nn.Module):
     """One layer; `cross` adds the decoder's look at the source."""
 
-    def __init__(self, config: TransformerConfig, *, cross: bool) -> None:
+    def __init__(self, config: Any, *, cross: bool) -> None:
         super().__init__()
         width = config.width
         self.own = layers.xavier(fused.Linear(width, 3 * width), 3)
         self.own_out = layers.xavier(fused.Linear(width, width))
-        self.own_norm = layers.norm(config.norm, width)
+        self.own_norm = layers.norm(config.norm, width, config.epsilon)
         if cross:
             self.query = layers.xavier(fused.Linear(width, width))
             self.cross_out = layers.xavier(fused.Linear(width, width))
-            self.cross_norm = layers.norm(config.norm, width)
+            self.cross_norm = layers.norm(config.norm, width, config.epsilon)
         self.feed = Feed(config)
-        self.feed_norm = layers.norm(config.norm, width)
+        self.feed_norm = layers.norm(config.norm, width, config.epsilon)
 
 
-class Transformer(Seq2Seq):
+class Encoder(nn.Module):
+    """The half of a Transformer that reads; BERT is nothing else (trmt/arch/masked_encoder.py).
+
+    Networks that have one name its tensors alike, so that one can begin with what another has learned.
+    """
+
+    config: Any
+
+    def make_encoder(self, config: Any, embedding: nn.Embedding, *, sides: int) -> None:
+        """The modules; `sides` is 2 where a decoder shares the table of positions."""
+        width = config.width
+        self.source_embedding = embedding
+        self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))
+        if config.norm_place == "pre":
+            self.encoder_norm = layers.norm(config.norm, width, config.epsilon)
+        if config.embedding_norm:
+            self.embedding_norms = nn.ModuleList(
+                layers.norm(config.norm, width, config.epsilon) for _ in range(sides)
+            )
+        if config.segments > 1:
+            self.segments = nn.Parameter(torch.randn(config.segments, width) * width**-0.5)
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.randn(sides, config.longest, width) * width**-0.5)
+        else:
+            table_width = width if config.positions == "sinusoidal" else width // config.heads
+            self.register_buffer("table", layers.sinusoids(config.longest, table_width), persistent=False)
+
+    def read(self, source: Source) -> Tensor:
+        """The source as the encoder sees it, in a row [M, D]."""
+        _check_length(self.config, source)
+        position_M, over = source.positions_N(), Spans.of(source)
+
+        def look_around(merged_M3D: Tensor) -> Tensor:
+            return _attend_in_row(self, merged_M3D, position_M, over, causal=False)
+
+        segment_M = source.extras.get("segments")
+        x_MD = embed(self, self.config, source.ids_N, position_M, side=0, segment=segment_M)
+        return encode(self, self.config, x_MD, look_around)
+
+
+class Transformer(Encoder, Seq2Seq):
     """The network as it is trained."""
 
     config_class = TransformerConfig
@@ -102,26 +146,21 @@ class Transformer(Seq2Seq):
         self.config = config
         width = config.width
         self.target_embedding = _embedding(config.target_vocabulary, width)
-        self.source_embedding = (
+        source_embedding = (
             self.target_embedding if config.tied == "all" else _embedding(config.source_vocabulary, width)
         )
+        self.source_embedding = source_embedding  # the second of the names, whatever is made next
         self.output = (
             _embedding(config.target_vocabulary, width) if config.tied == "none" else self.target_embedding
         )
         self.output_bias = nn.Parameter(torch.zeros(config.target_vocabulary)) if config.output_bias else None
-        self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))
+        self.make_encoder(config, source_embedding, sides=2)
         self.decoder = nn.ModuleList(Layer(config, cross=True) for _ in range(config.decoder_layers))
         # Keys and values of the source for every decoder layer, from one product.
         parts = 2 * config.decoder_layers
         self.memory = layers.xavier(fused.Linear(width, parts * width), parts)
         if config.norm_place == "pre":
-            self.encoder_norm = layers.norm(config.norm, width)
-            self.decoder_norm = layers.norm(config.norm, width)
-        if config.positions == "learned":
-            self.positions = nn.Parameter(torch.randn(2, config.longest, width) * width**-0.5)
-        else:
-            table_width = width if config.positions == "sinusoidal" else width // config.heads
-            self.register_buffer("table", layers.sinusoids(config.longest, table_width), persistent=False)
+            self.decoder_norm = layers.norm(config.norm, width, config.epsilon)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         # What `to` and its kind come down to.
@@ -132,14 +171,10 @@ class Transformer(Seq2Seq):
 
     def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
         config = self.config
-        _check_length(config, source)
         spans, over = Spans.of(target), Spans.of(source)
-        position_N, position_M = target.positions_N(), source.positions_N()
+        position_N = target.positions_N()
         dropout = config.attention_dropout if self.training else 0.0
         weights: list[Tensor] = []
-
-        def look_around(merged_M3D: Tensor) -> Tensor:
-            return _attend_in_row(self, merged_M3D, position_M, over, causal=False)
 
         def look_back(_: int, merged_N3D: Tensor) -> Tensor:
             return _attend_in_row(self, merged_N3D, position_N, spans, causal=True)
@@ -152,9 +187,7 @@ class Transformer(Seq2Seq):
                 query_ND, memory_M2D[index], spans, over, config.heads, dropout=dropout
             )
 
-        x_MD = embed(self, config, source.ids_N, position_M, side=0)
-        x_MD = encode(self, config, x_MD, look_around)
-        memory_M2D = self.memory(x_MD).chunk(config.decoder_layers, -1)
+        memory_M2D = self.memory(self.read(source)).chunk(config.decoder_layers, -1)
         x_ND = embed(self, config, target.ids_N, position_N, side=1)
         hidden_ND = decode(self, config, x_ND, look_back, look_over)
         return Output(hidden_ND, attention=torch.stack(weights) if weights else None)
@@ -193,27 +226,44 @@ def _feed(layer: Any, config: TransformerConfig, x_SQD: Tensor) -> Tensor:
     return layer.feed.outer(inner)
 
 
-def embed(net: Any, config: TransformerConfig, ids: Tensor, position: Tensor, *, side: int) -> Tensor:
-    """Scaled embeddings with positions added; `side` is 0 for the source, 1 for the target."""
+def embed(
+    net: Any,
+    config: Any,
+    ids: Tensor,
+    position: Tensor,
+    *,
+    side: int,
+    segment: Tensor | None = None,
+) -> Tensor:
+    """Scaled embeddings with positions added; `side` is 0 for the source, 1 for the target.
+
+    `segment` says of what kind each token of the source is; by itself all are of the first.
+    """
     weight = (net.target_embedding if side else net.source_embedding).weight
-    x = F.embedding(ids, weight) * math.sqrt(config.width)
+    x = F.embedding(ids, weight)
+    if config.embedding_scale:
+        x = x * math.sqrt(config.width)
     if config.positions == "sinusoidal":
         x = x + net.table[position]
     elif config.positions == "learned":
         x = x + net.positions[side, position]
+    if config.segments > 1 and not side:
+        x = x + net.segments[0 if segment is None else segment]
+    if config.embedding_norm:
+        x = net.embedding_norms[side](x)
     return fused.drop(x, _dropout(net, config))
 
 
-def _dropout(net: Any, config: TransformerConfig) -> float:
+def _dropout(net: Any, config: Any) -> float:
     return config.dropout if getattr(net, "training", False) else 0.0
 
 
-def _check_length(config: TransformerConfig, source: Source) -> None:
+def _check_length(config: Any, source: Source) -> None:
     if source.longest > config.longest:
         raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
 
 
-def encode(net: Any, config: TransformerConfig, x: Tensor, look_around: Callable[[Tensor], Tensor]) -> Tensor:
+def encode(net: Any, config: Any, x: Tensor, look_around: Callable[[Tensor], Tensor]) -> Tensor:
     """The encoder's layers, on any layout; `look_around` is attention from merged queries, keys, values."""
 
     def sublayers(layer: Any) -> Sublayers:
@@ -338,6 +388,7 @@ class TransformerStepper(Stepper):
             setattr(self.net, name, getattr(net, name))
         self.net.table = getattr(net, "table", None)
         self.net.positions = getattr(net, "positions", None)
+        self.net.segments = getattr(net, "segments", None)
         self.weight_VD = net.output.weight.detach()
         self.bias_V = None if net.output_bias is None else net.output_bias.detach()
         self.product = linear(self.weight_VD, self.bias_V)
@@ -347,7 +398,7 @@ class TransformerStepper(Stepper):
             stepping.round_once(net, self.net)
             self.kernel = stepping.kernel_for(net, self.net)
         self.embedding_VD = net.target_embedding.weight.detach()
-        self.scale = math.sqrt(config.width)
+        self.scale = math.sqrt(config.width) if config.embedding_scale else 1.0
         self.post = config.norm_place == "post"
         norms = [
             norm for layer in self.net.decoder for norm in (layer.own_norm, layer.cross_norm, layer.feed_norm)
@@ -467,7 +518,7 @@ class TransformerStepper(Stepper):
             x_SQD += self.net.table[position]
         elif self.config.positions == "learned":
             x_SQD += self.net.positions[1, position]
-        return x_SQD
+        return self.net.embedding_norms[1](x_SQD) if self.config.embedding_norm else x_SQD
 
     def _add(self, x_SQD: Tensor, y_SQD: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         added_SQD = y_SQD.add_(x_SQD)

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from trmt import __version__, console
 from trmt.cli import (
     average,
+    bert,
     check_resume,
     env,
     export,
@@ -19,11 +20,13 @@ from trmt.cli import (
     inspect,
     plot,
     prepare,
+    pretrain,
     quantize,
     score,
     tokenizer,
     train,
     translate,
+    vectors,
     verify,
 )
 from trmt.errors import TrmtError
@@ -74,7 +77,9 @@ def _root(
 
 app.command("tokenizer")(tokenizer.command)
 app.command("prepare")(prepare.command)
+app.command("vectors")(vectors.command)
 app.command("train")(train.command)
+app.command("pretrain")(pretrain.command)
 app.command("check-resume")(check_resume.command)
 app.command("average")(average.command)
 app.command("translate")(translate.command)
@@ -86,6 +91,7 @@ app.command("import")(importing.command)
 app.command("score")(score.command)
 app.command("plot")(plot.command)
 app.command("env")(env.command)
+app.add_typer(bert.app, name="bert")
 
 
 def main() -> None:

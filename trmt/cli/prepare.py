@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from trmt.errors import ConfigError
+
 CORPUS = (
     "train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix; hf:NAME or hf:NAME/CONFIG:SPLIT; - for TSV "
     "on standard input"
@@ -33,6 +35,18 @@ def command(
     target: Annotated[
         str | None, typer.Option("--to", metavar="LANGUAGE", help="By itself the tokenizer's target.")
     ] = None,
+    documents: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--documents",
+            metavar="FILE",
+            help="For pretraining, instead of --train: one sentence a line, blank lines between documents; "
+            "--dev is such a file too. Repeatable.",
+        ),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option("--language", help="Of the documents. By itself the tokenizer's source.")
+    ] = None,
     tokenizer: Annotated[Path, typer.Option(help="The folder of the tokenizer.")] = Path("data/tokenizer"),
     max_length: Annotated[int, typer.Option(help="The most pieces that a side of a pair may have.")] = 250,
     max_ratio: Annotated[
@@ -49,7 +63,13 @@ def command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Prepare again even what is up to date.")] = False,
 ) -> None:
-    """Encode and filter pairs of sentences into a checksummed set of shards."""
+    """Encode and filter pairs of sentences, or documents, into a checksummed set of shards."""
+    if documents or language:
+        for name, value in {"--train": train, "--from": source, "--to": target, "--workers": workers}.items():
+            if value:
+                raise ConfigError(f"{name} is for pairs and --documents or --language is not; leave one out")
+        _prepare_documents(documents, dev, out, tokenizer, language, max_length, force)
+        return
     from trmt.filters import Limits
     from trmt.preparing import PrepareOptions, prepare
 
@@ -66,4 +86,22 @@ def command(
             workers=workers,
             force=force,
         )
+    )
+
+
+def _prepare_documents(
+    documents: list[str] | None,
+    dev: str | None,
+    out: Path | None,
+    tokenizer: Path,
+    language: str | None,
+    max_length: int,
+    force: bool,
+) -> None:
+    from trmt.documents import DocumentOptions, prepare_documents
+
+    if not documents:
+        raise ConfigError("--language is that of --documents, and there are none; name a file")
+    prepare_documents(
+        DocumentOptions(tuple(documents), dev, out, tokenizer, language, max_length, force=force)
     )

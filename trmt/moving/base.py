@@ -60,6 +60,17 @@ def transformer_of(bundle: Bundle, name: str) -> Transformer:
             f"{name} has no networks like {bundle.manifest.architecture!r} of {bundle.folder}; "
             "only a transformer can be exported"
         )
+    for option, usual in (
+        ("embedding_norm", False),
+        ("embedding_scale", True),
+        ("segments", 1),
+        ("epsilon", 0.0),
+    ):
+        if getattr(bundle.net.config, option) != usual:
+            raise ConfigError(
+                f"{name} has no Transformer with {option} = {getattr(bundle.net.config, option)!r}; train one "
+                f"with {usual!r}"
+            )
     return bundle.net
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from trmt.arch.base import Seq2Seq
-from trmt.batches import Examples, Room
+from trmt.arch.base import Network, Seq2Seq
+from trmt.batches import Batches, Examples, Room
+from trmt.subwords import MARK
+from trmt.tokenizer import Side
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,29 @@ class Specials:
 
     bos: int
     eos: int
+    unk: int = 1  # also what stands for a piece that is masked
+    first: int = 4  # the first id that is no special one
+    vocabulary: int = 0
+    begins_word: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool), repr=False)
+
+    @classmethod
+    def of(cls, side: Side) -> Specials:
+        """Those of one side of a tokenizer."""
+        pieces = side.pieces(range(side.vocabulary))
+        begins = np.array([piece.startswith(MARK) for piece in pieces])
+        return cls(side.bos, side.eos, side.unk, 4, side.vocabulary, begins)
 
 
 class Objective(ABC):
     """A way to learn from examples."""
 
     config_class: ClassVar[type]
+    networks: ClassVar[tuple[type[Network], ...]] = (Seq2Seq,)  # what can learn this
+
+    @classmethod
+    def batches(cls, config: Any) -> Callable[..., Batches]:
+        """What makes the batches that it learns from: called as `Batches` is."""
+        return Batches
 
     @abstractmethod
     def __init__(self, config: Any, specials: Specials) -> None: ...
@@ -47,5 +69,5 @@ class Objective(ABC):
         """The examples as tensors on a device; given a room they fit into, filled up to its shape."""
 
     @abstractmethod
-    def loss(self, net: Seq2Seq, batch: Any) -> Loss:
+    def loss(self, net: Any, batch: Any) -> Loss:
         """The network's loss on a batch, summed."""

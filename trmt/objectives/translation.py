@@ -64,6 +64,7 @@ class Translation(Objective):
         before = _inserted(target, ends - target.lengths, self.specials.bos)
         after = _inserted(target, ends, self.specials.eos)
         source = _inserted(source, np.cumsum(source.lengths), self.specials.eos)
+        tokens = len(after.ids)
         longest = None
         if room and (filler := _filler(source, before, room)):
             source, before = (_filled(column, filler[n], 0) for n, column in enumerate((source, before)))
@@ -73,19 +74,23 @@ class Translation(Objective):
             Source(*_tensors(source, device, longest)),
             Ragged(*_tensors(before, device, longest)),
             _moved(after.ids, device),
-            self.tokens(examples),
+            tokens,
         )
 
     def loss(self, net: Seq2Seq, batch: TranslationBatch) -> Loss:
         output = net(batch.source, batch.before)
-        weight_VD, smoothing = net.readout_matrix(), self.config.label_smoothing
-        if weight_VD is None:
-            smoothed: Any = SmoothedCrossEntropy.apply  # torch leaves it untyped
-            total, nll = smoothed(net.readout(output.hidden).float(), batch.after_N, smoothing)
-        else:
-            total, nll = smoothed_cross_entropy(output.hidden, weight_VD, batch.after_N, smoothing)
+        total, nll = self.distance(net, output.hidden, batch.after_N)
         total = total + sum(weighted for weighted, _ in output.aux.values())
         return Loss(total, nll.detach(), batch.tokens)
+
+    def distance(self, net: Seq2Seq, hidden_ND: Tensor, after_N: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the network is from the target, and the negative log likelihood: two sums over tokens."""
+        weight_VD, smoothing = net.readout_matrix(), self.config.label_smoothing
+        if weight_VD is not None:
+            return smoothed_cross_entropy(hidden_ND, weight_VD, after_N, smoothing)
+        smoothed: Any = SmoothedCrossEntropy.apply  # torch leaves it untyped
+        total, nll = smoothed(net.readout(hidden_ND).float(), after_N, smoothing)
+        return total, nll
 
 
 def _inserted(column: Column, places: np.ndarray, token: int) -> Column:

@@ -1,0 +1,209 @@
+"""Pretraining on documents, and what becomes of the encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import toy
+from tests.toy import options, write_documents
+from trmt import bundles, checkpoints
+from trmt.arch.base import Source
+from trmt.bert_folder import export_bert
+from trmt.config import to_toml
+from trmt.documents import DocumentOptions, prepare_documents
+from trmt.errors import BundleError, TrmtError
+from trmt.planning import TrainOptions
+from trmt.shards import PreparedSet
+from trmt.training import train
+from trmt.translating import Translator
+
+NETWORK = {"width": 16, "heads": 2, "feed_forward": 32, "encoder_layers": 1, "longest": 96}
+BERT: dict[str, Any] = {
+    **toy.BASE,
+    "architecture": "masked-encoder",
+    "objective": "masked",
+    "network": {**NETWORK, "dropout": 0.1, "attention_dropout": 0.0},
+    "batches": {"tokens": 200, "passage": 40},
+}
+BART = {**BERT, "architecture": "transformer", "objective": "denoising"}
+BART["network"] = {**NETWORK, "decoder_layers": 1}
+
+
+STILL = "optim.lr=1e-9"  # so that what was taken over is still there after training
+
+
+@pytest.fixture(scope="module")
+def documents(toy_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("documents")
+    train_file = write_documents(folder / "train.txt", count=60, seed=1)
+    dev = write_documents(folder / "dev.txt", count=6, seed=2)
+    tokenizer = PreparedSet.open(toy_set).tokenizer_folder
+    return prepare_documents(DocumentOptions((train_file,), dev, folder / "set", tokenizer)).folder
+
+
+def recipe(folder: Path, tree: dict[str, Any]) -> str:
+    path = folder / f"{tree['objective']}.toml"
+    path.write_text(to_toml(tree), encoding="utf-8")
+    return str(path)
+
+
+def pretrain(run: Path, data: Path, file: str, *settings: str, **more: Any) -> Path:
+    return train(
+        TrainOptions(run=run, data=data, recipe=file, settings=list(settings), pretrain=True, **more)
+    )
+
+
+def of(run: Path) -> Path:
+    return Path(f"{run}:encoder")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    point = checkpoints.steps(run)[-1]
+    return bundles.read_weights(point.folder, point.manifest)
+
+
+@pytest.fixture(scope="module")
+def bert(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    return pretrain(folder / "run", documents, recipe(folder, BERT))
+
+
+@pytest.mark.parametrize("tree", [BERT, BART], ids=["bert", "bart"])
+def test_pretraining_goes_on_exactly(tree: dict[str, Any], documents: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, tree)
+    hard = ["batches.accumulate=2", "batches.subword_alpha=0.2", "optim.ema=0.9"]
+    pretrain(tmp_path / "whole", documents, file, *hard)
+    for steps in (2, 3, 6):
+        pretrain(tmp_path / "parted", documents, file, *hard, f"training.steps={steps}")
+    one, other = (weights(tmp_path / name) for name in ("whole", "parted"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("tree", [BERT, BART], ids=["bert", "bart"])
+def test_the_loss_falls(tree: dict[str, Any], documents: Path, tmp_path: Path) -> None:
+    run = pretrain(
+        tmp_path / "run",
+        documents,
+        recipe(tmp_path, tree),
+        "training.steps=60",
+        "optim.lr=0.01",
+        "validation.every=20",
+    )
+    scores = [point.score() for point in checkpoints.steps(run)]
+    losses = [score[1] for score in scores if score]
+    assert min(losses[1:]) < losses[0] - 0.1
+
+
+def test_a_translator_begins_with_the_encoder(bert: Path, toy_set: Path, tmp_path: Path) -> None:
+    run = train(
+        options(
+            tmp_path / "run",
+            toy_set,
+            toy.recipe(tmp_path),
+            STILL,
+            init_from=of(bert),
+        )
+    )
+    ours, theirs = weights(run), weights(bert)
+    taken = [
+        name
+        for name in theirs
+        if name.startswith(("encoder.", "source_embedding", "segments", "embedding_norms.0"))
+    ]
+    assert len(taken) > 12
+    for name in taken:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours["positions"][0], theirs["positions"][0], atol=1e-6, rtol=0)
+    assert not torch.allclose(ours["positions"][1], theirs["positions"][0], atol=1e-3)
+    network = checkpoints.steps(run)[-1].manifest.network
+    assert (network["activation"], network["embedding_norm"], network["segments"]) == ("gelu", True, 2)
+    assert len(list(Translator.load(run).translate(["ka lomo", "ti"]))) == 2
+
+
+def test_what_is_read_is_the_same_before_and_after(bert: Path, toy_set: Path, tmp_path: Path) -> None:
+    run = train(
+        options(
+            tmp_path / "run",
+            toy_set,
+            toy.recipe(tmp_path),
+            STILL,
+            init_from=of(bert),
+        )
+    )
+    manifest = checkpoints.steps(bert)[-1].manifest
+    encoder = bundles.build_network(manifest.architecture, manifest.network).eval()
+    bundles.load_weights(encoder, weights(bert), where="here")
+    translator = bundles.load_bundle(checkpoints.steps(run)[-1].folder).net
+    source = Source.of([[5, 6, 7, 3], [8, 3]])
+    with torch.inference_mode():
+        torch.testing.assert_close(translator.read(source), encoder.read(source), atol=1e-4, rtol=1e-4)
+
+
+def test_the_encoder_of_a_translator_moves_on_too(toy_set: Path, tmp_path: Path) -> None:
+    first = train(options(tmp_path / "first", toy_set, toy.recipe(tmp_path)))
+    second = train(
+        options(
+            tmp_path / "second",
+            toy_set,
+            toy.recipe(tmp_path),
+            STILL,
+            init_from=of(first),
+        )
+    )
+    torch.testing.assert_close(
+        weights(first)["encoder.0.own.weight"], weights(second)["encoder.0.own.weight"]
+    )
+    assert not torch.equal(weights(first)["decoder.0.own.weight"], weights(second)["decoder.0.own.weight"])
+
+
+def test_what_was_denoised_is_gone_on_with_whole(documents: Path, toy_set: Path, tmp_path: Path) -> None:
+    bart = pretrain(tmp_path / "bart", documents, recipe(tmp_path, BART))
+    run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), STILL, init_from=bart))
+    torch.testing.assert_close(weights(run)["decoder.0.own.weight"], weights(bart)["decoder.0.own.weight"])
+
+
+def test_an_encoder_alone_cannot_translate(bert: Path) -> None:
+    with pytest.raises(BundleError, match="--init-from"):
+        Translator.load(bert)
+
+
+def test_a_trained_encoder_goes_to_hugging_face(bert: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    export_bert(checkpoints.find_bundle(bert), tmp_path / "out")
+    model = transformers.BertForPreTraining.from_pretrained(tmp_path / "out")
+    rows = model.bert.embeddings.word_embeddings.weight
+    torch.testing.assert_close(rows.detach(), weights(bert)["source_embedding.weight"])
+
+
+def test_what_does_not_go_together_is_refused(
+    bert: Path, documents: Path, toy_set: Path, tmp_path: Path
+) -> None:
+    encoder = of(bert)
+    plain = toy.recipe(tmp_path)
+
+    def refused(expected: str, run: Any) -> None:
+        with pytest.raises(TrmtError, match=expected):
+            run()
+
+    at = tmp_path / "run"
+    refused(
+        "network.width = 32",
+        lambda: train(options(at, toy_set, plain, "network.width=32", init_from=encoder)),
+    )
+    rnn = toy.recipe(tmp_path, architecture="rnn")
+    refused("architecture = 'rnn'", lambda: train(options(at, toy_set, rnn, init_from=encoder)))
+    refused("trmt train", lambda: pretrain(at, toy_set, recipe(tmp_path, BERT)))
+    refused("trmt pretrain", lambda: train(options(at, documents, plain)))
+    file = recipe(tmp_path, BERT)
+    refused("objective = 'masked'", lambda: pretrain(at, documents, file, "architecture=transformer"))
+    refused("batches.passage", lambda: pretrain(at, documents, file, "network.longest=20"))
+    rnn_run = train(options(tmp_path / "rnn", toy_set, rnn))
+    refused(
+        "no encoder",
+        lambda: train(options(at, toy_set, plain, init_from=of(rnn_run))),
+    )
+    assert not at.exists()

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import toy
+from tests.toy import options
+from trmt import bundles, checkpoints
+from trmt.errors import ConfigError, DataError
+from trmt.shards import PreparedSet
+from trmt.tokenizer import Tokenizer
+from trmt.training import train
+from trmt.vectors import TextPieces, Vectors, put, read_vectors, train_vectors, write_vectors
+
+gensim: Any = pytest.importorskip("gensim")
+
+WORDS = ("the", "Haus", "naïve", "日本", "x")
+
+
+@pytest.fixture
+def made() -> Vectors:
+    return Vectors(WORDS, np.random.default_rng(1).normal(size=(5, 16)).astype(np.float32))
+
+
+def same(one: Vectors, other: Vectors) -> None:
+    assert one.words == other.words
+    np.testing.assert_allclose(one.rows, other.rows, rtol=1e-5, atol=1e-6)
+
+
+def saved_by_gensim(made: Vectors, path: Path, **how: Any) -> Path:
+    keyed = gensim.models.KeyedVectors(made.rows.shape[1])
+    keyed.add_vectors(list(made.words), made.rows)
+    keyed.save_word2vec_format(str(path), **how)
+    return path
+
+
+@pytest.mark.parametrize("how", [{"binary": True}, {"binary": False}, {"write_header": False}])
+def test_what_gensim_writes_is_read(made: Vectors, how: dict[str, Any], tmp_path: Path) -> None:
+    """word2vec's two formats, and without its first line that of GloVe."""
+    same(read_vectors(saved_by_gensim(made, tmp_path / "vectors", **how)), made)
+
+
+def test_gensim_reads_what_we_write(made: Vectors, tmp_path: Path) -> None:
+    write_vectors(tmp_path / "vectors.txt", made)
+    keyed = gensim.models.KeyedVectors.load_word2vec_format(str(tmp_path / "vectors.txt"))
+    same(Vectors(tuple(keyed.index_to_key), keyed.vectors), made)
+    same(read_vectors(tmp_path / "vectors.txt"), made)
+
+
+def test_the_first_tools_newlines_and_gloves_spaces_are_read(made: Vectors, tmp_path: Path) -> None:
+    with (tmp_path / "old.bin").open("wb") as stream:
+        stream.write(b"5 16\n")
+        for word, row in zip(made.words, made.rows, strict=True):
+            stream.write(word.encode() + b" " + row.tobytes() + b"\n")
+    same(read_vectors(tmp_path / "old.bin"), made)
+    (tmp_path / "glove.txt").write_text("a 1 2\n. . . 3 4\n", encoding="utf-8")
+    found = read_vectors(tmp_path / "glove.txt")
+    assert (found.words, found.rows.tolist()) == (("a", ". . ."), [[1, 2], [3, 4]])
+
+
+def test_only_the_words_that_are_wanted_are_kept(made: Vectors, tmp_path: Path) -> None:
+    found = read_vectors(saved_by_gensim(made, tmp_path / "v", binary=True), {"Haus", "none"})
+    assert found.words == ("Haus",)
+    np.testing.assert_array_equal(found.rows[0], made.rows[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "no vectors"),
+        (b"a 1 2\nb 1\n", "line 2"),
+        (b"a 1 nan\n", "not finite"),
+        (b"2 9\na \0\0", "ends in vector 1"),
+    ],
+)
+def test_damaged_files_are_said(content: bytes, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "vectors").write_bytes(content)
+    with pytest.raises(DataError, match=expected):
+        read_vectors(tmp_path / "vectors")
+
+
+def test_made_vectors_know_what_stands_alike() -> None:
+    """Words that are exchanged for each other everywhere come near each other, and are made again alike."""
+    chooser = np.random.default_rng(1)
+    kinds = [(["red", "blue"], ["a", "b", "e"]), (["one", "two"], ["c", "d", "f"])]
+    sentences = []
+    for _ in range(2000):
+        alike, beside = kinds[chooser.integers(2)]
+        sentences.append([str(chooser.choice(alike)), *map(str, chooser.permutation(beside))])
+    made = train_vectors(sentences, width=12, epochs=20)
+    rows = dict(zip(made.words, made.rows / np.linalg.norm(made.rows, axis=1, keepdims=True), strict=True))
+    assert rows["red"] @ rows["blue"] > rows["red"] @ rows["one"] + 0.2
+    np.testing.assert_array_equal(made.rows, train_vectors(sentences, width=12, epochs=20).rows)
+
+
+def tokenizer_of(data: Path) -> Tokenizer:
+    return Tokenizer.load(PreparedSet.open(data).tokenizer_folder)
+
+
+def test_pieces_that_are_words_take_the_words_vector(toy_set: Path) -> None:
+    side = tokenizer_of(toy_set).source
+    pieces = side.pieces(range(side.vocabulary))
+    whole = next(n for n, piece in enumerate(pieces) if piece.startswith("▁") and len(piece) > 2)
+    weight = torch.randn(side.vocabulary, 4)
+    before, spread = weight.clone(), float(weight.std())
+    rows = np.array([[1, 2, 3, 4], [9, 9, 9, 9]], np.float32)
+    assert put(weight, Vectors((pieces[whole][1:], "other"), rows), side, where="here") == 1
+    changed = (weight != before).any(1).nonzero().flatten().tolist()
+    assert changed == [whole]
+    assert float(weight[whole].std()) == pytest.approx(spread)
+    assert weight[whole].argsort().tolist() == [0, 1, 2, 3]
+    with pytest.raises(DataError, match="another language"):
+        put(weight, Vectors(("zzz",), rows[:1]), side, where="here")
+
+
+def vectors_file(data: Path, folder: Path, width: int) -> str:
+    side = tokenizer_of(data).source
+    text = folder / "text.txt"
+    text.write_text("\n".join(source for source, _ in toy.pairs(100, seed=3)), encoding="utf-8")
+    write_vectors(folder / "vectors.txt", train_vectors(TextPieces([str(text)], side), width=width))
+    return str(folder / "vectors.txt")
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_training_begins_with_vectors_and_keeps_frozen_ones(
+    frozen: bool, toy_set: Path, tmp_path: Path
+) -> None:
+    file = vectors_file(toy_set, tmp_path, 16)
+    settings = [f"vectors.source={file}", f"vectors.frozen={str(frozen).lower()}", "network.tied=target"]
+    recipe = toy.recipe(tmp_path)
+
+    def embeddings(run: Path, *more: str) -> tuple[torch.Tensor, torch.Tensor]:
+        train(options(run, toy_set, recipe, *settings, "optim.weight_decay=0.1", *more))
+        point = checkpoints.steps(run)[-1]
+        weights = bundles.read_weights(point.folder, point.manifest)
+        return weights["source_embedding.weight"], weights["encoder.0.own.weight"]
+
+    early, early_other = embeddings(tmp_path / "run", "training.steps=3")
+    late, late_other = embeddings(tmp_path / "run", "training.steps=6")
+    assert torch.equal(early, late) == frozen
+    assert not torch.equal(early_other, late_other)
+    whole = embeddings(tmp_path / "whole", "training.steps=6")
+    assert torch.equal(whole[0], late) and torch.equal(whole[1], late_other)
+    plain = [s for s in settings if not s.startswith("vectors")]
+    train(options(tmp_path / "plain", toy_set, recipe, *plain, "training.steps=3"))
+    point = checkpoints.steps(tmp_path / "plain")[-1]
+    other = bundles.read_weights(point.folder, point.manifest)["source_embedding.weight"]
+    assert not torch.allclose(other, early, atol=0.1)
+
+
+def test_vectors_are_made_from_the_set_when_none_are_given(
+    toy_set: Path, tmp_path: Path, capsys: Any
+) -> None:
+    train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), "vectors.target=train"))
+    assert "pieces begin with a vector" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["vectors.frozen=true"], "vectors.source"),
+        (["vectors.source=train", "vectors.frozen=true"], 'network.tied = "none"'),
+        (["vectors.source=train", "vectors.target=train"], 'network.tied = "all"'),
+        (["vectors.source=FILE"], "network.width is 16"),
+        (["vectors.source=none.txt"], "none.txt"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused(
+    settings: list[str], expected: str, toy_set: Path, tmp_path: Path
+) -> None:
+    file = vectors_file(toy_set, tmp_path, 8)
+    settings = [setting.replace("FILE", file) for setting in settings]
+    with pytest.raises((ConfigError, DataError), match=expected):
+        train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), *settings))
