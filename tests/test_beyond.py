@@ -34,8 +34,8 @@ def summarised(text: str, names: list[str], goods: list[str]) -> str:
             [name] = set(words) & set(names)
             [good] = set(words) & set(goods)
             sales.append((int(number[0]), name, good))
-    most, best, what = max(sales)
-    return f"{best} sold the most: {most} {what}. Sellers: {len(sales)}."
+    (least, last, poor), *_, (most, best, what) = [*sorted(sales)[:1], *sorted(sales)]
+    return f"{best} sold the most: {most} {what}. {last} sold the least: {least} {poor}."
 
 
 def test_summaries_follow_from_their_reports(beyond: ModuleType) -> None:

@@ -27,36 +27,11 @@ def trmt(*arguments: str, cwd: Path, stdin: bytes = b"") -> bytes:
     return done.stdout
 
 
-# A minute to a minute and a half on one core, to the score that docs/lineage.md tells, less a margin.
-SHORT = ["validation.sentences=100", "network.dropout=0.0", "batches.tokens=1024", "optim.schedule=cosine"]
-RNNSEARCH = [
-    "training.steps=900",
-    "validation.every=900",
-    "network.width=128",
-    "optim.lr=5e-3",
-    "optim.warmup=150",
-]
-LUONG = [
-    "training.steps=600",
-    "validation.every=600",
-    "network.width=128",
-    "optim.lr=4e-3",
-    "optim.warmup=100",
-]
-FIXED = [
-    "training.steps=900",
-    "validation.every=900",
-    "network.width=192",
-    "optim.lr=4e-3",
-    "optim.warmup=100",
-]
-CONV = [
-    "training.steps=700",
-    "validation.every=700",
-    "network.width=128",
-    "optim.lr=2e-3",
-    "optim.warmup=100",
-]
+# A minute and a half on one core; all but the first are still rising when it ends (docs/lineage.md).
+SHORT = ["network.dropout=0.0", "batches.tokens=1024", "network.width=128", "validation.sentences=100"]
+RNNSEARCH = ["training.steps=900", "validation.every=900", "optim.lr=5e-3", "optim.warmup=150"]
+LUONG = ["training.steps=600", "validation.every=600", "optim.lr=4e-3", "optim.warmup=100"]
+CONV = ["training.steps=900", "validation.every=150", "optim.warmup=150"]
 
 
 @pytest.mark.slow
@@ -64,10 +39,9 @@ CONV = [
     ("recipe", "settings", "bleu"),
     [
         ("phrasebook", ["training.steps=500", "validation.every=100"], 60),
-        ("rnnsearch", SHORT + RNNSEARCH, 85),
-        ("luong", SHORT + LUONG, 0),
-        ("rnn-fixed", SHORT + FIXED, 0),
-        ("convs2s", SHORT + CONV, 0),
+        ("rnnsearch", [*SHORT, *RNNSEARCH, "optim.schedule=cosine"], 85),
+        ("luong", [*SHORT, *LUONG, "optim.schedule=cosine"], 8),
+        ("convs2s", SHORT + CONV, 35),
     ],
 )
 def test_bare_commands_lead_from_text_to_a_score(
@@ -80,7 +54,7 @@ def test_bare_commands_lead_from_text_to_a_score(
     trmt("prepare", "--train", "texts/train", "--dev", "texts/dev", cwd=tmp_path)
     changes = [word for setting in settings for word in ("--set", setting)]
     trmt("train", "--recipe", recipe, *changes, cwd=tmp_path)
-    trmt("average", "--last", "1", cwd=tmp_path)
+    trmt("average", "--last", "2" if recipe == "convs2s" else "1", cwd=tmp_path)
     source = (tmp_path / "texts" / "test.en").read_bytes()
     translated = trmt("translate", cwd=tmp_path, stdin=source)
     assert translated.count(b"\n") == source.count(b"\n")
