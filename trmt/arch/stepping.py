@@ -38,6 +38,8 @@ class Cache:
 
     pairs_A2SCKD: Tensor
     table_SKC: Tensor
+    longest: int | None = 0  # tokens of the longest hypothesis; None: it has to be looked up
+    call: _Call | None = None  # how the kernel was called last
 
     @classmethod
     def empty(cls, sizes: tuple[int, int], *, layers: int, width: int) -> Cache:
@@ -53,6 +55,12 @@ class Cache:
         """How many tokens of each hypothesis there is space for."""
         return self.table_SKC.shape[2]
 
+    def go_on(self, position_S: Tensor, count: int) -> None:
+        """Space for `count` tokens more, which are about to come; so many as `position_S` says are there."""
+        before = int(position_S.max()) if self.longest is None else self.longest
+        self.longest = before + count
+        self.make_room(self.longest)
+
     def make_room(self, columns: int) -> None:
         """Space for so many tokens."""
         if columns > self.columns:
@@ -64,12 +72,17 @@ class Cache:
         self.table_SKC = F.pad(self.table_SKC, [0, more])
 
     def reorder(self, parents_SK: Tensor) -> Cache:
-        self.table_SKC = self.table_SKC.gather(1, parents_SK[:, :, None].expand_as(self.table_SKC))
+        if library := products.library():
+            parents_SK = parents_SK.contiguous()
+            library.trmt_reorder(parents_SK.data_ptr(), *self.table_SKC.shape, self.table_SKC.data_ptr())
+        else:
+            self.table_SKC = self.table_SKC.gather(1, parents_SK[:, :, None].expand_as(self.table_SKC))
         return self
 
     def keep(self, sentences: Tensor) -> Cache:
         self.pairs_A2SCKD = self.pairs_A2SCKD.index_select(2, sentences)
         self.table_SKC = self.table_SKC.index_select(0, sentences)
+        self.longest = None
         return self
 
     def replace(self, places: Tensor, other: Cache) -> Cache:
@@ -77,6 +90,7 @@ class Cache:
         self.make_room(columns)
         self.pairs_A2SCKD[:, :, :, :columns].index_copy_(2, places, other.pairs_A2SCKD)
         self.table_SKC[:, :, :columns].index_copy_(0, places, other.table_SKC)
+        self.longest = None
         return self
 
     def join(self, other: Cache) -> Cache:
@@ -84,10 +98,10 @@ class Cache:
         for cache in (self, other):
             cache._widen(columns)
         pairs = torch.cat([self.pairs_A2SCKD, other.pairs_A2SCKD], 2)
-        return Cache(pairs, torch.cat([self.table_SKC, other.table_SKC]))
+        return Cache(pairs, torch.cat([self.table_SKC, other.table_SKC]), None)
 
     def fork(self) -> Cache:
-        return Cache(self.pairs_A2SCKD.clone(), self.table_SKC.clone())
+        return Cache(self.pairs_A2SCKD.clone(), self.table_SKC.clone(), self.longest)
 
     def mark(self, position_S: Tensor) -> None:
         """Enter the tokens at `position_S` into the table."""
@@ -184,6 +198,18 @@ class _Step(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Pointers for the kernel, and the tensors they point to."""
+
+    step: _Step
+    tensors: tuple[Tensor, ...]
+
+    def still(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether these are the same tensors."""
+        return all(mine is theirs for mine, theirs in zip(self.tensors, tensors, strict=True))
+
+
 class Kernel:
     """A decoder whose step is one call; `net` is the network, `frozen` its tree of products."""
 
@@ -219,29 +245,30 @@ class Kernel:
             ctypes.addressof(self.layers),
             ctypes.addressof(self.norms),
         )
+        self.address = ctypes.addressof(self.network)
         self.function = products.library().trmt_step
         self.width = config.width
 
     def step(self, tokens_SK: Tensor, position_S: Tensor, cache: Cache, both: Tensor, mask: Tensor) -> Tensor:
         """The hidden states [S, K, D] after one more token of each hypothesis."""
-        sentences, hypotheses = tokens_SK.shape
-        tokens_SK, both, mask = tokens_SK.contiguous(), both.contiguous(), mask.contiguous()
-        hidden_SKD = torch.empty(sentences, hypotheses, self.width)
-        step = _Step(
-            sentences,
-            hypotheses,
-            cache.columns,
-            both.shape[2],
-            tokens_SK.data_ptr(),
-            position_S.data_ptr(),
-            cache.table_SKC.data_ptr(),
-            cache.pairs_A2SCKD.data_ptr(),
-            both.data_ptr(),
-            mask.data_ptr(),
-            hidden_SKD.data_ptr(),
-        )
-        self.function(ctypes.byref(self.network), ctypes.byref(step))
+        tensors = (position_S, cache.table_SKC, cache.pairs_A2SCKD, both, mask)
+        call = cache.call
+        if call is None or not call.still(tensors):
+            call = cache.call = self._call(tokens_SK.shape, cache.columns, tensors)
+        tokens_SK = tokens_SK.contiguous()
+        hidden_SKD = torch.empty(*tokens_SK.shape, self.width)
+        call.step.tokens, call.step.hidden = tokens_SK.data_ptr(), hidden_SKD.data_ptr()
+        self.function(self.address, ctypes.addressof(call.step))
         return hidden_SKD
+
+    @staticmethod
+    def _call(sizes: tuple[int, ...], columns: int, tensors: tuple[Tensor, ...]) -> _Call:
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        step = _Step(*sizes, columns, tensors[3].shape[2])
+        names = ("position", "table", "cache", "memory", "mask")
+        for name, tensor in zip(names, tensors, strict=True):
+            setattr(step, name, tensor.data_ptr())
+        return _Call(step, tensors)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

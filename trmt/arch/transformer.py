@@ -465,7 +465,7 @@ class TransformerStepper(Stepper):
         """The same one token after the other, in the arithmetic of `stepping`."""
         memory, cache, position_S = state.take()
         count = tokens_SKT.shape[2]
-        cache.make_room(int(position_S.max()) + count)
+        cache.go_on(position_S, count)
         hidden, weights = [], []
         for tokens_SK in tokens_SKT.unbind(2):
             if self.kernel and "attention" not in want:
@@ -474,9 +474,10 @@ class TransformerStepper(Stepper):
                 one_SKD, looked = self._one_token(tokens_SK, position_S, cache, memory)
                 weights.append(torch.stack(looked))  # [A, S, H, K, L]
             hidden.append(one_SKD)
-            position_S = position_S + 1
+            position_S.add_(1)  # in place: the kernel knows where it lies
         attention = torch.stack(weights, 4).flatten(3, 4) if "attention" in want else None
-        return Output(torch.stack(hidden, 2), attention=attention), State(memory, cache, position_S)
+        hidden_SKTD = hidden[0][:, :, None] if count == 1 else torch.stack(hidden, 2)
+        return Output(hidden_SKTD, attention=attention), State(memory, cache, position_S)
 
     def _one_token(
         self, tokens_SK: Tensor, position_S: Tensor, cache: stepping.Cache, memory: Memory

@@ -80,7 +80,10 @@ class Search(ABC):
 
     @abstractmethod
     def advance(self, scores_SKV: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
-        """From unnormalised scores to (parents [S, K], tokens [S, K], state)."""
+        """From unnormalised scores to (parents [S, K], tokens [S, K], state).
+
+        The state that was given is consumed: its tensors may be written in place.
+        """
 
     @abstractmethod
     def results(self, state: Any) -> list[list[Hypothesis]]:

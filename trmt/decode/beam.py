@@ -10,18 +10,33 @@ lives could overtake the worst one asked for, whatever it went on with.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trmt.decode.base import Hypothesis, Search, SearchState, Sentence
-from trmt.decode.choosing import highest
+from trmt.decode.choosing import highest, library_for
 from trmt.errors import ConfigError
 
 ROUNDING = 1e-6  # what normalised scores are off by, at most, relative to themselves
 MAX_PENALTY = 10  # as an exponent; far larger ones overflow and make all hypotheses equal
+TENSORS = (  # in the kernel's order
+    *("limit_S", "eos_S", "length_S", "ended_S", "parents_STK", "tokens_STK"),
+    *("score_SK", "ended_score_SK", "ended_length_SK", "ended_place_SK", "done_S"),
+)
+
+
+class _Beams(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("sentences", "size", "room", "n_best")),
+        *((name, ctypes.c_double) for name in ("length_penalty", "rounding")),
+        *((name, ctypes.c_void_p) for name in TENSORS),
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,14 @@ class BeamState(SearchState):
     ended_score_SK: Tensor
     ended_length_SK: Tensor  # with the end
     ended_place_SK: Tensor  # where the last token before the end stands
+
+    @cached_property
+    def for_kernel(self) -> Any:
+        """These tensors as the kernel takes them, which writes to them in place."""
+        tensors = [getattr(self, name) for name in TENSORS]
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        sentences, room, size = self.tokens_STK.shape
+        return _Beams(sentences, size, room, 0, 0, ROUNDING, *(tensor.data_ptr() for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -74,19 +97,21 @@ class Beam(Search):
         history_STK = torch.zeros((len(sentences), room, self.size), dtype=torch.long, device=device)
         return BeamState(
             done_S=zero_S.bool(),
-            length_S=zero_S,
+            length_S=zero_S.clone(),
             limit_S=limit_S,
             eos_S=zero_S + eos,
             score_SK=score_SK,
             parents_STK=history_STK,
             tokens_STK=history_STK.clone(),
-            ended_S=zero_S,
+            ended_S=zero_S.clone(),
             ended_score_SK=torch.full_like(score_SK, -torch.inf),
             ended_length_SK=torch.ones_like(score_SK, dtype=torch.long),
             ended_place_SK=torch.zeros_like(score_SK, dtype=torch.long),
         )
 
     def advance(self, scores_SKV: Tensor, state: BeamState) -> tuple[Tensor, Tensor, BeamState]:
+        if library := library_for(scores_SKV, self.size):
+            return self._at_once(library, scores_SKV.contiguous(), state)
         scores_RV = scores_SKV.flatten(0, 1)
         best_RC, ids_RC, sum_R1 = highest(scores_RV, self.size)
         log_RC = best_RC - sum_R1
@@ -109,6 +134,23 @@ class Beam(Search):
         score_SK = score_SK.masked_fill(taken | state.done_S[:, None], -torch.inf)
         state = replace(state, length_S=length_S, score_SK=score_SK)
         return parents_SK, tokens_SK, self._with_ended(state, ends_SK, full_S, parents_SK)
+
+    def _at_once(
+        self, library: Any, scores_SKV: Tensor, state: BeamState
+    ) -> tuple[Tensor, Tensor, BeamState]:
+        """The same by a kernel, in place."""
+        beams = state.for_kernel
+        beams.n_best, beams.length_penalty = self.n_best, self.length_penalty
+        parents_SK = torch.empty(scores_SKV.shape[:2], dtype=torch.long)
+        tokens_SK = torch.empty_like(parents_SK)
+        library.trmt_advance_beams(
+            ctypes.addressof(beams),
+            scores_SKV.data_ptr(),
+            scores_SKV.shape[2],
+            parents_SK.data_ptr(),
+            tokens_SK.data_ptr(),
+        )
+        return parents_SK, tokens_SK, state
 
     def _with_ended(self, state: BeamState, ends_SK: Tensor, full_S: Tensor, parents_SK: Tensor) -> BeamState:
         """Move what ended, and at the limit all, to the places behind those that ended before."""

@@ -5,14 +5,27 @@ Axes: S sentence, K hypothesis (one here), R rows (S * K), V vocabulary, T targe
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trmt.decode.base import Hypothesis, Search, SearchState, Sentence
-from trmt.decode.choosing import highest
+from trmt.decode.choosing import highest, library_for
+
+
+class _Lines(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("sentences", "room")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("limit", "eos", "length", "count", "tokens", "score", "ended", "done")
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class LineState(SearchState):
         zero_SK = torch.zeros((len(sentences), sizes[0]), dtype=torch.long, device=device)
         return cls(
             done_S=zero_S.bool(),
-            length_S=zero_S,
+            length_S=zero_S.clone(),
             limit_S=limit_S,
             eos_S=zero_S + eos,
             score_SK=zero_SK.float(),
@@ -44,6 +57,15 @@ class LineState(SearchState):
             count_SK=zero_SK,
             tokens_SKT=torch.zeros((len(sentences), *sizes), dtype=torch.long, device=device),
         )
+
+    @cached_property
+    def for_kernel(self) -> Any:
+        """These tensors as the kernel takes them, which writes to them in place."""
+        written = (self.length_S, self.count_SK, self.tokens_SKT, self.score_SK, self.ended_SK, self.done_S)
+        tensors = (self.limit_S, self.eos_S, *written)
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        rows, _, room = self.tokens_SKT.shape
+        return _Lines(rows, room, *(tensor.data_ptr() for tensor in tensors))
 
     def extended(self, tokens_SK: Tensor, log_SK: Tensor) -> LineState:
         """Each hypothesis one token longer, but those that have ended."""
@@ -87,11 +109,27 @@ class Greedy(Search):
         return LineState.empty(sentences, (1, room), eos=eos, device=device)
 
     def advance(self, scores_SKV: Tensor, state: LineState) -> tuple[Tensor, Tensor, LineState]:
+        if library := library_for(scores_SKV, 1):
+            return self._at_once(library, scores_SKV.contiguous(), state)
         scores_RV = scores_SKV.flatten(0, 1)
         best_R1, tokens_R1, sum_R1 = highest(scores_RV, 1)
         log_R1 = best_R1 - sum_R1
         tokens_SK = tokens_R1.view(scores_SKV.shape[:2])
         return torch.zeros_like(tokens_SK), tokens_SK, state.extended(tokens_SK, log_R1.view_as(tokens_SK))
+
+    def _at_once(
+        self, library: Any, scores_SKV: Tensor, state: LineState
+    ) -> tuple[Tensor, Tensor, LineState]:
+        """The same by a kernel, in place."""
+        sizes = scores_SKV.shape[:2]
+        parents_SK, tokens_SK = torch.zeros(sizes, dtype=torch.long), torch.empty(sizes, dtype=torch.long)
+        library.trmt_advance_lines(
+            ctypes.addressof(state.for_kernel),
+            scores_SKV.data_ptr(),
+            scores_SKV.shape[2],
+            tokens_SK.data_ptr(),
+        )
+        return parents_SK, tokens_SK, state
 
     def results(self, state: LineState) -> list[list[Hypothesis]]:
         return state.hypotheses()

@@ -1,9 +1,10 @@
-/* The highest scores of each row, where they are, and what the row's exponentials add up to.
+/* The searches: the highest scores of each row, what its exponentials add up to, and what follows from them.
 
-   trmt/decode/choosing.py has the same in plain PyTorch, which reads a row six times and writes it twice. */
+   trmt/decode has the same in plain PyTorch, which for the scores reads a row six times and writes it twice. */
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 enum { LANES = 16, CHUNK = 128 };
 
@@ -96,4 +97,128 @@ void trmt_highest(const float *scores, int64_t rows, int64_t vocabulary, int64_t
   for (int64_t row = 0; row < rows; row++)
     one_row(scores + row * vocabulary, vocabulary, count, best + row * count, ids + row * count,
             log_sum + row);
+}
+
+/* Greedy search's hypotheses, as trmt/decode/greedy.py has them, one of each sentence. */
+typedef struct {
+  int64_t sentences, room;
+  const int64_t *limit, *eos; /* [S] */
+  int64_t *length, *count;    /* [S] */
+  int64_t *tokens;            /* [S, room] */
+  float *score;               /* [S] */
+  uint8_t *ended, *done;      /* [S] */
+} Lines;
+
+/* Greedy.advance: the highest of each row is appended; `next` [S] is what was chosen. */
+void trmt_advance_lines(const Lines *l, const float *scores, int64_t vocabulary, int64_t *next) {
+  float *best = malloc(2 * l->sentences * sizeof(float)), *sums = best + l->sentences;
+  trmt_highest(scores, l->sentences, vocabulary, 1, best, next, sums);
+  for (int64_t s = 0; s < l->sentences; s++) {
+    int64_t at = l->length[s] < l->room ? l->length[s] : l->room - 1; /* who waits to be taken away */
+    l->tokens[s * l->room + at] = next[s];
+    l->length[s]++;
+    if (!l->ended[s]) l->score[s] += best[s] - sums[s];
+    uint8_t over = l->ended[s] || next[s] == l->eos[s];
+    l->count[s] += !over;
+    l->ended[s] = l->done[s] = over || l->length[s] >= l->limit[s];
+  }
+  free(best);
+}
+
+/* Beam search's hypotheses, as trmt/decode/beam.py has them. */
+typedef struct {
+  int64_t sentences, size, room, n_best;
+  double length_penalty, rounding;
+  const int64_t *limit, *eos;                                /* [S] */
+  int64_t *length, *ended;                                   /* [S] */
+  int64_t *parents, *tokens;                                 /* [S, room, K] */
+  float *score, *ended_score;                                /* [S, K] */
+  int64_t *ended_length, *ended_place;                       /* [S, K] */
+  uint8_t *done;                                             /* [S] */
+} Beams;
+
+/* As PyTorch's topk has it: what is no number comes first, so that it shows. */
+static inline int beats(float a, float b) { return a > b || (isnan(a) && !isnan(b)); }
+
+/* The `size` highest totals of a sentence's size * size candidates, in order. */
+static void survivors(int64_t size, const float *before, const float *best, const float *sums, float *score,
+                      int64_t *from) {
+  int64_t filled = 0;
+  for (int64_t candidate = 0; candidate < size * size; candidate++) {
+    float total = before[candidate / size] + (best[candidate] - sums[candidate / size]);
+    if (filled == size && !beats(total, score[size - 1])) continue;
+    int64_t place = filled < size ? filled++ : size - 1;
+    for (; place > 0 && beats(total, score[place - 1]); place--) {
+      score[place] = score[place - 1];
+      from[place] = from[place - 1];
+    }
+    score[place] = total;
+    from[place] = candidate;
+  }
+}
+
+static double normalised(const Beams *b, double score, int64_t length) {
+  return score / pow((5 + length) / 6.0, b->length_penalty);
+}
+
+/* The n_best-th of the normalised scores of what has ended; minus infinity while there are fewer. */
+static double worst(const Beams *b, int64_t s) {
+  double best[b->n_best];
+  if (b->ended[s] < b->n_best) return -INFINITY;
+  for (int64_t place = 0; place < b->n_best; place++) best[place] = -INFINITY;
+  for (int64_t k = s * b->size; k < s * b->size + b->ended[s]; k++) {
+    double score = normalised(b, b->ended_score[k], b->ended_length[k]);
+    for (int64_t place = 0; place < b->n_best; place++)
+      if (score > best[place]) {
+        double lower = best[place];
+        best[place] = score;
+        score = lower;
+      }
+  }
+  return best[b->n_best - 1];
+}
+
+/* What ended, and at the limit all, moves behind what ended before; then, is anything better in reach? */
+static void end(const Beams *b, int64_t s, const int64_t *parents, const int64_t *next) {
+  int64_t size = b->size, full = b->length[s] >= b->limit[s], before = b->ended[s];
+  float *score = b->score + s * size, most = -INFINITY;
+  for (int64_t k = 0; k < size; k++) {
+    if (k >= size - before || b->done[s]) score[k] = -INFINITY;
+    int ends = next[k] == b->eos[s];
+    if ((ends || full) && isfinite(score[k])) {
+      int64_t place = s * size + b->ended[s]++;
+      b->ended_score[place] = score[k];
+      b->ended_length[place] = b->length[s] + !ends;
+      b->ended_place[place] = ends ? parents[k] : k;
+      score[k] = -INFINITY;
+    }
+    if (beats(score[k], most)) most = score[k];
+  }
+  double hope = normalised(b, most, b->limit[s] + 1) * (1 - b->rounding);
+  b->done[s] = b->done[s] || full || b->ended[s] >= size || worst(b, s) >= hope;
+}
+
+/* Beam.advance: `parents` and `next` [S, K] say who goes on from where with what. */
+void trmt_advance_beams(const Beams *b, const float *scores, int64_t vocabulary, int64_t *parents,
+                        int64_t *next) {
+  int64_t size = b->size, rows = b->sentences * size;
+  int64_t *ids = malloc((rows + 1) * size * sizeof(int64_t) + (rows * (size + 1) + size) * sizeof(float));
+  int64_t *from = ids + rows * size;
+  float *best = (float *)(from + size), *sums = best + rows * size, *score = sums + rows;
+  trmt_highest(scores, rows, vocabulary, size, best, ids, sums);
+  for (int64_t s = 0; s < b->sentences; s++) {
+    int64_t first = s * size, any = b->ended[s] > 0;
+    survivors(size, b->score + first, best + first * size, sums + first, score, from);
+    int64_t at = b->length[s] < b->room ? b->length[s] : b->room - 1; /* who waits to be taken away */
+    for (int64_t k = 0; k < size; k++) {
+      int64_t history = (s * b->room + at) * size + k;
+      b->score[first + k] = score[k];
+      b->parents[history] = parents[first + k] = from[k] / size;
+      b->tokens[history] = next[first + k] = ids[first * size + from[k]];
+      any |= next[first + k] == b->eos[s];
+    }
+    b->length[s]++;
+    if (any || b->length[s] >= b->limit[s]) end(b, s, parents + first, next + first);
+  }
+  free(ids);
 }

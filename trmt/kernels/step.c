@@ -219,3 +219,15 @@ void trmt_step(const Network *n, const Step *s) {
   }
   free(x);
 }
+
+/* Hypothesis k of a sentence goes on from the history of parents[k]. */
+void trmt_reorder(const int64_t *parents, int64_t sentences, int64_t hypotheses, int64_t room, int32_t *table) {
+  int64_t size = hypotheses * room;
+  int32_t *before = malloc((size + 1) * sizeof(int32_t));
+  for (int64_t s = 0; s < sentences; s++, parents += hypotheses, table += size) {
+    memcpy(before, table, size * sizeof(int32_t));
+    for (int64_t k = 0; k < hypotheses; k++)
+      if (parents[k] != k) memcpy(table + k * room, before + parents[k] * room, room * sizeof(int32_t));
+  }
+  free(before);
+}

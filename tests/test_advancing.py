@@ -1,0 +1,111 @@
+"""Searches that advance by a kernel against the same in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trmt.decode import choosing
+from trmt.decode.base import CHUNK, Search, SearchState
+from trmt.decode.beam import Beam
+from trmt.decode.greedy import Greedy
+
+EOS, ROOM = 2, 12
+CPU = torch.device("cpu")
+SEARCHES: tuple[Search, ...] = (
+    Greedy(),
+    Beam(size=1),
+    Beam(size=4),
+    Beam(size=5, n_best=3, length_penalty=1.0),
+    Beam(size=8, n_best=8, length_penalty=0.0),
+)
+needs_kernels = pytest.mark.skipif(not choosing._library(), reason="no C compiler here")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a search is told of a sentence."""
+
+    limit: int
+    key: int = 0
+
+
+def scores_of(step: int, *, rows: tuple[int, int], wish: float) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    scores = torch.randn(*rows, 9 * CHUNK + 5, generator=generator) * 2
+    scores[..., EOS] += wish
+    scores[..., :2] = -torch.inf
+    return scores
+
+
+def walk(search: Search, *, wish: float) -> tuple[list[tuple[Tensor, ...]], Any]:
+    """Every choice on a way to the end, on which sentences leave and others take their places."""
+    limits = [12, 12, 3, 1, 9, 12, 7]
+    state = search.start([Told(limit) for limit in limits], room=ROOM, eos=EOS, device=CPU)
+    choices = []
+    for step in range(ROOM):
+        scores = scores_of(step, rows=(len(state.done_S), search.hypotheses), wish=wish)
+        parents, tokens, state = search.advance(scores, state)
+        alive = state.done_S.logical_not()
+        choices.append((parents[alive].clone(), tokens[alive].clone(), state.done_S.clone()))
+        if step == 3:
+            state = state.keep(torch.tensor([5, 0, 2, 4, 1]))
+        if step == 5:
+            fresh = search.start([Told(12), Told(5)], room=ROOM, eos=EOS, device=CPU)
+            state = state.replace(torch.tensor([2, 0]), fresh)
+    return choices, state
+
+
+@needs_kernels
+@pytest.mark.parametrize("wish", [0.0, 5.0, 9.0])
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_the_kernel_chooses_what_pytorch_does(
+    search: Search, wish: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native, native_state = walk(search, wish=wish)
+    monkeypatch.setattr(choosing, "_library", lambda: None)
+    plain, plain_state = walk(search, wish=wish)
+    for one, other in zip(native, plain, strict=True):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+    for mine, theirs in zip(search.results(native_state), search.results(plain_state), strict=True):
+        assert [each.ids for each in mine] == [each.ids for each in theirs]
+        assert [each.score for each in mine] == pytest.approx([each.score for each in theirs], abs=2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_a_sentence_does_not_depend_on_its_neighbours(search: Search) -> None:
+    limits = [4, 12, 8]
+    together = search.start([Told(limit) for limit in limits], room=ROOM, eos=EOS, device=CPU)
+    alone = [search.start([Told(limit)], room=ROOM, eos=EOS, device=CPU) for limit in limits]
+    for step in range(ROOM):
+        if bool(together.done_S.all()):
+            break
+        scores = scores_of(step, rows=(3, search.hypotheses), wish=5.0)
+        _, _, together = search.advance(scores.clone(), together)
+        for place, state in enumerate(alone):
+            _, _, alone[place] = search.advance(scores[place : place + 1].clone(), state)
+    for place, state in enumerate(alone):
+        mine, whole = tensors(state), tensors(together)
+        assert all(torch.equal(mine[name][0], whole[name][place]) for name in mine)
+
+
+def tensors(state: SearchState) -> dict[str, Tensor]:
+    return {field.name: getattr(state, field.name) for field in fields(state)}
+
+
+@needs_kernels
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_scores_that_are_no_numbers_do_not_look_like_a_result(search: Search) -> None:
+    state = search.start([Told(4), Told(4)], room=4, eos=EOS, device=CPU)
+    for step in range(4):
+        scores = scores_of(step, rows=(2, search.hypotheses), wish=0.0)
+        scores[1, :, 300] = torch.nan
+        _, _, state = search.advance(scores, state)
+    good, bad = search.results(state)
+    assert good and all(torch.tensor(each.score).isfinite() for each in good)
+    assert not bad or all(torch.tensor(each.score).isnan() for each in bad)
