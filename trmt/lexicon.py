@@ -6,6 +6,7 @@ sentence may need: the first ids up to the end of sentence, bytes, and the most 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,8 @@ from trmt.errors import BundleError
 from trmt.files import atomic_file, checksum
 
 FILE = "shortlist.safetensors"
-FORMAT = "1"
+FORMAT = 1
+HEAD = "lexicon"  # the entry of the metadata
 ADVICE = "make it again with trmt shortlist"
 
 Ids = NDArray[np.int64]
@@ -74,12 +76,8 @@ def write(path: Path, lexicon: Lexicon, *, tokenizer: str) -> dict[str, Any]:
         name: torch.from_numpy(getattr(lexicon, name).astype(np.int32))
         for name in ("begins", "targets", "always")
     }
-    metadata = {
-        "format": FORMAT,
-        "tokenizer": tokenizer,
-        "room": str(lexicon.room),
-        "vocabulary": str(lexicon.vocabulary),
-    }
+    head = {"format": FORMAT, "tokenizer": tokenizer, "room": lexicon.room, "vocabulary": lexicon.vocabulary}
+    metadata = {HEAD: json.dumps(head)}  # one entry, since safetensors writes several in any order
     with atomic_file(path) as stream:
         stream.write(save(tensors, metadata=metadata))
     return {"bytes": path.stat().st_size, "sha256": checksum(path)}
@@ -94,11 +92,14 @@ def read(path: Path, *, sha256: str, tokenizer: str, sizes: tuple[int, int]) -> 
         if checksum(path) != sha256:
             raise BundleError(f"{path} is not as it was written: its checksum differs; {ADVICE}")
         with safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name).numpy().astype(np.int64) for name in ("begins", "targets", "always")}
-        if metadata.get("format") != FORMAT or metadata.get("tokenizer") != tokenizer:
+            head = json.loads((stream.metadata() or {})[HEAD])
+            tensors = {
+                name: stream.get_tensor(name).numpy().astype(np.int64)
+                for name in ("begins", "targets", "always")
+            }
+        if head["format"] != FORMAT or head["tokenizer"] != tokenizer:
             raise BundleError(f"{path} was made for another tokenizer; {ADVICE}")
-        lexicon = Lexicon(**tensors, room=int(metadata["room"]), vocabulary=int(metadata["vocabulary"]))
+        lexicon = Lexicon(**tensors, room=int(head["room"]), vocabulary=int(head["vocabulary"]))
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror or error}; {ADVICE}") from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
