@@ -1,6 +1,6 @@
 """Measures what a shortlist gains and loses: `python bench/shortlist.py BUNDLE SOURCE REFERENCE`.
 
-BUNDLE is a trained network with a lexicon (`trmt shortlist`), SOURCE and REFERENCE a test set for it, plain or
+BUNDLE is a trained network with a lexicon (`trmt shortlist`), SOURCE and REFERENCE a test set, plain or
 .gz. Beside it, a network of 6+6 layers of 512 with 32,000 pieces, random weights and a random lexicon
 translates random sentences of 30 pieces into 30: that says what readouts cost, and nothing of quality. Random
 sentences have hardly a piece in common, so the lists of a batch have less in common than those of real ones.

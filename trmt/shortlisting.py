@@ -27,8 +27,8 @@ class ShortlistOptions:
 
     model: Path | None = None  # None: the default one
     data: Path | None = None  # None: the set that it was trained on, in data/
-    best: int = 50  # target pieces of a source piece, at most
-    frequent: int = 200  # target pieces that are in every list
+    best: int = 100  # target pieces of a source piece, at most
+    frequent: int = 300  # target pieces that are in every list
     room: int = 1500  # pieces of a list beside these, at most
 
     def __post_init__(self) -> None:

@@ -19,10 +19,10 @@ def command(
     ] = None,
     best: Annotated[
         int, typer.Option("--best", help="Target pieces that a source piece may become, at most.")
-    ] = 50,
+    ] = 100,
     frequent: Annotated[
         int, typer.Option("--frequent", help="Most frequent target pieces, which every sentence may hold.")
-    ] = 200,
+    ] = 300,
     room: Annotated[
         int, typer.Option("--room", help="Pieces that a sentence's list has beside these, at most.")
     ] = 1500,
