@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the files in bench/results: `python bench/readme.py`."""
+"""Writes the tables of README.md and docs from the files in bench/results: `python bench/readme.py`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_suite
 import quality_tables
+import shortlist_tables
 import speed_tables
 import translation_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "cpu.md")
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -101,6 +103,15 @@ def translation() -> str:
     return measured + (f"\n\n- {source(result)}" if result else "")
 
 
+def shortlist() -> str:
+    result = shortlist_tables.result()
+    if result is None:
+        return "pending"
+    speed = table(shortlist_tables.SPEED_HEAD, shortlist_tables.speed_rows(result))
+    quality = table(shortlist_tables.QUALITY_HEAD, shortlist_tables.quality_rows(result))
+    return f"{quality}\n\n{speed}\n\n- {source(result)}"
+
+
 def sources(names: list[str]) -> str:
     """Where the figures come from, of those results that there are."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -144,6 +155,7 @@ TABLES = {
     "peers": peers,
     "scale": scale,
     "translation": translation,
+    "shortlist": shortlist,
     "quality": quality,
     "corpora": corpora,
     "gpu": gpu,
@@ -160,4 +172,5 @@ def generated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(generated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(generated(page.read_text(encoding="utf-8")), encoding="utf-8")

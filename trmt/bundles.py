@@ -4,6 +4,7 @@
     weights.safetensors   each tensor once; the manifest says which names share one, and whether matrices
                           are whole numbers beside their scales (trmt/quantised.py)
     tokenizer/            text to ids and back
+    shortlist.safetensors which pieces become which, if `trmt shortlist` was there (trmt/lexicon.py)
 
 A bundle is data: nothing in it is unpickled, and its manifest may name registered architectures only, so
 that a copied model cannot run code. Copy the folder and translate.
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +27,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import trmt
-from trmt import quantised
+from trmt import lexicon, quantised
 from trmt.arch.base import Network, Seq2Seq
 from trmt.config import build, tree_of
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.files import atomic_folder, checksum, write_json
+from trmt.lexicon import Lexicon
 from trmt.registry import NETWORKS, resolve
 from trmt.tokenizer import Tokenizer
 
@@ -57,6 +60,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)  # size and checksum of the file
     precision: Literal["fp32", "int8"] = "fp32"  # of the matrices in it
+    shortlist: dict[str, Any] = field(default_factory=dict)  # size, checksum and origin of the lexicon
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_bundle(
-    folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+    folder: Path,
+    manifest: Manifest,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    *,
+    like: Sequence[Path] = (),
 ) -> None:
-    """Write a whole bundle, atomically."""
+    """Write a whole bundle, atomically; the lexicon is that of the first bundle in `like` that has one."""
     with atomic_folder(folder) as partial:
+        manifest = replace(manifest, shortlist=_copied_lexicon(like, partial, manifest.tokenizer))
         write_bundle(partial, manifest, weights, tokenizer)
+
+
+def _copied_lexicon(places: Sequence[Path], folder: Path, tokenizer: str) -> dict[str, Any]:
+    """What the manifest has to say of it; nothing, if none of these bundles has one for this tokenizer."""
+    for place in places:
+        found = read_manifest(place)
+        if found.shortlist and found.tokenizer == tokenizer and (place / lexicon.FILE).is_file():
+            shutil.copyfile(place / lexicon.FILE, folder / lexicon.FILE)
+            return found.shortlist
+    return {}
+
+
+def read_lexicon(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Lexicon:
+    """The lexicon of a bundle; one that is not there or was altered is an error."""
+    if not manifest.shortlist:
+        raise BundleError(f"{folder} has no lexicon for --shortlist; make one with trmt shortlist {folder}")
+    return lexicon.read(
+        folder / lexicon.FILE,
+        sha256=str(manifest.shortlist.get("sha256", "")),
+        tokenizer=tokenizer.fingerprint,
+        sizes=(tokenizer.source.vocabulary, tokenizer.target.vocabulary),
+    )
 
 
 def rewrite_manifest(folder: Path, **changes: Any) -> None:

@@ -27,6 +27,7 @@ def inspect(place: Path | None = None) -> dict[str, Any]:
         "parameters": sum(math.prod(tensor.shape) for tensor in own.values()),
         "bytes": (folder / bundles.WEIGHTS).stat().st_size,
         "precision": manifest.precision,
+        "shortlist": manifest.shortlist,
         "backend": linear.backend(),
         "processors": [products.PROCESSORS[number] for number in products.processors()],
         **{name: tree[name] for name in ("longest", "normalisation", "data", "training", "scores")},

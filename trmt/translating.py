@@ -20,6 +20,7 @@ from trmt.decode.base import Hypothesis, Search
 from trmt.engines.base import Batching, Engine, Request
 from trmt.engines.device import choose_device
 from trmt.errors import BundleError, ConfigError
+from trmt.lexicon import Lexicon
 from trmt.registry import ENGINES, RANKERS, SEARCHES, resolve
 from trmt.splitting import joiner_for, split_text
 from trmt.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class TranslateOptions:
     engine: str = "eager"
     device: str = "auto"
     precision: Literal["auto", "fp32", "int8"] = "auto"  # auto: that of the bundle, but fp32 on a GPU
+    shortlist: bool = False  # only pieces that the bundle's lexicon lists for the source
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "fp32", "int8"):
@@ -114,6 +116,7 @@ class Translator:
         longest: int,
         options: TranslateOptions = TranslateOptions(),
         weights: str = "",
+        lexicon: Lexicon | None = None,
     ) -> None:
         self.tokenizer, self.options = tokenizer, options
         source, target = tokenizer.source, tokenizer.target
@@ -122,6 +125,8 @@ class Translator:
         self.longest = max(min(longest, self.positions - 1), 1)
         self.eos = source.eos
         self.ranker = resolve(RANKERS, "best")()
+        # A list has room for so many ids of a prefix.
+        self.prefix_room = min(self.positions, lexicon.room if lexicon else self.positions)
         rows = int(getattr(net.config, "target_vocabulary", 0))  # those beyond the vocabulary fill it up
         self.engine: Engine = resolve(ENGINES, options.engine)(
             net,
@@ -132,6 +137,7 @@ class Translator:
             batching=Batching(sentences=options.batch),
             precision="int8" if options.precision == "int8" else "fp32",
             weights=weights,
+            lexicon=lexicon,
         )
 
     @classmethod
@@ -151,7 +157,12 @@ class Translator:
         if not longest:
             raise BundleError(f"the manifest of {folder} does not say longest.source; copy the bundle again")
         weights = str(bundle.manifest.weights.get("sha256", ""))
-        return cls(bundle.net, bundle.tokenizer, longest=longest, options=options, weights=weights)
+        lexicon = (
+            bundles.read_lexicon(folder, bundle.manifest, bundle.tokenizer) if options.shortlist else None
+        )
+        return cls(
+            bundle.net, bundle.tokenizer, longest=longest, options=options, weights=weights, lexicon=lexicon
+        )
 
     def translate(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0
@@ -172,7 +183,7 @@ class Translator:
         sources = self.tokenizer.source.encode(texts)
         forced = self.tokenizer.target.encode(prefixes or [""] * len(texts))
         for number, (text, ids, prefix) in enumerate(zip(texts, sources, forced, strict=True)):
-            line = _Line(prefix_cut=len(prefix) >= self.positions)
+            line = _Line(prefix_cut=len(prefix) >= self.prefix_room)
             for piece, (piece_ids, joiner) in enumerate(self._pieces(text, ids)):
                 key = (first_key + number) << 32 | piece
                 owners.append((number, piece))
@@ -210,6 +221,7 @@ class Translator:
         return self.tokenizer.source.encode([text])[0]
 
     def _request(self, ids: list[int], prefix: list[int], *, key: int) -> Request:
+        prefix = prefix[: self.prefix_room - 1]
         limit = max(self.options.max_length or len(ids) + EXTRA, len(prefix))
         limit = max(min(limit, self.positions - 1), 1)
         return Request(source=(*ids, self.eos), limit=limit, prefix=tuple(prefix[:limit]), key=key)

@@ -17,6 +17,7 @@ import torch
 import trmt
 from trmt import bundles, checkpoints, console
 from trmt.errors import BundleError, TrmtError
+from trmt.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 Sentences = Sequence[Mapping[str, Any]]
@@ -68,6 +69,8 @@ def verify(options: VerifyOptions) -> Verified:
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise BundleError(f"the weights {name!r} of {folder} are not all numbers; use another checkpoint")
+    if manifest.shortlist:
+        bundles.read_lexicon(folder, manifest, Tokenizer.load(folder / bundles.TOKENIZER))
     now = replayed(folder, manifest.golden, device=options.device, trust_code=options.trust_code)
     differences = tuple(
         Difference(str(golden["source"]), str(golden["translation"]), text)

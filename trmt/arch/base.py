@@ -274,6 +274,10 @@ class Stepper(ABC):
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         """The logits of the whole vocabulary, or of the ids in `only`."""
 
+    def narrowed(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """What reads out the logits of these ids alone, with the bits they have among all; for many steps."""
+        return lambda hidden: self.readout(hidden).index_select(-1, ids)
+
 
 class Network(nn.Module):
     """What every network says of itself, whether it translates or only reads."""

@@ -16,7 +16,7 @@ N all tokens of a batch in a row, Q queries (K * T of them), H heads (one here),
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -255,3 +255,6 @@ class ConvS2SStepper(Stepper):
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return layers.readout(self.product, self.weight_VD, hidden, only)
+
+    def narrowed(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        return layers.narrowed(self.product, ids)

@@ -139,6 +139,13 @@ def readout(
     return F.linear(hidden, weight_VD[only], None if bias_V is None else bias_V[only])
 
 
+def narrowed(product: Any, ids: Tensor) -> Any:
+    """The product of the outputs `ids` alone; where its bits would differ, these are selected from all."""
+    if hasattr(product, "only"):
+        return product.only(ids)
+    return lambda hidden: product(hidden).index_select(-1, ids)
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 

@@ -15,7 +15,7 @@ context = "start" the decoder sees nothing else of the source (Sutskever et al.,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -383,3 +383,6 @@ class RNNStepper(Stepper):
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return layers.readout(self.product, self.weight_VD, hidden, only)
+
+    def narrowed(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        return layers.narrowed(self.product, ids)

@@ -539,3 +539,6 @@ class TransformerStepper(Stepper):
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return layers.readout(self.product, self.weight_VD, hidden, only, self.bias_V)
+
+    def narrowed(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        return layers.narrowed(self.product, ids)

@@ -38,7 +38,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("precision", facts["precision"]),
         ("on this CPU", f"{facts['backend']} ({', '.join(facts['processors']) or 'no kernels'})"),
     ]
-    for name in ("training", "data", "versions"):
+    for name in ("shortlist", "training", "data", "versions"):
         shown = ", ".join(f"{key} {value}" for key, value in facts[name].items() if _is_plain(value))
         lines += [(name, shown)] if shown else []
     for score in facts["scores"]:

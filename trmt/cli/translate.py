@@ -50,6 +50,12 @@ def command(
     precision: Annotated[
         str, typer.Option("--precision", help="fp32, int8 (on the CPU), or auto: as the bundle is.")
     ] = "auto",
+    shortlist: Annotated[
+        bool,
+        typer.Option(
+            "--shortlist/--no-shortlist", help="Only pieces that trmt shortlist found for the source: faster."
+        ),
+    ] = False,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
     ] = None,
@@ -90,6 +96,7 @@ def command(
         batch=batch,
         device="cpu" if count > 1 else device,
         precision=cast(Any, precision),  # checked there
+        shortlist=shortlist,
         **asked,
     )
     with ExitStack() as ends:

@@ -20,9 +20,11 @@ from trmt.arch.base import Seq2Seq, Source, State, Stepper
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Engine, Request
+from trmt.engines.columns import Listed, Whole
 from trmt.errors import BundleError, ConfigError
 from trmt.kernels.products import Precision
 from trmt.kernels.shelf import Shelf
+from trmt.lexicon import Lexicon
 
 COMPACT_AT = 0.25  # share of finished sentences at which others take their places, or the batch shrinks
 REFILL_WIDTH = 0.6  # of the longest source in a batch: what is shorter waits for the next
@@ -43,8 +45,12 @@ class Eager(Engine):
         batching: Batching = Batching(),
         precision: Precision = "fp32",
         weights: str = "",
+        lexicon: Lexicon | None = None,
     ) -> None:
-        """`weights` is the checksum of the weights' file; packed forms of them are then kept for others."""
+        """`weights` is the checksum of the weights' file; packed forms of them are then kept for others.
+
+        With a lexicon, translations hold only what it lists for their sources.
+        """
         if net.couples_batch:
             raise ConfigError(
                 f"translations of {type(net).__name__} would depend on the sentences beside them, "
@@ -58,6 +64,7 @@ class Eager(Engine):
         self.bos, self.eos = bos, eos
         self.batching = batching
         self.device = next(net.parameters()).device
+        self.lexicon = lexicon
         self.banned = torch.tensor(sorted(banned), dtype=torch.long, device=self.device)
 
     def translate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
@@ -97,6 +104,7 @@ class Eager(Engine):
                 continue
             finished = [place for place, is_done in enumerate(done) if is_done]
             results = self._results(under.search_state.keep(self._places(finished)))
+            results = [*map(under.columns.named, finished, results)]
             yield from zip([under.indices[place] for place in finished], results, strict=True)
             if all(done):
                 return
@@ -112,15 +120,21 @@ class Eager(Engine):
         """These sentences before their first token."""
         chosen = [requests[index] for index in indices]
         source = Source.of([request.source for request in chosen], self.device)
-        kind = self.search
+        kind, columns = self.search, self._columns(chosen)
         return _Underway(
             indices,
             torch.full((len(chosen), kind.hypotheses), self.bos, device=self.device),
             self.stepper.start(source, hypotheses=kind.hypotheses, room=room, reorders=kind.reorders),
             kind.start(chosen, room=room, eos=self.eos, device=self.device),
-            Masks(chosen, banned=self.banned, eos=self.eos),
+            Masks(columns.seen(chosen), banned=columns.banned, eos=self.eos),
+            columns,
             source.longest,
         )
+
+    def _columns(self, requests: Sequence[Request]) -> Whole:
+        if self.lexicon is None:
+            return Whole(self.stepper, self.banned)
+        return Listed(requests, self.lexicon, stepper=self.stepper, banned=self.banned)
 
     def _results(self, search_state: Any) -> list[list[Hypothesis]]:
         results = self.search.results(search_state)
@@ -145,6 +159,7 @@ class _Underway:
     state: State
     search_state: Any
     masks: Masks
+    columns: Whole
     width: int  # of the longest source
     oldest: int = 0  # tokens that the longest hypothesis has
 
@@ -152,9 +167,10 @@ class _Underway:
         """One token more for each hypothesis."""
         output, state = engine.stepper.step(self.tokens_SK[:, :, None], self.state)
         # In half precision a sum over a vocabulary would lose the differences that decide.
-        scores_SKV = engine.stepper.readout(output.hidden[:, :, 0]).float()
+        scores_SKV = self.columns.scores(output.hidden[:, :, 0]).float()
         self.masks.apply(scores_SKV, self.search_state.length_S)
-        parents_SK, self.tokens_SK, self.search_state = engine.search.advance(scores_SKV, self.search_state)
+        parents_SK, chosen_SK, self.search_state = engine.search.advance(scores_SKV, self.search_state)
+        self.tokens_SK = self.columns.ids(chosen_SK)
         self.state = state.reorder(parents_SK) if engine.search.reorders else state
         self.oldest += 1
 
@@ -165,6 +181,7 @@ class _Underway:
         self.state = self.state.keep(sentences)
         self.search_state = self.search_state.keep(sentences)
         self.masks.keep(sentences)
+        self.columns.keep(sentences)
         self.oldest = int(self.search_state.length_S.max())
 
     def replace(self, places: Tensor, other: _Underway) -> None:
@@ -175,6 +192,7 @@ class _Underway:
         self.state = self.state.replace(places, other.state)
         self.search_state = self.search_state.replace(places, other.search_state)
         self.masks.replace(places, other.masks)
+        self.columns.replace(places, other.columns)
         self.oldest = int(self.search_state.length_S.max())
 
 
