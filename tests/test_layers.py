@@ -8,12 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.fakes import random_sentences, small_network
 from trmt.arch import layers
-from trmt.arch.base import Source
-from trmt.arch.rnn import RNN, Cell, gru
 from trmt.config import tree_of
-from trmt.engines.linear import eager
 from trmt.errors import ConfigError
 from trmt.registry import ARCHITECTURES, resolve
 
@@ -69,28 +65,6 @@ def test_merged_products_begin_like_separate_ones() -> None:
     for part in merged.weight.detach().chunk(3):
         assert 0.95 * bound < part.abs().max().item() <= bound
     assert not merged.bias.any()
-
-
-def test_a_step_is_torchs_gru_cell() -> None:
-    torch.manual_seed(5)
-    theirs, ours = nn.GRUCell(12, 8), Cell(12, 8)
-    ours.input.load_state_dict({"weight": theirs.weight_ih, "bias": theirs.bias_ih})
-    ours.recur.load_state_dict({"weight": theirs.weight_hh, "bias": theirs.bias_hh})
-    x, state = torch.randn(5, 12), torch.randn(5, 8)
-    found = gru(ours.input(x), ours.recur(state), state)
-    torch.testing.assert_close(found, theirs(x, state), atol=1e-5, rtol=1e-5)
-
-
-@torch.inference_mode()
-def test_the_frozen_encoder_is_torchs_gru() -> None:
-    net = small_network("rnn", encoder_layers=2)
-    assert isinstance(net, RNN)
-    sentences = random_sentences(6, longest=20, seed=6)
-    memory, _, _ = net.frozen(eager).start(Source.of(sentences), hypotheses=1, room=1).take()
-    for row, sentence in enumerate(sentences):
-        expected, _ = net.encoder(net.source_embedding(torch.tensor([sentence])))
-        found = memory["states"][row, : len(sentence)]
-        torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))

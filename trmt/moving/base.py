@@ -66,9 +66,9 @@ def transformer_of(bundle: Bundle, name: str) -> Transformer:
         ("segments", 1),
         ("epsilon", 0.0),
     ):
-        if (found := getattr(bundle.net.config, option)) != usual:
+        if (value := getattr(bundle.net.config, option)) != usual:
             raise ConfigError(
-                f"{name} has no Transformer with {option} = {found!r}; train one with {usual!r}"
+                f"{name} has no Transformer with {option} = {value!r}; train one with {usual!r}"
             )
     return bundle.net
 
