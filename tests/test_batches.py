@@ -81,7 +81,8 @@ def fake_set(source: np.ndarray, target: np.ndarray) -> PreparedSet:
             return lengths[name]
 
     return cast(
-        PreparedSet, SimpleNamespace(split=lambda name: Split(), corpus_weights=np.ones(1), folder="fake")
+        PreparedSet,
+        SimpleNamespace(kind="pairs", split=lambda name: Split(), corpus_weights=np.ones(1), folder="fake"),
     )
 
 

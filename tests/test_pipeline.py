@@ -68,6 +68,15 @@ CONV = [
         ("luong", SHORT + LUONG, 0),
         ("rnn-fixed", SHORT + FIXED, 0),
         ("convs2s", SHORT + CONV, 0),
+        (
+            "universal",
+            [
+                *(f"network.{size}" for size in ("width=128", "feed_forward=512", "dropout=0.0")),
+                *(f"optim.{option}" for option in ("lr=2e-3", "warmup=200", "schedule=cosine")),
+                *("batches.tokens=1024", "training.steps=500", "validation.every=100"),
+            ],
+            60,
+        ),
     ],
 )
 def test_bare_commands_lead_from_text_to_a_score(
@@ -88,6 +97,49 @@ def test_bare_commands_lead_from_text_to_a_score(
         trmt("score", "--ref", "texts/test.de", "--metric", "bleu", "--json", cwd=tmp_path, stdin=translated)
     )
     assert bleu < scored["systems"][0]["scores"]["bleu"]["value"] <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "settings", "loss"),
+    [
+        (
+            "bert-tiny",
+            [
+                "loss.next_sentence=false",
+                "optim.schedule=constant",
+                "batches.tokens=2048",
+                "training.steps=300",
+            ],
+            3.0,
+        ),
+        ("bart-tiny", ["batches.tokens=1024", "training.steps=100"], 3.3),
+    ],
+)
+def test_bare_commands_lead_from_documents_to_a_network_that_reads(
+    tmp_path: Path, recipe: str, settings: list[str], loss: float
+) -> None:
+    """A unigram model of these pieces would lose more than 5 nats."""
+    subprocess.run([sys.executable, str(ROOT / "data" / "phrasebook.py"), "texts"], cwd=tmp_path, check=True)
+    languages = ("--from", "en", "--to", "de")
+    trmt("tokenizer", "--train", "texts/train", *languages, "--size", "2400", cwd=tmp_path)
+    for name in ("train", "dev"):  # like sentences together
+        lines = sorted({*(tmp_path / f"texts/{name}.en").read_text("utf-8").splitlines()})
+        documents = ("\n".join(lines[at : at + 10]) for at in range(0, len(lines), 10))
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    trmt("prepare", "--documents", "train.txt", "--dev", "dev.txt", cwd=tmp_path)
+    settings = [*settings, "network.dropout=0.0", "batches.passage=32", "optim.warmup=100"]
+    settings.append("validation.every=100")
+    changes = [word for setting in settings for word in ("--set", setting)]
+    trmt("pretrain", "models/reads", "--recipe", recipe, *changes, cwd=tmp_path)
+    events = map(json.loads, (tmp_path / "models/reads/log.jsonl").read_text("utf-8").splitlines())
+    found = [event["scores"][0]["value"] for event in events if event["event"] == "validate"]
+    assert found[-1] < loss
+    trmt("prepare", "--train", "texts/train", "--dev", "texts/dev", cwd=tmp_path)
+    few = ("--set", "training.steps=4", "--set", "validation.sentences=4")
+    start = ("--recipe", "phrasebook", "--init-from", "models/reads:encoder")
+    trmt("train", "models/translates", *start, *few, cwd=tmp_path)
+    assert trmt("translate", "models/translates", cwd=tmp_path, stdin=b"Hello.\n").count(b"\n") == 1
 
 
 @pytest.mark.slow
