@@ -60,15 +60,11 @@ def transformer_of(bundle: Bundle, name: str) -> Transformer:
             f"{name} has no networks like {bundle.manifest.architecture!r} of {bundle.folder}; "
             "only a transformer can be exported"
         )
-    for option, usual in (
-        ("embedding_norm", False),
-        ("embedding_scale", True),
-        ("segments", 1),
-        ("epsilon", 0.0),
-    ):
-        if (found := getattr(bundle.net.config, option)) != usual:
+    usual = {"embedding_norm": False, "embedding_scale": True, "segments": 1, "epsilon": 0.0}
+    for option, known in usual.items():
+        if (value := getattr(bundle.net.config, option)) != known:
             raise ConfigError(
-                f"{name} has no Transformer with {option} = {found!r}; train one with {usual!r}"
+                f"{name} has no Transformer with {option} = {value!r}; train one with {known!r}"
             )
     return bundle.net
 
