@@ -22,11 +22,14 @@ from torch import Tensor, nn
 
 from trmt.arch import attention, fused, layers, stores
 from trmt.arch.attention import Spans
-from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
+from trmt.arch.base import Linear, Memory, Output, Product, Ragged, Seq2Seq, Source, State, Stepper
 from trmt.arch.transformer import Layer
 from trmt.errors import ConfigError
 
 Sublayer = tuple[Any, Callable[[Tensor], Tensor]]  # with the norm that belongs to it
+
+
+OUTPUTS = 16  # of a product that torch makes like larger ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +307,20 @@ def _split(config: UniversalConfig, merged_SQD: Tensor) -> tuple[Tensor, Tensor,
     return query, key, value
 
 
+def _steady(halt: nn.Linear, linear: Linear) -> Product:
+    """The product with one output, whose bits do not depend on how many rows there are.
+
+    On the CPU, torch makes products with one output in another way than larger ones; outputs of zeros make
+    it large enough.
+    """
+    weight, bias = (
+        F.pad(halt.weight.detach(), (0, 0, 0, OUTPUTS - 1)),
+        F.pad(halt.bias.detach(), (0, OUTPUTS - 1)),
+    )
+    product = linear(weight, bias)
+    return lambda x: product(x)[..., :1]
+
+
 class UniversalStepper(Stepper):
     """The Universal Transformer for translating: cached keys and values of every step.
 
@@ -316,6 +333,9 @@ class UniversalStepper(Stepper):
         for name in ("source_embedding", "target_embedding"):
             setattr(self.net, name, getattr(net, name))
         self.net.table = net.table
+        for name in ("encoder_halt", "decoder_halt"):
+            if halt := getattr(net, name, None):
+                setattr(self.net, name, _steady(halt, linear))
         self.weight_VD = net.output.weight.detach()
         self.product = linear(self.weight_VD, None)
 
