@@ -46,7 +46,7 @@ def walk(search: Search, *, wish: float) -> tuple[list[tuple[Tensor, ...]], Any]
     """Every choice on a way to the end, on which sentences leave and others take their places."""
     limits = [12, 12, 3, 1, 9, 12, 7]
     state = search.start([Told(limit) for limit in limits], room=ROOM, eos=EOS, device=CPU)
-    choices = []
+    choices: list[tuple[Tensor, ...]] = []
     for step in range(ROOM):
         scores = scores_of(step, rows=(len(state.done_S), search.hypotheses), wish=wish)
         parents, tokens, state = search.advance(scores, state)
