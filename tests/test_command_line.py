@@ -24,6 +24,7 @@ COMMANDS = [
     "average",
     "translate",
     "quantize",
+    "shortlist",
     "inspect",
     "verify",
     "export",

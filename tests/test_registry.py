@@ -6,18 +6,32 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from trmt import registry
 from trmt.arch.base import Seq2Seq
+from trmt.arch.transformer import Encoder
 from trmt.decode.base import Ranker, Search
 from trmt.engines.base import Engine
 from trmt.errors import ConfigError
 from trmt.moving.base import Format
 from trmt.objectives.base import Objective
-from trmt.registry import ARCHITECTURES, ENGINES, FORMATS, OBJECTIVES, RANKERS, SEARCHES, resolve
+from trmt.registry import (
+    ARCHITECTURES,
+    ENCODERS,
+    ENGINES,
+    FORMATS,
+    NETWORKS,
+    OBJECTIVES,
+    RANKERS,
+    SEARCHES,
+    resolve,
+)
 
 CONTRACTS = [
     (ARCHITECTURES, Seq2Seq),
+    (ENCODERS, Encoder),
+    (NETWORKS, nn.Module),
     (OBJECTIVES, Objective),
     (SEARCHES, Search),
     (RANKERS, Ranker),

@@ -52,8 +52,10 @@ class AttentionConfig:
         """Refuse what does not go together."""
         if self.width % self.heads:
             raise ConfigError(f"width = {self.width} cannot be divided into heads = {self.heads}; change one")
-        if not self.temperature > 0 or self.entropy < 0:
-            raise ConfigError("network.temperature is above 0 and network.entropy at least 0")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"network.temperature = {self.temperature} is out of range; set it above 0")
+        if not 0 <= self.entropy < math.inf:
+            raise ConfigError(f"network.entropy = {self.entropy} is out of range; set it to at least 0")
         if self.static and self.focus in ("monotonic", "sampled"):
             raise ConfigError(
                 f'static = true looks once, focus = "{self.focus}" anew for each target token; change one'

@@ -4,7 +4,7 @@ Of the pieces, 15 % are to be told from what stands around them: 80 % of those a
 piece, 10 % are left as they are. The mask is the unknown piece. With `whole_words`, the pieces of a word are
 chosen together. An example is `bos A eos B eos`, and half of the time B is from another document.
 
-Axes: S sentence, N tokens that are asked for.
+Axes: S sentence, M all tokens in a row, N those that are asked for, D width, V vocabulary.
 """
 
 from __future__ import annotations
