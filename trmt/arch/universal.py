@@ -386,3 +386,6 @@ class UniversalStepper(Stepper):
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return self.product(hidden) if only is None else F.linear(hidden, self.weight_VD[only])
+
+    def narrowed(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        return layers.narrowed(self.product, ids)
