@@ -278,6 +278,10 @@ class Stepper(ABC):
         """What reads out the logits of these ids alone, with the bits they have among all; for many steps."""
         return lambda hidden: self.readout(hidden).index_select(-1, ids)
 
+    def mixes_ages(self, hypotheses: int, room: int) -> bool:
+        """Whether a sentence has the same bits beside others that are up to `room` tokens old."""
+        return True
+
 
 class Network(nn.Module):
     """What every network says of itself, whether it translates or only reads."""

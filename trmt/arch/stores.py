@@ -21,6 +21,13 @@ from trmt.arch.layers import KEY_MULTIPLE, attend
 
 FIRST_COLUMNS = 32  # of a new store
 ANCESTOR_LIMIT = 16  # measured: with more hypotheses, masking common slots costs more than moving rows
+# On the CPU, torch 2.13 cuts sums over more slots than this in two, at a place that depends on their number.
+WHOLE = 384
+
+
+def mixes_ages(hypotheses: int, room: int) -> bool:
+    """Whether what a sentence computes is the same beside others that have up to `room` columns."""
+    return hypotheses == 1 or _padded(room, hypotheses) * hypotheses <= WHOLE
 
 
 def _padded(columns: int, hypotheses: int) -> int:

@@ -537,6 +537,9 @@ class TransformerStepper(Stepper):
         query, key = layers.rotated(parts[0], angle), layers.rotated(parts[1], angle)
         return query, torch.stack([key, parts[2]])
 
+    def mixes_ages(self, hypotheses: int, room: int) -> bool:
+        return self.stepwise or stores.mixes_ages(hypotheses, room)
+
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return layers.readout(self.product, self.weight_VD, hidden, only, self.bias_V)
 

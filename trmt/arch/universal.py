@@ -384,6 +384,9 @@ class UniversalStepper(Stepper):
         hidden_SKTD = x_SQD.view(sentences, hypotheses, count, -1)
         return Output(hidden_SKTD, attention=attention), State(memory, store, position_S + count)
 
+    def mixes_ages(self, hypotheses: int, room: int) -> bool:
+        return stores.mixes_ages(hypotheses, room)
+
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return self.product(hidden) if only is None else F.linear(hidden, self.weight_VD[only])
 

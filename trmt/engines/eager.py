@@ -93,6 +93,7 @@ class Eager(Engine):
         to the next flow, since here it would be padded.
         """
         under = self._started(requests, self._taken(requests, queue, most=len(queue)), room)
+        refills = self.stepper.mixes_ages(self.search.hypotheses, room)
         shortest = REFILL_WIDTH * under.width
         for step in itertools.count(1):
             under.step(self)
@@ -108,7 +109,7 @@ class Eager(Engine):
             yield from zip([under.indices[place] for place in finished], results, strict=True)
             if all(done):
                 return
-            if queue and len(requests[queue[0]].source) >= shortest:
+            if refills and queue and len(requests[queue[0]].source) >= shortest:
                 fresh = self._started(requests, self._taken(requests, queue, most=len(finished)), room)
                 places, finished = finished[: len(fresh.indices)], finished[len(fresh.indices) :]
                 under.replace(self._places(places), fresh)
