@@ -1,0 +1,131 @@
+"""Make two tasks that are no translation: reports and their summaries, remarks and what they are about.
+
+    python data/beyond.py summaries [FOLDER] [--seed N]
+    python data/beyond.py topics [FOLDER] [--seed N]
+
+write train, dev and test to FOLDER (data/summaries, data/topics), each as .text and .answer. Only the
+standard library is needed. Both are closed little worlds in which every answer follows from its text:
+
+    summaries   a report of two to five sentences with the mark ¶ between them, most of them about somebody
+                who sold something, some of them idle talk; the answer says who sold the most and who sold
+                the least: N words become M
+    topics      a remark about two things, of which it recommends one; the answer is the kind of thing that
+                is recommended: N words become 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+Pair = tuple[str, str]
+
+MARK = "¶"
+SIZES = {"train": 12_000, "dev": 300, "test": 500}
+NAMES = "Ada Ben Cleo Dan Eve Finn Gus Hana Ines Jon Kim Lea".split()
+GOODS = "apples pears plums leeks beans figs melons onions".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday".split()
+IDLE = (
+    "The weather on {day} was fine.",
+    "{name} was late again.",
+    "Nobody bought any {good}.",
+    "On {day} the market was full.",
+)
+SALES = (
+    "{name} sold {count} {good}.",
+    "On {day}, {count} {good} were sold by {name}.",
+    "It was {name} who sold {count} {good}.",
+)
+KINDS = {
+    "food": "soup bread cheese salad rice cake stew pie".split(),
+    "music": "song opera concert waltz ballad hymn tune sonata".split(),
+    "travel": "train ferry bus tram cruise flight ride hike".split(),
+    "clothes": "coat scarf hat shirt dress jacket glove sock".split(),
+    "books": "novel poem atlas diary comic essay memoir fable".split(),
+}
+REMARKS = (
+    "I liked the {good}, but not the {bad}.",
+    "The {bad} was poor; take the {good} instead.",
+    "Forget the {bad}. The {good} is what you want!",
+    "Nobody who knows the {good} would choose the {bad}.",
+    "Compared with the {good}, the {bad} is nothing.",
+    "Not the {bad} but the {good} was worth the money.",
+)
+
+
+def report(chooser: random.Random) -> Pair:
+    """A report and its summary."""
+    sellers = chooser.sample(NAMES, chooser.randint(1, 3))
+    counts = chooser.sample(range(1, 10), len(sellers))
+    sales = [(count, name, chooser.choice(GOODS)) for count, name in zip(counts, sellers, strict=True)]
+    sentences = [
+        chooser.choice(SALES).format(name=name, count=count, good=good, day=chooser.choice(DAYS))
+        for count, name, good in sales
+    ]
+    for _ in range(chooser.randint(1, 2)):
+        idle = chooser.choice(IDLE).format(
+            name=chooser.choice(NAMES), good=chooser.choice(GOODS), day=chooser.choice(DAYS)
+        )
+        sentences.insert(chooser.randint(0, len(sentences)), idle)
+    most, best, what = max(sales)
+    least, last, poor = min(sales)
+    answer = f"{best} sold the most: {most} {what}. {last} sold the least: {least} {poor}."
+    return f" {MARK} ".join(sentences), answer
+
+
+def remark(chooser: random.Random) -> Pair:
+    """A remark and the kind of thing that it recommends."""
+    kind, other = chooser.sample(sorted(KINDS), 2)
+    good, bad = chooser.choice(KINDS[kind]), chooser.choice(KINDS[other])
+    return chooser.choice(REMARKS).format(good=good, bad=bad), kind
+
+
+TASKS: dict[str, Callable[[random.Random], Pair]] = {"summaries": report, "topics": remark}
+
+
+def generate(task: str, seed: int) -> dict[str, list[Pair]]:
+    """The three parts; no text is in two of them, or twice in one."""
+    chooser = random.Random(f"{task} {seed}")
+    seen: set[str] = set()
+    parts: dict[str, list[Pair]] = {}
+    for part in ("test", "dev", "train"):
+        # There are not many more remarks than this.
+        wanted = min(SIZES[part], 6_000) if task == "topics" else SIZES[part]
+        pairs: list[Pair] = []
+        while len(pairs) < wanted:
+            text, answer = TASKS[task](chooser)
+            if text not in seen:
+                seen.add(text)
+                pairs.append((text, answer))
+        parts[part] = pairs
+    return parts
+
+
+def write(folder: Path, parts: dict[str, list[Pair]]) -> None:
+    """Write each part as two files, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, pairs in parts.items():
+        for side, name in enumerate(("text", "answer")):
+            path = folder / f"{part}.{name}"
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            partial.write_bytes("".join(f"{pair[side]}\n" for pair in pairs).encode())
+            partial.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a task that is no translation.")
+    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("folder", nargs="?", type=Path, help="where to write (data/TASK)")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(__file__).parent / arguments.task
+    parts = generate(arguments.task, arguments.seed)
+    write(folder, parts)
+    print(f"{folder}: " + ", ".join(f"{part} {len(pairs):,}" for part, pairs in parts.items()) + " pairs")
+
+
+if __name__ == "__main__":
+    main()
