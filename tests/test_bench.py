@@ -272,7 +272,14 @@ def test_result_files_do_not_name_the_folders_of_the_machine() -> None:
 
 @pytest.mark.parametrize("file", sorted(provenance.RESULTS.glob("*.json")), ids=lambda file: file.stem)
 def test_result_files_say_where_they_come_from(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    result = json.loads(text)
+    result = json.loads(file.read_bytes())
     assert all(result[name] for name in ("command", "cpu", "versions", "date", "commit"))
-    assert not any(place in text for place in ('"/tmp/', '"/home/', '"/root/'))
+    assert not [word for word in words_of(result) if Path(word).is_absolute()]
+
+
+def words_of(value: Any) -> list[str]:
+    """All text in a result, wherever it stands."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [word for part in parts for word in words_of(part)]
+    return value.split() if isinstance(value, str) else []

@@ -117,7 +117,7 @@ def test_some_outputs_have_the_bits_of_the_whole() -> None:
         outputs = torch.randperm(len(weight))[: 1 + len(weight) // 2]
         made = [Int8(weight, bias)]
         for precision in ("fp32", "int8"):
-            made += [Native(weight, bias, precision=precision)] if products.processors() else []  # type: ignore
+            made += [Native(weight, bias, precision=precision)] if products.processors() else []  # type: ignore[arg-type]
         for product in made:
             assert same(product.only(outputs)(x), product(x)[:, outputs])
             assert same(product.with_relu().only(outputs)(x), F.relu(product(x)[:, outputs]))
