@@ -7,12 +7,26 @@ from typing import Annotated
 
 import typer
 
+# What `trmt pretrain` takes as well.
+RunFolder = Annotated[
+    Path | None,
+    typer.Argument(help="Run folder; one that exists is gone on with. [default: models/<data>-<recipe>]"),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting: --set optim.lr=5e-4. Repeatable.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. [default: the best there is]")
+]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what it would take: memory, time, disk.")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Let a bundle or run folder name code outside trmt.")
+]
+
 
 def command(
-    run: Annotated[
-        Path | None,
-        typer.Argument(help="Run folder; one that exists is gone on with. [default: models/<data>-<recipe>]"),
-    ] = None,
+    run: RunFolder = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Prepared set. [default: the newest in data/]")
     ] = None,
@@ -20,44 +34,44 @@ def command(
         str | None,
         typer.Option("--recipe", help="Recipe by name or path. [default: the one that fits the data's size]"),
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a setting: --set optim.lr=5e-4. Repeatable.")
-    ] = None,
+    settings: Settings = None,
     init_from: Annotated[
         Path | None, typer.Option("--init-from", help="Start from the weights of this bundle: fine-tuning.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. [default: the best there is]")
-    ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all.")] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would take: memory, time, disk.")
-    ] = False,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Let a bundle or run folder name code outside trmt.")
-    ] = False,
+    device: Device = None,
+    threads: Threads = 0,
+    dry_run: DryRun = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Train a network. Run it again and it goes on exactly where it stopped."""
-    import torch
-
-    from trmt.engines.device import keep_memory
     from trmt.planning import TrainOptions
     from trmt.training import train
     from trmt.validating import validate
 
-    if threads:
-        torch.set_num_threads(threads)
-    changes = list(settings or [])
-    if device:
-        changes.append(f'training.device="{device}"')
+    make_ready(threads)
     options = TrainOptions(
         run=run,
         data=data,
         recipe=recipe,
-        settings=changes,
+        settings=with_device(settings, device),
         init_from=init_from,
         dry_run=dry_run,
         trust_code=trust_code,
     )
-    keep_memory()
     train(options, validate)
+
+
+def make_ready(threads: int) -> None:
+    """What a process does before it trains."""
+    import torch
+
+    from trmt.engines.device import keep_memory
+
+    if threads:
+        torch.set_num_threads(threads)
+    keep_memory()
+
+
+def with_device(settings: list[str] | None, device: str | None) -> list[str]:
+    """The settings, and the device as the last of them."""
+    return [*(settings or []), *([f'training.device="{device}"'] if device else [])]
