@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# As many tests at once as there are cores; each keeps to one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .PHONY: demo test check slow clean
 
@@ -16,7 +18,7 @@ demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh data/demo.sh
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -26,7 +28,7 @@ check: $(INSTALLED)
 
 # Everything that needs no GPU, the slow tests included.
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

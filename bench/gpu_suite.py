@@ -74,7 +74,7 @@ class Row:
     measures: str
     command: Callable[[Place], list[str]]  # without Python; it takes --out
     corpus: str | None = None  # what it needs of the data
-    package: str | None = None  # what it needs to be installed
+    packages: tuple[str, ...] = ()  # what must be installed for it
     least: float = 45  # seconds for which it is worth beginning
     paced: bool = False  # whether it takes --budget, and goes on where it stopped
 
@@ -109,14 +109,14 @@ def experiment(program: str, name: str, corpus: str, measures: str, *, seeds: in
     return Row(name=name, measures=measures, command=command, corpus=corpus, paced=True)
 
 
-def speed(name: str, measures: str, *, least: float, package: str | None = None) -> Row:
+def speed(name: str, measures: str, *, least: float, packages: tuple[str, ...] = ()) -> Row:
     """A row that measures how fast training is."""
 
     def command(place: Place) -> list[str]:
         words = [str(ROOT / "bench" / "gpu_speed.py"), name, "--device", place.device]
         return [*words, "--work", str(place.work / "speed"), *(["--smoke"] if place.smoke else [])]
 
-    return Row(name=name, measures=measures, command=command, least=least, package=package)
+    return Row(name=name, measures=measures, command=command, least=least, packages=packages)
 
 
 def gpu_tests(place: Place) -> list[str]:
@@ -147,7 +147,7 @@ ROWS = (
         "train-peers",
         "training the base network beside Hugging Face's Seq2SeqTrainer, in turn",
         least=240,
-        package="transformers",
+        packages=("transformers", "accelerate"),
     ),
     speed("train-deterministic", "the cost of training.deterministic", least=200),
     experiment(
@@ -312,8 +312,8 @@ def what_lacks(row: Row, place: Place) -> str | None:
     """Why a row cannot be measured here."""
     if row.corpus and not place.corpus(row.corpus):
         return f"there is no folder *{row.corpus}* in the data"
-    if row.package and not find_spec(row.package):
-        return f"{row.package} is not installed"
+    if missing := [package for package in row.packages if not find_spec(package)]:
+        return f"{' and '.join(missing)} must be installed"
     return None
 
 

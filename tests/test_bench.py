@@ -230,7 +230,7 @@ def test_the_suite_runs_in_budgets_and_ends(tmp_path: Path) -> None:
     second = subprocess.run([*command, "--budget", "20m"], capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stdout + second.stderr
     state = json.loads((out / "suite.json").read_bytes())["rows"]
-    missing = {row.name for row in gpu_suite.ROWS if row.package and not find_spec(row.package)}
+    missing = {row.name for row in gpu_suite.ROWS if not all(map(find_spec, row.packages))}
     assert {name: row["status"] for name, row in state.items()} == {
         row.name: "unavailable" if row.name in missing else "done" for row in gpu_suite.ROWS
     }
