@@ -10,7 +10,7 @@ from torch import nn
 
 from trmt import registry
 from trmt.arch.base import Seq2Seq
-from trmt.arch.transformer import Encoder
+from trmt.arch.transformer_layers import Encoder
 from trmt.decode.base import Ranker, Search
 from trmt.engines.base import Engine
 from trmt.errors import ConfigError

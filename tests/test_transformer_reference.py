@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tests.fakes import random_sentences
 from trmt.arch.base import Ragged, Source
 from trmt.arch.layers import sinusoids
-from trmt.arch.transformer import Layer, Transformer, TransformerConfig
+from trmt.arch.transformer import Transformer, TransformerConfig
+from trmt.arch.transformer_layers import Layer
 from trmt.engines.linear import eager
 
 SOURCES = random_sentences(5, longest=21, seed=1)

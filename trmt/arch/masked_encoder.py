@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trmt.arch import fused, layers
 from trmt.arch.base import Network, Output, Source
-from trmt.arch.transformer import Encoder
+from trmt.arch.transformer_layers import Encoder
 from trmt.errors import ConfigError
 
 DEVIATION = 0.02  # of fresh embeddings, as in the paper's code

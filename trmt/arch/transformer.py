@@ -4,15 +4,13 @@ Axes: S sentence, K hypothesis, L source position, T target position, Q queries 
 decoding), N target tokens of a batch in a row, M source tokens in a row, H heads, P width of one head,
 D width, V vocabulary, A layers, C columns of the cache.
 
-The arithmetic is written once, as functions of a layer whose fields are modules in training and plain
-products in decoding (`layers.freeze`), and of the attention, which depends on how tokens are laid out: in
-training in a row without padding [N, D], in decoding in a grid [S, Q, D] beside what was cached.
+Its layers are in transformer_layers.py; here they are put together, for training and for translating.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,9 +21,19 @@ from torch import Tensor, nn
 from trmt.arch import attention, fused, layers, stepping, stores
 from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
+from trmt.arch.transformer_layers import (
+    Encoder,
+    Layer,
+    attend_in_row,
+    check_length,
+    decode,
+    embed,
+    encode,
+    feed,
+    piece_vectors,
+    split,
+)
 from trmt.errors import ConfigError
-
-Sublayers = Iterator[tuple[Any, Callable[[Tensor], Tensor]]]  # each with the norm that belongs to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,75 +73,6 @@ class TransformerConfig:
             )
 
 
-class Feed(nn.Module):
-    """The position-wise feed-forward layer; SwiGLU (arXiv 2002.05202) has a gate beside the inner product."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        gated = config.activation == "swiglu"
-        relu = config.activation == "relu"
-        inner = fused.Linear(config.width, config.feed_forward * (1 + gated), relu=relu)
-        self.inner = layers.xavier(inner, 1 + gated)
-        self.outer = layers.xavier(fused.Linear(config.feed_forward, config.width))
-
-
-class Layer(nn.Module):
-    """One layer; `cross` adds the decoder's look at the source."""
-
-    def __init__(self, config: Any, *, cross: bool) -> None:
-        super().__init__()
-        width = config.width
-        self.own = layers.xavier(fused.Linear(width, 3 * width), 3)
-        self.own_out = layers.xavier(fused.Linear(width, width))
-        self.own_norm = layers.norm(config.norm, width, config.epsilon)
-        if cross:
-            self.query = layers.xavier(fused.Linear(width, width))
-            self.cross_out = layers.xavier(fused.Linear(width, width))
-            self.cross_norm = layers.norm(config.norm, width, config.epsilon)
-        self.feed = Feed(config)
-        self.feed_norm = layers.norm(config.norm, width, config.epsilon)
-
-
-class Encoder(nn.Module):
-    """The half of a Transformer that reads; BERT is nothing else (trmt/arch/masked_encoder.py).
-
-    Networks that have one name its tensors alike, so that one can begin with what another has learned.
-    """
-
-    config: Any
-
-    def make_encoder(self, config: Any, embedding: nn.Embedding, *, sides: int) -> None:
-        """The modules; `sides` is 2 where a decoder shares the table of positions."""
-        width = config.width
-        self.source_embedding = embedding
-        self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))
-        if config.norm_place == "pre":
-            self.encoder_norm = layers.norm(config.norm, width, config.epsilon)
-        if config.embedding_norm:
-            self.embedding_norms = nn.ModuleList(
-                layers.norm(config.norm, width, config.epsilon) for _ in range(sides)
-            )
-        if config.segments > 1:
-            self.segments = nn.Parameter(torch.randn(config.segments, width) * width**-0.5)
-        if config.positions == "learned":
-            self.positions = nn.Parameter(torch.randn(sides, config.longest, width) * width**-0.5)
-        else:
-            table_width = width if config.positions == "sinusoidal" else width // config.heads
-            self.register_buffer("table", layers.sinusoids(config.longest, table_width), persistent=False)
-
-    def read(self, source: Source) -> Tensor:
-        """The source as the encoder sees it, in a row [M, D]."""
-        _check_length(self.config, source)
-        position_M, over = source.positions_N(), Spans.of(source)
-
-        def look_around(merged_M3D: Tensor) -> Tensor:
-            return _attend_in_row(self, merged_M3D, position_M, over, causal=False)
-
-        segment_M = source.extras.get("segments")
-        x_MD = embed(self, self.config, source.ids_N, position_M, side=0, segment=segment_M)
-        return encode(self, self.config, x_MD, look_around)
-
-
 class Transformer(Encoder, Seq2Seq):
     """The network as it is trained."""
 
@@ -145,13 +84,13 @@ class Transformer(Encoder, Seq2Seq):
         super().__init__()
         self.config = config
         width = config.width
-        self.target_embedding = _embedding(config.target_vocabulary, width)
+        self.target_embedding = piece_vectors(config.target_vocabulary, width)
         source_embedding = (
-            self.target_embedding if config.tied == "all" else _embedding(config.source_vocabulary, width)
+            self.target_embedding if config.tied == "all" else piece_vectors(config.source_vocabulary, width)
         )
         self.source_embedding = source_embedding  # the second of the names, whatever is made next
         self.output = (
-            _embedding(config.target_vocabulary, width) if config.tied == "none" else self.target_embedding
+            piece_vectors(config.target_vocabulary, width) if config.tied == "none" else self.target_embedding
         )
         self.output_bias = nn.Parameter(torch.zeros(config.target_vocabulary)) if config.output_bias else None
         self.make_encoder(config, source_embedding, sides=2)
@@ -177,7 +116,7 @@ class Transformer(Encoder, Seq2Seq):
         weights: list[Tensor] = []
 
         def look_back(_: int, merged_N3D: Tensor) -> Tensor:
-            return _attend_in_row(self, merged_N3D, position_N, spans, causal=True)
+            return attend_in_row(self, merged_N3D, position_N, spans, causal=True)
 
         def look_over(index: int, query_ND: Tensor) -> Tensor:
             if "attention" in want:
@@ -202,142 +141,10 @@ class Transformer(Encoder, Seq2Seq):
         return TransformerStepper(self, linear)
 
 
-def _embedding(vocabulary: int, width: int) -> nn.Embedding:
-    embedding = nn.Embedding(vocabulary, width)
-    nn.init.normal_(embedding.weight, std=width**-0.5)
-    return embedding
-
-
 def _readout(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, only: Tensor | None) -> Tensor:
     if only is not None:
         weight_VD, bias_V = weight_VD[only], None if bias_V is None else bias_V[only]
     return F.linear(hidden, weight_VD, bias_V)
-
-
-def _feed(layer: Any, config: TransformerConfig, x_SQD: Tensor) -> Tensor:
-    inner = layer.feed.inner(x_SQD)
-    if config.activation == "swiglu":
-        gate, value = inner.chunk(2, -1)
-        inner = F.silu(gate) * value
-    elif config.activation == "gelu":
-        inner = F.gelu(inner)
-    elif config.activation == "swish":
-        inner = F.silu(inner)
-    return layer.feed.outer(inner)
-
-
-def embed(
-    net: Any,
-    config: Any,
-    ids: Tensor,
-    position: Tensor,
-    *,
-    side: int,
-    segment: Tensor | None = None,
-) -> Tensor:
-    """Scaled embeddings with positions added; `side` is 0 for the source, 1 for the target.
-
-    `segment` says of what kind each token of the source is; by itself all are of the first.
-    """
-    weight = (net.target_embedding if side else net.source_embedding).weight
-    x = F.embedding(ids, weight)
-    if config.embedding_scale:
-        x = x * math.sqrt(config.width)
-    if config.positions == "sinusoidal":
-        x = x + net.table[position]
-    elif config.positions == "learned":
-        x = x + net.positions[side, position]
-    if config.segments > 1 and not side:
-        x = x + net.segments[0 if segment is None else segment]
-    if config.embedding_norm:
-        x = net.embedding_norms[side](x)
-    return fused.drop(x, _dropout(net, config))
-
-
-def _dropout(net: Any, config: Any) -> float:
-    return config.dropout if getattr(net, "training", False) else 0.0
-
-
-def _check_length(config: Any, source: Source) -> None:
-    if source.longest > config.longest:
-        raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
-
-
-def encode(net: Any, config: Any, x: Tensor, look_around: Callable[[Tensor], Tensor]) -> Tensor:
-    """The encoder's layers, on any layout; `look_around` is attention from merged queries, keys, values."""
-
-    def sublayers(layer: Any) -> Sublayers:
-        yield layer.own_norm, lambda x: layer.own_out(look_around(layer.own(x)))
-        yield layer.feed_norm, lambda x: _feed(layer, config, x)
-
-    steps = [step for layer in net.encoder for step in sublayers(layer)]
-    return _through(steps, config, x, getattr(net, "encoder_norm", None), _dropout(net, config))
-
-
-def decode(
-    net: Any,
-    config: TransformerConfig,
-    x: Tensor,
-    look_back: Callable[[int, Tensor], Tensor],
-    look_over: Callable[[int, Tensor], Tensor],
-) -> Tensor:
-    """The decoder's layers, on any layout.
-
-    `look_back(layer index, merged queries, keys, values)` is attention to what went before, and
-    `look_over(layer index, query)` attention to the source.
-    """
-
-    def sublayers(index: int, layer: Any) -> Sublayers:
-        yield layer.own_norm, lambda x: layer.own_out(look_back(index, layer.own(x)))
-        yield layer.cross_norm, lambda x: layer.cross_out(look_over(index, layer.query(x)))
-        yield layer.feed_norm, lambda x: _feed(layer, config, x)
-
-    steps = [step for index, layer in enumerate(net.decoder) for step in sublayers(index, layer)]
-    return _through(steps, config, x, getattr(net, "decoder_norm", None), _dropout(net, config))
-
-
-def _through(
-    steps: list[tuple[Any, Callable[[Tensor], Tensor]]],
-    config: TransformerConfig,
-    x: Tensor,
-    last_norm: Any,
-    dropout: float,
-) -> Tensor:
-    """Sublayers in turn, each with its residual connection and its norm, which stands after it or before.
-
-    A norm before a sublayer follows the residual connection of the one before that, so that both kinds
-    are a chain of the same step: add, then norm.
-    """
-    norms = [norm for norm, _ in steps]
-    post = config.norm_place == "post"
-    inner = x if post else norms[0](x)
-    for (_, sublayer), norm in zip(steps, norms if post else [*norms[1:], last_norm], strict=True):
-        x, inner = fused.add_norm(x, sublayer(inner), norm, dropout)
-        if post:
-            x = inner
-    return inner
-
-
-def _attend_in_row(net: Any, merged_N3D: Tensor, position_N: Tensor, spans: Spans, *, causal: bool) -> Tensor:
-    """Attention of sentences in a row to themselves, in training."""
-    config = net.config
-    dropout = config.attention_dropout if net.training else 0.0
-    if config.positions != "rotary":
-        return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
-    query_NHP, key_NHP, value_NHP = merged_N3D.unflatten(-1, (3, config.heads, -1)).unbind(1)
-    query_NHP, key_NHP = (layers.rotated(x, net.table[position_N][:, None]) for x in (query_NHP, key_NHP))
-    merged_N3D = torch.stack([query_NHP, key_NHP, value_NHP], 1).flatten(1)
-    return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
-
-
-def _split(net: Any, config: TransformerConfig, merged_SQD: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values [S, H, Q, P] from their merged product; `position` is [Q] or [S, Q]."""
-    query, key, value = (layers.heads(part, config.heads) for part in merged_SQD.chunk(3, -1))
-    if config.positions == "rotary":
-        angle = net.table[position]
-        angle = angle[:, None] if position.dim() == 2 else angle
-        query, key = (layers.rotated(part, angle) for part in (query, key))
-    return query, key, value
 
 
 def remember(net: Any, config: TransformerConfig, source: Source, *, in_rows: bool = False) -> Memory:
@@ -345,13 +152,13 @@ def remember(net: Any, config: TransformerConfig, source: Source, *, in_rows: bo
 
     They are laid out as [S, 2 * A, H, L, P], with `in_rows` as [S, 2 * A, L, D].
     """
-    _check_length(config, source)
+    check_length(config, source)
     ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
     mask = layers.blocked(real_SL)[:, None, None]
     position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=config.longest - 1)
 
     def look_around(merged_SLD: Tensor) -> Tensor:
-        query_SHLP, key_SHLP, value_SHLP = _split(net, config, merged_SLD, position_L)
+        query_SHLP, key_SHLP, value_SHLP = split(net, config, merged_SLD, position_L)
         return layers.attend(query_SHLP, key_SHLP, value_SHLP, mask)
 
     x_SLD = encode(net, config, embed(net, config, ids_SL, position_L, side=0), look_around)
@@ -454,7 +261,7 @@ class TransformerStepper(Stepper):
                 weights.append(layers.attention_weights(query_SHQP, key_SHLP, over))
             found_SQD = layers.attend(query_SHQP, key_SHLP, value_SHLP, over)
             x_SQD, inner_SQD = self._add(x_SQD, layer.cross_out(found_SQD), cross_norm)
-            x_SQD, inner_SQD = self._add(x_SQD, _feed(layer, self.config, inner_SQD), feed_norm)
+            x_SQD, inner_SQD = self._add(x_SQD, feed(layer, self.config, inner_SQD), feed_norm)
         hidden_SKTD = inner_SQD.view(sentences, hypotheses, count, -1)
         attention = torch.stack(weights) if weights else None
         return Output(hidden_SKTD, attention=attention), State(memory, store, position_S + count)

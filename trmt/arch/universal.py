@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trmt.arch import attention, fused, layers, stores
 from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Product, Ragged, Seq2Seq, Source, State, Stepper
-from trmt.arch.transformer import Layer
+from trmt.arch.transformer_layers import Layer
 from trmt.errors import ConfigError
 
 Sublayer = tuple[Any, Callable[[Tensor], Tensor]]  # with the norm that belongs to it
