@@ -112,6 +112,26 @@ def shortlist() -> str:
     return f"{quality}\n\n{speed}\n\n- {source(result)}"
 
 
+def startup() -> str:
+    path = RESULTS / "startup.json"
+    if not path.exists():
+        return "pending"
+    result = load("startup")
+    figures = result["figures"]
+    rows = [
+        (what, *(f"{figures[name][part]:.2f} s" for part in ("median", "least", "most")))
+        for name, what in (
+            ("fp32", "first translation after `import torch`"),
+            ("int8", "the same in int8"),
+            ("help", "`trmt --help`, all of it"),
+        )
+    ]
+    rows.append(
+        ("int8 for the first time, packing weights", f"{figures['int8_packing']['seconds']:.2f} s", "", "")
+    )
+    return table(("", "median", "least", "most"), rows) + f"\n\n- {source(result)}"
+
+
 def sources(names: list[str]) -> str:
     """Where the figures come from, of those results that there are."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -156,6 +176,7 @@ TABLES = {
     "scale": scale,
     "translation": translation,
     "shortlist": shortlist,
+    "startup": startup,
     "quality": quality,
     "corpora": corpora,
     "gpu": gpu,
