@@ -101,10 +101,14 @@ class RNN(Seq2Seq):
         super().__init__()
         self.config = config
         width = config.width
-        self.source_embedding = _embedding(config.source_vocabulary, width)
-        self.target_embedding = _embedding(config.target_vocabulary, width)
+        # Torch's unit variance: gates shrink what enters them, and of vectors that begin smaller, two layers
+        # of LSTMs leave so little that attention finds nothing to tell apart for hundreds of steps.
+        self.source_embedding = nn.Embedding(config.source_vocabulary, width)
+        self.target_embedding = nn.Embedding(config.target_vocabulary, width)
         self.output = (
-            self.target_embedding if config.tied == "target" else _embedding(config.target_vocabulary, width)
+            self.target_embedding
+            if config.tied == "target"
+            else nn.Embedding(config.target_vocabulary, width)
         )
         self.encoder = self.reader(config.encoder_layers)
         if config.summary == "attention":
@@ -206,12 +210,6 @@ class RNN(Seq2Seq):
 
     def frozen(self, linear: Linear) -> Stepper:
         return RNNStepper(self, linear)
-
-
-def _embedding(vocabulary: int, width: int) -> nn.Embedding:
-    embedding = nn.Embedding(vocabulary, width)
-    nn.init.normal_(embedding.weight, std=width**-0.5)
-    return embedding
 
 
 def begin(
