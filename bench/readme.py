@@ -11,13 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_suite
 import quality_tables
+import recipe_tables
 import shortlist_tables
 import speed_tables
 import translation_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "cpu.md")
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("cpu", "lineage", "pretraining")))
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -132,6 +133,27 @@ def startup() -> str:
     return table(("", "median", "least", "most"), rows) + f"\n\n- {source(result)}"
 
 
+def recipes() -> str:
+    result = recipe_tables.load("recipes")
+    if result is None:
+        return "pending"
+    rows = table(recipe_tables.RECIPES_HEAD, recipe_tables.recipe_rows(result))
+    return rows + listed(result, list(result["figures"]["rows"].values()))
+
+
+def starts() -> str:
+    result = recipe_tables.load("starts")
+    if result is None:
+        return "pending"
+    rows = table(recipe_tables.STARTS_HEAD, recipe_tables.start_rows(result))
+    return rows + listed(result, [seed for seeds in result["figures"]["starts"].values() for seed in seeds])
+
+
+def listed(result: dict, runs: list[dict]) -> str:
+    """How these runs were scored, and where they come from."""
+    return "\n\n" + "\n".join(f"- {line}" for line in [*recipe_tables.signatures(runs), source(result)])
+
+
 def sources(names: list[str]) -> str:
     """Where the figures come from, of those results that there are."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -178,6 +200,8 @@ TABLES = {
     "shortlist": shortlist,
     "startup": startup,
     "quality": quality,
+    "recipes": recipes,
+    "starts": starts,
     "corpora": corpora,
     "gpu": gpu,
 }

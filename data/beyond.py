@@ -1,16 +1,21 @@
-"""Make two tasks that are no translation: reports and their summaries, remarks and what they are about.
+"""Make what is no translation: reports and their summaries, remarks and what they are about, documents.
 
     python data/beyond.py summaries [FOLDER] [--seed N]
     python data/beyond.py topics [FOLDER] [--seed N]
+    python data/beyond.py documents [FOLDER] [--seed N]
 
-write train, dev and test to FOLDER (data/summaries, data/topics), each as .text and .answer. Only the
-standard library is needed. Both are closed little worlds in which every answer follows from its text:
+The first two write train, dev and test to FOLDER (data/summaries, data/topics), each as .text and .answer,
+the third train.txt and dev.txt (data/documents). Only the standard library is needed. The first two are
+closed little worlds in which every answer follows from its text:
 
     summaries   a report of two to five sentences with the mark ¶ between them, most of them about somebody
                 who sold something, some of them idle talk; the answer says who sold the most and who sold
                 the least: N words become M
     topics      a remark about two things, of which it recommends one; the answer is the kind of thing that
                 is recommended: N words become 1
+
+and documents are for `trmt pretrain`: four to eight remarks, all about things of one kind, so that whether a
+text goes on with another can be told but for the one time in five that the other has the same kind by chance.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ Pair = tuple[str, str]
 
 MARK = "¶"
 SIZES = {"train": 12_000, "dev": 300, "test": 500}
+DOCUMENTS = {"train": 4_000, "dev": 400}
 NAMES = "Ada Ben Cleo Dan Eve Finn Gus Hana Ines Jon Kim Lea".split()
 GOODS = "apples pears plums leeks beans figs melons onions".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday".split()
@@ -83,6 +89,14 @@ def remark(chooser: random.Random) -> Pair:
     return chooser.choice(REMARKS).format(good=good, bad=bad), kind
 
 
+def document(chooser: random.Random) -> str:
+    """Remarks about things of one kind, one on a line."""
+    things = KINDS[chooser.choice(sorted(KINDS))]
+    count = chooser.randint(4, 8)
+    pairs = (chooser.sample(things, 2) for _ in range(count))
+    return "".join(f"{chooser.choice(REMARKS).format(good=good, bad=bad)}\n" for good, bad in pairs)
+
+
 TASKS: dict[str, Callable[[random.Random], Pair]] = {"summaries": report, "topics": remark}
 
 
@@ -104,27 +118,45 @@ def generate(task: str, seed: int) -> dict[str, list[Pair]]:
     return parts
 
 
-def write(folder: Path, parts: dict[str, list[Pair]]) -> None:
-    """Write each part as two files, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+def generate_documents(seed: int) -> dict[str, list[str]]:
+    """Documents to train with and others to look at."""
+    chooser = random.Random(f"documents {seed}")
+    return {part: [document(chooser) for _ in range(count)] for part, count in DOCUMENTS.items()}
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(text.encode())
+    partial.replace(path)
+
+
+def write_pairs(folder: Path, parts: dict[str, list[Pair]]) -> None:
+    """Write each part as two files."""
     for part, pairs in parts.items():
         for side, name in enumerate(("text", "answer")):
-            path = folder / f"{part}.{name}"
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            partial.write_bytes("".join(f"{pair[side]}\n" for pair in pairs).encode())
-            partial.replace(path)
+            write(folder / f"{part}.{name}", "".join(f"{pair[side]}\n" for pair in pairs))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a task that is no translation.")
-    parser.add_argument("task", choices=sorted(TASKS))
+    parser.add_argument("task", choices=sorted([*TASKS, "documents"]))
     parser.add_argument("folder", nargs="?", type=Path, help="where to write (data/TASK)")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     folder = arguments.folder or Path(__file__).parent / arguments.task
-    parts = generate(arguments.task, arguments.seed)
-    write(folder, parts)
-    print(f"{folder}: " + ", ".join(f"{part} {len(pairs):,}" for part, pairs in parts.items()) + " pairs")
+    if arguments.task == "documents":
+        texts = generate_documents(arguments.seed)
+        for part, documents in texts.items():
+            write(folder / f"{part}.txt", "\n".join(documents))
+        counts = {part: len(documents) for part, documents in texts.items()}
+    else:
+        parts = generate(arguments.task, arguments.seed)
+        write_pairs(folder, parts)
+        counts = {part: len(pairs) for part, pairs in parts.items()}
+    made = "documents" if arguments.task == "documents" else "pairs"
+    print(f"{folder}: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()) + f" {made}")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def steps(folder: Path, crew: Team, *, shard: bool) -> dict[str, Any]:
         made.learn(some(folder), step)
     found |= everything(made)
     with made.at_rest():
-        loss = made.dev_loss(batches(folder))
+        loss = made.dev_loss(batches(folder)).loss
         net = made.to_translate_with()
         if crew.leads:
             found |= {f"rest:{name}": tensor.clone() for name, tensor in net.state_dict().items()}

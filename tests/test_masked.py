@@ -119,9 +119,12 @@ def test_the_loss_is_both_and_adds_up() -> None:
     hidden = net(batch.source).hidden
     pieces = F.cross_entropy(net.readout(hidden[batch.places_N]), batch.pieces_N, reduction="sum")
     assert batch.next_S is not None
-    next_one = F.cross_entropy(net.judge(hidden[batch.starts_S]), batch.next_S, reduction="sum")
+    judged = net.judge(hidden[batch.starts_S])
+    next_one = F.cross_entropy(judged, batch.next_S, reduction="sum")
     torch.testing.assert_close(whole.total, pieces + 3 * next_one)
     torch.testing.assert_close(whole.nll, pieces.detach())
+    told = [one.index(max(one)) == true for one, true in zip(judged.tolist(), batch.next_S, strict=True)]
+    assert whole.right is not None and (int(whole.right), whole.questions) == (sum(told), len(some))
     parts = [objective.loss(net, objective.collate(some.part(n, n + 2), CPU)) for n in range(0, 8, 2)]
     torch.testing.assert_close(whole.total, torch.stack([part.total for part in parts]).sum())
     whole.total.backward()

@@ -123,7 +123,7 @@ def test_gradients_and_steps_are_those_of_one_process(folders: Teams, size: int,
         one.learn(crew_work.some(folders[size]), step)
     expected |= crew_work.everything(one)
     with one.at_rest():
-        loss = one.dev_loss(crew_work.batches(folders[size]))
+        loss = one.dev_loss(crew_work.batches(folders[size])).loss
         expected |= {f"rest:{name}": tensor.clone() for name, tensor in one.net.state_dict().items()}
     found = load_file(folders[size] / f"steps-{shard}.safetensors")
     assert found.keys() == expected.keys()

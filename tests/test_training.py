@@ -831,7 +831,7 @@ def test_the_dev_loss_is_the_mean_over_all_tokens(toy_set: Path, tmp_path: Path)
             batch = learner.objective.collate(dev.load(np.array([pair])), learner.device)
             loss = learner.objective.loss(learner.net, batch)
             total, tokens = total + float(loss.nll), tokens + loss.tokens
-    assert found == pytest.approx(total / tokens, rel=1e-5)
+    assert found == (pytest.approx(total / tokens, rel=1e-5), None)
     assert learner.net.training
 
 

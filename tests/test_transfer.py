@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ def test_the_loss_falls(tree: dict[str, Any], documents: Path, tmp_path: Path) -
     scores = [point.score() for point in checkpoints.steps(run)]
     losses = [score[1] for score in scores if score]
     assert min(losses[1:]) < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_run_says_how_often_it_tells_rightly_what_follows(
+    asked: bool, documents: Path, tmp_path: Path
+) -> None:
+    settings = (f"loss.next_sentence={str(asked).lower()}", "training.steps=2")
+    run = pretrain(tmp_path / "run", documents, recipe(tmp_path, BERT), *settings)
+    events = map(json.loads, (run / "log.jsonl").read_text("utf-8").splitlines())
+    scores = [score for event in events if event["event"] == "validate" for score in event["scores"]]
+    right = [score["value"] for score in scores if score["metric"] == "right"]
+    assert bool(right) == asked and all(0 <= value <= 100 for value in right)
 
 
 def test_a_translator_begins_with_the_encoder(bert: Path, toy_set: Path, tmp_path: Path) -> None:

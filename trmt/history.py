@@ -20,7 +20,8 @@ LOG = "log.jsonl"  # in a run folder
 TRAIN, VALIDATE = "train", "validate"
 AFRESH = "begin"  # the event of a run folder that starts from nothing
 GOING_BACK = ("resume", "rollback")  # events after which a run stands at their step, or at their `to`
-LABELS = {"loss": "loss", "chrf": "chrF", "bleu": "BLEU"}  # how people write the metrics
+# How people write the metrics.
+LABELS = {"loss": "loss", "chrf": "chrF", "bleu": "BLEU", "right": "answers right (%)"}
 NOT_DRAWN = ("time", "elapsed", "seconds")  # where a point stands, and how long looking took
 
 

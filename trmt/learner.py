@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ class Learned:
 
     nll: Any  # sum of negative log likelihoods; kept as a tensor: a number would make us wait for the device
     tokens: int
+
+
+class DevLoss(NamedTuple):
+    """The loss per token of a dev set in nats, and the share of right answers to other questions, if any."""
+
+    loss: float
+    right: float | None
 
 
 SPECIALS = Specials(bos=BOS, eos=EOS)  # of the tokenizers that are trained here
@@ -229,9 +236,9 @@ class Learner:
             sharding.let_go(self.net)
 
     @torch.no_grad()
-    def dev_loss(self, batches: Batches) -> float:
-        """Negative log likelihood per token of a dev set, in nats; each process looks at its share."""
-        found: list[tuple[Tensor, int]] = []
+    def dev_loss(self, batches: Batches) -> DevLoss:
+        """What a dev set loses with today's weights; each process looks at its share."""
+        found: list[tuple[Tensor, int, int]] = []
         short = False
         try:
             found = [sums for examples in batches.whole() for sums in self._dev_sums_that_fit(examples)]
@@ -243,11 +250,12 @@ class Learner:
             self.parts.give_up(int(batches.config.tokens))
         if self.team.settle(short):
             raise MemoryError("out of memory")
-        sums = torch.stack([nll for nll, _ in found]).tolist() if found else []
-        nll, tokens = self.team.total(math.fsum(sums), sum(count for _, count in found))
-        return nll / tokens
+        sums = torch.stack([sums_2 for sums_2, *_ in found]).T.tolist() if found else [[], []]
+        counts = (sum(tokens for _, tokens, _ in found), sum(questions for *_, questions in found))
+        nll, right, tokens, questions = self.team.total(*map(math.fsum, sums), *counts)
+        return DevLoss(nll / tokens, right / questions if questions else None)
 
-    def _dev_sums_that_fit(self, examples: Examples) -> list[tuple[Tensor, int]]:
+    def _dev_sums_that_fit(self, examples: Examples) -> list[tuple[Tensor, int, int]]:
         """The sums over the parts of a batch, which are made smaller until they fit into memory."""
         if self.sharded:
             return [self._dev_sums(part, idle=idle) for part, idle in self.parts.passes([examples])]
@@ -265,11 +273,14 @@ class Learner:
             waiting += halves(part)[::-1]
         return done
 
-    def _dev_sums(self, part: Examples, *, idle: bool = False) -> tuple[Tensor, int]:
+    def _dev_sums(self, part: Examples, *, idle: bool = False) -> tuple[Tensor, int, int]:
+        """The loss and the right answers [2] of a part, of how many tokens and questions."""
         batch = self.objective.collate(part, self.device)
         with autocast(self.precision, self.device):
             loss = self.objective.loss(self.net, batch)
-        return (loss.nll * 0, 0) if idle else (loss.nll, loss.tokens)
+        right = torch.zeros_like(loss.nll) if loss.right is None else loss.right.to(loss.nll.dtype)
+        sums_2 = torch.stack([loss.nll, right])
+        return (sums_2 * 0, 0, 0) if idle else (sums_2, loss.tokens, loss.questions)
 
     def to_translate_with(self) -> Seq2Seq:
         """An ordinary network with today's weights, for the leader to use; for all ranks to call together."""

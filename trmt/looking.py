@@ -12,12 +12,13 @@ from trmt.arch.base import Seq2Seq
 from trmt.batches import Batches
 from trmt.capacity import is_out_of_memory
 from trmt.config import tree_of
-from trmt.learner import Learner
+from trmt.learner import DevLoss, Learner
 from trmt.recipe import Recipe
 from trmt.shards import PreparedSet
 from trmt.tokenizer import Tokenizer
 
 NOT_ONE_FITS = "not even a single sentence of the dev set fits into memory; training goes on without it"
+RIGHT = "percent of texts of which it was told rightly whether they go on, dev set"
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,20 @@ class DevSet:
 
     def look(self) -> Seen:
         """The loss, scores and translations with the weights that are there now."""
-        loss = self._loss()
-        found = self._validation() if loss is not None and math.isfinite(loss) else Validation()
+        lost = self._loss()
+        found = self._validation() if lost is not None and math.isfinite(lost.loss) else Validation()
         scores: list[dict[str, Any]] = []
-        if loss is not None:
-            scores += [{"metric": "loss", "value": loss, "signature": "nats per target token, dev set"}]
+        if lost is not None:
+            scores += [{"metric": "loss", "value": lost.loss, "signature": "nats per target token, dev set"}]
+            if lost.right is not None:
+                scores += [{"metric": "right", "value": 100 * lost.right, "signature": RIGHT}]
         scores += found.scores
         metric = self.recipe.validation.metric
         scores.sort(key=lambda score: score["metric"] != metric)
         judged = bool(scores) and (scores[0]["metric"] == metric or math.isnan(scores[0]["value"]))
         return Seen(tuple(scores), found.samples, judged)
 
-    def _loss(self) -> float | None:
+    def _loss(self) -> DevLoss | None:
         """The loss, or None where memory is too short for it."""
         try:
             loss = self.learner.dev_loss(self.batches)
@@ -77,7 +80,7 @@ class DevSet:
                 raise
             console.warn(NOT_ONE_FITS)
             return None
-        if not math.isfinite(loss):
+        if not math.isfinite(loss.loss):
             console.warn("the dev loss is not a number; nothing is translated with these weights")
         return loss
 

@@ -25,6 +25,9 @@ class Loss:
     total: Tensor  # what is minimised
     nll: Tensor  # negative log likelihood without smoothing, in nats; carries no gradient
     tokens: int
+    # Of the questions that are not for a token, such as whether a text goes on: the number answered rightly.
+    right: Tensor | None = None
+    questions: int = 0
 
 
 @dataclass(frozen=True)

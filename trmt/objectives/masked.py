@@ -115,11 +115,12 @@ class Masked(Objective):
         hidden_MD = net(batch.source).hidden
         logits_NV = net.readout(hidden_MD[batch.places_N]).float()
         nll = F.cross_entropy(logits_NV, batch.pieces_N, reduction="sum")
-        total = nll
-        if batch.next_S is not None:
-            judged_S2 = net.judge(hidden_MD[batch.starts_S]).float()
-            total = nll + self.config.next_weight * F.cross_entropy(judged_S2, batch.next_S, reduction="sum")
-        return Loss(total, nll.detach(), batch.tokens)
+        if batch.next_S is None:
+            return Loss(nll, nll.detach(), batch.tokens)
+        judged_S2 = net.judge(hidden_MD[batch.starts_S]).float()
+        total = nll + self.config.next_weight * F.cross_entropy(judged_S2, batch.next_S, reduction="sum")
+        right = (judged_S2.argmax(-1) == batch.next_S).sum()
+        return Loss(total, nll.detach(), batch.tokens, right, len(batch.next_S))
 
 
 @dataclass(frozen=True)
