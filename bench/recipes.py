@@ -22,7 +22,7 @@ from provenance import RESULTS, ROOT, provenance, record
 RESULT = "recipes"
 SHORT = ("network.dropout=0.0", "batches.tokens=1024", "optim.schedule=cosine", "validation.sentences=100")
 SMALL = ("network.width=128", *SHORT)
-READS = ("batches.passage=32", "network.dropout=0.0", "validation.every=200", "optim.warmup=100")
+READS = ("batches.passage=32", "network.dropout=0.0", "optim.warmup=100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,30 +48,30 @@ class Row:
 
 
 ROWS = (
-    Row(recipe="transformer-tiny", steps=600, settings=(*SHORT, "optim.warmup=150")),
-    Row(recipe="rnn-fixed", steps=900, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=150")),
-    Row(recipe="rnnsearch", steps=600, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
-    Row(recipe="luong", steps=600, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
-    Row(recipe="convs2s", steps=900, settings=(*SMALL, "optim.warmup=150")),
+    Row(recipe="transformer-tiny", steps=400, settings=(*SHORT, "optim.warmup=100")),
+    Row(recipe="rnn-fixed", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
+    Row(recipe="rnnsearch", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
+    Row(recipe="luong", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
+    Row(recipe="convs2s", steps=400, settings=(*SMALL, "optim.warmup=100")),
     Row(
         recipe="universal",
-        steps=600,
-        settings=(*SMALL, "network.feed_forward=512", "optim.lr=2e-3", "optim.warmup=150"),
+        steps=400,
+        settings=(*SMALL, "network.feed_forward=512", "optim.lr=2e-3", "optim.warmup=100"),
     ),
-    Row(recipe="summaries", task="summaries", steps=600),
-    Row(recipe="topics", task="topics", steps=400),
+    Row(recipe="summaries", task="summaries", steps=300),
+    Row(recipe="topics", task="topics", steps=200),
     Row(
         recipe="phrasebook",
-        steps=400,
+        steps=300,
         start="bart-tiny",
-        start_steps=400,
+        start_steps=300,
         start_settings=(*READS, "batches.tokens=1024"),
     ),
     Row(
         recipe="phrasebook",
-        steps=400,
+        steps=300,
         start="bert-tiny",
-        start_steps=600,
+        start_steps=300,
         start_settings=(*READS, "batches.tokens=2048", "loss.next_sentence=false"),
     ),
 )

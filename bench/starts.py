@@ -15,10 +15,10 @@ from provenance import RESULTS, record
 from recipes import READS, Workshop
 
 PAIRS = 3_000
-STEPS = 400
+STEPS = 300
 SETTINGS = ("network.dropout=0.1", "optim.warmup=100", "validation.sentences=100")
 READING = (*READS, "batches.tokens=2048", "loss.next_sentence=false")
-READING_STEPS = 600
+READING_STEPS = 400
 
 
 def main() -> None:

@@ -56,6 +56,19 @@ def test_topics_are_those_of_what_is_recommended(beyond: ModuleType) -> None:
     assert 0.3 < first_is_wrong / total < 0.7  # where a word stands does not give the answer away
 
 
+def test_a_document_keeps_to_one_kind_of_thing(beyond: ModuleType) -> None:
+    kind_of = {word: kind for kind, words in beyond.KINDS.items() for word in words}
+    parts = beyond.generate_documents(1)
+    assert {part: len(documents) for part, documents in parts.items()} == beyond.DOCUMENTS
+    met = set()
+    for document in parts["dev"]:
+        kinds = {kind_of[word] for word in re.findall(r"\w+", document) if word in kind_of}
+        assert len(kinds) == 1 and 4 <= document.count("\n") <= 8
+        met |= kinds
+    assert met == set(beyond.KINDS)
+    assert beyond.generate_documents(1) == parts != beyond.generate_documents(2)
+
+
 @pytest.mark.parametrize("task", ["summaries", "topics"])
 def test_no_text_is_in_two_parts_and_a_seed_says_it_all(beyond: ModuleType, task: str) -> None:
     parts = beyond.generate(task, 1)
