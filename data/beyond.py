@@ -14,8 +14,8 @@ closed little worlds in which every answer follows from its text:
     topics      a remark about two things, of which it recommends one; the answer is the kind of thing that
                 is recommended: N words become 1
 
-and documents are for `trmt pretrain`: four to eight remarks, all about things of one kind, so that whether a
-text goes on with another can be told but for the one time in five that the other has the same kind by chance.
+and documents are for `trmt pretrain`: four to eight choices between things, all of one kind, so that whether
+a text goes on with another can be told, but for the one time in five that the other's kind is the same.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ from pathlib import Path
 Pair = tuple[str, str]
 
 MARK = "¶"
+CHOICES = (
+    "The {one} or the {other}?",
+    "Not the {one}, the {other}.",
+    "First the {one}, then the {other}!",
+    "A {one} is no {other}.",
+)
 SIZES = {"train": 12_000, "dev": 300, "test": 500}
 DOCUMENTS = {"train": 4_000, "dev": 400}
 NAMES = "Ada Ben Cleo Dan Eve Finn Gus Hana Ines Jon Kim Lea".split()
@@ -90,11 +96,10 @@ def remark(chooser: random.Random) -> Pair:
 
 
 def document(chooser: random.Random) -> str:
-    """Remarks about things of one kind, one on a line."""
+    """Choices between things of one kind, one on a line."""
     things = KINDS[chooser.choice(sorted(KINDS))]
-    count = chooser.randint(4, 8)
-    pairs = (chooser.sample(things, 2) for _ in range(count))
-    return "".join(f"{chooser.choice(REMARKS).format(good=good, bad=bad)}\n" for good, bad in pairs)
+    pairs = (chooser.sample(things, 2) for _ in range(chooser.randint(4, 8)))
+    return "".join(f"{chooser.choice(CHOICES).format(one=one, other=other)}\n" for one, other in pairs)
 
 
 TASKS: dict[str, Callable[[random.Random], Pair]] = {"summaries": report, "topics": remark}

@@ -54,28 +54,28 @@ def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# In a few seconds each, on one core. A network that sees one vector of its source gets 00 BLEU, one whose
-# looks weigh all of the source alike 00: every floor is above.
-SHORT = ("network.dropout=0.0", "batches.tokens=1024", "optim.schedule=cosine", "optim.warmup=40")
+# Some ten seconds each, on one core. With the same few steps a network without attention, rnn-fixed, reaches
+# 32 BLEU here: every floor is above.
+SHORT = ("network.dropout=0.0", "batches.tokens=1024", "optim.schedule=cosine", "optim.warmup=50")
 SMALL = (*SHORT, "network.width=128")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "steps", "settings", "bleu"),
+    ("recipe", "settings", "bleu"),
     [
-        ("phrasebook", 120, SHORT, 60),
-        ("rnnsearch", 120, (*SMALL, "optim.lr=5e-3"), 60),
-        ("luong", 120, (*SMALL, "optim.lr=5e-3"), 60),
-        ("convs2s", 120, (*SMALL, "optim.lr=2e-3"), 35),
-        ("universal", 120, (*SMALL, "network.feed_forward=256", "optim.lr=3e-3"), 60),
+        ("phrasebook", SHORT, 45),
+        ("rnnsearch", (*SMALL, "optim.lr=5e-3"), 45),
+        ("luong", (*SMALL, "optim.lr=5e-3"), 55),
+        ("convs2s", (*SMALL, "optim.lr=4e-3"), 40),
+        ("universal", (*SMALL, "network.feed_forward=256", "optim.lr=2e-3"), 45),
     ],
 )
 def test_bare_commands_lead_from_text_to_a_score(
-    tmp_path: Path, little: Path, recipe: str, steps: int, settings: tuple[str, ...], bleu: float
+    tmp_path: Path, little: Path, recipe: str, settings: tuple[str, ...], bleu: float
 ) -> None:
     data = ("--data", str(little / "data" / "en-de"))
-    often = (f"training.steps={steps}", f"validation.every={steps // 2}", "validation.sentences=20")
+    often = ("training.steps=150", "validation.every=75", "validation.sentences=20")
     trmt("train", *data, "--recipe", recipe, *changes(*often, *settings), cwd=tmp_path)
     trmt("average", "--last", "1", cwd=tmp_path)
     source = (little / "texts" / "test.en").read_bytes()
