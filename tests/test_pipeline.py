@@ -58,6 +58,7 @@ def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # 32 BLEU here: every floor is above.
 SHORT = ("network.dropout=0.0", "batches.tokens=1024", "optim.schedule=cosine", "optim.warmup=50")
 SMALL = (*SHORT, "network.width=128")
+FEW_STEPS = ("network.feed_forward=256", "network.encoder_steps=3", "network.decoder_steps=3")
 
 
 @pytest.mark.slow
@@ -68,7 +69,7 @@ SMALL = (*SHORT, "network.width=128")
         ("rnnsearch", (*SMALL, "optim.lr=5e-3"), 45),
         ("luong", (*SMALL, "optim.lr=5e-3"), 55),
         ("convs2s", (*SMALL, "optim.lr=4e-3"), 40),
-        ("universal", (*SMALL, "network.feed_forward=256", "optim.lr=2e-3"), 45),
+        ("universal", (*SMALL, *FEW_STEPS, "optim.lr=4e-3"), 40),
     ],
 )
 def test_bare_commands_lead_from_text_to_a_score(
@@ -102,7 +103,7 @@ def test_bare_commands_lead_from_documents_to_a_network_that_reads(
     tokenizer = ("--tokenizer", str(little / "data" / "tokenizer"))
     trmt("prepare", "data/read", "--documents", "train.txt", "--dev", "dev.txt", *tokenizer, cwd=tmp_path)
     passages = ("network.dropout=0.0", "batches.passage=32", "batches.tokens=1024", "optim.warmup=30")
-    few = ("training.steps=80", "validation.every=80", *settings)
+    few = ("training.steps=200", "validation.every=200", *settings)
     trmt("pretrain", "models/reads", "--recipe", recipe, *changes(*passages, *few), cwd=tmp_path)
     events = map(json.loads, (tmp_path / "models/reads/log.jsonl").read_text("utf-8").splitlines())
     found = [event["scores"][0]["value"] for event in events if event["event"] == "validate"]
