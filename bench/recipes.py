@@ -150,7 +150,7 @@ class Workshop:
         wanted = ("--ref", f"{texts}.{target}", "--metric", "bleu", "--metric", "chrf", "--json")
         scores = json.loads(self.trmt("score", *wanted, stdin=translated))["systems"][0]["scores"]
         answers = (self.folder / f"{texts}.{target}").read_bytes().splitlines()
-        same = sum(map(bytes.__eq__, translated.splitlines(), answers, strict=True))
+        same = sum(one == other for one, other in zip(translated.splitlines(), answers, strict=True))
         return {"scores": scores, "exact": same, "sentences": len(answers)}
 
     def train(
