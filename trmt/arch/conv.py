@@ -209,7 +209,7 @@ def decode(
         windows.append(seen_SKWD[:, :, -(config.kernel - 1) :] if config.kernel > 1 else window_SKWD)
         h_SKTD = _gated(net, layer, seen_SKWD, config.kernel)
         query_SKTD = (layer.query(h_SKTD) + embedded_SKTD) * HALF
-        # The paper's scores are not scaled: of inputs as small as its embeddings nothing would be left of them.
+        # The paper does not scale scores: of inputs as small as its embeddings nothing would be left.
         query_SHQD = query_SKTD.flatten(1, 2)[:, None] * config.width**0.5
         key_SHLD, mask = memory["keys"][:, None], memory["mask"]
         found_SQD = layers.attend(query_SHQD, key_SHLD, memory["values"][:, None], mask) * memory["grow"]
