@@ -39,8 +39,10 @@ def small_network(architecture: str, **options: Any) -> Seq2Seq:
     sizes = {name: value for name, value in SMALL.items() if name in known}
     net: Seq2Seq = network(config(**{**sizes, **options})).eval()
     for name, buffer in net.named_buffers():  # statistics as if of some training
-        if name.endswith(("running_mean", "running_var")):
-            buffer.add_(torch.rand(buffer.shape))
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.rand(buffer.shape))
+        elif name.endswith("running_var"):
+            buffer.copy_(10 + 20 * torch.rand(buffer.shape))
     return net
 
 
