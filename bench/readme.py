@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_suite
+import options_tables
 import quality_tables
 import shortlist_tables
 import speed_tables
@@ -17,7 +18,7 @@ import translation_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "cpu.md")
+PAGES = (README, ROOT / "docs" / "cpu.md", ROOT / "docs" / "lineage.md")
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -132,6 +133,14 @@ def startup() -> str:
     return table(("", "median", "least", "most"), rows) + f"\n\n- {source(result)}"
 
 
+def options() -> str:
+    result = options_tables.result()
+    if result is None:
+        return "pending"
+    measured = table(options_tables.HEAD, options_tables.rows(result))
+    return f"{measured}\n\n- {source(result)}"
+
+
 def sources(names: list[str]) -> str:
     """Where the figures come from, of those results that there are."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -177,6 +186,7 @@ TABLES = {
     "translation": translation,
     "shortlist": shortlist,
     "startup": startup,
+    "options": options,
     "quality": quality,
     "corpora": corpora,
     "gpu": gpu,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.contracts.test_seq2seq import TRANSFORMERS
 from tests.fakes import random_sentences, small_network
 from trmt import transfer
 from trmt.arch.base import Ragged, Source
@@ -161,6 +162,26 @@ def test_what_was_drawn_is_reinforced_by_what_came_of_it() -> None:
     wanted = -(better.detach() * drawn[:3]).sum()
     torch.testing.assert_close(output.aux["reinforce"][0], wanted, **CLOSE)
     torch.testing.assert_close(output.aux["baseline"][0], better.detach().square().sum() / 2, **CLOSE)
+
+
+@pytest.mark.parametrize("options", TRANSFORMERS, ids=lambda options: "-".join(map(str, options.values())))
+def test_every_option_learns_in_half_precision_too(options: dict[str, Any]) -> None:
+    """With dropout everywhere; the loss of a batch falls."""
+    soft = options.get("cross_focus", "soft") == "soft"
+    net = small_network("transformer", **options, dropout=0.1, attention_dropout=0.1 if soft else 0.0).train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    source, target = Source.of(SOURCES), Ragged.of(TARGETS)
+    torch.manual_seed(1)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = net(source, target)
+            loss = F.cross_entropy(net.readout(output.hidden).float(), target.ids_N.roll(-1))
+        (loss + sum(weighted for weighted, _ in output.aux.values()) / len(target.ids_N)).backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
 @pytest.mark.parametrize(

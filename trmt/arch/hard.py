@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,29 @@ from trmt.arch.attention import Spans
 from trmt.arch.base import Ragged
 from trmt.arch.focus import Glance, weigh
 from trmt.arch.reinforce import Draw, reinforced
+from trmt.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocusConfig:
+    """Where a decoder's layers look."""
+
+    cross_focus: Literal["soft", "sampled", "gumbel"] = "soft"  # the hard ones as in focus.py
+    attention_dropout: float = 0.0
+    temperature: float = 1.0  # of Gumbel's softmax
+    entropy: float = 0.01  # how much sampled looks are rewarded for keeping their minds open
+
+    def check_focus(self) -> None:
+        """Refuse what does not go together."""
+        if self.cross_focus != "soft" and self.attention_dropout:
+            raise ConfigError(
+                f'cross_focus = "{self.cross_focus}" looks at one place, of which attention_dropout = '
+                f"{self.attention_dropout} would leave nothing; set one to its default"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"network.temperature = {self.temperature} is out of range; set it above 0")
+        if not 0 <= self.entropy < math.inf:
+            raise ConfigError(f"network.entropy = {self.entropy} is out of range; set it to at least 0")
 
 
 def look(

@@ -2,7 +2,7 @@
 
 Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when
 decoding), N target tokens of a batch in a row, M source tokens in a row, H heads, P width of one head,
-D width, V vocabulary, A layers, C columns of the cache.
+D width, V vocabulary, A layers, C columns and J slots of what is cached.
 
 Its layers are in transformer_layers.py; here they are put together, for training and for translating.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trmt.arch import attention, fused, hard, layers, positions, stepping, stores
 from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
+from trmt.arch.hard import FocusConfig
 from trmt.arch.positions import PositionConfig
 from trmt.arch.transformer_layers import (
     Encoder,
@@ -33,6 +34,7 @@ from trmt.arch.transformer_layers import (
     decode,
     embed,
     feed,
+    make_memories,
     memorised,
     own_parts,
     piece_vectors,
@@ -41,7 +43,7 @@ from trmt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(PositionConfig):
+class TransformerConfig(PositionConfig, FocusConfig):
     """The sizes and options of a Transformer; the defaults are the paper's base model."""
 
     source_vocabulary: int
@@ -50,16 +52,12 @@ class TransformerConfig(PositionConfig):
     encoder_layers: int = 6
     decoder_layers: int = 6
     dropout: float = 0.1
-    attention_dropout: float = 0.0
     norm_place: Literal["post", "pre"] = "post"
     norm: Literal["layer", "rms", "batch"] = "layer"
     epsilon: float = 0.0  # of the norms; 0 takes what is usual for them
     residual: bool = True  # whether what goes into a sublayer is added to what comes out of it
     score_scale: bool = True  # whether scores of attention are divided by the square root of a head's width
     cross_source: Literal["last", "same"] = "last"  # the encoder's layer that a decoder's layer looks at
-    cross_focus: Literal["soft", "sampled", "gumbel"] = "soft"  # of that look; the hard ones as in focus.py
-    temperature: float = 1.0  # of Gumbel's softmax
-    entropy: float = 0.01  # how much sampled looks are rewarded for keeping their minds open
     embedding_norm: bool = False  # a norm behind the embeddings, as BERT has it
     embedding_scale: bool = True  # embeddings are multiplied by the square root of the width
     segments: int = 1  # kinds of source tokens, each of which adds a vector of its own if there are several
@@ -70,6 +68,7 @@ class TransformerConfig(PositionConfig):
     def __post_init__(self) -> None:
         layers.check_sizes(self, but=("temperature", "entropy"))
         self.check_positions()
+        self.check_focus()
         if self.tied == "all" and self.source_vocabulary != self.target_vocabulary:
             raise ConfigError(
                 'tied = "all" needs a joint tokenizer; set network.tied = "target" or train one'
@@ -79,15 +78,6 @@ class TransformerConfig(PositionConfig):
                 f'cross_source = "same" needs as many layers on both sides, and encoder_layers = '
                 f"{self.encoder_layers}, decoder_layers = {self.decoder_layers}; change one"
             )
-        if self.cross_focus != "soft" and self.attention_dropout:
-            raise ConfigError(
-                f'cross_focus = "{self.cross_focus}" looks at one place, of which attention_dropout = '
-                f"{self.attention_dropout} would leave nothing; set one to its default"
-            )
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"network.temperature = {self.temperature} is out of range; set it above 0")
-        if not 0 <= self.entropy < math.inf:
-            raise ConfigError(f"network.entropy = {self.entropy} is out of range; set it to at least 0")
 
     @property
     def usual(self) -> bool:
@@ -133,23 +123,11 @@ class Transformer(Encoder, Seq2Seq):
             parts = 2 * config.decoder_layers
             self.memory = layers.xavier(fused.Linear(width, parts * width), parts)
         else:
-            self._make_memories()
+            make_memories(self, config)
         if config.cross_focus == "sampled":
             self.baseline = nn.Linear(width, 1)
         if config.norm_place == "pre":
             self.decoder_norm = layers.norm(config.norm, width, config.epsilon)
-
-    def _make_memories(self) -> None:
-        """Keys and values of each encoder layer for the decoder's layer beside it."""
-        config, width = self.config, self.config.width
-        self.memories = nn.ModuleList(
-            layers.xavier(fused.Linear(width, 2 * width), 2) for _ in range(config.decoder_layers)
-        )
-        if config.norm_place == "pre":  # the last layer's is the encoder's own
-            count = config.encoder_layers - 1
-            self.lower_norms = nn.ModuleList(
-                layers.norm(config.norm, width, config.epsilon) for _ in range(count)
-            )
 
     @property
     def counts_tokens(self) -> bool:

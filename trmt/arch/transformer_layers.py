@@ -197,6 +197,17 @@ def encode_each(
     return [*lower, found[-1][1]]
 
 
+def make_memories(net: nn.Module, config: Any) -> None:
+    """Keys and values of each encoder layer for the decoder's layer beside it."""
+    width = config.width
+    net.memories = nn.ModuleList(
+        layers.xavier(fused.Linear(width, 2 * width), 2) for _ in range(config.decoder_layers)
+    )
+    if config.norm_place == "pre":  # the last layer's is the encoder's own
+        lower = range(config.encoder_layers - 1)
+        net.lower_norms = nn.ModuleList(layers.norm(config.norm, width, config.epsilon) for _ in lower)
+
+
 def memorised(net: Any, config: Any, x: Tensor, look_around: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Keys and values of the source for every decoder layer, side by side, on any layout."""
     if config.cross_source == "last":
