@@ -1,7 +1,7 @@
 """How a Transformer knows where a piece stands: told with its embedding, or when attention looks.
 
-Axes: S sentence, L source position, Q queries, J keys, H heads, P width of one head, R distances that are told
-apart, D width.
+Axes: S sentence, L source position, Q queries, J keys, H heads, P width of one head, R distances that are
+told apart, D width.
 
 With e the embedding of the piece at position p, which attention looks at with queries q, keys k, values v:
 
