@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +43,6 @@ LANES = 16  # floats that a kernel takes at a time
 TOGETHER = 32  # sentences of like length that are padded together
 
 Parts = tuple[Tensor, Tensor, Tensor]  # queries [N, H, P], keys and values [M, H, P]
-Look = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (query, key, value, mask) -> [S, T, D]
 
 
 class _Attention(ctypes.Structure):
@@ -127,7 +125,7 @@ def attend_padded(
     *,
     causal: bool,
     dropout: float = 0.0,
-    look: Look | None = None,
+    look: layers.Look | None = None,
 ) -> Tensor:
     """The sentences set out in a grid, attended to, or looked at in another way, and put in a row again.
 
@@ -156,7 +154,13 @@ def _picked(spans: Spans, sentences: Tensor) -> tuple[Tensor, Spans]:
 
 
 def attend_in_grid(
-    parts: Parts, spans: Spans, over: Spans, *, causal: bool, dropout: float = 0.0, look: Look | None = None
+    parts: Parts,
+    spans: Spans,
+    over: Spans,
+    *,
+    causal: bool,
+    dropout: float = 0.0,
+    look: layers.Look | None = None,
 ) -> Tensor:
     """The same with all sentences in one grid."""
     query_NHP, key_MHP, value_MHP = parts

@@ -7,7 +7,7 @@ head, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from trmt.arch.base import Linear
 from trmt.errors import ConfigError
+
+Look = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (query, key, value, mask) -> [S, Q, D]
 
 # On the CPU, attention gives the same bits for any padding when the number of keys is a multiple of this.
 KEY_MULTIPLE = 16

@@ -25,7 +25,6 @@ position 0, so that it can be shared with the output's; so are the frequencies w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,8 +39,6 @@ Kind = Literal["none", "sinusoidal", "learned", "complex", "rotary", "relative",
 TABLED = ("sinusoidal", "learned")  # a vector for each position, of which there are so many
 BIASED = ("t5", "alibi")  # a number added to the scores of attention
 UNBOUNDED = 1 << 30  # positions, where none needs a place in a table
-
-Look = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (query, key, value, mask) -> [S, Q, D]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +200,7 @@ def look(
     side: int,
     dropout: float = 0.0,
     steady: bool = False,
-) -> Look:
+) -> layers.Look:
     """What looks by distance, in place of `layers.attend`; `steady` gives the same bits for any padding."""
     if config.positions in BIASED:
         bias = biases(net, config, distance_SQJ, side=side)

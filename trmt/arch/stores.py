@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trmt.arch.layers import KEY_MULTIPLE, attend
+from trmt.arch.layers import KEY_MULTIPLE, Look, attend
 
 FIRST_COLUMNS = 32  # of a new store
 ANCESTOR_LIMIT = 16  # measured: with more hypotheses, masking common slots costs more than moving rows
@@ -121,7 +121,7 @@ class AncestorStore:
         return slot_J - self.column_ST.repeat(1, self.hypotheses)[..., None]
 
     def attend(
-        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor, look: Any = attend
+        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor, look: Look = attend
     ) -> Tensor:
         """Store the keys and values of the open columns, and `look` at all so far: [S, Q, D]."""
         hypotheses, store = self.hypotheses, self.both[layer]
@@ -224,7 +224,7 @@ class RowStore:
         return self.rows.distances(mask)
 
     def attend(
-        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor, look: Any = attend
+        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor, look: Look = attend
     ) -> Tensor:
         """Store the keys and values of the open columns, and `look` at all so far: [S, Q, D]."""
         query = query_SHQP.unflatten(2, (self.hypotheses, -1)).transpose(1, 2).flatten(0, 1)

@@ -354,7 +354,7 @@ class TransformerStepper(Stepper):
         x_SKD = embed(self.net, config, tokens_SK, position_SK, side=1)
         return decode(self.net, config, x_SKD, look_back, look_over), weights
 
-    def _looks(self, store: Any, mask: Tensor) -> Callable[[int], positions.Look]:
+    def _looks(self, store: Any, mask: Tensor) -> Callable[[int], layers.Look]:
         """How each layer looks at what went before."""
         if not positions.by_distance(self.config):
             return lambda _: layers.attend
