@@ -165,10 +165,7 @@ def look(
     score_SHQL = score_SHQL + memory["mask"]
     if config.focus in ("monotonic", "predictive"):
         score_SHQL = score_SHQL + _window(net.attention, config, query_SQD, position_SQ, memory)
-    training = getattr(net, "training", False)
-    weights, log_drawn, entropy = weigh(
-        config.focus, score_SHQL, temperature=config.temperature, training=training
-    )
+    weights, log_drawn, entropy = weigh(config, score_SHQL, training=getattr(net, "training", False))
     context_SQD = (weights.to(memory["values"].dtype) @ memory["values"]).transpose(1, 2).flatten(2)
     return Glance(context_SQD, weights, log_drawn, entropy)
 
@@ -190,15 +187,15 @@ def _window(net: Any, config: AttentionConfig, query_SQD: Tensor, position_SQ: T
 
 
 def weigh(
-    focus: Focus, score_SHQL: Tensor, *, temperature: float, training: bool
+    config: AttentionConfig, score_SHQL: Tensor, *, training: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The weights of the places; of drawn ones, also their log probability and the entropy [S, Q]."""
-    if focus not in ("sampled", "gumbel"):
+    if config.focus not in ("sampled", "gumbel"):
         return score_SHQL.softmax(-1), None, None
     if not training:
         return _one(score_SHQL.argmax(-1), score_SHQL), None, None
-    if focus == "gumbel":
-        drawn: Any = F.gumbel_softmax(score_SHQL.float(), temperature, hard=True)
+    if config.focus == "gumbel":
+        drawn: Any = F.gumbel_softmax(score_SHQL.float(), config.temperature, hard=True)
         return drawn, None, None
     log_SHQL = score_SHQL.float().log_softmax(-1)
     share_SHQL = log_SHQL.exp()

@@ -17,7 +17,7 @@ from torch import Tensor
 from trmt.arch import attention, layers
 from trmt.arch.attention import Spans
 from trmt.arch.base import Ragged
-from trmt.arch.focus import Glance, weigh
+from trmt.arch.focus import AttentionConfig, Glance, weigh
 from trmt.arch.reinforce import Draw, reinforced
 from trmt.errors import ConfigError
 
@@ -58,9 +58,8 @@ def look(
     exact = not training and query_SHQP.device.type == "cpu"
     query, key = (x.double() if exact else x for x in (query_SHQP, key_SHLP))
     score_SHQL = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1]) + mask
-    weights, log_drawn, entropy = weigh(
-        config.cross_focus, score_SHQL, temperature=config.temperature, training=training
-    )
+    focus = AttentionConfig(focus=config.cross_focus, temperature=config.temperature)
+    weights, log_drawn, entropy = weigh(focus, score_SHQL, training=training)
     context_SHQP = weights.to(value_SHLP.dtype) @ value_SHLP
     return Glance(context_SHQP.transpose(1, 2).flatten(2), weights.float(), log_drawn, entropy)
 
