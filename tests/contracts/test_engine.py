@@ -30,7 +30,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none"}),
     ("transformer", {"positions": "relative", "reach": 3, "norm": "batch", "cross_source": "same"}),
     ("transformer", {"positions": "t5", "cross_focus": "gumbel"}),
-    ("transformer", {"positions": "alibi", "residual": False, "score_scale": False}),
+    ("transformer", {"positions": "alibi", "norm_place": "pre", "residual": False}),
     ("conv", {"encoder_attention": "after"}),
     ("conv", {"encoder_attention": "pooling"}),
     ("rnn", {"context": "start", "cell": "lstm", "reads": "backward"}),
