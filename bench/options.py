@@ -2,8 +2,8 @@
 
     python bench/options.py [NAME ...]
 
-What is in the result file already stays, so that a run can be stopped and gone on with. So few steps tell
-that an option learns, and how fast at first; they are no comparison of what options reach in the end.
+What is in the result file already stays, so that a run can be stopped and gone on with. So few steps tell how
+fast an option learns at first; they are no comparison of what options reach in the end.
 """
 
 from __future__ import annotations
