@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_suite
+import options_tables
 import quality_tables
 import recipe_tables
 import shortlist_tables
@@ -154,6 +155,14 @@ def listed(result: dict, runs: list[dict]) -> str:
     return "\n\n" + "\n".join(f"- {line}" for line in [*recipe_tables.signatures(runs), source(result)])
 
 
+def options() -> str:
+    result = options_tables.result()
+    if result is None:
+        return "pending"
+    measured = table(options_tables.HEAD, options_tables.rows(result))
+    return f"{measured}\n\n- {source(result)}"
+
+
 def sources(names: list[str]) -> str:
     """Where the figures come from, of those results that there are."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -199,6 +208,7 @@ TABLES = {
     "translation": translation,
     "shortlist": shortlist,
     "startup": startup,
+    "options": options,
     "quality": quality,
     "recipes": recipes,
     "starts": starts,

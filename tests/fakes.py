@@ -37,7 +37,13 @@ def small_network(architecture: str, **options: Any) -> Seq2Seq:
     known = {field.name for field in fields(config)}
     torch.manual_seed(7)
     sizes = {name: value for name, value in SMALL.items() if name in known}
-    return network(config(**{**sizes, **options})).eval()
+    net: Seq2Seq = network(config(**{**sizes, **options})).eval()
+    for name, buffer in net.named_buffers():  # statistics as if of some training
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.rand(buffer.shape))
+        elif name.endswith("running_var"):
+            buffer.copy_(10 + 20 * torch.rand(buffer.shape))
+    return net
 
 
 def random_sentences(count: int, *, longest: int = 9, seed: int = 0) -> list[list[int]]:

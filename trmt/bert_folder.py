@@ -34,6 +34,9 @@ FIXED: Mapping[str, Any] = {
     "embedding_scale": False,
     "activation": "gelu",
     "positions": "learned",
+    "position_join": "add",
+    "residual": True,
+    "score_scale": True,
 }
 NUMBERS: Mapping[str, str] = {
     "vocab_size": "source_vocabulary",

@@ -68,6 +68,7 @@ class Learner:
         torch.manual_seed(recipe.training.seed)
         self.net = bundles.build_network(recipe.architecture, recipe.network, trust_code=True)
         vectors.check_and_freeze(self.net, recipe)
+        self._check_team()
         self.sharded = recipe.training.shard and self.team.size > 1
         if self.sharded:
             self._shard()
@@ -91,7 +92,14 @@ class Learner:
         self.compiles = wanted and not self.sharded  # gathering weights is nothing to compile
         self._forward: Any = compiled(self.net) if self.compiles else self.net
         self.room: Room | None = None  # what every batch fits into, if there is such a thing
-        self.parts = Parts(self.team, sharded=self.sharded)
+        self.parts = Parts(self.team, sharded=self.sharded, whole=self.net.couples_batch)
+
+    def _check_team(self) -> None:
+        if self.net.couples_batch and self.team.size > 1:
+            raise ConfigError(
+                f'network.norm = "batch" takes its statistics of whole batches, of which {self.team.size} '
+                'processes would see a share each; train in one process, or set network.norm = "layer"'
+            )
 
     def _check_network(self) -> None:
         if not isinstance(self.net, self.objective.networks):
@@ -113,6 +121,8 @@ class Learner:
 
     def _room(self) -> Room | None:
         """The one shape of all batches, for which a network is compiled; elsewhere it only costs time."""
+        if self.net.counts_tokens:  # also those that a batch would be filled up with
+            return None
         parts = self.team.size * 2**self.parts.halvings
         return self.room.part(parts) if self.compiles and self.room else None
 
@@ -308,8 +318,7 @@ class Learner:
         named: dict[str, Tensor] = {
             f"live:{name}": parameter for name, parameter in self.net.named_parameters()
         }
-        kept = self.net.state_dict()
-        named |= {f"buffer:{name}": value for name, value in self.net.named_buffers() if name in kept}
+        named |= {f"buffer:{name}": value for name, value in optim.kept_buffers(self.net).items()}
         named |= optim.moments(self.net, self.optimizer)
         if self.mean:
             named |= {f"mean:{name}": tensor for name, tensor in self.mean.named().items()}
@@ -317,9 +326,12 @@ class Learner:
 
     def kept(self) -> dict[str, str]:
         """The names of the tensors that make the bundle: there, and in it."""
-        named = {f"{'mean' if self.mean else 'live'}:{name}": name for name, _ in self.net.named_parameters()}
-        in_state = self.net.state_dict()
-        return named | {f"buffer:{name}": name for name, _ in self.net.named_buffers() if name in in_state}
+        buffers = {f"buffer:{name}": name for name in optim.kept_buffers(self.net)}
+        if self.mean:
+            averaged = {f"mean:{name}": name for name in self.mean.named()}
+            others = {key: name for key, name in buffers.items() if f"mean:{name}" not in averaged}
+            return averaged | others
+        return {f"live:{name}": name for name, _ in self.net.named_parameters()} | buffers
 
     def state(self) -> dict[str, Any]:
         """The part of the state that is no tensor."""

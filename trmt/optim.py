@@ -127,14 +127,22 @@ def restore_moments(net: nn.Module, optimizer: torch.optim.Optimizer, saved: Map
                 optimizer.state[parameter][key] = saved[f"{key}:{name}"].to(device)
 
 
+def kept_buffers(net: nn.Module) -> dict[str, Tensor]:
+    """What a network keeps beside its weights, by name: statistics that training gathers."""
+    kept = net.state_dict().keys()
+    return {name: value for name, value in net.named_buffers() if name in kept}
+
+
 class RunningMean:
     """An exponential running mean of the weights, started at the first step and never biased towards it."""
 
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.names = [name for name, _ in net.named_parameters()]
-        self.live = [parameter.detach() for parameter in net.parameters()]
-        self.mean = [parameter.clone() for parameter in self.live]
+        # The statistics of a batch norm go with the weights they were taken with.
+        statistics = {name: value for name, value in kept_buffers(net).items() if value.is_floating_point()}
+        averaged = {name: parameter.detach() for name, parameter in net.named_parameters()} | statistics
+        self.names, self.live = list(averaged), list(averaged.values())
+        self.mean = [tensor.clone() for tensor in self.live]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -24,8 +24,9 @@ class ShortMemory(TrmtError):
 class Parts:
     """How a process cuts its share of each batch; how small the parts are is for a team to agree on."""
 
-    def __init__(self, team: Team, *, sharded: bool) -> None:
-        self.team, self.sharded = team, sharded
+    def __init__(self, team: Team, *, sharded: bool, whole: bool = False) -> None:
+        """`whole` batches cannot be cut: in parts the network would make something else of them."""
+        self.team, self.sharded, self.whole = team, sharded, whole
         self.halvings = 0  # how often batches are halved
 
     def passes(self, examples: list[Examples]) -> list[Pass]:
@@ -59,6 +60,11 @@ class Parts:
         )
 
     def _check_divisible(self, pairs: int) -> None:
+        if self.whole:
+            raise TrmtError(
+                'a batch does not fit into memory, and network.norm = "batch" takes its statistics of whole '
+                'ones; lower batches.tokens, or set network.norm = "layer"'
+            )
         if 2**self.halvings >= pairs:
             raise TrmtError(
                 "a single pair does not fit into memory; use a smaller network, or prepare the data again "

@@ -36,7 +36,8 @@ def shard(net: Network, team: Team, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (team.size,))
     for layer in (layer for part in net.children() if isinstance(part, nn.ModuleList) for layer in part):
         # The pieces and not the layer: networks call what is in a layer, never the layer itself.
-        fully_shard([piece for piece in layer.modules() if _has_matrix(piece)], mesh=mesh)
+        if pieces := [piece for piece in layer.modules() if _has_matrix(piece)]:
+            fully_shard(pieces, mesh=mesh)
     fully_shard(net, mesh=mesh, reshard_after_forward=False)
     for module in net.modules():
         if isinstance(module, FSDPModule):

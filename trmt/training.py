@@ -115,7 +115,7 @@ class Run:
         self.steps_per_epoch = len(self.batches.plan(0))
         specials = Specials.of(tokenizer.target)
         self.learner = Learner(recipe, steps=self.last_step or 0, team=team, specials=specials)
-        self.positions = int(getattr(self.learner.net.config, "longest", 1 << 30))
+        self.positions = self.learner.net.most_tokens
         if alpha := recipe.batches.subword_alpha:
             self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
         if room := self.batches.room:

@@ -29,8 +29,26 @@ FIELDS = (
     "positions",
     "longest",
 )
-PREFIXES = ("source_embedding.", "encoder.", "encoder_norm.", "embedding_norms.0.", "segments")
-POSITIONS = "positions"  # one table for each side; the encoder's is the first
+# What networks also have in common; those of bundles that do not say have it like this.
+OPTIONS: Mapping[str, Any] = {
+    "residual": True,
+    "score_scale": True,
+    "position_join": "add",
+    "position_width": 64,
+    "reach": 16,
+    "buckets": 32,
+    "farthest": 128,
+}
+PREFIXES = (
+    "source_embedding.",
+    "source_turns",
+    "encoder.",
+    "encoder_norm.",
+    "encoder_apart",
+    "embedding_norms.0.",
+    "segments",
+)
+SIDES = ("positions", "biases")  # tables with a part for each side; the encoder's is the first
 
 
 def split(place: Path) -> tuple[Path, bool]:
@@ -49,7 +67,8 @@ def encoder_fields(manifest: Manifest, *, where: Path) -> Tree:
             f"{where} is a network of architecture {manifest.architecture!r}, which has no encoder to take "
             f"over (no {missing[0]!r}); name a run of trmt pretrain or of a transformer"
         )
-    return {name: manifest.network[name] for name in FIELDS}
+    network = {**OPTIONS, **manifest.network}
+    return {name: network[name] for name in (*FIELDS, *OPTIONS)}
 
 
 def check_fields(network: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path) -> None:
@@ -68,21 +87,24 @@ def with_encoder(
     """A network's weights with those of the encoder in `weights` put in."""
     taken = dict(state)
     for name, tensor in state.items():
-        if name == POSITIONS:
+        if name in SIDES:
             if name not in weights or weights[name].shape[1:] != tensor.shape[1:]:
-                raise BundleError(f"{where} has no table of positions like the network's; they do not fit")
+                raise BundleError(f"{where} has no table of {name} like the network's; they do not fit")
             taken[name] = tensor.clone()
             taken[name][0] = weights[name][0]
         elif name.startswith(PREFIXES):
             if name not in weights or weights[name].shape != tensor.shape:
                 raise BundleError(f"{where} has no {name!r} of shape {list(tensor.shape)}; they do not fit")
             taken[name] = weights[name]
-    for name in _same_as(state, "source_embedding.weight"):
-        taken[name] = taken["source_embedding.weight"]
+    for shared in ("source_embedding.weight", "source_turns"):
+        for name in _same_as(state, shared):
+            taken[name] = taken[shared]
     return taken
 
 
 def _same_as(state: Mapping[str, Tensor], wanted: str) -> list[str]:
     """The names of the tensors that are tied to this one."""
+    if wanted not in state:
+        return []
     address = state[wanted].data_ptr()
     return [name for name, tensor in state.items() if tensor.data_ptr() == address and name != wanted]

@@ -121,7 +121,7 @@ class Translator:
         self.tokenizer, self.options = tokenizer, options
         source, target = tokenizer.source, tokenizer.target
         # The network has so many positions; one is for the end-of-sentence token.
-        self.positions = int(getattr(net.config, "longest", 1 << 30))
+        self.positions = net.most_tokens
         self.longest = max(min(longest, self.positions - 1), 1)
         self.eos = source.eos
         self.ranker = resolve(RANKERS, "best")()

@@ -20,7 +20,6 @@ from trmt.decode.beam import Beam
 from trmt.decode.greedy import Greedy
 from trmt.decode.sampling import Sampling
 from trmt.engines.base import Batching, Engine, Request
-from trmt.errors import ConfigError
 from trmt.registry import ARCHITECTURES, ENGINES, resolve
 
 BOS, EOS, BANNED = 1, 2, (0, 1, 3)
@@ -29,6 +28,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ARCHITECTURES),
     ("transformer", {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}),
     ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none"}),
+    ("transformer", {"positions": "relative", "reach": 3, "norm": "batch", "cross_source": "same"}),
+    ("transformer", {"positions": "t5", "cross_focus": "gumbel"}),
+    ("transformer", {"positions": "alibi", "norm_place": "pre", "residual": False}),
     ("conv", {"encoder_attention": "after"}),
     ("conv", {"encoder_attention": "pooling"}),
     ("rnn", {"context": "start", "cell": "lstm", "reads": "backward"}),
@@ -278,9 +280,10 @@ def test_training_mode_does_not_matter() -> None:
         assert translated(engine_of("eager", net.train(), Beam()), requests) == expected, name
 
 
-@pytest.mark.parametrize("name", list(ENGINES))
-def test_a_network_that_couples_its_batch_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = small_network("rnn")
-    monkeypatch.setattr(type(net), "couples_batch", True)
-    with pytest.raises(ConfigError, match="sentences beside them"):
-        resolve(ENGINES, name)(net, Greedy(), bos=BOS, eos=EOS)
+def test_a_network_that_couples_its_batch_in_training_translates_each_sentence_by_itself() -> None:
+    requests = requests_of(5, longest=6)
+    net = small_network("transformer", norm="batch")
+    assert net.couples_batch
+    for name in ENGINES:
+        expected = translated(engine_of(name, net, Beam()), requests)
+        assert translated(engine_of(name, net, Beam(), sentences=1), requests) == expected

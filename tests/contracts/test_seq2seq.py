@@ -37,11 +37,34 @@ RNNS: list[dict[str, Any]] = [
     {"static": True, "focus": "predictive", "reach": 4, "summary": "max"},
 ]
 
+# Every option of the Transformer, in some combination with the rest.
+TRANSFORMERS: list[dict[str, Any]] = [
+    {"positions": "none", "residual": False, "cross_source": "same"},
+    {"positions": "complex", "cross_focus": "gumbel", "heads": 1},
+    {"positions": "complex", "tied": "target", "norm_place": "pre", "residual": False},
+    {"positions": "relative", "reach": 3, "cross_source": "same", "norm_place": "pre", "heads": 4},
+    {"positions": "relative", "reach": 1, "score_scale": False, "norm": "batch"},
+    {"positions": "t5", "buckets": 8, "farthest": 6, "score_scale": False, "norm_place": "pre"},
+    {"positions": "alibi", "norm": "batch", "heads": 16, "tied": "none"},
+    {"position_join": "concatenate", "position_width": 6, "cross_focus": "sampled", "tied": "none"},
+    {
+        "position_join": "concatenate",
+        "position_width": 4,
+        "positions": "learned",
+        "norm": "batch",
+        "norm_place": "pre",
+        "cross_source": "same",
+        "cross_focus": "sampled",
+        "score_scale": False,
+    },
+]
+
 # The registered networks as they are, and the Transformer's options, which change how states work.
 VARIANTS = [
     *((name, {}) for name in ARCHITECTURES),
     ("transformer", {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}),
     ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none", "decoder_layers": 1}),
+    *(("transformer", options) for options in TRANSFORMERS),
     *(("conv", {"encoder_attention": place}) for place in ("before", "after", "pooling")),
     *(("rnn", options) for options in RNNS),
     ("hierarchical", {"mark": 7, "score": "dot", "place": "after", "input_feeding": True}),

@@ -118,20 +118,28 @@ def _fits(x: Tensor, spans: Spans, heads: int, parts: int, dropout: float) -> bo
     return not dropout and part % LANES == 0 and not spans.starts_S.is_cuda and fused.kernels_serve(x)
 
 
-def attend_padded(parts: Parts, spans: Spans, over: Spans, *, causal: bool, dropout: float = 0.0) -> Tensor:
-    """The sentences set out in a grid, attended to, and put in a row again.
+def attend_padded(
+    parts: Parts,
+    spans: Spans,
+    over: Spans,
+    *,
+    causal: bool,
+    dropout: float = 0.0,
+    look: layers.Look | None = None,
+) -> Tensor:
+    """The sentences set out in a grid, attended to, or looked at in another way, and put in a row again.
 
     On the CPU, sentences of like length share a grid; a GPU would have to be asked for the lengths first.
     """
     lengths_2S = torch.stack([spans.starts_S.diff(), over.starts_S.diff()])
     if lengths_2S.shape[1] <= TOGETHER or lengths_2S.device.type != "cpu" or torch.compiler.is_compiling():
-        return _attend_in_grid(parts, spans, over, causal=causal, dropout=dropout)
+        return attend_in_grid(parts, spans, over, causal=causal, dropout=dropout, look=look)
     query_NHP, key_MHP, value_MHP = parts
     rows, found = [], []
     for group in lengths_2S.amax(0).argsort().split(TOGETHER):
         (rows_N, some), (rows_M, others) = _picked(spans, group), _picked(over, group)
         picked = query_NHP[rows_N], key_MHP[rows_M], value_MHP[rows_M]
-        found.append(_attend_in_grid(picked, some, others, causal=causal, dropout=dropout))
+        found.append(attend_in_grid(picked, some, others, causal=causal, dropout=dropout, look=look))
         rows.append(rows_N)
     return torch.cat(found)[torch.cat(rows).argsort()]
 
@@ -145,12 +153,24 @@ def _picked(spans: Spans, sentences: Tensor) -> tuple[Tensor, Spans]:
     return rows_N, Spans(starts_S, starts_S.int(), int(lengths_S.max()))
 
 
-def _attend_in_grid(parts: Parts, spans: Spans, over: Spans, *, causal: bool, dropout: float) -> Tensor:
+def attend_in_grid(
+    parts: Parts,
+    spans: Spans,
+    over: Spans,
+    *,
+    causal: bool,
+    dropout: float = 0.0,
+    look: layers.Look | None = None,
+) -> Tensor:
+    """The same with all sentences in one grid."""
     query_NHP, key_MHP, value_MHP = parts
     query_SHTP, cells_N, _ = _set_out(query_NHP, spans)
     (key_SHLP, _, real_SL), (value_SHLP, _, _) = _set_out(key_MHP, over), _set_out(value_MHP, over)
     # A sentence without a key would be a row of nothing but minus infinities.
     mask = None if causal else (real_SL | ~real_SL.any(1, keepdim=True))[:, None, None]
+    if look:
+        seen = real_SL.new_ones(query_SHTP.shape[2], key_SHLP.shape[2]).tril() if mask is None else mask
+        return look(query_SHTP, key_SHLP, value_SHLP, layers.blocked(seen)).flatten(0, 1)[cells_N]
     out_SHTP = F.scaled_dot_product_attention(
         query_SHTP, key_SHLP, value_SHLP, attn_mask=mask, is_causal=causal, dropout_p=dropout
     )

@@ -288,10 +288,24 @@ class Network(nn.Module):
 
     config: Any
     config_class: ClassVar[type]  # the dataclass its constructor takes
-    couples_batch: ClassVar[bool] = False  # True where a sentence's output depends on its neighbours
     in_row: ClassVar[bool] = False  # True where `forward` computes no padding: a batch may hold any lengths
     # True where `forward` calls each module that is in a ModuleList, and has a matrix, exactly once.
     layers_called_once: ClassVar[bool] = False
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether in training a sentence's output depends on its neighbours; in eval mode it never may."""
+        return False
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether in training it counts all tokens it is given, so that no batch may be filled up."""
+        return self.couples_batch
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens a sentence may have."""
+        return int(getattr(getattr(self, "config", None), "longest", 1 << 30))
 
 
 class Seq2Seq(Network, ABC):

@@ -7,7 +7,7 @@ head, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from trmt.arch.base import Linear
 from trmt.errors import ConfigError
+
+Look = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (query, key, value, mask) -> [S, Q, D]
 
 # On the CPU, attention gives the same bits for any padding when the number of keys is a multiple of this.
 KEY_MULTIPLE = 16
@@ -72,9 +74,18 @@ def blocked(real: Tensor) -> Tensor:
 
 def sinusoids(positions: int, width: int) -> Tensor:
     """The table of "Attention Is All You Need" 3.5: sine in even columns, cosine in odd ones."""
-    rate = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-    angle = torch.arange(positions)[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width]
+    return sinusoids_at(torch.arange(positions), width)
+
+
+def sinusoids_at(position: Tensor, width: int) -> Tensor:
+    """The rows of that table for these positions."""
+    angle = position[..., None] * rates(width).to(position.device)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :width]
+
+
+def rates(width: int) -> Tensor:
+    """By which angle each pair of columns of that table turns from one position to the next."""
+    return torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
 
 
 def rotated(x: Tensor, angle: Tensor) -> Tensor:
@@ -83,14 +94,34 @@ def rotated(x: Tensor, angle: Tensor) -> Tensor:
     `angle` holds the rows of `sinusoids` of the head's width that belong to the positions of `x`.
     """
     sin, cos = angle.unflatten(-1, (-1, 2)).unbind(-1)
+    return turned(x, sin, cos)
+
+
+def turned(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Each pair of columns turned by the angle of which these are sine and cosine."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-def norm(kind: Literal["layer", "rms"], width: int, epsilon: float = 0.0) -> nn.Module:
+class BatchNorm(nn.BatchNorm1d):
+    """Each column made of mean 0 and variance 1 over the tokens of a batch, which stand in a row [N, D].
+
+    There is no padding in a row, so only real tokens count. A frozen one uses the running means and does the
+    same to a token whatever stands beside it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) < 2:  # one token has no variance
+            return _frozen_batch_norm(self)(x)
+        return super().forward(x.float())
+
+
+def norm(kind: Literal["layer", "rms", "batch"], width: int, epsilon: float = 0.0) -> nn.Module:
     """The normalisation layer of this kind; an epsilon of 0 stands for the usual one."""
     if kind == "layer":
         return nn.LayerNorm(width, eps=epsilon or 1e-5)
+    if kind == "batch":
+        return BatchNorm(width, eps=epsilon or 1e-5)
     return nn.RMSNorm(width, eps=epsilon or 1e-6)
 
 
@@ -115,6 +146,8 @@ def freeze(module: nn.Module, linear: Linear) -> Any:
         return _with_relu(product) if getattr(module, "relu", False) else product
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return _frozen_norm(module)
+    if isinstance(module, BatchNorm):
+        return _frozen_batch_norm(module)
     if isinstance(module, nn.Dropout):
         return _same
     if isinstance(module, nn.ModuleList):
@@ -157,3 +190,11 @@ def _frozen_norm(module: nn.LayerNorm | nn.RMSNorm) -> Any:
     bias = module.bias.detach()
     layer_eps = module.eps
     return lambda x: F.layer_norm(x, shape, weight, bias, layer_eps)
+
+
+def _frozen_batch_norm(module: BatchNorm) -> Any:
+    mean, variance = module.running_mean, module.running_var
+    assert mean is not None and variance is not None, "it keeps running statistics"
+    scale = module.weight.detach() * (variance + module.eps).rsqrt()
+    shift = module.bias.detach() - mean * scale
+    return lambda x: x * scale + shift

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from trmt.arch import fused, layers
 from trmt.arch.base import Network, Output, Source
+from trmt.arch.positions import Kind, PositionConfig
 from trmt.arch.transformer_layers import Encoder
-from trmt.errors import ConfigError
 
 DEVIATION = 0.02  # of fresh embeddings, as in the paper's code
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedEncoderConfig:
+class MaskedEncoderConfig(PositionConfig):
     """The sizes and options of a masked encoder; the defaults are BERT base."""
 
     source_vocabulary: int
@@ -36,21 +36,20 @@ class MaskedEncoderConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     norm_place: Literal["post", "pre"] = "post"
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Literal["layer", "rms", "batch"] = "layer"
     epsilon: float = 1e-12  # of the norms
+    residual: bool = True  # whether what goes into a sublayer is added to what comes out of it
+    score_scale: bool = True  # whether scores of attention are divided by the square root of a head's width
     embedding_norm: bool = True
     embedding_scale: bool = False
     segments: int = 2
     activation: Literal["relu", "gelu", "swiglu"] = "gelu"
-    positions: Literal["sinusoidal", "learned", "rotary"] = "learned"
-    longest: int = 512  # positions there are
+    positions: Kind = "learned"
+    longest: int = 512  # positions there are, where there is a table of them
 
     def __post_init__(self) -> None:
         layers.check_sizes(self)
-        if self.width % self.heads:
-            raise ConfigError(f"width = {self.width} cannot be divided into heads = {self.heads}; change one")
-        if self.positions == "rotary" and self.width // self.heads % 2:
-            raise ConfigError('positions = "rotary" turns pairs of columns: width / heads must be even')
+        self.check_positions()
 
 
 class MaskedEncoder(Encoder, Network):

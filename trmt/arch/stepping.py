@@ -132,7 +132,8 @@ def suits(config: Any, product: Any) -> bool:
         and config.activation == "relu"
         and config.embedding_scale
         and not config.embedding_norm
-        and config.positions != "rotary"
+        and config.usual
+        and config.has_table
         and part % WIDE == 0
     )
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trmt.arch.layers import KEY_MULTIPLE, attend
+from trmt.arch.layers import KEY_MULTIPLE, Look, attend
 
 FIRST_COLUMNS = 32  # of a new store
 ANCESTOR_LIMIT = 16  # measured: with more hypotheses, masking common slots costs more than moving rows
@@ -56,6 +56,7 @@ class AncestorStore:
     columns: int = 0  # of the fullest
     even: bool = True  # whether all have so many
     slots: Any = 0  # of the open columns: the first one, or where they lie [S, Q]
+    column_ST: Any = None  # which columns are open
 
     @classmethod
     def empty(
@@ -85,6 +86,7 @@ class AncestorStore:
         else:
             filled_S1 = torch.tensor(self.filled, device=self.like.device)[:, None]
             column_ST = filled_S1 + torch.arange(count, device=self.like.device)
+        self.column_ST = column_ST
         mask = self._open(column_ST, _padded(last, self.hypotheses))
         self.columns = last
         self.filled = [columns + count for columns in self.filled]
@@ -113,8 +115,15 @@ class AncestorStore:
             seen = (seen[:, :, None] & past_STJ[:, None]).flatten(1, 2)
         return torch.where(seen, 0.0, -torch.inf)[:, None]
 
-    def attend(self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor) -> Tensor:
-        """Store the keys and values of the open columns, and attend to all so far: [S, Q, D]."""
+    def distances(self, mask: Tensor) -> Tensor:
+        """From each query of the open columns to each slot under `mask`, in tokens: [S or 1, Q, J]."""
+        slot_J = torch.arange(mask.shape[-1], device=mask.device) // self.hypotheses
+        return slot_J - self.column_ST.repeat(1, self.hypotheses)[..., None]
+
+    def attend(
+        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor, look: Look = attend
+    ) -> Tensor:
+        """Store the keys and values of the open columns, and `look` at all so far: [S, Q, D]."""
         hypotheses, store = self.hypotheses, self.both[layer]
         count = both_2SHQP.shape[3]
         if count > hypotheses > 1:  # queries run over hypotheses first, slots over columns first
@@ -125,7 +134,7 @@ class AncestorStore:
             sentence_S1 = torch.arange(len(self.slots), device=store.device)[:, None]
             store[:, sentence_S1, :, self.slots] = both_2SHQP.permute(1, 3, 0, 2, 4)
         key_SHJP, value_SHJP = store.narrow(3, 0, mask.shape[-1]).unbind(0)
-        return attend(query_SHQP, key_SHJP, value_SHJP, mask)
+        return look(query_SHQP, key_SHJP, value_SHJP, mask)
 
     def reorder(self, parents_SK: Tensor) -> AncestorStore:
         used = self.table_SKC[:, :, : self.columns]
@@ -210,11 +219,17 @@ class RowStore:
         """Open `count` columns; returns the additive mask of the queries that fill them."""
         return self.rows.advance(count)
 
-    def attend(self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor) -> Tensor:
-        """Store the keys and values of the open columns, and attend to all so far: [S, Q, D]."""
+    def distances(self, mask: Tensor) -> Tensor:
+        """From each query of the open columns to each column under `mask`: [S * K or 1, T, J]."""
+        return self.rows.distances(mask)
+
+    def attend(
+        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor, look: Look = attend
+    ) -> Tensor:
+        """Store the keys and values of the open columns, and `look` at all so far: [S, Q, D]."""
         query = query_SHQP.unflatten(2, (self.hypotheses, -1)).transpose(1, 2).flatten(0, 1)
         both = both_2SHQP.unflatten(3, (self.hypotheses, -1)).transpose(2, 3).flatten(1, 2)
-        out = self.rows.attend(layer, query, both, mask)
+        out = self.rows.attend(layer, query, both, mask, look)
         return out.unflatten(0, (-1, self.hypotheses)).flatten(1, 2)
 
     def reorder(self, parents_SK: Tensor) -> RowStore:

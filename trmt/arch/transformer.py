@@ -2,13 +2,14 @@
 
 Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when
 decoding), N target tokens of a batch in a row, M source tokens in a row, H heads, P width of one head,
-D width, V vocabulary, A layers, C columns of the cache.
+D width, V vocabulary, A layers, C columns and J slots of what is cached.
 
 Its layers are in transformer_layers.py; here they are put together, for training and for translating.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,59 +19,77 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import attention, fused, layers, stepping, stores
+from trmt.arch import attention, fused, hard, layers, positions, stepping, stores
 from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
+from trmt.arch.hard import FocusConfig
+from trmt.arch.positions import PositionConfig
 from trmt.arch.transformer_layers import (
     Encoder,
     Layer,
+    attend_around,
     attend_in_row,
     check_length,
+    cross_query,
     decode,
     embed,
-    encode,
     feed,
+    make_memories,
+    memorised,
+    own_parts,
     piece_vectors,
-    split,
 )
 from trmt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(PositionConfig, FocusConfig):
     """The sizes and options of a Transformer; the defaults are the paper's base model."""
 
     source_vocabulary: int
     target_vocabulary: int
-    width: int = 512
     feed_forward: int = 2048
-    heads: int = 8
     encoder_layers: int = 6
     decoder_layers: int = 6
     dropout: float = 0.1
-    attention_dropout: float = 0.0
     norm_place: Literal["post", "pre"] = "post"
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Literal["layer", "rms", "batch"] = "layer"
     epsilon: float = 0.0  # of the norms; 0 takes what is usual for them
+    residual: bool = True  # whether what goes into a sublayer is added to what comes out of it
+    score_scale: bool = True  # whether scores of attention are divided by the square root of a head's width
+    cross_source: Literal["last", "same"] = "last"  # the encoder's layer that a decoder's layer looks at
     embedding_norm: bool = False  # a norm behind the embeddings, as BERT has it
     embedding_scale: bool = True  # embeddings are multiplied by the square root of the width
     segments: int = 1  # kinds of source tokens, each of which adds a vector of its own if there are several
     activation: Literal["relu", "gelu", "swish", "swiglu"] = "relu"
-    positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"
     tied: Literal["all", "target", "none"] = "all"  # which embeddings share the output's matrix
     output_bias: bool = False  # a bias for each piece of the vocabulary, as Marian has it
-    longest: int = 1024  # positions there are
 
     def __post_init__(self) -> None:
-        layers.check_sizes(self)
-        if self.width % self.heads:
-            raise ConfigError(f"width = {self.width} cannot be divided into heads = {self.heads}; change one")
-        if self.positions == "rotary" and self.width // self.heads % 2:
-            raise ConfigError('positions = "rotary" turns pairs of columns: width / heads must be even')
+        layers.check_sizes(self, but=("temperature", "entropy"))
+        self.check_positions()
+        self.check_focus()
         if self.tied == "all" and self.source_vocabulary != self.target_vocabulary:
             raise ConfigError(
                 'tied = "all" needs a joint tokenizer; set network.tied = "target" or train one'
             )
+        if self.cross_source == "same" and self.encoder_layers != self.decoder_layers:
+            raise ConfigError(
+                f'cross_source = "same" needs as many layers on both sides, and encoder_layers = '
+                f"{self.encoder_layers}, decoder_layers = {self.decoder_layers}; change one"
+            )
+
+    @property
+    def usual(self) -> bool:
+        """Whether the layers are those of the paper, but for what stands where and the kind of norm."""
+        return (
+            self.norm in ("layer", "rms")
+            and self.residual
+            and self.score_scale
+            and self.cross_source == "last"
+            and self.cross_focus == "soft"
+            and self.position_join == "add"
+        )
 
 
 class Transformer(Encoder, Seq2Seq):
@@ -84,9 +103,13 @@ class Transformer(Encoder, Seq2Seq):
         super().__init__()
         self.config = config
         width = config.width
-        self.target_embedding = piece_vectors(config.target_vocabulary, width)
+        # Where positions have columns of their own, only the output has a use for the others of a piece.
+        written = config.piece_width if config.tied == "none" else width
+        self.target_embedding = piece_vectors(config.target_vocabulary, written)
         source_embedding = (
-            self.target_embedding if config.tied == "all" else piece_vectors(config.source_vocabulary, width)
+            self.target_embedding
+            if config.tied == "all"
+            else piece_vectors(config.source_vocabulary, config.piece_width)
         )
         self.source_embedding = source_embedding  # the second of the names, whatever is made next
         self.output = (
@@ -95,11 +118,20 @@ class Transformer(Encoder, Seq2Seq):
         self.output_bias = nn.Parameter(torch.zeros(config.target_vocabulary)) if config.output_bias else None
         self.make_encoder(config, source_embedding, sides=2)
         self.decoder = nn.ModuleList(Layer(config, cross=True) for _ in range(config.decoder_layers))
-        # Keys and values of the source for every decoder layer, from one product.
-        parts = 2 * config.decoder_layers
-        self.memory = layers.xavier(fused.Linear(width, parts * width), parts)
+        if config.cross_source == "last":
+            # Keys and values of the source for every decoder layer, from one product.
+            parts = 2 * config.decoder_layers
+            self.memory = layers.xavier(fused.Linear(width, parts * width), parts)
+        else:
+            make_memories(self, config)
+        if config.cross_focus == "sampled":
+            self.baseline = nn.Linear(width, 1)
         if config.norm_place == "pre":
             self.decoder_norm = layers.norm(config.norm, width, config.epsilon)
+
+    @property
+    def counts_tokens(self) -> bool:
+        return self.couples_batch or self.config.cross_focus == "sampled"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         # What `to` and its kind come down to.
@@ -114,11 +146,14 @@ class Transformer(Encoder, Seq2Seq):
         position_N = target.positions_N()
         dropout = config.attention_dropout if self.training else 0.0
         weights: list[Tensor] = []
+        glances = hard.Glances(self, spans, over) if config.cross_focus != "soft" else None
 
-        def look_back(_: int, merged_N3D: Tensor) -> Tensor:
-            return attend_in_row(self, merged_N3D, position_N, spans, causal=True)
+        def look_back(index: int, merged_N3D: Tensor) -> Tensor:
+            return attend_in_row(self, index, merged_N3D, position_N, spans, side=1)
 
         def look_over(index: int, query_ND: Tensor) -> Tensor:
+            if glances:
+                return glances.over_row(query_ND, memory_M2D[index])
             if "attention" in want:
                 key_MD = memory_M2D[index].chunk(2, -1)[0]
                 weights.append(attention.attention_weights(query_ND, key_MD, spans, over, config.heads))
@@ -126,10 +161,12 @@ class Transformer(Encoder, Seq2Seq):
                 query_ND, memory_M2D[index], spans, over, config.heads, dropout=dropout
             )
 
-        memory_M2D = self.memory(self.read(source)).chunk(config.decoder_layers, -1)
+        memory_M2D = self.read(source, through=memorised).chunk(config.decoder_layers, -1)
         x_ND = embed(self, config, target.ids_N, position_N, side=1)
         hidden_ND = decode(self, config, x_ND, look_back, look_over)
-        return Output(hidden_ND, attention=torch.stack(weights) if weights else None)
+        aux = glances.losses(self.readout, hidden_ND, target) if glances else {}
+        weights = glances.weights if glances and "attention" in want else weights
+        return Output(hidden_ND, aux, torch.stack(weights) if weights else None)
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return _readout(hidden, self.output.weight, self.output_bias, only)
@@ -155,19 +192,19 @@ def remember(net: Any, config: TransformerConfig, source: Source, *, in_rows: bo
     check_length(config, source)
     ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
     mask = layers.blocked(real_SL)[:, None, None]
-    position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=config.longest - 1)
+    position_L = positions.grid(config, ids_SL)
 
-    def look_around(merged_SLD: Tensor) -> Tensor:
-        query_SHLP, key_SHLP, value_SHLP = split(net, config, merged_SLD, position_L)
-        return layers.attend(query_SHLP, key_SHLP, value_SHLP, mask)
+    def look_around(index: int, merged_SLD: Tensor) -> Tensor:
+        return attend_around(net, config, index, merged_SLD, mask)
 
-    x_SLD = encode(net, config, embed(net, config, ids_SL, position_L, side=0), look_around)
+    x_SLD = embed(net, config, ids_SL, position_L, side=0)
+    merged_SLD = memorised(net, config, x_SLD, look_around)
     if in_rows:
-        both_SALD = net.memory(x_SLD).unflatten(-1, (2 * config.decoder_layers, -1)).transpose(1, 2)
+        both_SALD = merged_SLD.unflatten(-1, (2 * config.decoder_layers, -1)).transpose(1, 2)
         return Memory(
             {"both": both_SALD.contiguous(), "mask": mask}, {"both": (2, 0.0), "mask": (3, -math.inf)}
         )
-    both_SLAHP = net.memory(x_SLD).unflatten(-1, (2 * config.decoder_layers, config.heads, -1))
+    both_SLAHP = merged_SLD.unflatten(-1, (2 * config.decoder_layers, config.heads, -1))
     # Each contiguous: attention walks along the source.
     tensors = {
         name: part_SLHP.transpose(1, 2).contiguous()
@@ -181,6 +218,10 @@ def _memory_names(config: TransformerConfig) -> list[str]:
     return [f"{part}{layer}" for layer in range(config.decoder_layers) for part in ("key", "value")]
 
 
+# What the frozen network has from the other one as it is; names that are tied would be there once otherwise.
+SHARED = ("source_embedding", "target_embedding", "source_turns", "target_turns", "table")
+
+
 class TransformerStepper(Stepper):
     """The Transformer for translating: cached keys and values, one call for any number of new tokens.
 
@@ -191,11 +232,8 @@ class TransformerStepper(Stepper):
     def __init__(self, net: Transformer, linear: Linear) -> None:
         self.config = config = net.config
         self.net = layers.freeze(net, linear)
-        for name in ("source_embedding", "target_embedding"):
-            setattr(self.net, name, getattr(net, name))
-        self.net.table = getattr(net, "table", None)
-        self.net.positions = getattr(net, "positions", None)
-        self.net.segments = getattr(net, "segments", None)
+        for name in SHARED:
+            setattr(self.net, name, getattr(net, name, None))
         self.weight_VD = net.output.weight.detach()
         self.bias_V = None if net.output_bias is None else net.output_bias.detach()
         self.product = linear(self.weight_VD, self.bias_V)
@@ -207,6 +245,8 @@ class TransformerStepper(Stepper):
         self.embedding_VD = net.target_embedding.weight.detach()
         self.scale = math.sqrt(config.width) if config.embedding_scale else 1.0
         self.post = config.norm_place == "post"
+        hard_look = functools.partial(hard.over_grid, config)
+        self.look_over = layers.attend if config.cross_focus == "soft" else hard_look
         norms = [
             norm for layer in self.net.decoder for norm in (layer.own_norm, layer.cross_norm, layer.feed_norm)
         ]
@@ -218,9 +258,9 @@ class TransformerStepper(Stepper):
         self.names = list(zip(names[::2], names[1::2], strict=True))
 
     def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
-        if room > self.config.longest:
+        if room > self.config.limit:
             raise ConfigError(
-                f"{room} target positions are asked for, the network has {self.config.longest}; "
+                f"{room} target positions are asked for, the network has {self.config.limit}; "
                 "lower --max-length"
             )
         memory = remember(self.net, self.config, source, in_rows=self.stepwise)
@@ -244,24 +284,26 @@ class TransformerStepper(Stepper):
         if self.stepwise:
             return self._stepwise(tokens_SKT, state, want=want)
         memory, store, position_S = state.take()
+        config = self.config
         sentences, hypotheses, count = tokens_SKT.shape
         position = self._positions(store, position_S, tokens_SKT)
         mask, over = store.advance(count), memory["mask"]
+        looks = self._looks(store, mask)
         x_SQD = self._embedded(tokens_SKT.view(sentences, -1), position)
         inner_SQD = x_SQD if self.first_norm is None else self.first_norm(x_SQD)
         weights: list[Tensor] = []
         for index, layer in enumerate(self.net.decoder):
             own_norm, cross_norm, feed_norm = self.norms[index]
             key_SHLP, value_SHLP = (memory[name] for name in self.names[index])
-            query_SHQP, both_2SHQP = self._split(layer.own(inner_SQD), position)
-            found_SQD = store.attend(index, query_SHQP, both_2SHQP, mask)
+            query_SHQP, both_2SHQP = self._split(own_parts(layer, config, inner_SQD), position, store)
+            found_SQD = store.attend(index, query_SHQP, both_2SHQP, mask, looks(index))
             x_SQD, inner_SQD = self._add(x_SQD, layer.own_out(found_SQD), own_norm)
-            query_SHQP = layers.heads(layer.query(inner_SQD), self.config.heads)
+            query_SHQP = layers.heads(cross_query(layer, config, inner_SQD), config.heads)
             if "attention" in want:
-                weights.append(layers.attention_weights(query_SHQP, key_SHLP, over))
-            found_SQD = layers.attend(query_SHQP, key_SHLP, value_SHLP, over)
+                weights.append(hard.weights_over(config, query_SHQP, key_SHLP, over))
+            found_SQD = self.look_over(query_SHQP, key_SHLP, value_SHLP, over)
             x_SQD, inner_SQD = self._add(x_SQD, layer.cross_out(found_SQD), cross_norm)
-            x_SQD, inner_SQD = self._add(x_SQD, feed(layer, self.config, inner_SQD), feed_norm)
+            x_SQD, inner_SQD = self._add(x_SQD, feed(layer, config, inner_SQD), feed_norm)
         hidden_SKTD = inner_SQD.view(sentences, hypotheses, count, -1)
         attention = torch.stack(weights) if weights else None
         return Output(hidden_SKTD, attention=attention), State(memory, store, position_S + count)
@@ -312,6 +354,13 @@ class TransformerStepper(Stepper):
         x_SKD = embed(self.net, config, tokens_SK, position_SK, side=1)
         return decode(self.net, config, x_SKD, look_back, look_over), weights
 
+    def _looks(self, store: Any, mask: Tensor) -> Callable[[int], layers.Look]:
+        """How each layer looks at what went before."""
+        if not positions.by_distance(self.config):
+            return lambda _: layers.attend
+        distance_SQJ = store.distances(mask)
+        return lambda index: positions.look(self.net, self.config, index, distance_SQJ, side=1, steady=True)
+
     def _positions(self, store: Any, position_S: Tensor, tokens_SKT: Tensor) -> Any:
         """Of each query: a number if it is the same for all, or a tensor [S or 1, Q]."""
         _, hypotheses, count = tokens_SKT.shape
@@ -322,24 +371,21 @@ class TransformerStepper(Stepper):
 
     def _embedded(self, ids_SQ: Tensor, position: Any) -> Tensor:
         x_SQD = F.embedding(ids_SQ, self.embedding_VD).mul_(self.scale)
-        if self.config.positions == "sinusoidal":
-            x_SQD += self.net.table[position]
-        elif self.config.positions == "learned":
-            x_SQD += self.net.positions[1, position]
+        x_SQD = positions.placed(self.net, self.config, x_SQD, ids_SQ, position, side=1)
         return self.net.embedding_norms[1](x_SQD) if self.config.embedding_norm else x_SQD
 
     def _add(self, x_SQD: Tensor, y_SQD: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        added_SQD = y_SQD.add_(x_SQD)
+        added_SQD = y_SQD.add_(x_SQD) if self.config.residual else y_SQD
         inner_SQD = norm(added_SQD)
         return (inner_SQD if self.post else added_SQD), inner_SQD
 
-    def _split(self, merged_SQD: Tensor, position: Any) -> tuple[Tensor, Tensor]:
+    def _split(self, merged_SQD: Tensor, position: Any, store: Any) -> tuple[Tensor, Tensor]:
         """Queries [S, H, Q, P] from their merged product, and keys and values [2, S, H, Q, P]."""
         sentences, queries, _ = merged_SQD.shape
         parts = merged_SQD.view(sentences, queries, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
         if self.config.positions != "rotary":
             return parts[0], parts[1:]
-        angle = self.net.table[position]
+        angle = positions.angles(self.net, position, upto=store.columns)
         angle = angle[:, None] if angle.dim() == 3 else angle
         query, key = layers.rotated(parts[0], angle), layers.rotated(parts[1], angle)
         return query, torch.stack([key, parts[2]])

@@ -11,18 +11,20 @@ training in a row without padding [N, D], in decoding in a grid [S, Q, D] beside
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import attention, fused, layers
+from trmt.arch import attention, fused, layers, positions
 from trmt.arch.attention import Spans
 from trmt.arch.base import Source
 from trmt.errors import ConfigError
 
+Steps = Sequence[tuple[Any, Callable[[Tensor], Tensor]]]
 Sublayers = Iterator[tuple[Any, Callable[[Tensor], Tensor]]]  # each with the norm that belongs to it
 
 
@@ -76,23 +78,27 @@ class Encoder(nn.Module):
             )
         if config.segments > 1:
             self.segments = nn.Parameter(torch.randn(config.segments, width) * width**-0.5)
-        if config.positions == "learned":
-            self.positions = nn.Parameter(torch.randn(sides, config.longest, width) * width**-0.5)
-        else:
-            table_width = width if config.positions == "sinusoidal" else width // config.heads
-            self.register_buffer("table", layers.sinusoids(config.longest, table_width), persistent=False)
+        positions.make(self, config, decodes=sides > 1)
 
-    def read(self, source: Source) -> Tensor:
-        """The source as the encoder sees it, in a row [M, D]."""
+    @property
+    def couples_batch(self) -> bool:
+        return self.config.norm == "batch"
+
+    @property
+    def most_tokens(self) -> int:
+        return self.config.limit
+
+    def read(self, source: Source, through: Any = None) -> Tensor:
+        """The source as the encoder sees it, in a row [M, D], or what else is made `through` its layers."""
         check_length(self.config, source)
         position_M, over = source.positions_N(), Spans.of(source)
 
-        def look_around(merged_M3D: Tensor) -> Tensor:
-            return attend_in_row(self, merged_M3D, position_M, over, causal=False)
+        def look_around(index: int, merged_M3D: Tensor) -> Tensor:
+            return attend_in_row(self, index, merged_M3D, position_M, over, side=0)
 
         segment_M = source.extras.get("segments")
         x_MD = embed(self, self.config, source.ids_N, position_M, side=0, segment=segment_M)
-        return encode(self, self.config, x_MD, look_around)
+        return (through or encode)(self, self.config, x_MD, look_around)
 
 
 def piece_vectors(vocabulary: int, width: int) -> nn.Embedding:
@@ -132,10 +138,7 @@ def embed(
     x = F.embedding(ids, weight)
     if config.embedding_scale:
         x = x * math.sqrt(config.width)
-    if config.positions == "sinusoidal":
-        x = x + net.table[position]
-    elif config.positions == "learned":
-        x = x + net.positions[side, position]
+    x = positions.placed(net, config, x, ids, position, side=side)
     if config.segments > 1 and not side:
         x = x + net.segments[0 if segment is None else segment]
     if config.embedding_norm:
@@ -149,18 +152,78 @@ def _dropout(net: Any, config: Any) -> float:
 
 def check_length(config: Any, source: Source) -> None:
     """Refuse a source that is longer than there are positions."""
-    if source.longest > config.longest:
+    if source.longest > config.limit:
         raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
 
 
-def encode(net: Any, config: Any, x: Tensor, look_around: Callable[[Tensor], Tensor]) -> Tensor:
-    """The encoder's layers, on any layout; `look_around` is attention from merged queries, keys, values."""
+def own_parts(layer: Any, config: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values of a layer's look at its own side, merged.
 
-    def sublayers(layer: Any) -> Sublayers:
-        yield layer.own_norm, lambda x: layer.own_out(look_around(layer.own(x)))
+    Attention divides scores by the square root of the head's width. Where it shall not, queries are that
+    much longer, so that every way to attend is one for both.
+    """
+    merged = layer.own(x)
+    if config.score_scale:
+        return merged
+    longer, rest = merged.split([config.width, 2 * config.width], -1)
+    return torch.cat([longer * _unscaled(config), rest], -1)
+
+
+def cross_query(layer: Any, config: Any, x: Tensor) -> Tensor:
+    """The queries of a layer's look at the source."""
+    return layer.query(x) if config.score_scale else layer.query(x) * _unscaled(config)
+
+
+def _unscaled(config: Any) -> float:
+    return math.sqrt(config.width // config.heads)
+
+
+def encode(net: Any, config: Any, x: Tensor, look_around: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """The encoder's layers, on any layout.
+
+    `look_around(layer index, merged queries, keys, values)` is attention to the whole sentence.
+    """
+    return _last(_encoded(net, config, x, look_around))
+
+
+def encode_each(
+    net: Any, config: Any, x: Tensor, look_around: Callable[[int, Tensor], Tensor]
+) -> list[Tensor]:
+    """What comes out of each of the encoder's layers; with norms before sublayers, each has its own."""
+    found = [*_encoded(net, config, x, look_around)][1::2]
+    if config.norm_place == "post":
+        return [inner for _, inner in found]
+    lower = [norm(x) for norm, (x, _) in zip(net.lower_norms, found[:-1], strict=True)]
+    return [*lower, found[-1][1]]
+
+
+def make_memories(net: nn.Module, config: Any) -> None:
+    """Keys and values of each encoder layer for the decoder's layer beside it."""
+    width = config.width
+    net.memories = nn.ModuleList(
+        layers.xavier(fused.Linear(width, 2 * width), 2) for _ in range(config.decoder_layers)
+    )
+    if config.norm_place == "pre":  # the last layer's is the encoder's own
+        lower = range(config.encoder_layers - 1)
+        net.lower_norms = nn.ModuleList(layers.norm(config.norm, width, config.epsilon) for _ in lower)
+
+
+def memorised(net: Any, config: Any, x: Tensor, look_around: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Keys and values of the source for every decoder layer, side by side, on any layout."""
+    if config.cross_source == "last":
+        return net.memory(encode(net, config, x, look_around))
+    states = encode_each(net, config, x, look_around)
+    return torch.cat([memory(x) for memory, x in zip(net.memories, states, strict=True)], -1)
+
+
+def _encoded(
+    net: Any, config: Any, x: Tensor, look_around: Callable[[int, Tensor], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    def sublayers(index: int, layer: Any) -> Sublayers:
+        yield layer.own_norm, lambda x: layer.own_out(look_around(index, own_parts(layer, config, x)))
         yield layer.feed_norm, lambda x: feed(layer, config, x)
 
-    steps = [step for layer in net.encoder for step in sublayers(layer)]
+    steps = [step for index, layer in enumerate(net.encoder) for step in sublayers(index, layer)]
     return _through(steps, config, x, getattr(net, "encoder_norm", None), _dropout(net, config))
 
 
@@ -178,53 +241,77 @@ def decode(
     """
 
     def sublayers(index: int, layer: Any) -> Sublayers:
-        yield layer.own_norm, lambda x: layer.own_out(look_back(index, layer.own(x)))
-        yield layer.cross_norm, lambda x: layer.cross_out(look_over(index, layer.query(x)))
+        yield layer.own_norm, lambda x: layer.own_out(look_back(index, own_parts(layer, config, x)))
+        yield layer.cross_norm, lambda x: layer.cross_out(look_over(index, cross_query(layer, config, x)))
         yield layer.feed_norm, lambda x: feed(layer, config, x)
 
     steps = [step for index, layer in enumerate(net.decoder) for step in sublayers(index, layer)]
-    return _through(steps, config, x, getattr(net, "decoder_norm", None), _dropout(net, config))
+    last_norm = getattr(net, "decoder_norm", None)
+    return _last(_through(steps, config, x, last_norm, _dropout(net, config)))
 
 
 def _through(
-    steps: list[tuple[Any, Callable[[Tensor], Tensor]]],
-    config: Any,
-    x: Tensor,
-    last_norm: Any,
-    dropout: float,
-) -> Tensor:
+    steps: Steps, config: Any, x: Tensor, last_norm: Any, dropout: float
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Sublayers in turn, each with its residual connection and its norm, which stands after it or before.
 
     A norm before a sublayer follows the residual connection of the one before that, so that both kinds
-    are a chain of the same step: add, then norm.
+    are a chain of the same step: add, then norm. After each step come its sum and the norm of that.
     """
     norms = [norm for norm, _ in steps]
     post = config.norm_place == "post"
     inner = x if post else norms[0](x)
     for (_, sublayer), norm in zip(steps, norms if post else [*norms[1:], last_norm], strict=True):
-        x, inner = fused.add_norm(x, sublayer(inner), norm, dropout)
+        if config.residual:
+            x, inner = fused.add_norm(x, sublayer(inner), norm, dropout)
+        else:
+            x = fused.drop(sublayer(inner), dropout)
+            inner = norm(x)
         if post:
             x = inner
+        yield x, inner
+
+
+def _last(steps: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    """What comes out in the end; what is on the way is let go at once."""
+    [(_, inner)] = deque(steps, maxlen=1)
     return inner
 
 
-def attend_in_row(net: Any, merged_N3D: Tensor, position_N: Tensor, spans: Spans, *, causal: bool) -> Tensor:
-    """Attention of sentences in a row to themselves, in training."""
+def attend_in_row(
+    net: Any, layer: int, merged_N3D: Tensor, position_N: Tensor, spans: Spans, *, side: int
+) -> Tensor:
+    """Attention of sentences in a row to themselves, in training: of the source, or of the target's past."""
     config = net.config
-    dropout = config.attention_dropout if net.training else 0.0
-    if config.positions != "rotary":
+    dropout, causal = config.attention_dropout if net.training else 0.0, bool(side)
+    if config.positions != "rotary" and not positions.by_distance(config):
         return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
     query_NHP, key_NHP, value_NHP = merged_N3D.unflatten(-1, (3, config.heads, -1)).unbind(1)
-    query_NHP, key_NHP = (layers.rotated(x, net.table[position_N][:, None]) for x in (query_NHP, key_NHP))
+    if positions.by_distance(config):
+
+        def look(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+            distance = positions.distances(query.shape[2], key.shape[2], query.device)
+            found = positions.look(net, config, layer, distance, side=side, dropout=dropout)
+            return found(query, key, value, mask)
+
+        parts = (query_NHP, key_NHP, value_NHP)
+        return attention.attend_padded(parts, spans, spans, causal=causal, look=look)
+    angle_N1P = positions.angles(net, position_N, upto=spans.longest)[:, None]
+    query_NHP, key_NHP = (layers.rotated(x, angle_N1P) for x in (query_NHP, key_NHP))
     merged_N3D = torch.stack([query_NHP, key_NHP, value_NHP], 1).flatten(1)
     return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
 
 
-def split(net: Any, config: Any, merged_SQD: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values [S, H, Q, P] from their merged product; `position` is [Q] or [S, Q]."""
-    query, key, value = (layers.heads(part, config.heads) for part in merged_SQD.chunk(3, -1))
+def attend_around(net: Any, config: Any, layer: int, merged_SLD: Tensor, mask: Tensor) -> Tensor:
+    """Attention of sources in a grid to themselves, in translating."""
+    query_SHLP, key_SHLP, value_SHLP = (layers.heads(part, config.heads) for part in merged_SLD.chunk(3, -1))
+    count = merged_SLD.shape[1]
+    if positions.by_distance(config):
+        distance = positions.distances(count, count, merged_SLD.device)
+        look = positions.look(net, config, layer, distance, side=0, steady=True)
+        return look(query_SHLP, key_SHLP, value_SHLP, mask)
     if config.positions == "rotary":
-        angle = net.table[position]
-        angle = angle[:, None] if position.dim() == 2 else angle
-        query, key = (layers.rotated(part, angle) for part in (query, key))
-    return query, key, value
+        position_L = torch.arange(count, device=merged_SLD.device)
+        angle_LP = positions.angles(net, position_L, upto=count)
+        query_SHLP, key_SHLP = (layers.rotated(x, angle_LP) for x in (query_SHLP, key_SHLP))
+    return layers.attend(query_SHLP, key_SHLP, value_SHLP, mask)

@@ -21,7 +21,7 @@ from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Engine, Request
 from trmt.engines.columns import Listed, Whole
-from trmt.errors import BundleError, ConfigError
+from trmt.errors import BundleError
 from trmt.kernels.products import Precision
 from trmt.kernels.shelf import Shelf
 from trmt.lexicon import Lexicon
@@ -51,11 +51,6 @@ class Eager(Engine):
 
         With a lexicon, translations hold only what it lists for their sources.
         """
-        if net.couples_batch:
-            raise ConfigError(
-                f"translations of {type(net).__name__} would depend on the sentences beside them, "
-                "which this engine does not allow; choose another network"
-            )
         shelf = Shelf.of(weights, precision) if weights else None
         self.stepper: Stepper = net.frozen(linear.choose(precision, shelf=shelf))
         if shelf:

@@ -65,11 +65,17 @@ def transformer_of(bundle: Bundle, name: str) -> Transformer:
         ("embedding_scale", True),
         ("segments", 1),
         ("epsilon", 0.0),
+        ("residual", True),
+        ("score_scale", True),
+        ("position_join", "add"),
+        ("cross_source", "last"),
+        ("cross_focus", "soft"),
     ):
         if (value := getattr(bundle.net.config, option)) != usual:
             raise ConfigError(
                 f"{name} has no Transformer with {option} = {value!r}; train one with {usual!r}"
             )
+    refuse(name, bundle.net.config, norm=("layer", "rms"), positions=("sinusoidal", "learned", "rotary"))
     return bundle.net
 
 

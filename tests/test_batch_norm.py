@@ -1,0 +1,167 @@
+"""Batch norm in the Transformer: over real tokens only, and what becomes of its statistics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests import toy
+from tests.contracts.test_training import HARD, final
+from tests.fakes import random_sentences, small_network
+from tests.toy import options
+from trmt import bundles, checkpoints
+from trmt.arch import layers
+from trmt.arch.base import Ragged, Source
+from trmt.arch.transformer_layers import embed
+from trmt.batches import BatchConfig, Batches
+from trmt.engines.linear import eager
+from trmt.errors import ConfigError, TrmtError
+from trmt.learner import Learner
+from trmt.quantizing import quantize
+from trmt.recipe import Recipe, load_recipe
+from trmt.shards import PreparedSet
+from trmt.team import Team
+from trmt.training import train
+from trmt.translating import Translator
+
+SOURCES = random_sentences(6, seed=1)
+TARGETS = [[1, *sentence] for sentence in random_sentences(6, seed=2)]
+BATCH: dict[str, Any] = {"network": {"norm": "batch"}}
+
+
+def test_statistics_are_those_of_the_real_tokens() -> None:
+    """The first norm of each side sees embeddings, which torch's own norm is given one by one."""
+    net = small_network("transformer", norm="batch", norm_place="pre").train()
+    fresh = nn.BatchNorm1d(16)
+    for side, (norm, sentences) in enumerate(
+        [(net.encoder[0].own_norm, SOURCES), (net.decoder[0].own_norm, TARGETS)]
+    ):
+        norm.reset_running_stats()
+        rows = []
+        for sentence in sentences:
+            ids, position = torch.tensor(sentence), torch.arange(len(sentence))
+            rows.append(embed(net, net.config, ids, position, side=side))
+        expected = fresh(torch.cat(rows))
+        seen: list[torch.Tensor] = []
+        hook = norm.register_forward_hook(lambda *given, seen=seen: seen.append(given[2]))
+        net(Source.of(SOURCES), Ragged.of(TARGETS))
+        hook.remove()
+        torch.testing.assert_close(seen[0], expected)
+        torch.testing.assert_close(norm.running_mean, fresh.running_mean)
+        torch.testing.assert_close(norm.running_var, fresh.running_var)
+        fresh.reset_running_stats()
+
+
+def test_in_training_neighbours_count_and_in_translating_they_do_not() -> None:
+    net = small_network("transformer", norm="batch")
+    assert net.couples_batch and not small_network("transformer").couples_batch
+    target = Ragged.of(TARGETS[:1])
+    together, alone = Source.of(SOURCES), Source.of(SOURCES[:1])
+    for training in (True, False):
+        net.train(training)
+        first = net(together, Ragged.of(TARGETS)).hidden[: target.longest]
+        assert torch.allclose(first, net(alone, target).hidden, atol=1e-5) != training
+
+
+@torch.no_grad()
+def test_a_frozen_norm_is_torchs_own_with_running_statistics() -> None:
+    norm = layers.norm("batch", 8)
+    assert isinstance(norm, nn.BatchNorm1d)
+    theirs = nn.BatchNorm1d(8)
+    for each in (norm, theirs):
+        for seed, tensor in enumerate([*each.parameters(), each.running_mean, each.running_var]):
+            tensor.copy_(torch.rand(8, generator=torch.Generator().manual_seed(seed)) + 0.1)
+    x = torch.randn(5, 3, 8)
+    want = theirs.eval()(x.flatten(0, 1)).view_as(x)
+    torch.testing.assert_close(layers.freeze(norm, eager)(x), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_token_alone_has_no_variance_and_is_no_error() -> None:
+    norm = layers.norm("batch", 8).train()
+    assert norm(torch.ones(1, 8)).isfinite().all()
+
+
+def test_resuming_is_exact(toy_set: Path, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, {**HARD, **BATCH})
+    train(options(tmp_path / "whole", toy_set, recipe))
+    for steps in (3, 10):
+        train(options(tmp_path / "parted", toy_set, recipe, f"training.steps={steps}"))
+    assert final(tmp_path / "whole") == final(tmp_path / "parted")
+
+
+def test_statistics_are_kept_averaged_and_quantised(toy_set: Path, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, {**HARD, **BATCH})
+    run = train(options(tmp_path / "run", toy_set, recipe))
+    points = checkpoints.steps(run)[-2:]
+    kept = [bundles.read_weights(point.folder, point.manifest) for point in points]
+    name = "encoder.0.own_norm.running_mean"
+    live = bundles.load_bundle(points[1].folder).net.state_dict()[name]
+    assert live.any() and torch.equal(live, kept[1][name])
+    average = tmp_path / "average"
+    checkpoints.average([point.folder for point in points], average)
+    mean = bundles.load_bundle(average).net.state_dict()[name]
+    torch.testing.assert_close(mean, (kept[0][name] + kept[1][name]) / 2)
+    quantize(average, tmp_path / "int8")
+    texts = [source for source, _ in toy.pairs(3, seed=5)]
+    assert len([*Translator.load(tmp_path / "int8").translate(texts)]) == 3
+
+
+def test_the_running_mean_of_weights_has_statistics_of_its_own(toy_set: Path, tmp_path: Path) -> None:
+    made = learner(tmp_path, **{"optim": {"ema": 0.9}})
+    name = "encoder.0.own_norm.running_mean"
+    made.learn([examples(toy_set)], 0)
+    live = made.net.state_dict()[name].clone()
+    averaged = made.weights()[name].clone()
+    assert live.any() and not torch.allclose(live, averaged)
+    with made.at_rest():
+        assert torch.equal(made.net.state_dict()[name], averaged)
+    assert torch.equal(made.net.state_dict()[name], live)
+    assert made.kept()[f"mean:{name}"] == name
+
+
+def learner(folder: Path, *, team: Team | None = None, **changes: Any) -> Learner:
+    recipe = toy.recipe(folder, {**BATCH, **changes})
+    sizes = {"source_vocabulary": 70, "target_vocabulary": 70}
+    loaded: Recipe = load_recipe(recipe, network=sizes)
+    return Learner(loaded, steps=4, team=team)
+
+
+def examples(toy_set: Path) -> Any:
+    batches = Batches(PreparedSet.open(toy_set), BatchConfig(tokens=150), seed=1)
+    return batches.load(batches.plan(0)[0][0])
+
+
+class Two(Team):
+    size = 2
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r'network\.norm = "batch".*2 processes'):
+        learner(tmp_path, team=Two())
+
+
+def test_a_batch_that_does_not_fit_is_not_cut(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = learner(tmp_path)
+
+    def short(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(made, "_gradients", short)
+    with pytest.raises(TrmtError, match=r'norm = "batch".*lower batches\.tokens'):
+        made.learn([examples(toy_set)], 0)
+
+
+def test_batches_are_not_filled_up_with_what_would_count(toy_set: Path, tmp_path: Path) -> None:
+    room = Batches(PreparedSet.open(toy_set), BatchConfig(tokens=150), seed=1, in_row=True).room
+    assert room
+    for network, filled in (({"norm": "batch"}, False), ({"cross_focus": "sampled"}, False), ({}, True)):
+        made = learner(tmp_path, network={"norm": "layer", **network})
+        made.room, made.compiles = replace(room), True
+        assert (made._room() is not None) == filled
