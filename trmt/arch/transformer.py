@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trmt.arch import attention, fused, layers, stepping, stores
 from trmt.arch.attention import Spans
-from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
+from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper, stacked
 from trmt.arch.transformer_layers import (
     Encoder,
     Layer,
@@ -114,9 +114,11 @@ class Transformer(Encoder, Seq2Seq):
         position_N = target.positions_N()
         dropout = config.attention_dropout if self.training else 0.0
         weights: list[Tensor] = []
+        around: list[Tensor] | None = [] if "encoder_attention" in want else None
+        back: list[Tensor] | None = [] if "decoder_attention" in want else None
 
         def look_back(_: int, merged_N3D: Tensor) -> Tensor:
-            return attend_in_row(self, merged_N3D, position_N, spans, causal=True)
+            return attend_in_row(self, merged_N3D, position_N, spans, causal=True, weights=back)
 
         def look_over(index: int, query_ND: Tensor) -> Tensor:
             if "attention" in want:
@@ -126,10 +128,10 @@ class Transformer(Encoder, Seq2Seq):
                 query_ND, memory_M2D[index], spans, over, config.heads, dropout=dropout
             )
 
-        memory_M2D = self.memory(self.read(source)).chunk(config.decoder_layers, -1)
+        memory_M2D = self.memory(self.read(source, weights=around)).chunk(config.decoder_layers, -1)
         x_ND = embed(self, config, target.ids_N, position_N, side=1)
         hidden_ND = decode(self, config, x_ND, look_back, look_over)
-        return Output(hidden_ND, attention=torch.stack(weights) if weights else None)
+        return Output(hidden_ND, {}, stacked(weights), stacked(around or ()), stacked(back or ()))
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return _readout(hidden, self.output.weight, self.output_bias, only)

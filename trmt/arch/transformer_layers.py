@@ -82,13 +82,13 @@ class Encoder(nn.Module):
             table_width = width if config.positions == "sinusoidal" else width // config.heads
             self.register_buffer("table", layers.sinusoids(config.longest, table_width), persistent=False)
 
-    def read(self, source: Source) -> Tensor:
-        """The source as the encoder sees it, in a row [M, D]."""
+    def read(self, source: Source, *, weights: list[Tensor] | None = None) -> Tensor:
+        """The source as the encoder sees it, in a row [M, D]; `weights` gets those of each layer."""
         check_length(self.config, source)
         position_M, over = source.positions_N(), Spans.of(source)
 
         def look_around(merged_M3D: Tensor) -> Tensor:
-            return attend_in_row(self, merged_M3D, position_M, over, causal=False)
+            return attend_in_row(self, merged_M3D, position_M, over, causal=False, weights=weights)
 
         segment_M = source.extras.get("segments")
         x_MD = embed(self, self.config, source.ids_N, position_M, side=0, segment=segment_M)
@@ -208,15 +208,24 @@ def _through(
     return inner
 
 
-def attend_in_row(net: Any, merged_N3D: Tensor, position_N: Tensor, spans: Spans, *, causal: bool) -> Tensor:
-    """Attention of sentences in a row to themselves, in training."""
+def attend_in_row(
+    net: Any,
+    merged_N3D: Tensor,
+    position_N: Tensor,
+    spans: Spans,
+    *,
+    causal: bool,
+    weights: list[Tensor] | None = None,
+) -> Tensor:
+    """Attention of sentences in a row to themselves, in training; `weights` gets [S, H, L, L]."""
     config = net.config
     dropout = config.attention_dropout if net.training else 0.0
-    if config.positions != "rotary":
-        return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
-    query_NHP, key_NHP, value_NHP = merged_N3D.unflatten(-1, (3, config.heads, -1)).unbind(1)
-    query_NHP, key_NHP = (layers.rotated(x, net.table[position_N][:, None]) for x in (query_NHP, key_NHP))
-    merged_N3D = torch.stack([query_NHP, key_NHP, value_NHP], 1).flatten(1)
+    if config.positions == "rotary":
+        query_NHP, key_NHP, value_NHP = merged_N3D.unflatten(-1, (3, config.heads, -1)).unbind(1)
+        query_NHP, key_NHP = (layers.rotated(x, net.table[position_N][:, None]) for x in (query_NHP, key_NHP))
+        merged_N3D = torch.stack([query_NHP, key_NHP, value_NHP], 1).flatten(1)
+    if weights is not None:
+        weights.append(attention.own_weights(merged_N3D, spans, config.heads, causal=causal))
     return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
 
 
