@@ -68,6 +68,19 @@ def attend(
         yield from _attended(net, batch, kinds, bos)
 
 
+def sizes(net: Seq2Seq, tokenizer: Tokenizer) -> dict[str, tuple[int, int]]:
+    """The kinds of attention that a network has, with their layers and heads."""
+    found: dict[str, tuple[int, int]] = {}
+    for kind in get_args(Kind):
+        try:
+            [nothing] = attend(net, tokenizer, [((), ())], kinds=(kind,))
+        except ConfigError:
+            continue
+        layers, heads, *_ = nothing.weights[kind].shape
+        found[kind] = (layers, heads)
+    return found
+
+
 def positions(net: Seq2Seq) -> int:
     """How many pieces a sentence can have, its end among them."""
     return int(getattr(net.config, "longest", 1 << 30))
