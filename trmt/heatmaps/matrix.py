@@ -124,7 +124,7 @@ def _spelled(side: Side, ids: Ids, places: range, pieces: Sequence[str]) -> str:
 
 def _parts(side: Side, ids: Ids, word: range) -> list[range]:
     """A word cut where its script would not put a space anyhow, and at punctuation on its ends."""
-    pieces = ["" if side.is_byte(ids[place]) else side.pieces([ids[place]])[0] for place in word]
+    pieces = _letters(side, [ids[place] for place in word])
     marks = [bool(piece) and all(map(_is_mark, piece.lstrip(SPACE) or " ")) for piece in pieces]
     first = next((at for at, mark in enumerate(marks) if not mark), 0)
     last = len(marks) - next((at for at, mark in enumerate(reversed(marks)) if not mark), 0)
@@ -135,6 +135,22 @@ def _parts(side: Side, ids: Ids, word: range) -> list[range]:
         and (at <= first or at >= last or _is_unspaced(pieces[at - 1][-1:]) or _is_unspaced(pieces[at][:1]))
     ]
     return [range(*ends) for ends in pairwise([word.start, *cuts, word.stop])]
+
+
+def _letters(side: Side, ids: Ids) -> list[str]:
+    """The pieces, but for bytes: the first one of a character is the character, the others are nothing."""
+    pieces = side.pieces(ids)
+    is_byte = [side.is_byte(token) for token in ids]
+    goes_on = [
+        byte and 0x80 <= int(piece[1:-1], 16) < 0xC0 for byte, piece in zip(is_byte, pieces, strict=True)
+    ]
+    for at in range(len(ids)):
+        if is_byte[at] and not goes_on[at]:
+            end = next((after for after in range(at + 1, len(ids)) if not goes_on[after]), len(ids))
+            pieces[at] = side.decode(ids[at:end])
+        elif is_byte[at]:
+            pieces[at] = ""
+    return pieces
 
 
 def _is_mark(character: str) -> bool:

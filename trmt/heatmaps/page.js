@@ -10,6 +10,7 @@ const RAMPS = {
   dark: [[27, 32, 39], [32, 76, 126], [84, 160, 222], [232, 245, 255]],
 };
 const LEAST_CELL = 16, MOST_CELL = 36;  // pixels
+const LEAST_THUMB = 22, MOST_THUMB = 44;
 const KEPT = 6;  // unpacked weights, of the sentences seen last
 const SPACE = "\u2581";
 const SQUARES = Float32Array.from({ length: 256 }, (_, byte) => (byte / 255) ** 2);
@@ -116,7 +117,9 @@ function make(tag, attributes = {}, text = "") {
 function listSentences() {
   const items = sentences.map((sentence, number) => {
     const text = sentence.axes.source.text || "(nothing)";
-    return make("li", { id: `sentence-${number}`, role: "option", dir: "auto", lang: about.languages[0] }, text);
+    const item = make("li", { id: `sentence-${number}`, role: "option", "aria-selected": "false" });
+    item.append(make("span", { dir: "auto", lang: about.languages[0] }, text));
+    return item;
   });
   byId("sentences").append(...items);
   items.forEach((item, number) => item.addEventListener("click", () => choose({ sentence: number })));
@@ -161,6 +164,8 @@ function listHeads() {
     body.append(row);
   }
   byId("heads").replaceChildren(top, body);
+  const thumb = Math.min(Math.max(Math.floor(250 / places(heads).length) - 4, LEAST_THUMB), MOST_THUMB);
+  byId("heads").style.setProperty("--thumb", `${thumb}px`);
   byId("overview").hidden = layers * heads === 1;
   state.layer = layers > 1 ? within(state.layer, layers + 1) : 1;
   state.head = heads > 1 ? within(state.head, heads + 1) : 1;
@@ -217,11 +222,12 @@ function drawHeads(weights, axes, sizes) {
   for (const cell of byId("heads").querySelectorAll("td[role=gridcell]")) {
     const drawn = matrixOf(weights, axes, sizes, Number(cell.dataset.layer), Number(cell.dataset.head), "pieces");
     paint(cell.firstChild, drawn, axes.columns.leftward);
+    cell.firstChild.style.imageRendering = drawn.columns > MOST_THUMB ? "auto" : "";
   }
 }
 
 function markChoice() {
-  for (const item of byId("sentences").querySelectorAll("[aria-selected=true]")) item.removeAttribute("aria-selected");
+  for (const item of byId("sentences").querySelectorAll("[aria-selected=true]")) item.setAttribute("aria-selected", "false");
   const item = byId(`sentence-${state.sentence}`);
   item.setAttribute("aria-selected", "true");
   item.scrollIntoView({ block: "nearest" });
@@ -273,12 +279,13 @@ function x(column) {
 function writeOut() {
   const parts = ["rows", "columns"].flatMap((side) => {
     const axis = view.axes[side], units = axis[state.unit];
-    const line = make("dd", { dir: "auto", lang: languageOf(side) });
+    const line = make("dd", { dir: axis.leftward ? "rtl" : "ltr", lang: languageOf(side) });
     units.forEach((label, at) => {
       const first = state.unit === "pieces" ? at : at ? axis.ends[at - 1] : 0;
       if (at && axis.pieces[first].startsWith(SPACE)) line.append(" ");
       const text = label.startsWith(SPACE) && label.length > 1 ? label.slice(1) : label;
       const span = make("span", { class: side === "rows" ? "row" : "column" }, text);
+      if (/^<.*>$/.test(text)) span.classList.add("special");
       if (side === "rows") span.addEventListener("click", () => moveTo(at, state.column));
       line.append(span);
     });
@@ -292,7 +299,7 @@ function moveTo(row, column) {
   state.column = within(column, view.columns);
   const weight = (at) => view.cells[state.row * view.columns + at];
   const [row_, column_] = [view.rowsLabels[state.row], view.columnsLabels[state.column]];
-  byId("readout").replaceChildren(isolated(row_), " looks at ", isolated(column_), ": ", make("b", {}, percent(weight(state.column))));
+  byId("readout").replaceChildren("“", isolated(row_), "” looks at “", isolated(column_), "”: ", make("b", {}, percent(weight(state.column))));
   const cursor = byId("cursor").style, cell = view.cell;
   Object.assign(cursor, { left: `${x(state.column) * cell}px`, top: `${state.row * cell}px`, width: `${cell}px`, height: `${cell}px` });
   for (const [side, now] of [["rows", state.row], ["columns", state.column]]) {
@@ -308,7 +315,7 @@ function moveTo(row, column) {
 
 /** Words of another direction must not turn what stands around them. */
 function isolated(text) {
-  return make("bdi", {}, `“${text}”`);
+  return make("bdi", {}, text);
 }
 
 function listStrongest() {
@@ -319,7 +326,7 @@ function listStrongest() {
     const weights = [...view.cells.subarray(row * view.columns, (row + 1) * view.columns)].map((weight, at) => [weight, at]);
     const best = weights.sort((one, other) => other[0] - one[0]).slice(0, 3).filter(([weight]) => weight >= 0.005);
     const line = make("tr"), cell = make("td");
-    best.forEach(([weight, at], place) => cell.append(place ? ", " : "", make("bdi", {}, view.columnsLabels[at]), ` ${percent(weight)}`));
+    best.forEach(([weight, at], place) => cell.append(place ? ", " : "", isolated(view.columnsLabels[at]), ` ${percent(weight)}`));
     line.append(make("th", { scope: "row", dir: "auto" }, label), cell);
     return line;
   });

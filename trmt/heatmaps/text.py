@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from trmt.heatmaps.matrix import Matrix, leftward
+from trmt.heatmaps.matrix import Matrix
 from trmt.textplot import Segment
 
 BLOCKS = " ░▒▓█"
@@ -72,7 +72,7 @@ def _cell(weight: float, greatest: float, width: int, *, coloured: bool, plain: 
 
 def _padded(text: str, width: int, *, right: bool = False) -> str:
     gap = " " * (width - columns_of(text))
-    if leftward(text):
+    if any(unicodedata.bidirectional(character) in ("R", "AL", "AN") for character in text):
         text += LEFT_TO_RIGHT
     return gap + text if right else text + gap
 
