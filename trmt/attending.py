@@ -22,7 +22,7 @@ from trmt.errors import ConfigError, DataError
 from trmt.tokenizer import Side, Tokenizer
 
 Kind = Literal["cross", "encoder", "decoder"]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 # What a network is asked for, and where in its output it is.
 NAMES: Mapping[str, str] = {
     "cross": "attention",
@@ -68,10 +68,10 @@ def attend(
         yield from _attended(net, batch, kinds, bos)
 
 
-def sizes(net: Seq2Seq, tokenizer: Tokenizer) -> dict[str, tuple[int, int]]:
+def sizes(net: Seq2Seq, tokenizer: Tokenizer) -> dict[Kind, tuple[int, int]]:
     """The kinds of attention that a network has, with their layers and heads."""
-    found: dict[str, tuple[int, int]] = {}
-    for kind in get_args(Kind):
+    found: dict[Kind, tuple[int, int]] = {}
+    for kind in KINDS:
         try:
             [nothing] = attend(net, tokenizer, [((), ())], kinds=(kind,))
         except ConfigError:

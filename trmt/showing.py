@@ -60,7 +60,12 @@ class Line:
     @classmethod
     def read(cls, raw: bytes, number: int) -> Line:
         """The line that these bytes are: a source, or a source, a tab, and a target."""
-        text = raw.removesuffix(b"\r").decode("utf-8", errors="replace")
+        raw = raw.removesuffix(b"\r")
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            text = raw.decode(errors="replace")
+            console.warn(f"line {number} is not valid UTF-8; what could not be read was replaced")
         source, tab, target = text.partition("\t")
         return cls(number, source, target if tab else None)
 
@@ -84,7 +89,7 @@ class Attender:
         )
         self.translator = Translator(self.net, self.tokenizer, longest=self.longest, options=search)
 
-    def _kinds(self) -> tuple[str, ...]:
+    def _kinds(self) -> tuple[Kind, ...]:
         if not self.sizes:
             raise ConfigError(
                 f"the network of {self.folder} has no attention: it writes from a summary of the source; "

@@ -38,8 +38,12 @@ def command(
             "[default: cross, on a page all]",
         ),
     ] = None,
-    layer: Annotated[int, typer.Option("--layer", help="Layer, from 1. [default: mean of all]")] = 0,
-    head: Annotated[int, typer.Option("--head", help="Head, from 1. [default: mean of all]")] = 0,
+    layer: Annotated[
+        int | None, typer.Option("--layer", min=1, help="Which layer. [default: mean of all]")
+    ] = None,
+    head: Annotated[
+        int | None, typer.Option("--head", min=1, help="Which head. [default: mean of all]")
+    ] = None,
     words: Annotated[bool, typer.Option("--words/--pieces", help="Pieces joined to words.")] = False,
     beam: Annotated[int, typer.Option("--beam", help="Size of the beam; 1 is greedy search.")] = 4,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
@@ -56,8 +60,8 @@ def command(
     options = AttendOptions(
         model=model,
         kinds=cast(Any, tuple(kinds or ())),  # checked there
-        layer=layer,
-        head=head,
+        layer=layer or 0,
+        head=head or 0,
         by_words=words,
         out=out,
         beam=beam,

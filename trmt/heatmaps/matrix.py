@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from trmt.attending import SPACE, Attended, Ids, joined, words
+from trmt.attending import SPACE, Attended, Ids, Kind, joined, words
 from trmt.display import harmless
 from trmt.tokenizer import Side, Tokenizer
 
@@ -50,7 +50,7 @@ class Looks:
 class Choice:
     """Which matrix to draw; layers and heads count from 1, and 0 is the mean of all."""
 
-    kind: str = "cross"
+    kind: Kind = "cross"
     layer: int = 0
     head: int = 0
     by_words: bool = False
@@ -125,13 +125,14 @@ def _spelled(side: Side, ids: Ids, places: range, pieces: Sequence[str]) -> str:
 def _parts(side: Side, ids: Ids, word: range) -> list[range]:
     """A word cut where its script would not put a space anyhow, and at punctuation on its ends."""
     pieces = _letters(side, [ids[place] for place in word])
-    marks = [bool(piece) and all(map(_is_mark, piece.lstrip(SPACE) or " ")) for piece in pieces]
+    marks = [bool(piece) and all(map(_is_mark, piece.lstrip(SPACE))) for piece in pieces]
     first = next((at for at, mark in enumerate(marks) if not mark), 0)
     last = len(marks) - next((at for at, mark in enumerate(reversed(marks)) if not mark), 0)
     cuts = [
         word.start + at
         for at in range(1, len(pieces))
-        if pieces[at - 1] != SPACE
+        if pieces[at]
+        and pieces[at - 1] != SPACE
         and (at <= first or at >= last or _is_unspaced(pieces[at - 1][-1:]) or _is_unspaced(pieces[at][:1]))
     ]
     return [range(*ends) for ends in pairwise([word.start, *cuts, word.stop])]

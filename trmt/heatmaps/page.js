@@ -10,7 +10,7 @@ const RAMPS = {
   dark: [[27, 32, 39], [32, 76, 126], [84, 160, 222], [232, 245, 255]],
 };
 const LEAST_CELL = 16, MOST_CELL = 36;  // pixels
-const LEAST_THUMB = 22, MOST_THUMB = 44;
+const LEAST_THUMB = 26, MOST_THUMB = 44;
 const KEPT = 6;  // unpacked weights, of the sentences seen last
 const SPACE = "\u2581";
 const SQUARES = Float32Array.from({ length: 256 }, (_, byte) => (byte / 255) ** 2);
@@ -89,13 +89,14 @@ function paint(canvas, { rows, columns, cells }, leftward) {
   canvas.width = columns;
   canvas.height = rows;
   const most = cells.reduce((one, other) => Math.max(one, other), 0) || 1;
-  const colours = Array.from({ length: 256 }, (_, shade) => colour(shade / 255));
+  const shades = Uint8ClampedArray.from({ length: 1024 }, (_, at) => (at % 4 < 3 ? colour((at >> 2) / 255)[at % 4] : 255));
+  const colours = new Uint32Array(shades.buffer);  // a pixel is moved as one number
   const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
+  const pixels = new Uint32Array(image.data.buffer);
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < columns; column++) {
-      const x = leftward ? columns - 1 - column : column;
-      const shade = colours[Math.round((cells[row * columns + column] / most) * 255)];
-      image.data.set([...shade, 255], 4 * (row * columns + x));
+      const place = row * columns + (leftward ? columns - 1 - column : column);
+      pixels[place] = colours[Math.round((cells[row * columns + column] / most) * 255)];
     }
   }
   context.putImageData(image, 0, 0);
@@ -164,7 +165,7 @@ function listHeads() {
     body.append(row);
   }
   byId("heads").replaceChildren(top, body);
-  const thumb = Math.min(Math.max(Math.floor(250 / places(heads).length) - 4, LEAST_THUMB), MOST_THUMB);
+  const thumb = Math.min(Math.max(Math.floor(275 / places(heads).length) - 4, LEAST_THUMB), MOST_THUMB);
   byId("heads").style.setProperty("--thumb", `${thumb}px`);
   byId("overview").hidden = layers * heads === 1;
   state.layer = layers > 1 ? within(state.layer, layers + 1) : 1;
@@ -189,6 +190,7 @@ async function choose(changes) {
   if (state.sentence !== before.sentence || state.kind !== before.kind) state.row = state.column = 0;
   if (state.unit !== before.unit) state.row = state.column = 0;
   if (state.kind !== before.kind || !byId("heads").rows.length) listHeads();
+  markChoice();
   const wanted = { ...state };
   const weights = await weightsOf(state.sentence, state.kind);
   // Whoever was quicker has chosen something else meanwhile.
@@ -201,7 +203,6 @@ function show(weights, anew) {
   view = { ...matrixOf(weights, axes, sizes, state.layer, state.head, state.unit), axes };
   for (const [side, axis] of Object.entries(axes)) view[`${side}Labels`] = axis[state.unit];
   if (anew) drawHeads(weights, axes, sizes);
-  markChoice();
   const most = paint(byId("matrix"), view, axes.columns.leftward);
   view.most = most;
   byId("most").textContent = percent(most);
@@ -289,7 +290,7 @@ function writeOut() {
       if (side === "rows") span.addEventListener("click", () => moveTo(at, state.column));
       line.append(span);
     });
-    return [make("dt", {}, side === "rows" ? "writing" : "looking at"), line];
+    return [make("dt", {}, side === "columns" ? "looking at" : state.kind === "encoder" ? "reading" : "writing"), line];
   });
   byId("running").replaceChildren(...parts);
 }

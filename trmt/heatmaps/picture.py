@@ -16,6 +16,7 @@ from trmt.heatmaps.matrix import Matrix
 
 FORMATS = ("png", "svg", "pdf")
 SHAPING = (3, 11)  # the first matplotlib that joins letters, and sets them from right to left
+VIRAMA = 9  # the combining class of signs that join consonants
 CELL = 0.26  # inches
 LARGEST = 50.0  # inches; in a longer sentence all is smaller
 FONT_SIZE = 9.0  # points
@@ -36,7 +37,8 @@ def write(out: Path, matrix: Matrix, *, title: str) -> None:
     text = "".join((title, *matrix.rows, *matrix.columns))
     fonts, missing = families(text)
     if kind != "svg":  # in which letters are letters, and whoever shows it has to have the fonts
-        _complain(text, missing, tuple(matplotlib.__version_info__))
+        version = matplotlib.__version_info__
+        _complain(text, missing, (version.major, version.minor))
     style: dict[Any, Any] = {
         "font.family": [*fonts, *(["sans-serif"] if kind == "svg" else [])],
         "font.size": FONT_SIZE,
@@ -84,14 +86,14 @@ def figure(matrix: Matrix, *, title: str) -> Any:
     return drawn
 
 
-def _complain(text: str, missing: Sequence[str], version: tuple[int, ...]) -> None:
+def _complain(text: str, missing: Sequence[str], version: tuple[int, int]) -> None:
     if missing:
         named = ", ".join(f"{character} (U+{ord(character):04X})" for character in missing[:3])
         console.warn(
             f"no font here has {named}{' and others' if len(missing) > 3 else ''}, and boxes stand for what "
             "is missing; install a font that has it (the Noto fonts have nearly all), or write .svg or .html"
         )
-    if version[:2] < SHAPING and any(map(_is_shaped, text)):
+    if version < SHAPING and any(map(_is_shaped, text)):
         console.warn(
             "this matplotlib puts one letter after the other from left to right, which is wrong for the "
             f"script of this text; upgrade it to {'.'.join(map(str, SHAPING))}, or write .svg or .html"
@@ -100,7 +102,8 @@ def _complain(text: str, missing: Sequence[str], version: tuple[int, ...]) -> No
 
 def _is_shaped(character: str) -> bool:
     """Whether the character is of a script whose letters are joined, reordered, or go from right to left."""
-    return unicodedata.bidirectional(character) in ("R", "AL") or unicodedata.category(character) == "Mc"
+    joins = unicodedata.category(character) == "Mc" or unicodedata.combining(character) == VIRAMA
+    return joins or unicodedata.bidirectional(character) in ("R", "AL")
 
 
 # Fonts
