@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 from torch import Tensor
@@ -70,7 +71,7 @@ class Matrix:
     weights: tuple[tuple[float, ...], ...]
     leftward: bool = False  # whether the columns read from right to left
 
-    @property
+    @cached_property
     def greatest(self) -> float:
         """What the darkest shade stands for."""
         return max((weight for row in self.weights for weight in row), default=0.0)
