@@ -79,9 +79,10 @@ function colour(share) {
   return ramp[step].map((low, part) => Math.round(low + (ramp[step + 1][part] - low) * (place - step)));
 }
 
-/** Letters that can be read on a colour. */
-function letters([red, green, blue]) {
-  return 0.299 * red + 0.587 * green + 0.114 * blue > 140 ? "#101418" : "#ffffff";
+/** Letters that can be read on a colour: whichever of both stands out more, by the luminance of WCAG 2. */
+function letters(colour) {
+  const [red, green, blue] = colour.map((part) => (part <= 10 ? part / 3294.6 : ((part / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000000" : "#ffffff";
 }
 
 /** One pixel for each cell; the style sheet makes them larger. */
