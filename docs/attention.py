@@ -1,7 +1,7 @@
-"""Draw the pictures of docs/looking-inside.md: python docs/attention.py models/demo, which `make demo` trains.
+"""Draw the pictures of docs/looking-inside.md: python docs/attention.py models/demo --layer 2 --head 1.
 
-attention.svg is a matrix that `trmt attend` writes, attention-page.png its page in a headless Chromium, if
-one is installed.
+`make demo` trains that model. attention.svg is a matrix that `trmt attend` writes, attention-page.png its page
+in a headless Chromium, if one is installed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ def photograph(page: Path, out: Path) -> None:
     if not browser:
         print(f"there is no Chromium, and {out.name} stays as it is")
         return
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--virtual-time-budget=5000",
+    ]
     window = ",".join(map(str, SIZE))
     subprocess.run(
         [browser, *options, f"--window-size={window}", f"--screenshot={out}", page.as_uri()],

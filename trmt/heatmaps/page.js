@@ -1,5 +1,3 @@
-"use strict";
-
 // What the page holds: a description of all, and for each sentence its labels; weights are unpacked when seen.
 const byId = (id) => document.getElementById(id);
 const about = JSON.parse(byId("about").textContent);
@@ -11,64 +9,19 @@ const RAMPS = {
 };
 const LEAST_CELL = 16, MOST_CELL = 36;  // pixels
 const LEAST_THUMB = 26, MOST_THUMB = 44;
-const KEPT = 6;  // unpacked weights, of the sentences seen last
 const SPACE = "\u2581";
-const SQUARES = Float32Array.from({ length: 256 }, (_, byte) => (byte / 255) ** 2);
+// What keys do in a grid: so many rows down, so many columns to the right.
+const MOVES = {
+  ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0],
+  PageDown: [10, 0], PageUp: [-10, 0], Home: [0, -Infinity], End: [0, Infinity],
+};
 
-const state = { sentence: 0, kind: about.kinds[0], layer: 0, head: 0, unit: "pieces", row: 0, column: 0, ...fromAddress(about.choice) };
+const state = { row: 0, column: 0, ...fromAddress(about.choice) };
 let view = null;  // what is on the screen: labels, cells, sizes
-
-// Weights
-
-const unpacked = new Map();
-
-async function weightsOf(sentence, kind) {
-  const name = `${kind}-${sentence}`;
-  if (!unpacked.has(name)) {
-    const packed = Uint8Array.from(atob(byId(name).textContent), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-    unpacked.set(name, new Uint8Array(await new Response(stream).arrayBuffer()));
-    if (unpacked.size > KEPT) unpacked.delete(unpacked.keys().next().value);
-  }
-  return unpacked.get(name);
-}
 
 function axesOf(sentence, kind) {
   const [rows, columns] = about.axes[kind].map((name) => sentences[sentence].axes[name]);
   return { rows, columns };
-}
-
-/** The cells of one layer and head, of which 0 is the mean, row by row: pieces, or words made of them. */
-function matrixOf(weights, axes, { layers, heads }, layer, head, unit) {
-  const rows = axes.rows.pieces.length, columns = axes.columns.pieces.length, size = rows * columns;
-  const cells = new Float32Array(size);
-  const [fromLayer, toLayer] = layer ? [layer - 1, layer] : [0, layers];
-  const [fromHead, toHead] = head ? [head - 1, head] : [0, heads];
-  const share = 1 / ((toLayer - fromLayer) * (toHead - fromHead));
-  for (let l = fromLayer; l < toLayer; l++) {
-    for (let h = fromHead; h < toHead; h++) {
-      const begin = (l * heads + h) * size;
-      for (let at = 0; at < size; at++) cells[at] += share * SQUARES[weights[begin + at]];
-    }
-  }
-  return unit === "pieces" ? { rows, columns, cells } : joined(cells, columns, axes);
-}
-
-/** What the pieces of a word get is added up, what they give is averaged. */
-function joined(cells, width, axes) {
-  const rows = axes.rows.ends.length, columns = axes.columns.ends.length;
-  const out = new Float32Array(rows * columns);
-  axes.rows.ends.forEach((rowEnd, row) => {
-    const rowBegin = row ? axes.rows.ends[row - 1] : 0;
-    axes.columns.ends.forEach((end, column) => {
-      let sum = 0;
-      for (let i = rowBegin; i < rowEnd; i++) {
-        for (let j = column ? axes.columns.ends[column - 1] : 0; j < end; j++) sum += cells[i * width + j];
-      }
-      out[row * columns + column] = sum / (rowEnd - rowBegin);
-    });
-  });
-  return { rows, columns, cells: out };
 }
 
 // Colours and pictures
@@ -107,7 +60,8 @@ function paint(canvas, { rows, columns, cells }, leftward) {
 // What can be chosen
 
 const listed = (name) => (name ? String(name) : "mean");
-const named = (layer, head) => `${layer ? `layer ${layer}` : "mean of the layers"}, ${head ? `head ${head}` : "mean of the heads"}`;
+const one = (kind, number) => (number ? `${kind} ${number}` : `mean of the ${kind}s`);
+const named = (layer, head) => `${one("layer", layer)}, ${one("head", head)}`;
 
 function make(tag, attributes = {}, text = "") {
   const element = document.createElement(tag);
@@ -158,7 +112,8 @@ function listHeads() {
     const row = make("tr");
     row.append(make("th", { scope: "row" }, listed(layer)));
     for (const at of places(heads)) {
-      const cell = make("td", { role: "gridcell", "aria-label": named(layer, at), title: named(layer, at), "data-layer": layer, "data-head": at });
+      const name = named(layer, at);
+      const cell = make("td", { role: "gridcell", "aria-label": name, title: name, "data-layer": layer, "data-head": at });
       cell.append(make("canvas", { "aria-hidden": "true" }));
       cell.addEventListener("click", () => choose({ layer, head: at }));
       row.append(cell);
@@ -174,10 +129,9 @@ function listHeads() {
 }
 
 byId("heads").addEventListener("keydown", (event) => {
-  const moves = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0], Home: [0, -Infinity], End: [0, Infinity] };
-  if (!(event.key in moves)) return;
+  if (!(event.key in MOVES)) return;
   event.preventDefault();
-  const { layers, heads } = about.sizes[state.kind], [down, right] = moves[event.key];
+  const { layers, heads } = about.sizes[state.kind], [down, right] = MOVES[event.key];
   const place = (now, move, count) => Math.min(Math.max(now + move, count > 1 ? 0 : 1), count);
   choose({ layer: place(state.layer, down, layers), head: place(state.head, right, heads) });
   byId("heads").querySelector('[tabindex="0"]').focus();
@@ -221,10 +175,12 @@ const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%`;
 
 function drawHeads(weights, axes, sizes) {
   if (byId("overview").hidden) return;
+  const thumbs = thumbsOf(weights, axes, sizes, MOST_THUMB);
   for (const cell of byId("heads").querySelectorAll("td[role=gridcell]")) {
-    const drawn = matrixOf(weights, axes, sizes, Number(cell.dataset.layer), Number(cell.dataset.head), "pieces");
-    paint(cell.firstChild, drawn, axes.columns.leftward);
-    cell.firstChild.style.imageRendering = drawn.columns > MOST_THUMB ? "auto" : "";
+    const layer = Number(cell.dataset.layer), head = Number(cell.dataset.head);
+    const chosen = thumbs.filter((_, number) =>
+      (!layer || Math.floor(number / sizes.heads) === layer - 1) && (!head || number % sizes.heads === head - 1));
+    paint(cell.firstChild, meanOf(chosen), axes.columns.leftward);
   }
 }
 
@@ -269,7 +225,8 @@ function fit() {
     part.style.width = `${view.columns * cell}px`;
     part.style.height = `${view.rows * cell}px`;
   }
-  byId("lines").style.background = ["", "90deg, "].map((turn) => `repeating-linear-gradient(${turn}var(--page) 0 1px, transparent 1px ${cell}px)`).join();
+  const line = `var(--page) 0 1px, transparent 1px ${cell}px`;
+  byId("lines").style.background = `repeating-linear-gradient(${line}), repeating-linear-gradient(90deg, ${line})`;
 }
 
 /** Where a column stands: sentences from right to left stand in that order. */
@@ -301,9 +258,11 @@ function moveTo(row, column) {
   state.column = within(column, view.columns);
   const weight = (at) => view.cells[state.row * view.columns + at];
   const [row_, column_] = [view.rowsLabels[state.row], view.columnsLabels[state.column]];
-  byId("readout").replaceChildren("“", isolated(row_), "” looks at “", isolated(column_), "”: ", make("b", {}, percent(weight(state.column))));
+  const share = make("b", {}, percent(weight(state.column)));
+  byId("readout").replaceChildren("“", isolated(row_), "” looks at “", isolated(column_), "”: ", share);
   const cursor = byId("cursor").style, cell = view.cell;
-  Object.assign(cursor, { left: `${x(state.column) * cell}px`, top: `${state.row * cell}px`, width: `${cell}px`, height: `${cell}px` });
+  const [left, top] = [x(state.column) * cell, state.row * cell].map((pixels) => `${pixels}px`);
+  Object.assign(cursor, { left, top, width: `${cell}px`, height: `${cell}px` });
   for (const [side, now] of [["rows", state.row], ["columns", state.column]]) {
     for (const span of byId(side).querySelectorAll(".on")) span.classList.remove("on");
     byId(side).children[now].classList.add("on");
@@ -336,10 +295,9 @@ function listStrongest() {
 }
 
 byId("stage").addEventListener("keydown", (event) => {
-  const moves = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0], PageDown: [10, 0], PageUp: [-10, 0], Home: [0, -Infinity], End: [0, Infinity] };
-  if (!(event.key in moves) || event.ctrlKey || event.altKey || event.metaKey) return;
+  if (!(event.key in MOVES) || event.ctrlKey || event.altKey || event.metaKey) return;
   event.preventDefault();
-  const [down, right] = moves[event.key];
+  const [down, right] = MOVES[event.key];
   const place = within(x(state.column) + right, view.columns);
   moveTo(state.row + down, x(place));  // x is its own inverse
   byId("cursor").scrollIntoView({ block: "nearest", inline: "nearest" });

@@ -54,7 +54,8 @@ def write(out: Path, looks: Iterable[Looks], about: About) -> int:
 def _around(title: str) -> tuple[str, str]:
     """The page before and after its data."""
     template = Template(_part("html"))
-    parts = {"title": html.escape(title), "style": _part("css"), "script": _part("js"), "data": "\0"}
+    script = _part("weights.js") + _part("js")
+    parts = {"title": html.escape(title), "style": _part("css"), "script": script, "data": "\0"}
     before, after = template.substitute(parts).split("\0")
     return before, after
 
