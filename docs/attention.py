@@ -1,7 +1,7 @@
 """Draw the pictures of docs/looking-inside.md: python docs/attention.py models/demo --layer 2 --head 1.
 
-`make demo` trains that model. attention.svg is a matrix that `trmt attend` writes, attention-page.png its page
-in a headless Chromium, if one is installed.
+`make demo` trains that model. attention.svg is what `trmt attend` writes, attention-page.png its page in a
+headless Chromium, if one is installed.
 """
 
 from __future__ import annotations
