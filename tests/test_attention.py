@@ -68,6 +68,19 @@ def test_attention_to_a_source_in_a_row_is_that_in_a_grid(
 
 
 @pytest.mark.parametrize("causal", [True, False])
+def test_the_weights_are_those_that_attention_gives_the_values(causal: bool) -> None:
+    here, heads = spans(3, 1, 5), 2
+    merged = torch.randn(9, 3 * 32)
+    weights = attention.own_weights(merged, here, heads, causal=causal)
+    found = attention.attend_own(merged, here, heads, causal=causal)
+    values = merged.chunk(3, -1)[2]
+    for number, (begin, end) in enumerate([(0, 3), (3, 4), (4, 9)]):
+        value = values[begin:end].unflatten(-1, (heads, -1)).transpose(0, 1)
+        mixed = weights[number, :, : end - begin, : end - begin] @ value
+        torch.testing.assert_close(mixed.transpose(0, 1).flatten(1), found[begin:end], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
 def test_attention_in_a_grid_is_each_sentence_by_itself(causal: bool) -> None:
     """The reference of all the others, against the definition."""
     lengths, heads, part = (3, 1, 6), 2, 5

@@ -30,6 +30,7 @@ COMMANDS = [
     "export",
     "import",
     "score",
+    "attend",
     "plot",
     "env",
 ]

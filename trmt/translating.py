@@ -202,6 +202,12 @@ class Translator:
             if not line.missing:
                 yield number, self._joined(line)
 
+    def written(self, sources: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """The ids of translations; sources are ids too, none empty, none longer than the network takes."""
+        requests = [self._request(list(ids), [], key=number) for number, ids in enumerate(sources)]
+        found = dict(self.engine.translate(requests))
+        return [self.ranker.pick(found[number]).ids for number in range(len(sources))]
+
     def _pieces(self, text: str, ids: list[int]) -> Iterator[tuple[list[int], str]]:
         """The ids of each piece of a line, and what goes between its translation and the next one's."""
         if len(ids) <= self.longest:

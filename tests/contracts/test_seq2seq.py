@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from trmt.arch.base import Ragged, Seq2Seq, Source
+from trmt.arch.conv import ConvS2S
+from trmt.arch.rnn import RNN
 from trmt.engines.linear import choose, eager
 from trmt.registry import ARCHITECTURES
 
@@ -208,6 +210,39 @@ def test_attention_is_a_distribution_over_the_real_source(net: Seq2Seq) -> None:
     assert output.attention is not None
     width = min(output.attention.shape[-1], weights.shape[-1])  # behind it there is only padding
     torch.testing.assert_close(output.attention[..., 0, :width], weights[..., 0, :width], **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_attention_of_a_side_to_itself_is_a_distribution_over_what_it_may_see(
+    net: Seq2Seq, side: str
+) -> None:
+    source, target, name = Source.of(SOURCES), Ragged.of(TARGETS), f"{side}_attention"
+    assert getattr(net(source, target), name) is None
+    weights = getattr(net(source, target, want=(name,)), name)
+    if not looks_at_itself(net, side):
+        assert weights is None
+        return
+    layers, sentences, _, rows, columns = weights.shape
+    assert sentences == len(SOURCES) and layers >= 1
+    for number, sentence in enumerate(SOURCES if side == "encoder" else TARGETS):
+        length = len(sentence)
+        assert rows >= length and columns >= length
+        real = weights[:, number, :, :length, :length]
+        torch.testing.assert_close(real.sum(-1), torch.ones_like(real[..., 0]))
+        if side == "decoder":
+            assert not real.triu(1).any()
+        alone = net(
+            Source.of(SOURCES[number : number + 1]), Ragged.of(TARGETS[number : number + 1]), want=(name,)
+        )
+        torch.testing.assert_close(getattr(alone, name)[:, 0, :, :length, :length], real, **CLOSE)
+
+
+def looks_at_itself(net: Seq2Seq, side: str) -> bool:
+    """Transformers on both sides, convolutions where they were told to."""
+    if isinstance(net, ConvS2S):
+        return side == "encoder" and net.config.encoder_attention in ("before", "after")
+    return not isinstance(net, RNN)
 
 
 def beam_of(net: Seq2Seq, prefixes: list[list[list[int]]], *, hypotheses: int, reorders: bool = True):

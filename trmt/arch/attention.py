@@ -177,11 +177,23 @@ def attend_in_grid(
     return out_SHTP.transpose(1, 2).flatten(2).flatten(0, 1)[cells_N]
 
 
-def attention_weights(query_ND: Tensor, key_MD: Tensor, spans: Spans, over: Spans, heads: int) -> Tensor:
+def attention_weights(
+    query_ND: Tensor, key_MD: Tensor, spans: Spans, over: Spans, heads: int, *, causal: bool = False
+) -> Tensor:
     """The weights of `attend_over`, for those who want to look: [S, H, T, L], zero where nothing is."""
     query_SHTP, _, _ = _set_out(query_ND.unflatten(-1, (heads, -1)), spans)
     key_SHLP, _, real_SL = _set_out(key_MD.unflatten(-1, (heads, -1)), over)
-    return layers.attention_weights(query_SHTP, key_SHLP, layers.blocked(real_SL)[:, None, None])
+    mask = layers.blocked(real_SL)[:, None, None]
+    if causal:
+        count = query_SHTP.shape[2]
+        mask = mask + layers.blocked(mask.new_ones(count, count, dtype=torch.bool).tril())
+    return layers.attention_weights(query_SHTP, key_SHLP, mask)
+
+
+def own_weights(merged_N3D: Tensor, spans: Spans, heads: int, *, causal: bool) -> Tensor:
+    """The weights of `attend_own`, for those who want to look: [S, H, T, T], zero where nothing is."""
+    query_ND, key_ND, _ = merged_N3D.chunk(3, -1)
+    return attention_weights(query_ND, key_ND, spans, spans, heads, causal=causal)
 
 
 def _set_out(x_NHP: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:

@@ -107,12 +107,20 @@ class Output:
     `aux` holds named losses of the network's own as (sum, count), weighted already: an objective adds the
     sums to its own, and all are divided by its tokens. `attention` is there only when asked for, and where a
     network has it, as the weights of each layer over the source: [layers, S, heads, T, L] from `forward`,
-    with K * T for T from `step`.
+    with K * T for T from `step`. So are the weights of both sides over themselves, but from `forward` only:
+    `encoder_attention` [layers, S, heads, L, L] and `decoder_attention` [layers, S, heads, T, T].
     """
 
     hidden: Tensor
     aux: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     attention: Tensor | None = None
+    encoder_attention: Tensor | None = None
+    decoder_attention: Tensor | None = None
+
+
+def stacked(weights: Sequence[Tensor]) -> Tensor | None:
+    """The weights of all layers as `Output` has them; None where nobody asked."""
+    return torch.stack(list(weights)) if weights else None
 
 
 class Own(Protocol):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trmt.arch import layers
-from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
+from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper, stacked
 from trmt.errors import ConfigError
 
 HALF = 0.5**0.5  # keeps the variance of a sum of two
@@ -106,7 +106,8 @@ class ConvS2S(Seq2Seq):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
-        memory = encode(self, self.config, source)
+        around: list[Tensor] | None = [] if "encoder_attention" in want else None
+        memory = encode(self, self.config, source, weights=around)
         ids_ST, _ = target.padded()
         own = _blank(self.config, memory, (len(target), 1))
         position_S = torch.zeros_like(target.lengths_S)
@@ -114,7 +115,7 @@ class ConvS2S(Seq2Seq):
             self, self.config, ids_ST[:, None], position_S, memory=memory, own=own, want=want
         )
         hidden_ND = hidden_SKTD.flatten(0, 2)[target.cells_N(ids_ST.shape[1])]
-        return Output(hidden_ND, attention=attention)
+        return Output(hidden_ND, attention=attention, encoder_attention=stacked(around or ()))
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         weight = self.output.weight
@@ -139,8 +140,11 @@ def _gated(net: Any, layer: Any, x_WD: Tensor, kernel: int) -> Tensor:
     return F.glu(layer.gated(windows), -1)
 
 
-def encode(net: Any, config: ConvS2SConfig, source: Source) -> Memory:
-    """Read the source: keys are the last layer's outputs, values have the embeddings added."""
+def encode(net: Any, config: ConvS2SConfig, source: Source, *, weights: list[Tensor] | None = None) -> Memory:
+    """Read the source: keys are the last layer's outputs, values have the embeddings added.
+
+    `weights` gets those of each layer that looks at the whole source.
+    """
     if source.longest > config.longest:
         raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
     ids_SL, real_SL = source.padded(layers.key_multiple(net))
@@ -151,12 +155,12 @@ def encode(net: Any, config: ConvS2SConfig, source: Source) -> Memory:
     side = config.kernel // 2
     mask = layers.blocked(real_SL)[:, None, None]
     for layer in net.encoder:
-        inner_SLD = _attended(layer, x_SLD, mask) if config.encoder_attention == "before" else x_SLD
+        inner_SLD = _attended(layer, x_SLD, mask, weights) if config.encoder_attention == "before" else x_SLD
         # Padding is zeroed before each layer: what lies behind a sentence must not leak into it.
         around_SLD = F.pad(inner_SLD * real_SL1, [0, 0, side, side])
         h_SLD = _gated(net, layer, around_SLD, config.kernel)
         if config.encoder_attention == "after":
-            h_SLD = _attended(layer, h_SLD, mask)
+            h_SLD = _attended(layer, h_SLD, mask, weights)
         elif config.encoder_attention == "pooling":
             h_SLD = _pooled(layer, h_SLD, real_SL, config.kernel)
         x_SLD = (x_SLD + h_SLD) * HALF
@@ -170,9 +174,11 @@ def encode(net: Any, config: ConvS2SConfig, source: Source) -> Memory:
     )
 
 
-def _attended(layer: Any, x_SLD: Tensor, mask: Tensor) -> Tensor:
+def _attended(layer: Any, x_SLD: Tensor, mask: Tensor, weights: list[Tensor] | None) -> Tensor:
     """Each position with what it finds at the others."""
     query, key, value = (part_SLD[:, None] for part_SLD in layer.own(x_SLD).chunk(3, -1))
+    if weights is not None:
+        weights.append(layers.attention_weights(query, key, mask))
     return (x_SLD + layer.own_out(layers.attend(query, key, value, mask))) * HALF
 
 

@@ -208,10 +208,25 @@ def look(
             query, key, value, (mask + bias).to(query.dtype), dropout=dropout
         )
     apart = (net.decoder_apart if side else net.encoder_apart)[layer]
-    ahead = 0 if side else config.reach
-    index_SQJ = distance_SQJ.clamp(-config.reach, ahead) + config.reach
+    index_SQJ = _clipped(config, distance_SQJ, side=side)
     compute = _steadied if steady and distance_SQJ.device.type == "cpu" else related
     return lambda query, key, value, mask: compute((query, key, value), mask, apart, index_SQJ, dropout)
+
+
+def weights(
+    net: Any, config: Any, layer: int, query_SHQP: Tensor, key_SHJP: Tensor, mask: Tensor, *, side: int
+) -> Tensor:
+    """Where a layer looks by distance in sentences that stand in a grid: [S, H, Q, J]."""
+    distance_SQJ = distances(query_SHQP.shape[2], key_SHJP.shape[2], query_SHQP.device)
+    if config.positions in BIASED:
+        bias = biases(net, config, distance_SQJ, side=side)
+        return layers.attention_weights(query_SHQP, key_SHJP, mask + bias)
+    apart = (net.decoder_apart if side else net.encoder_apart)[layer]
+    return _related_weights(query_SHQP, key_SHJP, mask, apart[0], _clipped(config, distance_SQJ, side=side))
+
+
+def _clipped(config: Any, distance_SQJ: Tensor, *, side: int) -> Tensor:
+    return distance_SQJ.clamp(-config.reach, 0 if side else config.reach) + config.reach
 
 
 def biases(net: Any, config: Any, distance_SQJ: Tensor, *, side: int) -> Tensor:
@@ -241,15 +256,24 @@ def related(
     """Attention whose keys and values have a vector of their distance added: [S, Q, D]."""
     query_SHQP, key_SHJP, value_SHJP = parts
     key_RP, value_RP = apart
-    index = index_SQJ[:, None].expand(*query_SHQP.shape[:2], -1, -1)
-    # Each query with each distance once, and then as often as there are keys at it.
-    distant_SHQR = query_SHQP @ key_RP.t()
-    score_SHQJ = query_SHQP @ key_SHJP.transpose(-2, -1) + distant_SHQR.gather(-1, index)
-    weight_SHQJ = (score_SHQJ / math.sqrt(query_SHQP.shape[-1]) + mask).softmax(-1)
+    weight_SHQJ = _related_weights(query_SHQP, key_SHJP, mask, key_RP, index_SQJ)
     weight_SHQJ = F.dropout(weight_SHQJ, dropout) if dropout else weight_SHQJ
-    share_SHQR = torch.zeros_like(distant_SHQR, dtype=weight_SHQJ.dtype).scatter_add(-1, index, weight_SHQJ)
+    index = index_SQJ[:, None].expand_as(weight_SHQJ)
+    share_SHQR = weight_SHQJ.new_zeros(*weight_SHQJ.shape[:3], len(value_RP)).scatter_add(
+        -1, index, weight_SHQJ
+    )
     out_SHQP = weight_SHQJ.to(value_SHJP.dtype) @ value_SHJP + share_SHQR.to(value_RP.dtype) @ value_RP
     return out_SHQP.transpose(1, 2).flatten(2)
+
+
+def _related_weights(
+    query_SHQP: Tensor, key_SHJP: Tensor, mask: Tensor, key_RP: Tensor, index_SQJ: Tensor
+) -> Tensor:
+    # Each query with each distance once, and then as often as there are keys at it.
+    distant_SHQR = query_SHQP @ key_RP.t()
+    index = index_SQJ[:, None].expand(*query_SHQP.shape[:2], -1, -1)
+    score_SHQJ = query_SHQP @ key_SHJP.transpose(-2, -1) + distant_SHQR.gather(-1, index)
+    return (score_SHQJ / math.sqrt(query_SHQP.shape[-1]) + mask).softmax(-1)
 
 
 def _steadied(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trmt.arch import attention, fused, hard, layers, positions, stepping, stores
 from trmt.arch.attention import Spans
-from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper
+from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper, stacked
 from trmt.arch.hard import FocusConfig
 from trmt.arch.positions import PositionConfig
 from trmt.arch.transformer_layers import (
@@ -146,10 +146,12 @@ class Transformer(Encoder, Seq2Seq):
         position_N = target.positions_N()
         dropout = config.attention_dropout if self.training else 0.0
         weights: list[Tensor] = []
+        around: list[Tensor] | None = [] if "encoder_attention" in want else None
+        back: list[Tensor] | None = [] if "decoder_attention" in want else None
         glances = hard.Glances(self, spans, over) if config.cross_focus != "soft" else None
 
         def look_back(index: int, merged_N3D: Tensor) -> Tensor:
-            return attend_in_row(self, index, merged_N3D, position_N, spans, side=1)
+            return attend_in_row(self, index, merged_N3D, position_N, spans, side=1, weights=back)
 
         def look_over(index: int, query_ND: Tensor) -> Tensor:
             if glances:
@@ -161,12 +163,13 @@ class Transformer(Encoder, Seq2Seq):
                 query_ND, memory_M2D[index], spans, over, config.heads, dropout=dropout
             )
 
-        memory_M2D = self.read(source, through=memorised).chunk(config.decoder_layers, -1)
+        read = self.read(source, through=memorised, weights=around)
+        memory_M2D = read.chunk(config.decoder_layers, -1)
         x_ND = embed(self, config, target.ids_N, position_N, side=1)
         hidden_ND = decode(self, config, x_ND, look_back, look_over)
         aux = glances.losses(self.readout, hidden_ND, target) if glances else {}
         weights = glances.weights if glances and "attention" in want else weights
-        return Output(hidden_ND, aux, torch.stack(weights) if weights else None)
+        return Output(hidden_ND, aux, stacked(weights), stacked(around or ()), stacked(back or ()))
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         return _readout(hidden, self.output.weight, self.output_bias, only)

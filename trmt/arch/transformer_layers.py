@@ -88,13 +88,16 @@ class Encoder(nn.Module):
     def most_tokens(self) -> int:
         return self.config.limit
 
-    def read(self, source: Source, through: Any = None) -> Tensor:
-        """The source as the encoder sees it, in a row [M, D], or what else is made `through` its layers."""
+    def read(self, source: Source, *, through: Any = None, weights: list[Tensor] | None = None) -> Tensor:
+        """The source as the encoder sees it, in a row [M, D], or what else is made `through` its layers.
+
+        `weights` gets those of each layer.
+        """
         check_length(self.config, source)
         position_M, over = source.positions_N(), Spans.of(source)
 
         def look_around(index: int, merged_M3D: Tensor) -> Tensor:
-            return attend_in_row(self, index, merged_M3D, position_M, over, side=0)
+            return attend_in_row(self, index, merged_M3D, position_M, over, side=0, weights=weights)
 
         segment_M = source.extras.get("segments")
         x_MD = embed(self, self.config, source.ids_N, position_M, side=0, segment=segment_M)
@@ -279,27 +282,55 @@ def _last(steps: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def attend_in_row(
-    net: Any, layer: int, merged_N3D: Tensor, position_N: Tensor, spans: Spans, *, side: int
+    net: Any,
+    layer: int,
+    merged_N3D: Tensor,
+    position_N: Tensor,
+    spans: Spans,
+    *,
+    side: int,
+    weights: list[Tensor] | None = None,
 ) -> Tensor:
-    """Attention of sentences in a row to themselves, in training: of the source, or of the target's past."""
+    """Attention of sentences in a row to themselves, in training: of the source, or of the target's past.
+
+    `weights` gets those of the layer: [S, H, L, L].
+    """
     config = net.config
     dropout, causal = config.attention_dropout if net.training else 0.0, bool(side)
-    if config.positions != "rotary" and not positions.by_distance(config):
-        return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
-    query_NHP, key_NHP, value_NHP = merged_N3D.unflatten(-1, (3, config.heads, -1)).unbind(1)
     if positions.by_distance(config):
-
-        def look(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-            distance = positions.distances(query.shape[2], key.shape[2], query.device)
-            found = positions.look(net, config, layer, distance, side=side, dropout=dropout)
-            return found(query, key, value, mask)
-
-        parts = (query_NHP, key_NHP, value_NHP)
-        return attention.attend_padded(parts, spans, spans, causal=causal, look=look)
-    angle_N1P = positions.angles(net, position_N, upto=spans.longest)[:, None]
-    query_NHP, key_NHP = (layers.rotated(x, angle_N1P) for x in (query_NHP, key_NHP))
-    merged_N3D = torch.stack([query_NHP, key_NHP, value_NHP], 1).flatten(1)
+        return _by_distance(net, layer, merged_N3D, spans, side=side, dropout=dropout, weights=weights)
+    if config.positions == "rotary":
+        query_NHP, key_NHP, value_NHP = merged_N3D.unflatten(-1, (3, config.heads, -1)).unbind(1)
+        angle_N1P = positions.angles(net, position_N, upto=spans.longest)[:, None]
+        query_NHP, key_NHP = (layers.rotated(x, angle_N1P) for x in (query_NHP, key_NHP))
+        merged_N3D = torch.stack([query_NHP, key_NHP, value_NHP], 1).flatten(1)
+    if weights is not None:
+        weights.append(attention.own_weights(merged_N3D, spans, config.heads, causal=causal))
     return attention.attend_own(merged_N3D, spans, config.heads, causal=causal, dropout=dropout)
+
+
+def _by_distance(
+    net: Any,
+    layer: int,
+    merged_N3D: Tensor,
+    spans: Spans,
+    *,
+    side: int,
+    dropout: float,
+    weights: list[Tensor] | None,
+) -> Tensor:
+    parts = merged_N3D.unflatten(-1, (3, net.config.heads, -1)).unbind(1)
+
+    def look(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        if weights is not None:
+            weights.append(positions.weights(net, net.config, layer, query, key, mask, side=side))
+        distance = positions.distances(query.shape[2], key.shape[2], query.device)
+        found = positions.look(net, net.config, layer, distance, side=side, dropout=dropout)
+        return found(query, key, value, mask)
+
+    # Weights are wanted in one grid.
+    attend = attention.attend_padded if weights is None else attention.attend_in_grid
+    return attend(parts, spans, spans, causal=bool(side), look=look)
 
 
 def attend_around(net: Any, config: Any, layer: int, merged_SLD: Tensor, mask: Tensor) -> Tensor:

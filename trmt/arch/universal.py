@@ -22,7 +22,18 @@ from torch import Tensor, nn
 
 from trmt.arch import attention, fused, layers, stores
 from trmt.arch.attention import Spans
-from trmt.arch.base import Linear, Memory, Output, Product, Ragged, Seq2Seq, Source, State, Stepper
+from trmt.arch.base import (
+    Linear,
+    Memory,
+    Output,
+    Product,
+    Ragged,
+    Seq2Seq,
+    Source,
+    State,
+    Stepper,
+    stacked,
+)
 from trmt.arch.transformer_layers import Layer
 from trmt.errors import ConfigError
 
@@ -99,12 +110,23 @@ class Universal(Seq2Seq):
         config = self.config
         _check_length(config, source)
         spans, over = Spans.of(target), Spans.of(source)
-        hidden_MD, read = encode(self, config, source.ids_N, source.positions_N(), _around(self, over))
+        weights: list[Tensor] = []
+        around: list[Tensor] | None = [] if "encoder_attention" in want else None
+        back: list[Tensor] = []
+        hidden_MD, read = encode(
+            self,
+            config,
+            source.ids_N,
+            source.positions_N(),
+            _around(self, over, around),
+            all_steps=around is not None,
+        )
         memory_M2D = self.memory(hidden_MD)
         dropout = config.attention_dropout if self.training else 0.0
-        weights: list[Tensor] = []
 
         def look_back(_: int, merged_N3D: Tensor) -> Tensor:
+            if "decoder_attention" in want:
+                back.append(attention.own_weights(merged_N3D, spans, config.heads, causal=True))
             return attention.attend_own(merged_N3D, spans, config.heads, causal=True, dropout=dropout)
 
         def look_over(query_ND: Tensor) -> Tensor:
@@ -120,7 +142,7 @@ class Universal(Seq2Seq):
             target.positions_N(),
             look_back,
             look_over,
-            all_steps="attention" in want,
+            all_steps="attention" in want or "decoder_attention" in want,
         )
         aux = {}
         if config.halting == "adaptive":
@@ -128,7 +150,7 @@ class Universal(Seq2Seq):
                 config.ponder * (read + written),
                 source.lengths_S.sum() + target.lengths_S.sum(),
             )
-        return Output(hidden_ND, aux, torch.stack(weights) if weights else None)
+        return Output(hidden_ND, aux, stacked(weights), stacked(around or ()), stacked(back))
 
     def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
         weight = self.output.weight
@@ -159,11 +181,16 @@ def _check_length(config: UniversalConfig, source: Source) -> None:
         raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
 
 
-def _around(net: Universal, over: Spans) -> Callable[[int, Tensor], Tensor]:
-    dropout = net.config.attention_dropout if net.training else 0.0
-    return lambda _, merged_M3D: attention.attend_own(
-        merged_M3D, over, net.config.heads, causal=False, dropout=dropout
-    )
+def _around(net: Universal, over: Spans, weights: list[Tensor] | None) -> Callable[[int, Tensor], Tensor]:
+    """Attention of the source to itself; `weights` gets those of each step."""
+    heads, dropout = net.config.heads, net.config.attention_dropout if net.training else 0.0
+
+    def look_around(_: int, merged_M3D: Tensor) -> Tensor:
+        if weights is not None:
+            weights.append(attention.own_weights(merged_M3D, over, heads, causal=False))
+        return attention.attend_own(merged_M3D, over, heads, causal=False, dropout=dropout)
+
+    return look_around
 
 
 def encode(
@@ -172,6 +199,8 @@ def encode(
     ids: Tensor,
     position: Tensor,
     look_around: Callable[[int, Tensor], Tensor],
+    *,
+    all_steps: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The encoder on any layout, and the steps of all its positions."""
     layer, dropout = net.encoder_layer, _dropout(net, config)
@@ -181,7 +210,7 @@ def encode(
         return _through([own, (layer.feed_norm, lambda x: _feed(layer, config, x))], config, x, dropout)
 
     x = fused.drop(F.embedding(ids, net.source_embedding.weight) * math.sqrt(config.width), dropout)
-    course = Course(net.table, position, config.encoder_steps, getattr(net, "encoder_halt", None))
+    course = Course(net.table, position, config.encoder_steps, getattr(net, "encoder_halt", None), all_steps)
     x, spent = pondered(course, config.threshold, x, transition)
     return (net.encoder_norm(x) if config.norm_place == "pre" else x), spent
 

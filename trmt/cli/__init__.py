@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from trmt import __version__, console
 from trmt.cli import (
+    attend,
     average,
     bert,
     check_resume,
@@ -91,6 +92,7 @@ app.command("verify")(verify.command)
 app.command("export")(export.command)
 app.command("import")(importing.command)
 app.command("score")(score.command)
+app.command("attend")(attend.command)
 app.command("plot")(plot.command)
 app.command("env")(env.command)
 app.add_typer(bert.app, name="bert")
