@@ -1,0 +1,119 @@
+"""Links as other programs write them, their error rate, and links of two directions made one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import pairwise, product
+
+import pytest
+
+from trmt.errors import DataError
+from trmt.links import Agreement, Gold, Links, agreement, judged, parsed, parsed_gold, turned, written
+from trmt.symmetrising import METHODS
+
+
+def random_links(chooser: random.Random) -> Links:
+    size = chooser.randint(1, 7)
+    points = [*product(range(size), range(chooser.randint(1, 7)))]
+    return frozenset(chooser.sample(points, chooser.randint(0, len(points) // 2)))
+
+
+def near(point: tuple[int, int]) -> list[tuple[int, int]]:
+    return [
+        (point[0] + down, point[1] + right)
+        for down, right in ((-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
+    ]
+
+
+def by_the_book(forward: Links, backward: Links, last: Callable[[bool, bool], bool] | None) -> Links:
+    """The pseudocode that textbooks print, with matrices and nothing kept."""
+    links = set(forward & backward)
+
+    def free(point: tuple[int, int]) -> tuple[bool, bool]:
+        return (point[0] not in {i for i, _ in links}, point[1] not in {j for _, j in links})
+
+    added = True
+    while added:
+        added = False
+        for point in sorted(links):
+            for other in near(point):
+                if other in forward | backward and other not in links and any(free(other)):
+                    links.add(other)
+                    added = True
+    if last:
+        for side in (forward, backward):
+            for point in sorted(side):
+                if point not in links and last(*free(point)):
+                    links.add(point)
+    return frozenset(links)
+
+
+def test_growing_is_as_in_the_book() -> None:
+    chooser = random.Random(5)
+    expected: dict[str, Callable[[bool, bool], bool] | None] = {
+        "grow-diag": None,
+        "grow-diag-final": lambda one, other: one or other,
+        "grow-diag-final-and": lambda one, other: one and other,
+    }
+    different = set()
+    for _ in range(400):
+        both = random_links(chooser), random_links(chooser)
+        found = {name: method(*both) for name, method in METHODS.items()}
+        different.add(len({*found.values()}))
+        for name, last in expected.items():
+            assert found[name] == by_the_book(*both, last)
+        for last_name in ("grow-diag-final-and", "grow-diag-final"):
+            order = [found[name] for name in ("intersection", "grow-diag", last_name, "union")]
+            assert all(fewer <= more for fewer, more in pairwise(order))
+    assert 5 in different
+
+
+def test_a_known_case() -> None:
+    forward, backward = parsed("0-0 1-1 2-3 4-4", where=""), parsed("0-0 1-2 2-3 3-3 5-6", where="")
+    # 1-1 and 1-2 lie beside 0-0 and 2-3, 3-3 beside 2-3 reaches a word without a link; the others lie apart.
+    assert written(METHODS["grow-diag"](forward, backward)) == "0-0 1-1 1-2 2-3 3-3 4-4"
+    assert written(METHODS["grow-diag-final-and"](forward, backward)) == "0-0 1-1 1-2 2-3 3-3 4-4 5-6"
+    assert written(METHODS["intersection"](forward, backward)) == "0-0 2-3"
+    assert turned(turned(forward)) == forward != turned(forward)
+
+
+def test_lines_come_back() -> None:
+    chooser = random.Random(1)
+    for _ in range(50):
+        links = random_links(chooser)
+        assert parsed(written(links), where="") == links
+    assert parsed("  3-1\t0p0 0-0 ", where="") == {(3, 1), (0, 0)}
+    assert written([(10, 2), (2, 10), (2, 9)]) == "2-9 2-10 10-2"
+    assert parsed_gold("0-0 1p2 0p0", where="") == Gold(frozenset({(0, 0)}), frozenset({(0, 0), (1, 2)}))
+
+
+@pytest.mark.parametrize("line", ["0-", "a-b", "1-2-3", "1,2", "-1-2", "0-0 x", "٣-٤", "1" * 50 + "-1"])
+def test_what_is_no_link_is_named(line: str) -> None:
+    with pytest.raises(DataError, match="file.align, line 7.*is no link"):
+        parsed(line, where="file.align, line 7")
+
+
+def test_the_error_rate_is_that_of_the_definition() -> None:
+    # Och and Ney (2003): A = found, S = sure, P = possible.
+    gold = parsed_gold("0-0 1-1 2p2 1p2", where="")
+    found = parsed("0-0 2-2 3-3", where="")
+    seen = agreement(found, gold)
+    assert seen == Agreement(found=3, sure=2, found_sure=1, found_possible=2)
+    assert seen.precision == pytest.approx(2 / 3) and seen.recall == pytest.approx(1 / 2)
+    assert seen.error_rate == pytest.approx(1 - (1 + 2) / (3 + 2))
+
+
+def test_counts_add_up_over_pairs() -> None:
+    chooser = random.Random(2)
+    gold = [Gold(links, links | random_links(chooser)) for links in (random_links(chooser) for _ in range(9))]
+    found = [random_links(chooser) for _ in gold]
+    whole = judged(found, gold)
+    assert whole == judged(found[:4], gold[:4]) + judged(found[4:], gold[4:])
+    assert 0 < whole.error_rate < 1
+    assert judged([each.sure for each in gold], gold).error_rate == 0
+    assert judged([frozenset()] * 9, gold).error_rate == 1
+    only_sure = [Gold(each.sure, each.sure) for each in gold]
+    seen = judged(found, only_sure)
+    harmonic = 2 * seen.precision * seen.recall / (seen.precision + seen.recall)
+    assert seen.error_rate == pytest.approx(1 - harmonic)
