@@ -32,6 +32,7 @@ COMMANDS = [
     "score",
     "attend",
     "plot",
+    "compare",
     "env",
 ]
 

@@ -11,7 +11,7 @@ from trmt.bundles import build_network
 from trmt.config import build, read_toml, to_toml, tree_of
 from trmt.errors import ConfigError
 from trmt.optim import learning_rate
-from trmt.recipe import MAY_CHANGE, Recipe, _flat, differences, fitting, load_recipe, names, safe_name
+from trmt.recipe import MAY_CHANGE, Recipe, differences, fitting, flat, load_recipe, names, safe_name
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 
 
@@ -114,7 +114,7 @@ def test_differences_are_named_by_their_path() -> None:
 
 
 def test_what_may_change_is_there() -> None:
-    assert set(_flat(tree_of(load_recipe("transformer-tiny")))) >= MAY_CHANGE
+    assert set(flat(tree_of(load_recipe("transformer-tiny")))) >= MAY_CHANGE
 
 
 def test_the_recipe_fits_the_data() -> None:

@@ -90,7 +90,7 @@ def test_lines_come_back() -> None:
 
 @pytest.mark.parametrize("line", ["0-", "a-b", "1-2-3", "1,2", "-1-2", "0-0 x", "٣-٤", "1" * 50 + "-1"])
 def test_what_is_no_link_is_named(line: str) -> None:
-    with pytest.raises(DataError, match="file.align, line 7.*is no link"):
+    with pytest.raises(DataError, match=r"file\.align, line 7.*is no link"):
         parsed(line, where="file.align, line 7")
 
 

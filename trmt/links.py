@@ -83,7 +83,8 @@ def parsed(line: str, *, where: str) -> Links:
 
 def parsed_gold(line: str, *, where: str) -> Gold:
     """The sure and the possible links of a line."""
-    sure, possible = set(), set()
+    sure: set[tuple[int, int]] = set()
+    possible: set[tuple[int, int]] = set()
     for word in line.split():
         match = LINK.fullmatch(word)
         if not match:

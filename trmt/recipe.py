@@ -168,18 +168,19 @@ def fitting(pairs: int, *, gpu: bool) -> str:
 
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """The settings in which two recipes differ, by dotted name."""
-    old, new = _flat(tree_of(before)), _flat(tree_of(now))
+    old, new = flat(tree_of(before)), flat(tree_of(now))
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
 
 
-def _flat(tree: Tree, prefix: str = "") -> Tree:
-    flat: Tree = {}
+def flat(tree: Tree, prefix: str = "") -> Tree:
+    """The values of a tree by their dotted names."""
+    found: Tree = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def safe_name(text: str) -> str:

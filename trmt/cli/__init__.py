@@ -15,6 +15,7 @@ from trmt.cli import (
     average,
     bert,
     check_resume,
+    compare,
     env,
     export,
     importing,
@@ -94,6 +95,7 @@ app.command("import")(importing.command)
 app.command("score")(score.command)
 app.command("attend")(attend.command)
 app.command("plot")(plot.command)
+app.command("compare")(compare.command)
 app.command("env")(env.command)
 app.add_typer(bert.app, name="bert")
 

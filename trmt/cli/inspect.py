@@ -1,4 +1,4 @@
-"""`trmt inspect`: what a bundle is, and how it would run here."""
+"""`trmt inspect`: what a bundle or a run is, and how it would run here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+Lines = list[tuple[str, str]]
 
 
 def command(
@@ -15,7 +17,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
-    """Say what a bundle is: languages, network, precision, where it came from, and what would run it here."""
+    """Say what a model is: its parts, data, scores, where it came from, and what would run it here."""
     import json
 
     from trmt.inspecting import inspect
@@ -24,27 +26,86 @@ def command(
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    for name, value in _lines(facts):
+    lines = _bundle_lines(facts) if "architecture" in facts else [("run", facts["folder"])]
+    for name, value in [*lines, *_run_lines(facts.get("run"))]:
         typer.echo(f"{name:<13}{value}")
 
 
-def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _bundle_lines(facts: dict[str, Any]) -> Lines:
     sizes = ", ".join(f"{name} {value}" for name, value in facts["network"].items())
     lines = [
         ("bundle", facts["folder"]),
         ("languages", " -> ".join(facts["languages"])),
         ("network", f"{facts['architecture']}: {sizes}"),
         ("parameters", f"{facts['parameters']:,} in {facts['bytes'] / 2**20:.1f} MiB"),
+        *_part_lines(facts),
         ("precision", facts["precision"]),
-        ("on this CPU", f"{facts['backend']} ({', '.join(facts['processors']) or 'no kernels'})"),
+        ("runs here", f"engine {facts['engine']} on {facts['device']}, {facts['backend']}"),
+        ("on this CPU", ", ".join(facts["processors"]) or "no kernels"),
+        *[("came from", told) for told in _origins(facts["came_from"])],
     ]
     for name in ("shortlist", "training", "data", "versions"):
         shown = ", ".join(f"{key} {value}" for key, value in facts[name].items() if _is_plain(value))
         lines += [(name, shown)] if shown else []
-    for score in facts["scores"]:
-        lines.append((str(score["metric"]), f"{score['value']:.4g}  {score.get('signature', '')}".rstrip()))
+    lines += [_score_line(score) for score in facts["scores"]]
     lines += [("licences", ", ".join(facts["licences"]))] if facts["licences"] else []
     return lines
+
+
+def _part_lines(facts: dict[str, Any]) -> Lines:
+    parts = [f"{name} {count:,}" for name, count in facts["parts"].items()]
+    parts += [f"{name} is {other}" for name, other in facts["shared"].items()]
+    return [("parts", ", ".join(parts))]
+
+
+def _origins(known: dict[str, Any]) -> list[str]:
+    told = {
+        "imported": "another program's model {}",
+        "averaged": "the average of {}",
+        "run": "the run {}",
+        "init_from": "begun with the weights of {}",
+    }
+    return [
+        text.format(", ".join(found) if isinstance(found := known[name], list) else found)
+        for name, text in told.items()
+        if name in known
+    ]
+
+
+def _run_lines(run: dict[str, Any] | None) -> Lines:
+    if not run:
+        return []
+    settings, data, progress = (run[name] for name in ("settings", "data", "progress"))
+    lines = [("recipe", f"{settings['architecture']} for {settings['objective']}: {settings['description']}")]
+    lines += [("begun with", run["origin"]["init_from"])] if "init_from" in run["origin"] else []
+    if data:
+        pairs = ", ".join(f"{data[name]:,} {name} pairs" for name in ("train", "dev") if name in data)
+        corpora = ", ".join(f"{each['name']} ({each['pairs']:,})" for each in data["corpora"])
+        lines.append(("prepared set", f"{data['set']}: {pairs}; from {corpora}"))
+    lines.append(("trained", _progress(progress)))
+    for score in run["best"]:
+        lines.append(_score_line(score, at=f" at step {score['step']:,}"))
+    if run["checkpoints"]:
+        lines.append(("checkpoints", ", ".join(map("{:,}".format, run["checkpoints"]))))
+    return lines
+
+
+def _progress(progress: dict[str, Any]) -> str:
+    from trmt import console
+
+    told = [f"{progress['step']:,} steps"]
+    if "target_tokens" in progress:
+        told.append(f"{progress['target_tokens']:,} target tokens")
+    if "seconds" in progress:
+        told.append(console.duration(progress["seconds"]))
+    if "tokens_per_second" in progress:
+        told.append(f"{progress['tokens_per_second']:,.0f} target tokens/s")
+    return ", ".join(told)
+
+
+def _score_line(score: dict[str, Any], *, at: str = "") -> tuple[str, str]:
+    name = f"best {score['metric']}" if at else str(score["metric"])
+    return name, f"{score['value']:.4g}{at}  {score.get('signature', '')}".rstrip()
 
 
 def _is_plain(value: Any) -> bool:

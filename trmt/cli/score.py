@@ -128,14 +128,15 @@ def _as_text(table: Table) -> str:
     """Aligned columns: one row per metric for one system, one row per system for several."""
     first = next(iter(table.values()))
     if len(table) == 1:
-        return _aligned([[found.name, _shown(found), found.signature] for found in first.values()])
+        return aligned([[found.name, shown(found), found.signature] for found in first.values()])
     rows = [["system", *(found.name for found in first.values())]]
-    rows += [[system, *(_shown(found) for found in scores.values())] for system, scores in table.items()]
+    rows += [[system, *(shown(found) for found in scores.values())] for system, scores in table.items()]
     signatures = [[found.name, found.signature] for found in first.values()]
-    return f"{_aligned(rows)}\n\n{_aligned(signatures)}"
+    return f"{aligned(rows)}\n\n{aligned(signatures)}"
 
 
-def _shown(found: MetricScore) -> str:
+def shown(found: MetricScore) -> str:
+    """A score in a cell, with its interval and p-value where it has them."""
     text = f"{found.value:.2f}"
     if found.interval is not None:
         text += f" ({found.interval.mean:.2f} ± {found.interval.half_width:.2f})"
@@ -144,7 +145,8 @@ def _shown(found: MetricScore) -> str:
     return text
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
+    """Rows as text, each column as wide as its widest cell."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in padded)
