@@ -29,6 +29,7 @@ COMMANDS = [
     "verify",
     "export",
     "import",
+    "align",
     "score",
     "attend",
     "plot",

@@ -36,8 +36,17 @@ class Sample(NamedTuple):
     keys: Ids  # source * vocabulary + target of each of these numbers, ascending
 
 
-def sample(split: Split, *, vocabularies: tuple[int, int], most: int) -> Sample:
-    """Cells of pairs from all of the split, `most` or little more; the empty piece is behind all others."""
+def sample(
+    split: Split,
+    *,
+    vocabularies: tuple[int, int],
+    most: int,
+    sides: tuple[str, str] = ("source", "target"),
+) -> Sample:
+    """Cells of pairs from all of the split, `most` or little more; the empty piece is behind all others.
+
+    Turned `sides` make the target what is translated from; `vocabularies` are in their order.
+    """
     # A run through the split in steps that visit each pair once, so that any beginning is spread evenly.
     order = np.random.default_rng(1).permutation(len(split))
     keys: list[Ids] = []
@@ -47,7 +56,7 @@ def sample(split: Split, *, vocabularies: tuple[int, int], most: int) -> Sample:
         if count >= most:
             break
         chosen = np.sort(order[at : at + BLOCK])
-        block, group = _cells(split, chosen, vocabularies)
+        block, group = _cells(split, chosen, vocabularies, sides)
         keys.append(block)
         groups.append(group + begun)
         begun += int(group[-1]) + 1 if len(group) else 0
@@ -58,12 +67,14 @@ def sample(split: Split, *, vocabularies: tuple[int, int], most: int) -> Sample:
     return Sample(pairs, cells, np.concatenate(groups) if groups else together, unique)
 
 
-def _cells(split: Split, pairs: Ids, vocabularies: tuple[int, int]) -> tuple[Ids, Ids]:
+def _cells(
+    split: Split, pairs: Ids, vocabularies: tuple[int, int], sides: tuple[str, str]
+) -> tuple[Ids, Ids]:
     """The key and the group of each cell of these pairs."""
     empty, width = vocabularies
     (source, source_pair), (target, target_pair) = (
         _different(*split.gather(f"{side}.ids", pairs), size)
-        for side, size in zip(("source", "target"), vocabularies, strict=True)
+        for side, size in zip(sides, vocabularies, strict=True)
     )
     every = np.arange(len(pairs))
     source = np.concatenate([source, np.full(len(pairs), empty)])

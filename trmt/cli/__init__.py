@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from trmt import __version__, console
 from trmt.cli import (
+    align,
     attend,
     average,
     bert,
@@ -92,6 +93,7 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("export")(export.command)
 app.command("import")(importing.command)
+app.command("align")(align.command)
 app.command("score")(score.command)
 app.command("attend")(attend.command)
 app.command("plot")(plot.command)

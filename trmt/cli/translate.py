@@ -73,7 +73,7 @@ def command(
     searching = {"beam": beam, "length_penalty": length_penalty}
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     asked = _asked(searching, drawing, sample=sample)
-    source, out = _streams()
+    source, out = streams()
 
     from contextlib import ExitStack
 
@@ -113,7 +113,7 @@ def command(
         try:
             report = translate_stream(translator, source, out, as_json=as_json, prefixed=prefixed)
         except OSError as error:
-            _leave(error)
+            leave(error)
     _warn(report)
 
 
@@ -141,7 +141,8 @@ def _asked(searching: dict[str, Any], drawing: dict[str, Any], *, sample: bool) 
     return {name: value for name, value in {**searching, **drawing}.items() if value is not None}
 
 
-def _streams() -> tuple[BinaryIO, BinaryIO]:
+def streams() -> tuple[BinaryIO, BinaryIO]:
+    """Standard input and output as streams of bytes."""
     import sys
 
     from trmt.errors import DataError
@@ -152,7 +153,7 @@ def _streams() -> tuple[BinaryIO, BinaryIO]:
     return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), sys.stdout.buffer
 
 
-def _leave(error: OSError) -> NoReturn:
+def leave(error: OSError, what: str = "translations") -> NoReturn:
     """End after a failed write: quietly if the reader has gone."""
     import os
     import sys
@@ -164,7 +165,7 @@ def _leave(error: OSError) -> NoReturn:
     if isinstance(error, BrokenPipeError):
         raise typer.Exit(141) from error
     raise DataError(
-        f"cannot write the translations: {error.strerror}; free some space or choose another place"
+        f"cannot write the {what}: {error.strerror}; free some space or choose another place"
     ) from error
 
 

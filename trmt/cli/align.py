@@ -1,0 +1,139 @@
+"""`trmt align`: which word of a translation comes from which word of its source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trmt.cli.score import aligned
+from trmt.cli.translate import leave
+from trmt.cli.translate import streams as standard_streams
+from trmt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trmt.aligning_streams import Report
+    from trmt.linking import Aligner, Look
+    from trmt.links import Agreement
+
+SHOWN = 10  # lines that a message names
+
+
+def command(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
+    ] = None,
+    reverse: Annotated[
+        Path | None,
+        typer.Option("--reverse", help="A model of the other direction; links are those of both."),
+    ] = None,
+    counts: Annotated[
+        Path | None,
+        typer.Option("--counts", metavar="SET", help="Count in a prepared set instead of asking a model."),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option("--pairs", metavar="CORPUS", help="As for trmt prepare. [default: TSV on stdin]"),
+    ] = None,
+    symmetrise: Annotated[
+        str | None,
+        typer.Option(
+            "--symmetrise",
+            help="intersection, union, grow-diag, grow-diag-final or grow-diag-final-and. "
+            "[default: the last, for two directions]",
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Whose attention, from 1. [default: the guided or last one]")
+    ] = None,
+    head: Annotated[
+        int | None, typer.Option("--head", help="From 1. [default: the guided one, else the mean of all]")
+    ] = None,
+    shift: Annotated[
+        bool | None,
+        typer.Option("--shift/--no-shift", help="Look a step later, when the word goes in. [default: no]"),
+    ] = None,
+    gold: Annotated[
+        Path | None, typer.Option("--gold", help="Links that people found: how far from these?")
+    ] = None,
+    choose: Annotated[
+        bool, typer.Option("--choose", help="With --gold: a table of all layers and heads, best first.")
+    ] = False,
+    given: Annotated[
+        Path | None, typer.Option("--given", help="With --gold: judge the links in this file, find none.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
+    ] = False,
+) -> None:
+    """Find which words belong together: source TAB target in, links such as 0-0 1-2 out."""
+    if not gold and (choose or given):
+        raise ConfigError(
+            f"{'--choose' if choose else '--given'} needs gold to compare with; add --gold FILE"
+        )
+    from trmt import aligning_streams as streams
+    from trmt.linking import AttentionAligner, LookOptions
+
+    if given and gold:
+        typer.echo(_verdict(streams.judge_given(given, gold)))
+        return
+    options = streams.AlignOptions(
+        model=model,
+        reverse=reverse,
+        counts=counts,
+        look=LookOptions(layer=layer, head=head, shift=shift),
+        method=symmetrise,
+        device=device,
+        trust_code=trust_code,
+    )
+    source, out = standard_streams()
+    aligner = streams.build_aligner(options)
+    if choose and gold:
+        if not isinstance(aligner, AttentionAligner):
+            raise ConfigError("--choose is for the layers of one model; leave --reverse and --counts out")
+        some = streams.read_pairs(aligner, pairs or source)
+        typer.echo(_looks(streams.judge_looks(aligner, some, gold)))
+        return
+    try:
+        if pairs:
+            report = streams.align_corpus(aligner, pairs, out, gold=gold)
+        else:
+            report = streams.align_stream(aligner, source, out, gold=gold)
+    except OSError as error:
+        leave(error, "links")
+    _explain(report, aligner)
+
+
+def _explain(report: Report, aligner: Aligner) -> None:
+    from trmt import console
+
+    for numbers, what in (
+        (report.halves, "have no tab and so no translation: source TAB target"),
+        (report.undecodable, "are not valid UTF-8; broken characters were replaced"),
+    ):
+        if numbers:
+            named = ", ".join(map(str, numbers[:SHOWN])) + (" ..." if len(numbers) > SHOWN else "")
+            console.warn(f"{len(numbers)} lines {what} (lines {named})")
+    if aligner.cut:
+        console.warn(f"{aligner.cut} pairs are longer than what is looked at; the words behind have no links")
+    if report.agreement:
+        console.say(_verdict(report.agreement))
+
+
+def _verdict(seen: Agreement) -> str:
+    return (
+        f"alignment error rate {seen.error_rate:.4f}, precision {seen.precision:.4f}, "
+        f"recall {seen.recall:.4f} ({seen.found:,} links, {seen.sure:,} sure ones in gold)"
+    )
+
+
+def _looks(verdicts: list[tuple[Look, Agreement]]) -> str:
+    rows = [["layer", "head", "shift", "AER", "precision", "recall"]]
+    for look, seen in verdicts:
+        head = "mean" if look.head is None else str(look.head + 1)
+        figures = [f"{value:.4f}" for value in (seen.error_rate, seen.precision, seen.recall)]
+        rows.append([str(look.layer + 1), head, "yes" if look.shift else "no", *figures])
+    return aligned(rows)
