@@ -16,7 +16,18 @@ from trmt.corpus import lines, pairs, parse_corpus
 from trmt.counting import Counts
 from trmt.errors import ConfigError, DataError
 from trmt.linking import Aligner, AttentionAligner, BothWays, CountingAligner, Look, LookOptions, Pair
-from trmt.links import NOTHING, Agreement, Gold, Links, agreement, judged, parsed, parsed_gold, written
+from trmt.links import (
+    NOTHING,
+    Agreement,
+    Gold,
+    Links,
+    agreement,
+    check_range,
+    judged,
+    parsed,
+    parsed_gold,
+    written,
+)
 from trmt.registry import suggestion
 from trmt.shards import PreparedSet
 from trmt.streaming import BOM, Reader
@@ -171,17 +182,6 @@ class _Judge:
         if next(self.gold, None) is not None:
             raise DataError(f"{self.path} has more lines than there are pairs; name the gold of these")
         return self.seen
-
-
-def check_range(links: Links, pair: Pair, *, where: str) -> None:
-    """Refuse links of words that a pair does not have: they are of other text, or of the other direction."""
-    counts = [len(text.split()) for text in pair]
-    for link in sorted(links):
-        if link[0] >= counts[0] or link[1] >= counts[1]:
-            raise DataError(
-                f"{where}: {written([link])} is beyond the {counts[0]} and {counts[1]} words of the pair; "
-                "check that both are of the same text, source first"
-            )
 
 
 def judge_given(given: Path, gold: Path) -> Agreement:

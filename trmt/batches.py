@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ class Batches:
     """The training batches of a split, epoch after epoch.
 
     For networks that compute padding, pairs of like length come together. With `in_row` any pairs do, in
-    random order, and the budget counts their tokens.
+    random order, and the budget counts their tokens. `also` names columns to come along with the ids.
     """
 
     def __init__(
@@ -136,9 +136,11 @@ class Batches:
         split: str = "train",
         resample: Resample | None = None,
         in_row: bool = False,
+        also: Sequence[str] = (),
     ) -> None:
         self.data = data
         self.split: Split = data.split(split)
+        self.also = self._there(also)
         if not len(self.split):
             raise DataError(f"the {split} split of {data.folder} is empty; run trmt prepare with more data")
         self.config, self.seed, self.resample = config, seed, resample
@@ -148,6 +150,17 @@ class Batches:
         self.weights = data.corpus_weights
         self.in_row = in_row
         self._planned: tuple[int, list[list[Indices]]] | None = None
+
+    def _there(self, columns: Sequence[str]) -> list[str]:
+        """Those of the columns, which belong to the training pairs, that the split has."""
+        known = {column.name for column in self.split.columns}
+        missing = [name for name in columns if name not in known]
+        if missing and self.split.name == "train":
+            raise ConfigError(
+                f"{self.data.folder} has no {missing[0]}s, from which this run is to learn; run trmt prepare "
+                f"with --{missing[0]}s FILE"
+            )
+        return [name for name in columns if name in known]
 
     def _check_kind(self) -> None:
         if self.data.kind != PAIRS:
@@ -283,6 +296,8 @@ class Batches:
                 key = int(np.random.SeedSequence([self.seed, *seed, number]).generate_state(1)[0])
                 column = self.resample(name, column, key)
             columns[name] = column
+        for name in self.also:
+            columns[name] = Column(*self.split.gather(name, pairs))
         return Examples(columns)
 
     def steps(self, start: Position) -> Generator[tuple[Position, list[Examples]]]:

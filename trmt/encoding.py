@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trmt.corpus import Corpus, pairs
-from trmt.errors import TrmtError
+from trmt.corpus import Corpus, lines, pairs
+from trmt.errors import DataError, TrmtError
 from trmt.filters import KEPT, RULES, Limits, judge, pair_hashes
+from trmt.links import check_range, parsed
 from trmt.shards import Ragged
 from trmt.tokenizer import Tokenizer
+from trmt.wording import linked_pieces, words_of_pieces
 
 BLOCK_PAIRS = 4096
 BLOCK_CHARACTERS = 1 << 21  # a block ends here too, so that memory is bounded whatever the lines are like
@@ -34,6 +36,16 @@ class Block:
     corpus: int
     sources: list[str]
     targets: list[str]
+    links: LinkLines | None = None
+
+
+@dataclass(frozen=True)
+class LinkLines:
+    """The lines of links that belong to a block's pairs, as they were read."""
+
+    lines: list[str]
+    name: str  # of their file
+    first: int  # the number of the first line
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Encoded:
     source: Ragged
     target: Ragged
     hashes: NDArray[np.uint64]
+    alignment: Ragged | None = None  # source piece, target piece, source piece, ... of each link
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -67,13 +80,32 @@ class Encoder:
         verdicts = judge(source.lengths, target.lengths, limits=self.limits)
         verdicts[(verdicts == KEPT) & np.isin(hashes, self.dev_hashes)] = RULES.index("in dev set")
         kept = verdicts == KEPT
+        sides = source.select(kept), target.select(kept)
         return Encoded(
             corpus=block.corpus,
             verdicts=verdicts,
-            source=source.select(kept),
-            target=target.select(kept),
+            source=sides[0],
+            target=sides[1],
             hashes=hashes[kept],
+            alignment=self._alignment(block, np.flatnonzero(kept), sides) if block.links else None,
         )
+
+    def _alignment(self, block: Block, kept: NDArray[np.int64], sides: tuple[Ragged, Ragged]) -> Ragged:
+        """The links of the pieces of these pairs, from those of their words."""
+        assert block.links is not None, "only asked for where there are links"
+        ids = [np.split(side.values, np.cumsum(side.lengths)[:-1]) for side in sides]
+        found: list[list[int]] = []
+        for place, source, target in zip(kept.tolist(), *ids, strict=False):
+            where = f"{block.links.name}, line {block.links.first + place}"
+            pair = block.sources[place], block.targets[place]
+            links = parsed(block.links.lines[place], where=where)
+            check_range(links, pair, where=where)
+            words = (
+                words_of_pieces(self.tokenizer.source, pair[0], source.tolist()),
+                words_of_pieces(self.tokenizer.target, pair[1], target.tolist()),
+            )
+            found.append([number for link in linked_pieces(links, *words) for number in link])
+        return _ragged(found)
 
     def hashes(self, sources: Sequence[str], targets: Sequence[str]) -> NDArray[np.uint64]:
         """What tells whether two pairs are the same after normalisation."""
@@ -89,9 +121,13 @@ def _ragged(sentences: Sequence[Sequence[int]]) -> Ragged:
     return Ragged(values, lengths)
 
 
-def blocks(corpora: Iterable[Corpus]) -> Iterator[Block]:
-    """All pairs of the corpora in order; where blocks end depends on nothing but the pairs."""
+def blocks(corpora: Iterable[Corpus], alignments: Sequence[str] = ()) -> Iterator[Block]:
+    """All pairs of the corpora in order; where blocks end depends on nothing but the pairs.
+
+    `alignments` are files with a line of links for each pair, one file for each corpus.
+    """
     for number, corpus in enumerate(corpora):
+        reader = _Links(alignments[number], corpus) if alignments else None
         sources: list[str] = []
         targets: list[str] = []
         characters = 0
@@ -100,10 +136,39 @@ def blocks(corpora: Iterable[Corpus]) -> Iterator[Block]:
             targets.append(target)
             characters += len(source) + len(target)
             if len(sources) == BLOCK_PAIRS or characters >= BLOCK_CHARACTERS:
-                yield Block(number, sources, targets)
+                yield Block(number, sources, targets, reader.next(len(sources)) if reader else None)
                 sources, targets, characters = [], [], 0
         if sources:
-            yield Block(number, sources, targets)
+            yield Block(number, sources, targets, reader.next(len(sources)) if reader else None)
+        if reader:
+            reader.end()
+
+
+class _Links:
+    """A file of links, read in step with the pairs of a corpus."""
+
+    def __init__(self, path: str, corpus: Corpus) -> None:
+        self.path, self.corpus, self.done = path, corpus, 0
+        self.lines = lines(path)
+
+    def next(self, count: int) -> LinkLines:
+        """The lines of the next pairs."""
+        found = list(islice(self.lines, count))
+        if len(found) < count:
+            raise DataError(
+                f"{self.path} has {self.done + len(found):,} lines and {self.corpus.name} more pairs; each "
+                "line has the links of a pair"
+            )
+        self.done += count
+        return LinkLines(found, self.path, self.done - count + 1)
+
+    def end(self) -> None:
+        """Make sure that there are no more lines than pairs."""
+        if next(self.lines, None) is not None:
+            raise DataError(
+                f"{self.path} has more lines than the {self.done:,} pairs of {self.corpus.name}; each line "
+                "has the links of a pair"
+            )
 
 
 def encoded(work: Iterable[Block], encoder: Callable[[Block], Encoded], *, workers: int) -> Iterator[Encoded]:

@@ -107,6 +107,7 @@ class Keeper:
                 "step": progress.step,
                 "epoch": progress.epoch,
                 "target_tokens": progress.target_tokens,
+                **self.learner.objective.told(),
             },
         )
         state = {

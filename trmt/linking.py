@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from trmt import attending, bundles
-from trmt.arch.base import Seq2Seq
+from trmt.arch.base import Seq2Seq, place_of
 from trmt.bundles import Manifest
 from trmt.counting import Counts
 from trmt.engines.device import choose_device
@@ -81,9 +81,14 @@ class Pieces:
     @classmethod
     def of(cls, sides: tuple[Side, Side], pair: Pair, *, most: int) -> Pieces:
         """Those of a pair, so many of each side at most."""
-        ids = [side.encode([text])[0] for side, text in zip(sides, pair, strict=True)]
-        words = [words_of_pieces(*each) for each in zip(sides, pair, ids, strict=True)]
-        return cls(*(each[:most] for each in [*ids, *words]), cut=max(map(len, ids)) > most)
+        source, target = (side.encode([text])[0] for side, text in zip(sides, pair, strict=True))
+        return cls(
+            source[:most],
+            target[:most],
+            words_of_pieces(sides[0], pair[0], source)[:most],
+            words_of_pieces(sides[1], pair[1], target)[:most],
+            cut=max(len(source), len(target)) > most,
+        )
 
     def linked(self, chosen: Sequence[int]) -> Links:
         """The links of words, from the place in the source chosen for each target piece, or -1."""
@@ -146,8 +151,7 @@ class AttentionAligner:
         options = self._options
         look = usual_look(layers)
         if self._guided:
-            known = self._guided
-            look = Look(int(known["layer"]), int(known["head"]), int(known["shift"]))
+            look = _guided_look(self._guided, layers)
         for name, asked, count in (("layer", options.layer, layers), ("head", options.head, heads)):
             if asked is not None and not 1 <= asked <= count:
                 raise ConfigError(
@@ -165,6 +169,12 @@ def usual_look(layers: int) -> Look:
     in a middle layer (Chen et al.).
     """
     return Look(0) if layers == 1 else Look((layers - 1) // 2, shift=1)
+
+
+def _guided_look(known: Mapping[str, Any], layers: int) -> Look:
+    """Where a network was taught to look; its layer may be counted from the last one, as -1."""
+    layer, head = int(known["layer"]), known["head"]
+    return Look(place_of(layer, layers), head, int(known["shift"]))
 
 
 def all_looks(layers: int, heads: int) -> list[Look]:

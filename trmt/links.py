@@ -8,7 +8,7 @@ are is the alignment error rate of Och and Ney (2003).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from trmt.errors import DataError
@@ -96,6 +96,17 @@ def parsed_gold(line: str, *, where: str) -> Gold:
     return Gold(frozenset(sure), frozenset(sure | possible))
 
 
+def check_range(links: Links, pair: tuple[str, str], *, where: str) -> None:
+    """Refuse links of words that a pair does not have: they are of other text, or of the other direction."""
+    counts = [len(text.split()) for text in pair]
+    for link in sorted(links):
+        if link[0] >= counts[0] or link[1] >= counts[1]:
+            raise DataError(
+                f"{where}: {written([link])} is beyond the {counts[0]} and {counts[1]} words of the pair; "
+                "check that both are of the same text, source first"
+            )
+
+
 def turned(links: Links) -> Links:
     """The same links seen from the other side."""
     return frozenset((target, source) for source, target in links)
@@ -104,9 +115,3 @@ def turned(links: Links) -> Links:
 def judged(found: Sequence[Links], gold: Sequence[Gold]) -> Agreement:
     """How the links of all pairs agree with gold; both are equally many."""
     return sum((agreement(*pair) for pair in zip(found, gold, strict=True)), Agreement())
-
-
-def read_gold(lines: Iterable[str], *, name: str) -> Iterator[Gold]:
-    """The gold links of each line of a file."""
-    for number, line in enumerate(lines, start=1):
-        yield parsed_gold(line, where=f"{name}, line {number}")

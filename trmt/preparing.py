@@ -25,7 +25,7 @@ from trmt import console, shards
 from trmt.corpus import STDIN, Corpus, count, fingerprint, parse_corpus
 from trmt.encoding import Encoder, available_cores, blocks, encoded
 from trmt.errors import ConfigError, DataError
-from trmt.files import PARTIAL, atomic_folder
+from trmt.files import PARTIAL, atomic_folder, checksum
 from trmt.filters import KEPT, RULES, Limits, first_occurrences
 from trmt.shards import Column, PreparedSet, Ragged, ShardWriter, Split, describe_file, dev_file
 from trmt.tokenizer import Tokenizer
@@ -62,6 +62,8 @@ class PrepareOptions:
     """How long and how unequal the sides of a training pair may be."""
     keep_duplicates: bool = False
     """Whether a training pair may come more than once."""
+    alignments: tuple[str, ...] = ()
+    """Files of links of words, one for each training corpus: what guides attention."""
     workers: int | None = None
     """Worker processes; by themselves as many as there are cores, and fewer for little text."""
     force: bool = False
@@ -70,6 +72,11 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if not self.train:
             raise ConfigError("there is nothing to prepare; name a corpus with --train")
+        if self.alignments and len(self.alignments) != len(self.train):
+            raise ConfigError(
+                f"there are {len(self.alignments)} files of --alignments and {len(self.train)} of --train; "
+                "name one for each, in the same order"
+            )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"--workers {self.workers} leaves nobody to work; choose at least 1")
 
@@ -170,7 +177,16 @@ def _made_from(job: _Job) -> dict[str, Any] | None:
         "keep_duplicates": options.keep_duplicates,
         "dev": job.dev is not None,
         "inputs": inputs,
+        **_alignments(options.alignments),
     }
+
+
+def _alignments(paths: Sequence[str]) -> dict[str, Any]:
+    """What they add to all that; nothing where there are none, so that older sets stay up to date."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise DataError(f"there is no file {path} for --alignments; check the path")
+    return {"alignments": [checksum(Path(path)) for path in paths]} if paths else {}
 
 
 def _up_to_date(job: _Job, made_from: dict[str, Any] | None) -> PreparedSet | None:
@@ -311,7 +327,9 @@ def _write_dev(job: _Job, corpus: Corpus, folder: Path) -> tuple[ShardWriter, ND
 
 def _write_train(job: _Job, encoder: Encoder, folder: Path) -> tuple[ShardWriter, Tally]:
     tally = np.zeros((len(job.train), KEPT + 1), np.int64)
-    columns = (*_id_columns(job.tokenizer), Column("corpus", "<u2", ragged=False))
+    columns: tuple[Column, ...] = (*_id_columns(job.tokenizer), Column("corpus", "<u2", ragged=False))
+    if job.options.alignments:
+        columns = (*columns, Column("alignment", id_type(job.options.limits.max_length)))
     work = folder / "first-pass"
     work.mkdir()
     last_pass = job.options.keep_duplicates
@@ -337,10 +355,13 @@ def _encode_all(job: _Job, encoder: Encoder, writer: ShardWriter, *, hashes: Pat
         hashes.open("wb") as hash_file,
         console.progress(f"encoding, {workers} at work", total, unit="pairs") as progress,
     ):
-        for result in encoded(blocks(job.train), encoder, workers=workers):
+        found = blocks(job.train, job.options.alignments)
+        for result in encoded(found, encoder, workers=workers):
             tally[result.corpus] += result.counts
             numbers = np.full(len(result.hashes), result.corpus, np.uint16)
-            writer.write({"source.ids": result.source, "target.ids": result.target, "corpus": numbers})
+            links = {"alignment": result.alignment} if result.alignment is not None else {}
+            sides = {"source.ids": result.source, "target.ids": result.target}
+            writer.write({**sides, "corpus": numbers, **links})
             hash_file.write(result.hashes.tobytes())
             progress.advance(len(result.verdicts))
 

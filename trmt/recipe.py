@@ -102,6 +102,11 @@ class Recipe:
             raise ConfigError(
                 "nothing would end this training: set training.steps, training.epochs or training.patience"
             )
+        if self.batches.subword_alpha and self.loss.get("alignment_weight"):
+            raise ConfigError(
+                "loss.alignment_weight is for the pieces that were prepared, and batches.subword_alpha draws "
+                "others; set one of them to 0"
+            )
 
 
 # A resumed run may differ in these and stay the same run; anything else would make it another one.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trmt.links import Links
 from trmt.subwords import MARK
 from trmt.tokenizer import Side
 
@@ -28,6 +29,27 @@ def words_of_pieces(side: Side, text: str, ids: Sequence[int]) -> list[int]:
         return [NO_WORD] * len(places)
     origin = [number for number, size in enumerate(sizes) for _ in range(size)]
     return [origin[place] for place in places]
+
+
+def linked_pieces(
+    links: Links, source_words: Sequence[int], target_words: Sequence[int]
+) -> list[tuple[int, int]]:
+    """The links of pieces: every piece of a word with every piece of each word that it is linked to."""
+    sources, targets = _pieces_of(source_words), _pieces_of(target_words)
+    return [
+        (source, target)
+        for one, other in sorted(links)
+        for target in targets.get(other, ())
+        for source in sources.get(one, ())
+    ]
+
+
+def _pieces_of(words: Sequence[int]) -> dict[int, list[int]]:
+    """The places of each word's pieces."""
+    found: dict[int, list[int]] = {}
+    for place, word in enumerate(words):
+        found.setdefault(word, []).append(place)
+    return found
 
 
 def _normalised(side: Side, word: str) -> str:

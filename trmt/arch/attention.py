@@ -178,11 +178,21 @@ def attend_in_grid(
 
 
 def attention_weights(
-    query_ND: Tensor, key_MD: Tensor, spans: Spans, over: Spans, heads: int, *, causal: bool = False
+    query_ND: Tensor,
+    key_MD: Tensor,
+    spans: Spans,
+    over: Spans,
+    heads: int,
+    *,
+    causal: bool = False,
+    only: slice = slice(None),
 ) -> Tensor:
-    """The weights of `attend_over`, for those who want to look: [S, H, T, L], zero where nothing is."""
-    query_SHTP, _, _ = _set_out(query_ND.unflatten(-1, (heads, -1)), spans)
-    key_SHLP, _, real_SL = _set_out(key_MD.unflatten(-1, (heads, -1)), over)
+    """The weights of `attend_over`, for those who want to look: [S, H, T, L], zero where nothing is.
+
+    `only` are the heads that are wanted.
+    """
+    query_SHTP, _, _ = _set_out(query_ND.unflatten(-1, (heads, -1))[:, only], spans)
+    key_SHLP, _, real_SL = _set_out(key_MD.unflatten(-1, (heads, -1))[:, only], over)
     mask = layers.blocked(real_SL)[:, None, None]
     if causal:
         count = query_SHTP.shape[2]

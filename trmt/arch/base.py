@@ -108,7 +108,8 @@ class Output:
     sums to its own, and all are divided by its tokens. `attention` is there only when asked for, and where a
     network has it, as the weights of each layer over the source: [layers, S, heads, T, L] from `forward`,
     with K * T for T from `step`. So are the weights of both sides over themselves, but from `forward` only:
-    `encoder_attention` [layers, S, heads, L, L] and `decoder_attention` [layers, S, heads, T, T].
+    `encoder_attention` [layers, S, heads, L, L] and `decoder_attention` [layers, S, heads, T, T]. A network
+    may take `one_head` for what it says, or give them all.
     """
 
     hidden: Tensor
@@ -116,6 +117,28 @@ class Output:
     attention: Tensor | None = None
     encoder_attention: Tensor | None = None
     decoder_attention: Tensor | None = None
+
+
+def one_head(layer: int, head: int) -> frozenset[str]:
+    """What to want for the attention of one head of one layer alone; the layer may be counted from the last.
+
+    Whoever asks has to see from the result whether there are more.
+    """
+    return frozenset({"attention", f"layer {layer}", f"head {head}"})
+
+
+def narrowed(want: Collection[str], layers: int) -> tuple[range, slice]:
+    """The layers and the heads whose attention is wanted."""
+    numbers = {kind: int(number) for kind, _, number in (each.partition(" ") for each in want) if number}
+    if not numbers:
+        return range(layers if "attention" in want else 0), slice(None)
+    layer = place_of(numbers["layer"], layers)
+    return range(layer, layer + 1), slice(numbers["head"], numbers["head"] + 1)
+
+
+def place_of(layer: int, layers: int) -> int:
+    """A layer counted from 0, whether it was counted from the first or, below 0, from the last."""
+    return min(layer, layers - 1) if layer >= 0 else max(layers + layer, 0)
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor | None:

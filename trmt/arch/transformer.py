@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trmt.arch import attention, fused, hard, layers, positions, stepping, stores
 from trmt.arch.attention import Spans
-from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper, stacked
+from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper, narrowed, stacked
 from trmt.arch.hard import FocusConfig
 from trmt.arch.positions import PositionConfig
 from trmt.arch.transformer_layers import (
@@ -146,6 +146,7 @@ class Transformer(Encoder, Seq2Seq):
         position_N = target.positions_N()
         dropout = config.attention_dropout if self.training else 0.0
         weights: list[Tensor] = []
+        shown, heads = narrowed(want, config.decoder_layers)
         around: list[Tensor] | None = [] if "encoder_attention" in want else None
         back: list[Tensor] | None = [] if "decoder_attention" in want else None
         glances = hard.Glances(self, spans, over) if config.cross_focus != "soft" else None
@@ -156,9 +157,11 @@ class Transformer(Encoder, Seq2Seq):
         def look_over(index: int, query_ND: Tensor) -> Tensor:
             if glances:
                 return glances.over_row(query_ND, memory_M2D[index])
-            if "attention" in want:
+            if index in shown:
                 key_MD = memory_M2D[index].chunk(2, -1)[0]
-                weights.append(attention.attention_weights(query_ND, key_MD, spans, over, config.heads))
+                weights.append(
+                    attention.attention_weights(query_ND, key_MD, spans, over, config.heads, only=heads)
+                )
             return attention.attend_over(
                 query_ND, memory_M2D[index], spans, over, config.heads, dropout=dropout
             )

@@ -56,6 +56,12 @@ def command(
     keep_duplicates: Annotated[
         bool, typer.Option("--keep-duplicates", help="Keep pairs that come more than once.")
     ] = False,
+    alignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--alignments", metavar="FILE", help="Links of words (trmt align), one file for each --train."
+        ),
+    ] = None,
     source_column: Annotated[str | None, typer.Option(help="The column of the source text.")] = None,
     target_column: Annotated[str | None, typer.Option(help="The column of the target text.")] = None,
     workers: Annotated[
@@ -65,7 +71,8 @@ def command(
 ) -> None:
     """Encode and filter pairs of sentences, or documents, into a checksummed set of shards."""
     if documents or language:
-        for name, value in {"--train": train, "--from": source, "--to": target, "--workers": workers}.items():
+        for_pairs = {"--train": train, "--from": source, "--to": target, "--workers": workers}
+        for name, value in {**for_pairs, "--alignments": alignments}.items():
             if value:
                 raise ConfigError(f"{name} is for pairs and --documents or --language is not; leave one out")
         _prepare_documents(documents, dev, out, tokenizer, language, max_length, force)
@@ -83,6 +90,7 @@ def command(
             columns=(source_column, target_column),
             limits=Limits(max_length, max_ratio),
             keep_duplicates=keep_duplicates,
+            alignments=tuple(alignments or ()),
             workers=workers,
             force=force,
         )

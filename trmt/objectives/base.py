@@ -63,6 +63,10 @@ class Objective(ABC):
     @abstractmethod
     def __init__(self, config: Any, specials: Specials) -> None: ...
 
+    def told(self) -> dict[str, Any]:
+        """What a bundle should know of what its network was taught."""
+        return {}
+
     @abstractmethod
     def tokens(self, examples: Examples) -> int:
         """How many tokens the loss of these examples will be a sum over."""

@@ -33,6 +33,10 @@ class DenoisingConfig(TranslationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.alignment_weight:
+            raise ConfigError(
+                "loss.alignment_weight is of links of words, and denoising has none; set it to 0"
+            )
         if not 0 <= self.rate < 1:
             raise ConfigError(f"loss.rate = {self.rate} is out of range; set it from 0 to below 1")
         if not 0.1 <= self.span < 1000:

@@ -5,18 +5,21 @@ Axes: N all target tokens of a batch in a row, V vocabulary, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trmt.arch.base import Ragged, Seq2Seq, Source
-from trmt.batches import Column, Examples, Room
+from trmt.arch.base import Output, Ragged, Seq2Seq, Source, one_head
+from trmt.batches import Batches, Column, Examples, Room
 from trmt.errors import ConfigError
 from trmt.objectives.base import Loss, Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy, smoothed_cross_entropy
+from trmt.objectives.guidance import COLUMN, Guide, Place, guidance
 
 PADDING = -1  # a target that counts for nothing
 
@@ -26,8 +29,19 @@ class TranslationConfig:
     """The options of the translation loss."""
 
     label_smoothing: float = 0.1
+    # Attention is taught the links of words in the prepared set, if this is more than 0: the lambda by which
+    # that loss is multiplied.
+    alignment_weight: float = 0.0
+    alignment_layer: int = -2  # whose attention: from 1, or from the last one, which is -1
+    alignment_head: int = 1
+    alignment_shift: bool = False  # the attention one step later, when the target piece goes in
 
     def __post_init__(self) -> None:
+        if self.alignment_weight < 0 or self.alignment_layer == 0 or self.alignment_head < 1:
+            raise ConfigError(
+                "loss.alignment_weight is at least 0, loss.alignment_head at least 1, and "
+                "loss.alignment_layer counts from 1, or from the last one, which is -1"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(
                 f"loss.label_smoothing = {self.label_smoothing} is out of range; set it from 0 to below 1"
@@ -42,6 +56,7 @@ class TranslationBatch:
     before: Ragged  # begins with bos
     after_N: Tensor  # ends with eos; PADDING where the batch was only filled up
     tokens: int  # that count
+    guide: Guide | None = None
 
 
 class Translation(Objective):
@@ -51,6 +66,15 @@ class Translation(Objective):
 
     def __init__(self, config: TranslationConfig, specials: Specials) -> None:
         self.config, self.specials = config, specials
+        layer = config.alignment_layer
+        self.place = Place(layer - (layer > 0), config.alignment_head - 1, int(config.alignment_shift))
+
+    @classmethod
+    def batches(cls, config: Any) -> Callable[..., Batches]:
+        return partial(Batches, also=(COLUMN,)) if config.alignment_weight else Batches
+
+    def told(self) -> dict[str, Any]:
+        return {COLUMN: vars(self.place)} if self.config.alignment_weight else {}
 
     def tokens(self, examples: Examples) -> int:
         column = examples.columns["target.ids"]
@@ -75,13 +99,27 @@ class Translation(Objective):
             Ragged(*_tensors(before, device, longest)),
             _moved(after.ids, device),
             tokens,
+            Guide.of(examples.columns[COLUMN], device) if COLUMN in examples.columns else None,
         )
 
     def loss(self, net: Seq2Seq, batch: TranslationBatch) -> Loss:
-        output = net(batch.source, batch.before)
+        if batch.guide is None:
+            output = net(batch.source, batch.before)
+        else:
+            output = net(batch.source, batch.before, want=one_head(self.place.layer, self.place.head))
         total, nll = self.distance(net, output.hidden, batch.after_N)
         total = total + sum(weighted for weighted, _ in output.aux.values())
+        if batch.guide is not None:
+            total = total + self.config.alignment_weight * self._guidance(output, batch.guide)
         return Loss(total, nll.detach(), batch.tokens)
+
+    def _guidance(self, output: Output, guide: Guide) -> Tensor:
+        if output.attention is None:
+            raise ConfigError(
+                "loss.alignment_weight teaches attention, and this network has none; set it to 0 or choose "
+                "another architecture"
+            )
+        return guidance(output.attention, guide, self.place)
 
     def distance(self, net: Seq2Seq, hidden_ND: Tensor, after_N: Tensor) -> tuple[Tensor, Tensor]:
         """How far the network is from the target, and the negative log likelihood: two sums over tokens."""
