@@ -19,7 +19,6 @@ from trmt.linking import Aligner, AttentionAligner, BothWays, CountingAligner, L
 from trmt.links import (
     NOTHING,
     Agreement,
-    Gold,
     Links,
     agreement,
     check_range,
@@ -197,16 +196,14 @@ def judge_given(given: Path, gold: Path) -> Agreement:
 
 def judge_looks(aligner: AttentionAligner, some: Sequence[Pair], gold: Path) -> list[tuple[Look, Agreement]]:
     """How far each layer and head is from gold, with and without the shift; the best first."""
-    known: list[Gold] = []
-    for number, line in enumerate(lines(gold), start=1):
-        where = f"{gold}, line {number}"
-        known.append(parsed_gold(line, where=where))
-        if number <= len(some):
-            check_range(known[-1].possible, some[number - 1], where=where)
+    numbered = [(f"{gold}, line {number}", line) for number, line in enumerate(lines(gold), start=1)]
+    known = [parsed_gold(line, where=where) for where, line in numbered]
     if len(known) != len(some):
         raise DataError(
             f"{gold} has {len(known):,} lines, there are {len(some):,} pairs; name the gold of these"
         )
+    for (where, _), pair, links in zip(numbered, some, known, strict=True):
+        check_range(links.possible, pair, where=where)
     found: dict[Look, list[Links]] = {}
     for number, pieces, weights_AHTL in aligner.looked(some):
         for look in linking.all_looks(*weights_AHTL.shape[:2]):

@@ -28,7 +28,7 @@ def words_of_pieces(side: Side, text: str, ids: Sequence[int]) -> list[int]:
     if sum(sizes) != counted:
         return [NO_WORD] * len(places)
     origin = [number for number, size in enumerate(sizes) for _ in range(size)]
-    return [origin[place] for place in places]
+    return [NO_WORD if place == NO_WORD else origin[place] for place in places]
 
 
 def linked_pieces(
@@ -64,7 +64,7 @@ def _bytes(side: Side, token: int, piece: str) -> bytes:
 
 
 def _places(spelled: Sequence[bytes]) -> list[int]:
-    """The word that each piece begins in; white space alone belongs to the word behind it."""
+    """The word that each piece begins in; white space alone belongs to the word behind it, if there is one."""
     owner = [number for number, part in enumerate(spelled) for _ in part]
     places = [NO_WORD] * len(spelled)
     text = b"".join(spelled).decode("utf-8", "surrogateescape")
