@@ -52,6 +52,8 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
 def cut_text(given: argparse.Namespace, language: str, path: Path) -> None:
     found = given.corpus.with_name(f"{given.corpus.name}.{language}")
     raw = [*lines(found if found.exists() else f"{found}.gz")]
+    count = min(given.pairs, len(raw))
+    raw = [raw[number * len(raw) // count] for number in range(count)]
     with atomic_file(path) as stream:
         stream.write("".join(f"{line}\n" for line in tokenised(raw, language)).encode())
 
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--gold", type=Path, required=True, help="prefix of the gold text and its links")
     parser.add_argument("--from", dest="source", required=True)
     parser.add_argument("--to", dest="target", required=True)
+    parser.add_argument("--pairs", type=int, default=50_000, help="of the corpus, spread over all of it")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the result")
     given = parser.parse_args()
@@ -175,7 +178,12 @@ def main() -> None:
         "languages": [given.source, given.target],
         "gold_pairs": len(some),
     }
-    names = {"--from": given.source, "--to": given.target, "--steps": str(given.steps)}
+    names = {
+        "--from": given.source,
+        "--to": given.target,
+        "--pairs": str(given.pairs),
+        "--steps": str(given.steps),
+    }
     rest = shlex.join([word for pair in names.items() for word in pair])
     command = f"python bench/alignment.py WORK --corpus CORPUS --gold {given.gold.name} {rest}"
     print(record("alignment", figures, command=command, folder=given.out))

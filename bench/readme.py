@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import alignment_tables
 import gpu_suite
 import options_tables
 import quality_tables
@@ -19,7 +20,7 @@ import translation_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("cpu", "lineage", "pretraining")))
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -163,6 +164,15 @@ def options() -> str:
     return f"{measured}\n\n- {source(result)}"
 
 
+def alignment() -> str:
+    result = alignment_tables.result()
+    if result is None:
+        return "pending"
+    rates = table(alignment_tables.HEAD, alignment_tables.rows(result))
+    looks = table(alignment_tables.LOOK_HEAD, alignment_tables.look_rows(result))
+    return f"{rates}\n\n{looks}\n\n- {alignment_tables.made_with(result)}\n- {source(result)}"
+
+
 def sources(names: list[str]) -> str:
     """Where the figures come from, of those results that there are."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -209,6 +219,7 @@ TABLES = {
     "shortlist": shortlist,
     "startup": startup,
     "options": options,
+    "alignment": alignment,
     "quality": quality,
     "recipes": recipes,
     "starts": starts,

@@ -1,9 +1,9 @@
 """Which word of a translation comes from which word of its source: found by networks, or by counting.
 
 A network that translates looks at the source piece it is about to write, so the place that its attention
-weighs most is the link of the piece written. Chen et al. (arXiv 2004.14837) found that deep networks know
-better one step later, when the piece is what goes in: that is the shift. Counting is Model 1 with a
-preference for the diagonal. Either sees one direction; two are made one by `symmetrising`.
+weighs most is the link of the piece written. Chen et al. (arXiv 2004.14837) found networks that know better
+one step later, when the piece is what goes in: that is the shift. Counting is Model 1 with a preference for
+the diagonal. Either sees one direction; two are made one by `symmetrising`.
 
 Axes: A layers, H heads, T target position, L source position.
 """
@@ -130,7 +130,7 @@ class AttentionAligner:
     def links(self, pairs: Sequence[Pair]) -> list[Links]:
         found = [NOTHING] * len(pairs)
         for number, pieces, weights_AHTL in self.looked(pairs):
-            look = self._look = self._look or self._chosen(weights_AHTL)
+            look = self._look = self._look or self._chosen(*weights_AHTL.shape[:2])
             found[number] = linked(pieces, weights_AHTL, look)
         return found
 
@@ -146,10 +146,9 @@ class AttentionAligner:
         for number, seen in zip(order, attending.attend(self.net, self.tokenizer, ids), strict=True):
             yield number, found[number], seen.weights["cross"]
 
-    def _chosen(self, weights_AHTL: Tensor) -> Look:
-        layers, heads = weights_AHTL.shape[:2]
+    def _chosen(self, layers: int, heads: int) -> Look:
         options = self._options
-        look = usual_look(layers)
+        look = Look(layers - 1)
         if self._guided:
             look = _guided_look(self._guided, layers)
         for name, asked, count in (("layer", options.layer, layers), ("head", options.head, heads)):
@@ -162,13 +161,6 @@ class AttentionAligner:
         if options.head is not None:
             look = replace(look, head=options.head - 1)
         return look if options.shift is None else replace(look, shift=int(options.shift))
-
-
-def usual_look(layers: int) -> Look:
-    """Where an unguided network knows best: one that looks once, while it writes; deep ones a step later,
-    in a middle layer (Chen et al.).
-    """
-    return Look(0) if layers == 1 else Look((layers - 1) // 2, shift=1)
 
 
 def _guided_look(known: Mapping[str, Any], layers: int) -> Look:

@@ -64,7 +64,7 @@ def _bytes(side: Side, token: int, piece: str) -> bytes:
 
 
 def _places(spelled: Sequence[bytes]) -> list[int]:
-    """The word that each piece begins in; white space alone belongs to the word behind it, if there is one."""
+    """The word that each piece begins in; white space alone belongs to the word behind it, if any."""
     owner = [number for number, part in enumerate(spelled) for _ in part]
     places = [NO_WORD] * len(spelled)
     text = b"".join(spelled).decode("utf-8", "surrogateescape")
