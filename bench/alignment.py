@@ -93,7 +93,7 @@ def trained(given: argparse.Namespace, sets: dict[str, Path]) -> dict[str, Path]
     made = {}
     for direction, folder in sets.items():
         for kind, settings in networks().items():
-            run = given.work / f"{kind}-{direction}"
+            run = given.work / f"run-{kind}-{direction}"
             found = steps(run)
             if not found or found[-1].step < given.steps:
                 every = [f"training.steps={given.steps}", f"validation.every={given.steps}"]
@@ -105,12 +105,8 @@ def trained(given: argparse.Namespace, sets: dict[str, Path]) -> dict[str, Path]
 
 
 def networks() -> dict[str, list[str]]:
-    guided = [f"loss.alignment_weight={WEIGHT}"]
-    return {
-        "plain": [],
-        "guided": guided,
-        "guided-shifted": [*guided, "loss.alignment_shift=true"],
-    }
+    guided = [f"loss.alignment_weight={WEIGHT}", "loss.alignment_shift=true"]
+    return {"plain": [], "guided": guided}
 
 
 def figures_of(seen: Agreement) -> dict[str, Any]:

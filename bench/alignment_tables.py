@@ -9,8 +9,7 @@ RESULT = Path(__file__).resolve().parent / "results" / "alignment.json"
 KINDS = {
     "counting": "counting",
     "plain": "attention, last layer, mean of its heads",
-    "guided": "a head that was taught",
-    "guided-shifted": "a head that was taught, one step later",
+    "guided": "a head that was taught, one step later",
 }
 WAYS = {
     "there": "source to target",

@@ -153,7 +153,7 @@ class Batches:
 
     def _there(self, columns: Sequence[str]) -> list[str]:
         """Those of the columns, which belong to the training pairs, that the split has."""
-        known = {column.name for column in self.split.columns}
+        known = {column.name for column in self.split.columns} if columns else set()
         missing = [name for name in columns if name not in known]
         if missing and self.split.name == "train":
             raise ConfigError(
