@@ -59,7 +59,7 @@ def cut_text(given: argparse.Namespace, language: str, path: Path) -> None:
 
 
 def prepared(given: argparse.Namespace) -> dict[str, Path]:
-    """The set of each direction, with the links that counting finds."""
+    """The set of each direction that is wanted, with the links that counting finds."""
     work, languages = given.work, (given.source, given.target)
     texts = [
         once(work / f"text.{language}", lambda path, language=language: cut_text(given, language, path))
@@ -67,7 +67,8 @@ def prepared(given: argparse.Namespace) -> dict[str, Path]:
     ]
     corpus = {"there": ",".join(map(str, texts)), "back": ",".join(map(str, texts[::-1]))}
     sets = {}
-    for name, pair in (("there", languages), ("back", languages[::-1])):
+    ways = {"there": languages, "back": languages[::-1]}
+    for name, pair in list(ways.items())[: 1 if given.one_way else 2]:
         tokenizer = work / f"tokenizer-{name}"
         options = TokenizerOptions(corpora=(corpus[name],), languages=pair, size=SIZE)
         once(tokenizer, lambda path, options=options: train_tokenizer(options, out=path))
@@ -118,13 +119,14 @@ def figures_of(seen: Agreement) -> dict[str, Any]:
     }
 
 
-def measured(there: Aligner, back: Aligner, some: Sequence[Pair], gold: Path) -> dict[str, Any]:
-    """The figures of two directions, and of both made one."""
+def measured(there: Aligner, back: Aligner | None, some: Sequence[Pair], gold: Path) -> dict[str, Any]:
+    """The figures of one direction, or of two and of both made one."""
     known = [parsed_gold(line, where=str(gold)) for line in lines(gold)]
-    both = there.links(some), [turned(each) for each in back.links([pair[::-1] for pair in some])]
-    found = {"there": both[0], "back": both[1]}
-    for name, join in METHODS.items():
-        found[name] = [join(*pair) for pair in zip(*both, strict=True)]
+    found = {"there": there.links(some)}
+    if back:
+        found["back"] = [turned(each) for each in back.links([pair[::-1] for pair in some])]
+        for name, join in METHODS.items():
+            found[name] = [join(*pair) for pair in zip(found["there"], found["back"], strict=True)]
     return {name: figures_of(judged(links, known)) for name, links in found.items()}
 
 
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--to", dest="target", required=True)
     parser.add_argument("--pairs", type=int, default=50_000, help="of the corpus, spread over all of it")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--one-way", action="store_true", help="train no network of the other direction")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the result")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,8 +156,8 @@ def main() -> None:
     figures: dict[str, Any] = {"counting": measured(counting.forward, counting.backward, some, gold)}
     made = trained(given, sets)
     for kind in networks():
-        there, back = (AttentionAligner.load(made[f"{kind}-{way}"]) for way in ("there", "back"))
-        figures[kind] = measured(there, back, some, gold)
+        there, *back = (AttentionAligner.load(made[f"{kind}-{way}"]) for way in sets)
+        figures[kind] = measured(there, back[0] if back else None, some, gold)
         looks = judge_looks(there, some, gold)
         figures[kind]["looks"] = [
             {
@@ -180,7 +183,7 @@ def main() -> None:
         "--pairs": str(given.pairs),
         "--steps": str(given.steps),
     }
-    rest = shlex.join([word for pair in names.items() for word in pair])
+    rest = shlex.join([word for pair in names.items() for word in pair] + ["--one-way"] * given.one_way)
     command = f"python bench/alignment.py WORK --corpus CORPUS --gold {given.gold.name} {rest}"
     print(record("alignment", figures, command=command, folder=given.out))
 

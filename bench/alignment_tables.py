@@ -32,11 +32,10 @@ def rows(found: dict) -> list[Row]:
     figures = found["figures"]
     made = []
     for kind, name in KINDS.items():
-        rates = [figures[kind][way]["aer"] for way in WAYS]
-        best = min((figures[kind][way] for way in WAYS), key=lambda each: each["aer"])
-        made.append(
-            (name, *(f"{rate:.3f}" for rate in rates), f"{best['precision']:.3f}, {best['recall']:.3f}")
-        )
+        known = figures[kind]
+        rates = [f"{known[way]['aer']:.3f}" if way in known else "" for way in WAYS]
+        best = min((known[way] for way in WAYS if way in known), key=lambda each: each["aer"])
+        made.append((name, *rates, f"{best['precision']:.3f}, {best['recall']:.3f}"))
     return made
 
 

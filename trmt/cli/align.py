@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trmt.linking import Aligner, Look
     from trmt.links import Agreement
 
-SHOWN = 10  # lines that a message names
+SHOWN = 5  # lines that a message names
 
 
 def command(
@@ -110,15 +110,25 @@ def command(
 def _explain(report: Report, aligner: Aligner) -> None:
     from trmt import console
 
-    for numbers, what in (
-        (report.halves, "have no tab and so no translation: source TAB target"),
-        (report.undecodable, "are not valid UTF-8; broken characters were replaced"),
+    for numbers, one, several in (
+        (
+            report.halves,
+            "has no tab and so no links; write source TAB target",
+            "have no tab and so no links; write source TAB target",
+        ),
+        (
+            report.undecodable,
+            "is not valid UTF-8; what could not be read was replaced",
+            "are not valid UTF-8; what could not be read was replaced",
+        ),
     ):
-        if numbers:
-            named = ", ".join(map(str, numbers[:SHOWN])) + (" ..." if len(numbers) > SHOWN else "")
-            console.warn(f"{len(numbers)} lines {what} (lines {named})")
+        if len(numbers) == 1:
+            console.warn(f"line {numbers[0]} {one}")
+        elif numbers:
+            shown = ", ".join(map(str, numbers[:SHOWN])) + (", ..." if len(numbers) > SHOWN else "")
+            console.warn(f"{len(numbers):,} lines {several}: {shown}")
     if aligner.cut:
-        console.warn(f"{aligner.cut} pairs are longer than what is looked at; the words behind have no links")
+        console.warn(f"pairs longer than what is looked at: {aligner.cut:,}; the words behind have no links")
     if report.agreement:
         console.say(_verdict(report.agreement))
 
