@@ -45,7 +45,6 @@ class AlignOptions:
     counts: Path | None = None  # a prepared set to count in, instead of models
     look: LookOptions = field(default_factory=LookOptions)
     method: str | None = None  # of making two directions one
-    gold: Path | None = None
     device: str = "auto"
     trust_code: bool = False
 
