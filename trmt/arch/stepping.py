@@ -252,15 +252,23 @@ class Kernel:
 
     def step(self, tokens_SK: Tensor, position_S: Tensor, cache: Cache, both: Tensor, mask: Tensor) -> Tensor:
         """The hidden states [S, K, D] after one more token of each hypothesis."""
+        tokens_SK = tokens_SK.contiguous()
+        hidden_SKD = torch.empty(*tokens_SK.shape, self.width)
+        step = self.prepared(tokens_SK, position_S, cache, both, mask)
+        step.hidden = hidden_SKD.data_ptr()
+        self.function(self.address, ctypes.addressof(step))
+        return hidden_SKD
+
+    def prepared(
+        self, tokens_SK: Tensor, position_S: Tensor, cache: Cache, both: Tensor, mask: Tensor
+    ) -> _Step:
+        """A step with these tokens as the kernel takes it, still without a place for what it finds."""
         tensors = (position_S, cache.table_SKC, cache.pairs_A2SCKD, both, mask)
         call = cache.call
         if call is None or not call.still(tensors):
             call = cache.call = self._call(tokens_SK.shape, cache.columns, tensors)
-        tokens_SK = tokens_SK.contiguous()
-        hidden_SKD = torch.empty(*tokens_SK.shape, self.width)
-        call.step.tokens, call.step.hidden = tokens_SK.data_ptr(), hidden_SKD.data_ptr()
-        self.function(self.address, ctypes.addressof(call.step))
-        return hidden_SKD
+        call.step.tokens = tokens_SK.data_ptr()
+        return call.step
 
     @staticmethod
     def _call(sizes: tuple[int, ...], columns: int, tensors: tuple[Tensor, ...]) -> _Call:

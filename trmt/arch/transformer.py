@@ -238,7 +238,6 @@ class TransformerStepper(Stepper):
         self.bias_V = None if net.output_bias is None else net.output_bias.detach()
         self.product = linear(self.weight_VD, self.bias_V)
         self.stepwise = stepping.suits(self.config, self.product)
-        self.kernel: stepping.Kernel | None = None
         if self.stepwise:
             stepping.round_once(net, self.net)
             self.kernel = stepping.kernel_for(net, self.net)

@@ -139,6 +139,8 @@ def library() -> Any:
         found.trmt_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
         sizes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
         found.trmt_reorder.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_void_p)
+        found.trmt_chain.restype = ctypes.c_int64
+        found.trmt_chain.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     return found
 
 

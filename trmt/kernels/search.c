@@ -109,12 +109,14 @@ typedef struct {
   uint8_t *ended, *done;      /* [S] */
 } Lines;
 
-/* Greedy.advance: the highest of each row is appended; `next` [S] is what was chosen. */
-void trmt_advance_lines(const Lines *l, const float *scores, int64_t vocabulary, int64_t *next) {
+/* Greedy.advance: the highest of each row is appended; `next` [S] is what was chosen, `parents` [S] is zero. */
+void trmt_advance_lines(const Lines *l, const float *scores, int64_t vocabulary, int64_t *parents,
+                        int64_t *next) {
   float *best = malloc(2 * l->sentences * sizeof(float)), *sums = best + l->sentences;
   trmt_highest(scores, l->sentences, vocabulary, 1, best, next, sums);
   for (int64_t s = 0; s < l->sentences; s++) {
     int64_t at = l->length[s] < l->room ? l->length[s] : l->room - 1; /* who waits to be taken away */
+    parents[s] = 0;
     l->tokens[s * l->room + at] = next[s];
     l->length[s]++;
     if (!l->ended[s]) l->score[s] += best[s] - sums[s];

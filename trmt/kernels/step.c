@@ -37,8 +37,8 @@ typedef struct {
 
 typedef struct {
   int64_t sentences, hypotheses, room, length; /* S, K, columns there is space for, source positions */
-  const int64_t *tokens;                       /* [S, K] */
-  const int64_t *position;                     /* [S], where this token stands */
+  int64_t *tokens;                             /* [S, K] */
+  int64_t *position;                           /* [S], where this token stands */
   int32_t *table;                              /* [S, K, room]: which hypothesis made the ancestor's column */
   float *cache;                                /* [layers, 2, S, room, K, D]: keys, values */
   const float *memory;                         /* [S, 2 * layers, L, D]: keys, values of the source */
