@@ -53,7 +53,7 @@ def steppers(precision: products.Precision, **options: Any) -> tuple[Transformer
     kernel, plain = (net.frozen(linear.choose(precision)) for _ in range(2))
     assert isinstance(kernel, TransformerStepper) and isinstance(plain, TransformerStepper)
     assert kernel.kernel and plain.stepwise
-    plain.kernel = None
+    plain.kernel = plain.reader = None
     return kernel, plain
 
 

@@ -144,12 +144,14 @@ def kernel_for(net: Any, frozen: Any) -> Kernel | None:
 
 
 def round_once(net: Any, frozen: Any) -> None:
-    """Let the norms of a frozen decoder compute in double precision."""
-    for layer, modules in zip(frozen.decoder, net.decoder, strict=True):
-        for name in NORMS:
-            setattr(layer, name, _norm(getattr(modules, name)))
-    if net.config.norm_place == "pre":
-        frozen.decoder_norm = _norm(net.decoder_norm)
+    """Let the norms of a frozen network compute in double precision."""
+    for half in ("encoder", "decoder"):
+        for layer, modules in zip(getattr(frozen, half), getattr(net, half), strict=True):
+            for name in NORMS:
+                if hasattr(modules, name):
+                    setattr(layer, name, _norm(getattr(modules, name)))
+        if net.config.norm_place == "pre":
+            setattr(frozen, f"{half}_norm", _norm(getattr(net, f"{half}_norm")))
 
 
 def _norm(module: Any) -> Any:
@@ -211,34 +213,41 @@ class _Call:
         return all(mine is theirs for mine, theirs in zip(self.tensors, tensors, strict=True))
 
 
-class Kernel:
-    """A decoder whose step is one call; `net` is the network, `frozen` its tree of products."""
+class Half:
+    """The layers of a network's encoder (side 0) or decoder (side 1) as kernels take them.
 
-    def __init__(self, net: Any, frozen: Any) -> None:
-        config = net.config
-        norms = [getattr(layer, name) for layer in net.decoder for name in NORMS]
+    `net` is the network, `frozen` its tree of products.
+    """
+
+    def __init__(self, net: Any, frozen: Any, *, side: int) -> None:
+        config, name = net.config, ("encoder", "decoder")[side]
+        modules, layers = getattr(net, name), getattr(frozen, name)
+        norms = [getattr(layer, norm) for layer in modules for norm in NORMS if hasattr(layer, norm)]
         pre = config.norm_place == "pre"
-        norms += [net.decoder_norm] if pre else []
+        norms += [getattr(net, f"{name}_norm")] if pre else []
         products_of = [
-            (layer.own, layer.own_out, layer.query, layer.cross_out, layer.feed.inner, layer.feed.outer)
-            for layer in frozen.decoder
+            (
+                *(layer.own, layer.own_out, getattr(layer, "query", None)),
+                *(getattr(layer, "cross_out", None), layer.feed.inner, layer.feed.outer),
+            )
+            for layer in layers
         ]
-        positions = net.table if config.positions == "sinusoidal" else net.positions.detach()[1]
-        embedding = net.target_embedding.weight.detach()
+        positions = net.table if config.positions == "sinusoidal" else net.positions.detach()[side]
+        embedding = (net.source_embedding, net.target_embedding)[side].weight.detach()
         self.layers = (_Layer * len(products_of))(
-            *(_Layer(*(product.address for product in row)) for row in products_of)
+            *(_Layer(*(product and product.address for product in row)) for row in products_of)
         )
         self.norms = (_Norm * len(norms))(
             *(_Norm(norm.weight.data_ptr(), _pointer(getattr(norm, "bias", None))) for norm in norms)
         )
         self.kept = norms, products_of, positions, embedding  # what the pointers point to
         self.network = _Network(
-            config.decoder_layers,
+            len(layers),
             config.width,
             config.heads,
             config.feed_forward,
             pre,
-            products_of[0][0].processor,
+            layers[0].own.processor,
             float(norms[0].eps or 0),
             math.sqrt(config.width),
             embedding.data_ptr(),
@@ -247,8 +256,15 @@ class Kernel:
             ctypes.addressof(self.norms),
         )
         self.address = ctypes.addressof(self.network)
+
+
+class Kernel(Half):
+    """A decoder whose step is one call."""
+
+    def __init__(self, net: Any, frozen: Any) -> None:
+        super().__init__(net, frozen, side=1)
         self.function = products.library().trmt_step
-        self.width = config.width
+        self.width = net.config.width
 
     def step(self, tokens_SK: Tensor, position_S: Tensor, cache: Cache, both: Tensor, mask: Tensor) -> Tensor:
         """The hidden states [S, K, D] after one more token of each hypothesis."""

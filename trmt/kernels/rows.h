@@ -1,4 +1,4 @@
-/* Norms and attention of one row, in double precision; included once for each kind of processor.
+/* Norms and attention, in double precision; included once for each kind of processor.
 
    The one who includes it defines NAME, TARGET, WIDE (doubles of a vector), and
    WIDENED(p)      a vector of the WIDE floats at p
@@ -104,4 +104,46 @@ static TARGET void NAME(attend_row)(const Network *n, const float *query, const 
     NAME(attend)(n, query, seen, room, 32, out);
   else
     NAME(attend)(n, query, seen, room, part, out);
+}
+
+/* `vectors` columns of out = a @ rows, times scale; several at once, since each is one chain of additions. */
+INLINE TARGET void NAME(mix_columns)(const int vectors, const double *a, int64_t count, const double *rows,
+                                     int64_t stride, double scale, double *out) {
+  NAME(wide) sums[4] = {{0}};
+  for (int64_t j = 0; j < count; j++)
+    for (int v = 0; v < vectors; v++)
+      sums[v] = FUSED((NAME(wide)){0} + a[j], *(NAME(wide) *)(rows + j * stride + v * WIDE), sums[v]);
+  for (int v = 0; v < vectors; v++) *(NAME(wide) *)(out + v * WIDE) = sums[v] * scale;
+}
+
+static TARGET void NAME(mix)(const double *a, int64_t count, const double *rows, int64_t stride, double scale,
+                             double *out) {
+  int64_t at = 0;
+  for (; at + 4 * WIDE <= stride; at += 4 * WIDE)
+    NAME(mix_columns)(4, a, count, rows + at, stride, scale, out + at);
+  for (; at + 2 * WIDE <= stride; at += 2 * WIDE)
+    NAME(mix_columns)(2, a, count, rows + at, stride, scale, out + at);
+  for (; at < stride; at += WIDE) NAME(mix_columns)(1, a, count, rows + at, stride, scale, out + at);
+}
+
+/* One head of a sentence that looks at itself. Queries, keys and values of a token lie `width` apart, and those
+   of the next one behind them. There is room for (2 * part + 1) * space + part, where space is `count` up to
+   a multiple of 8. */
+static TARGET void NAME(attend_sentence)(int64_t width, int64_t part, const float *merged, int64_t count,
+                                         double *room, float *out) {
+  int64_t space = (count + 7) / 8 * 8;
+  double *keys = room, *values = keys + part * space, *weights = values + part * space, *one = weights + space;
+  double scale = 1.0 / sqrt((double)part);
+  for (int64_t p = 0; p < part; p++)
+    for (int64_t j = 0; j < space; j++)
+      keys[p * space + j] = j < count ? merged[(3 * j + 1) * width + p] : 0;
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t p = 0; p < part; p++) values[j * part + p] = merged[(3 * j + 2) * width + p];
+  for (int64_t i = 0; i < count; i++) {
+    for (int64_t p = 0; p < part; p++) one[p] = merged[3 * i * width + p];
+    NAME(mix)(one, part, keys, space, scale, weights);
+    NAME(softmax)(weights, count);
+    NAME(mix)(weights, count, values, part, 1, one);
+    for (int64_t p = 0; p < part; p++) out[i * width + p] = (float)one[p];
+  }
 }

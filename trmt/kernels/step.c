@@ -179,12 +179,9 @@ static void norm_all(const Network *n, int64_t rows, const Norm *norm, float *x,
     normed(n, norm, x + row * n->width, added ? added + row * n->width : 0, out + row * n->width);
 }
 
-static void embed(const Network *n, const Step *s, float *x) {
-  for (int64_t row = 0; row < s->sentences * s->hypotheses; row++) {
-    const float *from = n->embedding + s->tokens[row] * n->width;
-    const float *position = n->positions + s->position[row / s->hypotheses] * n->width;
-    for (int64_t i = 0; i < n->width; i++) x[row * n->width + i] = from[i] * n->embedding_scale + position[i];
-  }
+static void embed_row(const Network *n, int64_t token, int64_t position, float *x) {
+  const float *from = n->embedding + token * n->width, *place = n->positions + position * n->width;
+  for (int64_t i = 0; i < n->width; i++) x[i] = from[i] * n->embedding_scale + place[i];
 }
 
 void trmt_step(const Network *n, const Step *s) {
@@ -193,7 +190,8 @@ void trmt_step(const Network *n, const Step *s) {
   float *x = aligned_alloc(64, (rows * (3 * width + most) * 4 + 63) / 64 * 64);
   float *found = x + rows * width, *added = found + rows * width, *inner = added + rows * width;
   float *normal = s->hidden; /* what a sublayer reads: with pre_norm apart from the sum `x` */
-  embed(n, s, x);
+  for (int64_t row = 0; row < rows; row++)
+    embed_row(n, s->tokens[row], s->position[row / s->hypotheses], x + row * width);
   if (n->pre_norm)
     norm_all(n, rows, n->norms, x, 0, normal);
   else
