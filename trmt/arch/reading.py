@@ -15,19 +15,14 @@ import torch
 from torch import Tensor
 
 from trmt.arch import layers, positions
-from trmt.arch.base import Memory, Source
-from trmt.arch.stepping import Half
+from trmt.arch.base import Source
+from trmt.arch.stepping import Half, Remembered
 from trmt.arch.transformer_layers import check_length, embed, encode
 from trmt.kernels import products
 from trmt.kernels.products import Native
 
 
-def memory_of(both_SALD: Tensor, mask: Tensor) -> Memory:
-    """Keys and values [S, 2 * A, L, D] for every layer of the decoder, and the additive mask over them."""
-    return Memory({"both": both_SALD, "mask": mask}, {"both": (2, 0.0), "mask": (3, -math.inf)})
-
-
-def remember(net: Any, config: Any, source: Source) -> Memory:
+def remember(net: Any, config: Any, source: Source) -> Remembered:
     """What the source left, in plain PyTorch."""
     check_length(config, source)
     ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
@@ -42,7 +37,7 @@ def remember(net: Any, config: Any, source: Source) -> Memory:
 
     x_SLD = encode(net, config, embed(net, config, ids_SL, position_L, side=0), look_around)
     both_SALD = net.memory(x_SLD).unflatten(-1, (2 * config.decoder_layers, -1)).transpose(1, 2)
-    return memory_of(both_SALD.contiguous(), mask)
+    return Remembered.of(both_SALD.contiguous(), mask)
 
 
 class _Text(ctypes.Structure):
@@ -66,7 +61,7 @@ class Reader(Half):
         self.config, self.memory = net.config, frozen.memory
         self.function = products.library().trmt_read
 
-    def read(self, source: Source) -> Memory:
+    def read(self, source: Source) -> Remembered:
         """What `remember` returns."""
         check_length(self.config, source)
         ids_N, starts = source.packed()
@@ -77,4 +72,4 @@ class Reader(Half):
         pointers = (tensor.data_ptr() for tensor in (ids_N, starts, both_SALD, mask))
         text = _Text(len(source), source.longest, *pointers)
         self.function(self.address, self.memory.address, ctypes.addressof(text))
-        return memory_of(both_SALD, mask)
+        return Remembered.of(both_SALD, mask)

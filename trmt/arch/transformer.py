@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -259,12 +260,11 @@ class TransformerStepper(Stepper):
             )
         position_S = torch.zeros_like(source.lengths_S)
         if self.stepwise:
-            memory = (
-                self.reader.read(source) if self.reader else reading.remember(self.net, self.config, source)
+            read = self.reader.read if self.reader else partial(reading.remember, self.net, self.config)
+            cache = stepping.Cache.empty(
+                (len(source), hypotheses), layers=self.config.decoder_layers, width=self.config.width
             )
-            sizes = (len(source), hypotheses)
-            cache = stepping.Cache.empty(sizes, layers=self.config.decoder_layers, width=self.config.width)
-            return State(memory, cache, position_S)
+            return State(read(source), cache, position_S)
         memory = remember(self.net, self.config, source)
         store = stores.key_value_store(
             memory["key0"],
@@ -310,13 +310,15 @@ class TransformerStepper(Stepper):
     ) -> tuple[Output, State]:
         """The same one token after the other, in the arithmetic of `stepping`."""
         memory, cache, position_S = state.take()
+        assert isinstance(memory, stepping.Remembered)
         count = tokens_SKT.shape[2]
         cache.go_on(position_S, count)
         hidden, weights = [], []
         for tokens_SK in tokens_SKT.unbind(2):
             if self.kernel and "attention" not in want:
-                one_SKD = self.kernel.step(tokens_SK, position_S, cache, memory["both"], memory["mask"])
+                one_SKD = self.kernel.step(tokens_SK, position_S, cache, memory)
             else:
+                memory = memory.gathered()
                 one_SKD, looked = self._one_token(tokens_SK, position_S, cache, memory)
                 weights.append(torch.stack(looked))  # [A, S, H, K, L]
             hidden.append(one_SKD)

@@ -71,7 +71,7 @@ class Chain:
         cache.make_room(cache.longest + 1)
         tokens_SK = under.tokens_SK = under.tokens_SK.contiguous()
         rows = tokens_SK.numel()
-        step = self.kernel.prepared(tokens_SK, position_S, cache, memory["both"], memory["mask"])
+        step = self.kernel.prepared(tokens_SK, position_S, cache, memory)
         step.hidden = self._space("hidden", rows * self.kernel.width)
         chain = _Chain(
             self.kernel.address,

@@ -29,13 +29,17 @@ static void attended_sentence(const Network *n, const float *merged, int64_t cou
   free(room);
 }
 
-static void look_around(const Network *n, const Text *t, const float *merged, float *out) {
-  int64_t width = n->width;
-#pragma omp parallel for schedule(dynamic) if (t->starts[t->sentences] > 32)
-  for (int64_t s = 0; s < t->sentences; s++) {
-    int64_t first = t->starts[s], count = t->starts[s + 1] - first;
-    attended_sentence(n, merged + first * 3 * width, count, out + first * width);
-  }
+static void look_around(const Network *n, const Text *t, const float *merged, float *out, int64_t s) {
+  int64_t first = t->starts[s], count = t->starts[s + 1] - first;
+  attended_sentence(n, merged + first * 3 * n->width, count, out + first * n->width);
+}
+
+static void look_around_all(const Network *n, const Text *t, const float *merged, float *out) {
+  if (threads_for(t->starts[t->sentences], 32) > 1) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t s = 0; s < t->sentences; s++) look_around(n, t, merged, out, s);
+  } else
+    for (int64_t s = 0; s < t->sentences; s++) look_around(n, t, merged, out, s);
 }
 
 static void embed_source(const Network *n, const Text *t, float *x) {
@@ -78,7 +82,7 @@ void trmt_read(const Network *n, const Matrix *memory, const Text *t) {
     const Layer *layer = n->layer + i / 2;
     if (i % 2 == 0) {
       trmt_product(layer->own, normal, rows, inner, n->processor);
-      look_around(n, t, inner, found);
+      look_around_all(n, t, inner, found);
       trmt_product(layer->own_out, found, rows, added, n->processor);
     } else {
       trmt_product(layer->inner, normal, rows, inner, n->processor);
