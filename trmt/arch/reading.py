@@ -1,6 +1,7 @@
 """The source of a Transformer that is stepped as in `stepping`: read by a kernel, or in plain PyTorch.
 
-Axes: S sentence, L source position, H heads, P width of one head, D width, A layers of the decoder.
+Axes: S sentence, L source position, N source tokens in a row, H heads, P width of one head, D width, A layers
+of the decoder.
 
 As there, what lies between the matrix products is computed in double precision and rounded to fp32 once.
 """

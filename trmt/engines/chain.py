@@ -2,6 +2,8 @@
 
 What `Eager` does in a step, with the same bits (trmt/kernels/chain.c); it is for networks and searches whose
 own steps are kernels.
+
+Axes: S sentence, K hypothesis, T target position.
 """
 
 from __future__ import annotations
