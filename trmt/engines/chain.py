@@ -19,6 +19,8 @@ from trmt.decode.base import Search
 from trmt.kernels import products
 from trmt.kernels.products import Native
 
+LONGEST = 16  # steps of a call: whoever interrupts the program waits for its end
+
 
 class _Rules(ctypes.Structure):
     _fields_ = (
@@ -91,7 +93,8 @@ class Chain:
             _Lists(width, *(part.data_ptr() for part in lists)) if lists else _Lists(),
         )
         assert all(part.is_contiguous() for part in lists)
-        taken = self.function(ctypes.addressof(chain), min(most, cache.columns - cache.longest), enough)
+        most = min(most, cache.columns - cache.longest, LONGEST)
+        taken = self.function(ctypes.addressof(chain), most, enough)
         cache.longest += taken
         under.oldest += taken
         under.masks.busy -= taken

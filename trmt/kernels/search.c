@@ -100,7 +100,8 @@ static int several_threads(int64_t work) {
 #ifdef _OPENMP
   return work > WORTH_THREADS && omp_get_max_threads() > 1;
 #else
-  return work < 0;
+  (void)work;
+  return 0;
 #endif
 }
 
