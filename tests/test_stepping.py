@@ -44,6 +44,11 @@ def walk(stepper: TransformerStepper, *, hypotheses: int, steps: int = 36) -> li
         if step == 20:
             younger = stepper.start(Source.of(SOURCES[3:]), hypotheses=hypotheses, room=steps)
             state = state.join(younger) if step % 2 else younger.join(state)
+        if step == 24:
+            state = state.keep(torch.tensor([3, 0, 1]))
+        if step == 26:
+            others = stepper.start(Source.of(SOURCES[1:3]), hypotheses=hypotheses, room=steps)
+            state = state.fork().replace(torch.tensor([2, 0]), others)
     return found
 
 
@@ -53,7 +58,7 @@ def steppers(precision: products.Precision, **options: Any) -> tuple[Transformer
     kernel, plain = (net.frozen(linear.choose(precision)) for _ in range(2))
     assert isinstance(kernel, TransformerStepper) and isinstance(plain, TransformerStepper)
     assert kernel.kernel and plain.stepwise
-    plain.kernel = None
+    plain.kernel = plain.reader = None
     return kernel, plain
 
 

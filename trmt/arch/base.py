@@ -290,6 +290,10 @@ class State:
 class Stepper(ABC):
     """A network frozen for inference: it advances states and reads out logits."""
 
+    # Where both are the C kernels' own, the product of `readout` and what makes a step of one token.
+    product: Any = None
+    kernel: Any = None
+
     @abstractmethod
     def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
         """A state for `hypotheses` continuations of each sentence, with space for `room` tokens.

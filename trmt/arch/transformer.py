@@ -13,13 +13,14 @@ import functools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import attention, fused, hard, layers, positions, stepping, stores
+from trmt.arch import attention, fused, hard, layers, positions, reading, stepping, stores
 from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper, narrowed, stacked
 from trmt.arch.hard import FocusConfig
@@ -190,11 +191,8 @@ def _readout(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, only: Ten
     return F.linear(hidden, weight_VD, bias_V)
 
 
-def remember(net: Any, config: TransformerConfig, source: Source, *, in_rows: bool = False) -> Memory:
-    """Read the source for decoding: keys and values for every decoder layer, and the mask over them.
-
-    They are laid out as [S, 2 * A, H, L, P], with `in_rows` as [S, 2 * A, L, D].
-    """
+def remember(net: Any, config: TransformerConfig, source: Source) -> Memory:
+    """Read the source for decoding: keys and values for every decoder layer, and the mask over them."""
     check_length(config, source)
     ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
     mask = layers.blocked(real_SL)[:, None, None]
@@ -204,13 +202,9 @@ def remember(net: Any, config: TransformerConfig, source: Source, *, in_rows: bo
         return attend_around(net, config, index, merged_SLD, mask)
 
     x_SLD = embed(net, config, ids_SL, position_L, side=0)
-    merged_SLD = memorised(net, config, x_SLD, look_around)
-    if in_rows:
-        both_SALD = merged_SLD.unflatten(-1, (2 * config.decoder_layers, -1)).transpose(1, 2)
-        return Memory(
-            {"both": both_SALD.contiguous(), "mask": mask}, {"both": (2, 0.0), "mask": (3, -math.inf)}
-        )
-    both_SLAHP = merged_SLD.unflatten(-1, (2 * config.decoder_layers, config.heads, -1))
+    both_SLAHP = memorised(net, config, x_SLD, look_around).unflatten(
+        -1, (2 * config.decoder_layers, config.heads, -1)
+    )
     # Each contiguous: attention walks along the source.
     tensors = {
         name: part_SLHP.transpose(1, 2).contiguous()
@@ -244,10 +238,11 @@ class TransformerStepper(Stepper):
         self.bias_V = None if net.output_bias is None else net.output_bias.detach()
         self.product = linear(self.weight_VD, self.bias_V)
         self.stepwise = stepping.suits(self.config, self.product)
-        self.kernel: stepping.Kernel | None = None
+        self.reader: reading.Reader | None = None
         if self.stepwise:
             stepping.round_once(net, self.net)
             self.kernel = stepping.kernel_for(net, self.net)
+            self.reader = reading.reader_for(net, self.net)
         self.embedding_VD = net.target_embedding.weight.detach()
         self.scale = math.sqrt(config.width) if config.embedding_scale else 1.0
         self.post = config.norm_place == "post"
@@ -269,12 +264,14 @@ class TransformerStepper(Stepper):
                 f"{room} target positions are asked for, the network has {self.config.limit}; "
                 "lower --max-length"
             )
-        memory = remember(self.net, self.config, source, in_rows=self.stepwise)
         position_S = torch.zeros_like(source.lengths_S)
         if self.stepwise:
-            sizes = (len(source), hypotheses)
-            cache = stepping.Cache.empty(sizes, layers=self.config.decoder_layers, width=self.config.width)
-            return State(memory, cache, position_S)
+            read = self.reader.read if self.reader else partial(reading.remember, self.net, self.config)
+            cache = stepping.Cache.empty(
+                (len(source), hypotheses), layers=self.config.decoder_layers, width=self.config.width
+            )
+            return State(read(source), cache, position_S)
+        memory = remember(self.net, self.config, source)
         store = stores.key_value_store(
             memory["key0"],
             (len(source), hypotheses),
@@ -319,13 +316,15 @@ class TransformerStepper(Stepper):
     ) -> tuple[Output, State]:
         """The same one token after the other, in the arithmetic of `stepping`."""
         memory, cache, position_S = state.take()
+        assert isinstance(memory, stepping.Remembered)
         count = tokens_SKT.shape[2]
         cache.go_on(position_S, count)
         hidden, weights = [], []
         for tokens_SK in tokens_SKT.unbind(2):
             if self.kernel and "attention" not in want:
-                one_SKD = self.kernel.step(tokens_SK, position_S, cache, memory["both"], memory["mask"])
+                one_SKD = self.kernel.step(tokens_SK, position_S, cache, memory)
             else:
+                memory = memory.gathered()
                 one_SKD, looked = self._one_token(tokens_SK, position_S, cache, memory)
                 weights.append(torch.stack(looked))  # [A, S, H, K, L]
             hidden.append(one_SKD)

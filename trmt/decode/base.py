@@ -9,6 +9,7 @@ and the moment of looking whether everything is done. Scores that a search was g
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -68,6 +69,28 @@ class SearchState:
         return replace(self, **named)
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """`Search.advance` as a kernel, and the state that it writes to in place."""
+
+    function: Any
+    state: ctypes.Structure
+
+    def advance(self, scores_SKV: Tensor) -> tuple[Tensor, Tensor]:
+        """(parents [S, K], tokens [S, K])"""
+        scores_SKV = scores_SKV.contiguous()
+        parents_SK = torch.empty(scores_SKV.shape[:2], dtype=torch.long)
+        tokens_SK = torch.empty_like(parents_SK)
+        self.function(
+            ctypes.addressof(self.state),
+            scores_SKV.data_ptr(),
+            scores_SKV.shape[2],
+            parents_SK.data_ptr(),
+            tokens_SK.data_ptr(),
+        )
+        return parents_SK, tokens_SK
+
+
 class Search(ABC):
     """A way to choose tokens."""
 
@@ -84,6 +107,10 @@ class Search(ABC):
 
         The state that was given is consumed: its tensors may be written in place.
         """
+
+    def compiled(self, state: Any, vocabulary: int) -> Compiled | None:
+        """The kernel that does the same as `advance` on scores [S, K, vocabulary], if there is one."""
+        return None
 
     @abstractmethod
     def results(self, state: Any) -> list[list[Hypothesis]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trmt.decode.base import Hypothesis, Search, SearchState, Sentence
+from trmt.decode.base import Compiled, Hypothesis, Search, SearchState, Sentence
 from trmt.decode.choosing import highest, library_for
 from trmt.errors import ConfigError
 
@@ -110,8 +110,8 @@ class Beam(Search):
         )
 
     def advance(self, scores_SKV: Tensor, state: BeamState) -> tuple[Tensor, Tensor, BeamState]:
-        if library := library_for(scores_SKV, self.size):
-            return self._at_once(library, scores_SKV.contiguous(), state)
+        if compiled := self.compiled(state, scores_SKV.shape[2]):
+            return (*compiled.advance(scores_SKV), state)
         scores_RV = scores_SKV.flatten(0, 1)
         best_RC, ids_RC, sum_R1 = highest(scores_RV, self.size)
         log_RC = best_RC - sum_R1
@@ -135,22 +135,13 @@ class Beam(Search):
         state = replace(state, length_S=length_S, score_SK=score_SK)
         return parents_SK, tokens_SK, self._with_ended(state, ends_SK, full_S, parents_SK)
 
-    def _at_once(
-        self, library: Any, scores_SKV: Tensor, state: BeamState
-    ) -> tuple[Tensor, Tensor, BeamState]:
-        """The same by a kernel, in place."""
+    def compiled(self, state: BeamState, vocabulary: int) -> Compiled | None:
+        library = library_for(state.score_SK, vocabulary, self.size)
+        if not library:
+            return None
         beams = state.for_kernel
         beams.n_best, beams.length_penalty = self.n_best, self.length_penalty
-        parents_SK = torch.empty(scores_SKV.shape[:2], dtype=torch.long)
-        tokens_SK = torch.empty_like(parents_SK)
-        library.trmt_advance_beams(
-            ctypes.addressof(beams),
-            scores_SKV.data_ptr(),
-            scores_SKV.shape[2],
-            parents_SK.data_ptr(),
-            tokens_SK.data_ptr(),
-        )
-        return parents_SK, tokens_SK, state
+        return Compiled(library.trmt_advance_beams, beams)
 
     def _with_ended(self, state: BeamState, ends_SK: Tensor, full_S: Tensor, parents_SK: Tensor) -> BeamState:
         """Move what ended, and at the limit all, to the places behind those that ended before."""

@@ -26,7 +26,7 @@ def highest(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     The scores may be lost.
     """
     rows, vocabulary = scores_RV.shape
-    if library := library_for(scores_RV, count):
+    if library := library_for(scores_RV, vocabulary, count):
         scores_RV = scores_RV.contiguous()
         best_RC, log_R1 = scores_RV.new_empty(rows, count), scores_RV.new_empty(rows, 1)
         ids_RC = torch.empty(rows, count, dtype=torch.long)
@@ -37,20 +37,22 @@ def highest(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return best_RC, ids_RC, log_sums(scores_RV, best_RC[:, :1])
 
 
-def library_for(scores: Tensor, count: int) -> Any:
-    """The kernels of search, where they can find the `count` highest of each row [.., V]; otherwise None."""
-    fits = count <= min(MOST, scores.shape[-1] // CHUNK)
-    return _library() if fits and scores.device.type == "cpu" and scores.dtype == torch.float32 else None
+def library_for(like: Tensor, vocabulary: int, count: int) -> Any:
+    """The kernels of search, where they can find the `count` highest of scores like these; otherwise None."""
+    fits = count <= min(MOST, vocabulary // CHUNK)
+    return _library() if fits and like.device.type == "cpu" and like.dtype == torch.float32 else None
 
 
 @functools.cache
 def _library() -> Any:
     found = kernels.load("search")
     if found:
-        for name, count in (("lines", 1), ("beams", 2)):
-            function = getattr(found, f"trmt_advance_{name}")
+        for function in (found.trmt_advance_lines, found.trmt_advance_beams):
             function.restype = None
-            function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * count)
+            function.argtypes = (
+                *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),
+                *(ctypes.c_void_p, ctypes.c_void_p),
+            )
         found.trmt_highest.restype = None
         found.trmt_highest.argtypes = (
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trmt.decode.base import Hypothesis, Search, SearchState, Sentence
+from trmt.decode.base import Compiled, Hypothesis, Search, SearchState, Sentence
 from trmt.decode.choosing import highest, library_for
 
 
@@ -109,27 +109,17 @@ class Greedy(Search):
         return LineState.empty(sentences, (1, room), eos=eos, device=device)
 
     def advance(self, scores_SKV: Tensor, state: LineState) -> tuple[Tensor, Tensor, LineState]:
-        if library := library_for(scores_SKV, 1):
-            return self._at_once(library, scores_SKV.contiguous(), state)
+        if compiled := self.compiled(state, scores_SKV.shape[2]):
+            return (*compiled.advance(scores_SKV), state)
         scores_RV = scores_SKV.flatten(0, 1)
         best_R1, tokens_R1, sum_R1 = highest(scores_RV, 1)
         log_R1 = best_R1 - sum_R1
         tokens_SK = tokens_R1.view(scores_SKV.shape[:2])
         return torch.zeros_like(tokens_SK), tokens_SK, state.extended(tokens_SK, log_R1.view_as(tokens_SK))
 
-    def _at_once(
-        self, library: Any, scores_SKV: Tensor, state: LineState
-    ) -> tuple[Tensor, Tensor, LineState]:
-        """The same by a kernel, in place."""
-        sizes = scores_SKV.shape[:2]
-        parents_SK, tokens_SK = torch.zeros(sizes, dtype=torch.long), torch.empty(sizes, dtype=torch.long)
-        library.trmt_advance_lines(
-            ctypes.addressof(state.for_kernel),
-            scores_SKV.data_ptr(),
-            scores_SKV.shape[2],
-            tokens_SK.data_ptr(),
-        )
-        return parents_SK, tokens_SK, state
+    def compiled(self, state: LineState, vocabulary: int) -> Compiled | None:
+        library = library_for(state.score_SK, vocabulary, 1)
+        return Compiled(library.trmt_advance_lines, state.for_kernel) if library else None
 
     def results(self, state: LineState) -> list[list[Hypothesis]]:
         return state.hypotheses()

@@ -11,8 +11,9 @@ so the place of a score depends on its sentence alone, and with it every bit of 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,16 @@ class Whole:
     def scores(self, hidden_SKD: Tensor) -> Tensor:
         """A score for each column."""
         return self.stepper.readout(hidden_SKD)
+
+    @property
+    def product(self) -> Any:
+        """The matrix product in `scores`."""
+        return self.stepper.product
+
+    @property
+    def lists(self) -> tuple[Tensor, ...]:
+        """[S, C]: which of the product's outputs each column is, its id, and whether it is impossible."""
+        return ()
 
     def ids(self, columns_SK: Tensor) -> Tensor:
         """The ids that these columns stand for."""
@@ -75,7 +86,7 @@ class Listed(Whole):
         self.closed_SC = torch.from_numpy(closed).to(banned.device)
         self._chosen: Tensor | None = None  # the ids that are read out
         self._columns_SC: Tensor | None = None  # where among these each column is
-        self._read: Callable[[Tensor], Tensor] = stepper.readout
+        self._narrowed: Any = None  # what reads these out; None: all are
 
     def seen(self, requests: Sequence[Request]) -> Sequence[Request]:
         lists = [sorted(set(row)) for row in self.ids_SC.tolist()]  # without what they are filled up with
@@ -85,21 +96,34 @@ class Listed(Whole):
         ]
 
     def scores(self, hidden_SKD: Tensor) -> Tensor:
-        if self._columns_SC is None:
-            self._columns_SC = self._choose()
-        read_SKU = self._read(hidden_SKD)
-        columns_SKC = self._columns_SC[:, None].expand(-1, read_SKU.shape[1], -1)
+        columns_SC = self._chosen_columns()
+        read_SKU = (self._narrowed or self.stepper.readout)(hidden_SKD)
+        columns_SKC = columns_SC[:, None].expand(-1, read_SKU.shape[1], -1)
         scores_SKC = read_SKU.gather(2, columns_SKC)
         return scores_SKC.masked_fill_(self.closed_SC[:, None], -torch.inf)
+
+    @property
+    def product(self) -> Any:
+        self._chosen_columns()
+        return self._narrowed or self.stepper.product
+
+    @property
+    def lists(self) -> tuple[Tensor, ...]:
+        return self._chosen_columns(), self.ids_SC, self.closed_SC
+
+    def _chosen_columns(self) -> Tensor:
+        if self._columns_SC is None:
+            self._columns_SC = self._choose()
+        return self._columns_SC
 
     def _choose(self) -> Tensor:
         """Have the ids of all lists read out, which takes preparation, unless they are already."""
         wanted = torch.unique(self.ids_SC)
         if len(wanted) > WORTH * self.vocabulary:
-            self._chosen, self._read = None, self.stepper.readout
+            self._chosen = self._narrowed = None
             return self.ids_SC
         if self._chosen is None or not torch.isin(wanted, self._chosen).all():
-            self._chosen, self._read = wanted, self.stepper.narrowed(wanted)
+            self._chosen, self._narrowed = wanted, self.stepper.narrowed(wanted)
         return torch.searchsorted(self._chosen, self.ids_SC)
 
     def ids(self, columns_SK: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from trmt.arch.base import Seq2Seq, Source, State, Stepper
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Engine, Request
+from trmt.engines.chain import Chain
 from trmt.engines.columns import Listed, Whole
 from trmt.errors import BundleError
 from trmt.kernels.products import Precision
@@ -56,6 +57,7 @@ class Eager(Engine):
         if shelf:
             shelf.keep()
         self.search = search
+        self.chain = Chain.of(self.stepper, search)
         self.bos, self.eos = bos, eos
         self.batching = batching
         self.device = next(net.parameters()).device
@@ -91,12 +93,14 @@ class Eager(Engine):
         refills = self.stepper.mixes_ages(self.search.hypotheses, room)
         shortest = REFILL_WIDTH * under.width
         for step in itertools.count(1):
-            under.step(self)
+            # On the way to where something is to be done, chains take as many steps as it needs.
+            if not (self.chain and self.chain.run(under, room - under.oldest, under.enough)):
+                under.step(self)
             at_end = under.oldest >= room  # of the room: who is there is done, and must not go on
             if not at_end and self.device.type != "cpu" and step % LOOK_EVERY:
                 continue
             done = under.search_state.done_S.tolist()
-            if not at_end and sum(done) < max(COMPACT_AT * len(done), 1):
+            if not at_end and sum(done) < under.enough:
                 continue
             finished = [place for place, is_done in enumerate(done) if is_done]
             results = self._results(under.search_state.keep(self._places(finished)))
@@ -169,6 +173,11 @@ class _Underway:
         self.tokens_SK = self.columns.ids(chosen_SK)
         self.state = state.reorder(parents_SK) if engine.search.reorders else state
         self.oldest += 1
+
+    @property
+    def enough(self) -> int:
+        """So many sentences have to be done before they are taken away."""
+        return max(math.ceil(COMPACT_AT * len(self.indices)), 1)
 
     def keep(self, sentences: Tensor) -> None:
         """Only these sentences."""

@@ -13,22 +13,27 @@
 typedef float NAME(floats) __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t NAME(ints) __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t NAME(bytes) __attribute__((vector_size(4 * LANES), aligned(1)));
+typedef int8_t NAME(lane_bytes) __attribute__((vector_size(LANES), aligned(1)));
 
 /* Each row in whole numbers from -127 to 127, and what one of them stands for. */
 static TARGET void NAME(quantise)(const Quantised *q, const float *x, int64_t from, int64_t to, int flip) {
+  int64_t inner = q->inner, depth = q->depth, whole = inner / LANES * LANES;
   for (int64_t row = from; row < to; row++) {
-    const float *xr = x + row * q->inner;
-    int8_t *out = q->values + row * q->depth;
+    const float *restrict xr = x + row * inner;
+    int8_t *restrict out = q->values + row * depth;
     uint32_t most = 0;
-    for (int64_t k = 0; k < q->inner; k++) {
+    for (int64_t k = 0; k < inner; k++) {
       uint32_t size = bits(xr[k]) & 0x7fffffff; /* as whole numbers, so that NaN is above everything */
       most = size > most ? size : most;
     }
     float step = to_quantised(most, &q->scale[row]);
-    for (int64_t k = 0; k < q->inner; k++) /* the lowest bits of the sum are the whole number, half to even */
-      out[k] = (int8_t)((bits(xr[k] * step + 12582912.0f) - bits(12582912.0f)) ^ flip);
-    for (int64_t k = q->inner; k < q->depth; k++) out[k] = (int8_t)flip;
-    if (!step) memset(out, flip, q->depth); /* NaN times 0 is not 0 */
+    for (int64_t k = 0; k < whole; k += LANES) { /* the lowest bits of the sum are the whole number, half to even */
+      NAME(ints) sum = (NAME(ints))(*(const NAME(floats) *)(xr + k) * step + 12582912.0f);
+      *(NAME(lane_bytes) *)(out + k) = __builtin_convertvector(sum ^ flip, NAME(lane_bytes));
+    }
+    for (int64_t k = whole; k < inner; k++) out[k] = (int8_t)(bits(xr[k] * step + 12582912.0f) ^ flip);
+    memset(out + inner, flip, depth - inner);
+    if (!step) memset(out, flip, depth); /* NaN times 0 is not 0 */
   }
 }
 

@@ -23,6 +23,7 @@
 
 enum { MOST_ROWS = 12, MOST_PANELS = 8 }; /* of a block */
 enum { CHUNK = 1 << 18 };                 /* bytes of weights that stay in the cache while rows pass by */
+enum { ON_STACK = 1 << 16 };              /* bytes that are not worth asking the system for */
 
 typedef struct {
   int64_t inner, depth;
@@ -124,38 +125,64 @@ static void fp32_panels(const Matrix *m, const float *x, int64_t rows, float *y,
 enum { TILES_FROM = 4 }; /* rows, measured; with fewer, loading tiles takes longer than it saves */
 enum { WORTH_THREADS = 1 << 17 }; /* multiplications below which another thread only costs */
 
-static int64_t chunk_of(const Matrix *m, int64_t rows) {
-  int64_t bytes = m->depth * PANEL * (m->is_int8 ? 1 : 4), chunk = CHUNK / bytes / 8 * 8;
+/* Into how many parts work is worth being cut. Without others, what serves several threads is left out: asking
+   for one thread takes as long as a small product. */
+static int64_t threads_for(int64_t work, int64_t least) {
 #ifdef _OPENMP
-  if (rows * m->outer * m->inner >= WORTH_THREADS) {
-    int64_t share = (m->panels + omp_get_max_threads() - 1) / omp_get_max_threads();
-    chunk = share < chunk ? share : chunk;
-  }
+  if (work >= least) return omp_get_max_threads();
 #endif
+  return 1;
+}
+
+/* How many of so many rows a thread takes, all where there are fewer than `least`. */
+static int64_t share_of(int64_t rows, int64_t least) {
+  int64_t threads = threads_for(rows, least);
+  return (rows + threads - 1) / threads;
+}
+
+static int64_t chunk_of(const Matrix *m, int64_t threads) {
+  int64_t bytes = m->depth * PANEL * (m->is_int8 ? 1 : 4), chunk = CHUNK / bytes / 8 * 8;
+  int64_t share = (m->panels + threads - 1) / threads;
+  if (threads > 1 && share < chunk) chunk = share;
   return chunk < 4 ? 4 : chunk;
 }
 
+static void some_panels(const Matrix *m, const Quantised *q, const float *x, int64_t rows, float *y,
+                        int64_t from, int64_t chunk, int processor) {
+  int64_t to = from + chunk < m->panels ? from + chunk : m->panels;
+  if (m->is_int8)
+    int8_panels(m, q, rows, y, from, to, processor);
+  else
+    fp32_panels(m, x, rows, y, from, to, processor);
+}
+
+static void quantise_all(const Quantised *q, const float *x, int64_t rows, int processor) {
+  int64_t share = share_of(rows, 32);
+  if (share >= rows) return quantise(q, x, 0, rows, processor);
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row += share)
+    quantise(q, x, row, row + share < rows ? row + share : rows, processor);
+}
+
 void trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int processor) {
-  int64_t chunk = chunk_of(m, rows), work = rows * m->outer * m->inner;
+  int64_t threads = threads_for(rows * m->outer * m->inner, WORTH_THREADS), chunk = chunk_of(m, threads);
   if (processor == AMX && rows < TILES_FROM) processor = AVX512_VNNI;
   Quantised q = {m->inner, m->depth, 0, 0};
+  int8_t small[ON_STACK] __attribute__((aligned(64)));
   if (m->is_int8) {
-    int64_t room = (rows + 31) / 32 * 32; /* whole tiles */
-    q.values = aligned_alloc(64, room * (m->depth + 64));
+    int64_t room = (rows + 31) / 32 * 32, size = room * (m->depth + 64); /* whole tiles */
+    q.values = size <= ON_STACK ? small : aligned_alloc(64, size);
     q.scale = (float *)(q.values + room * m->depth);
-#pragma omp parallel for schedule(static) if (work >= WORTH_THREADS && rows > 16)
-    for (int64_t row = 0; row < rows; row += 16)
-      quantise(&q, x, row, row + 16 < rows ? row + 16 : rows, processor);
+    quantise_all(&q, x, rows, processor);
   }
-#pragma omp parallel for schedule(static) if (work >= WORTH_THREADS)
-  for (int64_t panel = 0; panel < m->panels; panel += chunk) {
-    int64_t to = panel + chunk < m->panels ? panel + chunk : m->panels;
-    if (m->is_int8)
-      int8_panels(m, &q, rows, y, panel, to, processor);
-    else
-      fp32_panels(m, x, rows, y, panel, to, processor);
-  }
-  free(q.values);
+  if (threads > 1) {
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < m->panels; panel += chunk)
+      some_panels(m, &q, x, rows, y, panel, chunk, processor);
+  } else
+    for (int64_t panel = 0; panel < m->panels; panel += chunk)
+      some_panels(m, &q, x, rows, y, panel, chunk, processor);
+  if (q.values != small) free(q.values);
 }
 
 /* Rows of weights [outer, inner] into panels; `shift` is what it is in Matrix. */

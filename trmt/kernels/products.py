@@ -127,7 +127,7 @@ def library() -> Any:
     """The kernels for translating, or None."""
     found = kernels.load("translating")
     if found:
-        for name in ("product", "pack_int8", "pack_fp32", "step", "reorder"):
+        for name in ("product", "pack_int8", "pack_fp32", "step", "read", "reorder"):
             getattr(found, f"trmt_{name}").restype = None
         found.trmt_product.argtypes = (
             ctypes.c_void_p,
@@ -137,8 +137,11 @@ def library() -> Any:
             ctypes.c_int,
         )
         found.trmt_step.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+        found.trmt_read.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
         sizes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
         found.trmt_reorder.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_void_p)
+        found.trmt_chain.restype = ctypes.c_int64
+        found.trmt_chain.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     return found
 
 

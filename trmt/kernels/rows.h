@@ -1,4 +1,4 @@
-/* Norms and attention of one row, in double precision; included once for each kind of processor.
+/* Norms and attention, in double precision; included once for each kind of processor.
 
    The one who includes it defines NAME, TARGET, WIDE (doubles of a vector), and
    WIDENED(p)      a vector of the WIDE floats at p
@@ -48,31 +48,33 @@ static TARGET void NAME(norm_row)(const Network *n, const Norm *norm, float *x, 
   }
 }
 
-INLINE void NAME(fetch)(const float *row, int64_t width) {
-  for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
-}
-
-/* Scores to weights that add up to 1; there is space for `count` rounded up to WIDE. */
-INLINE TARGET void NAME(softmax)(double *scores, int64_t count) {
-  double most = -INFINITY, sum = 0;
-  for (int64_t j = 0; j < count; j++) most = scores[j] > most ? scores[j] : most;
-  for (int64_t j = count; j % WIDE; j++) scores[j] = most;
+/* Scores to weights; returns what they have to be multiplied by to add up to 1. There is space for `count`
+   rounded up to WIDE. */
+INLINE TARGET double NAME(softmax)(double *scores, int64_t count) {
+  NAME(wide) high = (NAME(wide)){0} - INFINITY, sum = {0};
+  for (int64_t j = count; j % WIDE; j++) scores[j] = -INFINITY;
+  for (int64_t j = 0; j < count; j += WIDE) {
+    NAME(wide) some = *(NAME(wide) *)(scores + j);
+    NAME(wide_bits) above = some > high;
+    high = (NAME(wide))((above & (NAME(wide_bits))some) | (~above & (NAME(wide_bits))high));
+  }
+  double most = high[0];
+  for (int lane = 1; lane < WIDE; lane++) most = high[lane] > most ? high[lane] : most;
   for (int64_t j = 0; j < count; j += WIDE)
-    *(NAME(wide) *)(scores + j) = NAME(exponential)(*(NAME(wide) *)(scores + j) - most);
-  for (int64_t j = 0; j < count; j++) sum += scores[j];
-  for (int64_t j = 0; j < count; j++) scores[j] /= sum;
+    sum += *(NAME(wide) *)(scores + j) = NAME(exponential)(*(NAME(wide) *)(scores + j) - most);
+  return 1 / TOTAL(sum);
 }
 
 /* All heads of one row. Keys are gone through once, and values, since they come from far: each is read whole
-   while the next one is on its way. */
-INLINE TARGET void NAME(attend)(const Network *n, const float *query, const Seen *seen, const Room *room,
-                                const int64_t part, float *out) {
+   while later ones are on their way. */
+INLINE TARGET void NAME(attend)(const Network *n, const float *query, const Seen *seen, const Seen *next,
+                                const Room *room, const int64_t part, float *out) {
   int64_t width = n->width, count = seen->count;
-  double scale = 1.0 / sqrt((double)part), *sums = room->sums;
+  double scale = 1.0 / sqrt((double)part), *sums = room->sums, factor[n->heads];
   for (int64_t i = 0; i < width; i += WIDE) *(NAME(wide) *)(sums + i) = WIDENED(query + i);
   for (int64_t j = 0; j < count; j++) {
     const float *key = seen->keys + seen->offset[j];
-    NAME(fetch)(j + 1 < count ? seen->keys + seen->offset[j + 1] : seen->values + seen->offset[0], width);
+    fetch(seen, next, j, width);
     for (int64_t head = 0; head < n->heads; head++) {
       NAME(wide) dot = {0};
       for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
@@ -80,28 +82,72 @@ INLINE TARGET void NAME(attend)(const Network *n, const float *query, const Seen
       room->weights[head * room->keys + j] = TOTAL(dot) * scale;
     }
   }
-  for (int64_t head = 0; head < n->heads; head++) NAME(softmax)(room->weights + head * room->keys, count);
+  for (int64_t head = 0; head < n->heads; head++)
+    factor[head] = NAME(softmax)(room->weights + head * room->keys, count);
   memset(sums, 0, width * sizeof(double));
   for (int64_t j = 0; j < count; j++) {
     const float *value = seen->values + seen->offset[j];
-    if (j + 1 < count) NAME(fetch)(seen->values + seen->offset[j + 1], width);
+    fetch(seen, next, count + j, width);
     for (int64_t head = 0; head < n->heads; head++) {
       NAME(wide) weight = (NAME(wide)){0} + room->weights[head * room->keys + j];
       for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
         *(NAME(wide) *)(sums + p) = FUSED(weight, WIDENED(value + p), *(NAME(wide) *)(sums + p));
     }
   }
-  for (int64_t i = 0; i < width; i += WIDE)
-    *(NAME(narrow) *)(out + i) = NARROWED(*(NAME(wide) *)(sums + i));
+  for (int64_t head = 0; head < n->heads; head++)
+    for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
+      *(NAME(narrow) *)(out + p) = NARROWED(*(NAME(wide) *)(sums + p) * factor[head]);
 }
 
-static TARGET void NAME(attend_row)(const Network *n, const float *query, const Seen *seen, const Room *room,
-                                    float *out) {
+static TARGET void NAME(attend_row)(const Network *n, const float *query, const Seen *seen, const Seen *next,
+                                    const Room *room, float *out) {
   int64_t part = n->width / n->heads;
   if (part == 64) /* the usual ones, with loops of known length */
-    NAME(attend)(n, query, seen, room, 64, out);
+    NAME(attend)(n, query, seen, next, room, 64, out);
   else if (part == 32)
-    NAME(attend)(n, query, seen, room, 32, out);
+    NAME(attend)(n, query, seen, next, room, 32, out);
   else
-    NAME(attend)(n, query, seen, room, part, out);
+    NAME(attend)(n, query, seen, next, room, part, out);
+}
+
+/* `vectors` columns of out = a @ rows, times scale; several at once, since each is one chain of additions. */
+INLINE TARGET void NAME(mix_columns)(const int vectors, const double *a, int64_t count, const double *rows,
+                                     int64_t stride, double scale, double *out) {
+  NAME(wide) sums[4] = {{0}};
+  for (int64_t j = 0; j < count; j++)
+    for (int v = 0; v < vectors; v++)
+      sums[v] = FUSED((NAME(wide)){0} + a[j], *(NAME(wide) *)(rows + j * stride + v * WIDE), sums[v]);
+  for (int v = 0; v < vectors; v++) *(NAME(wide) *)(out + v * WIDE) = sums[v] * scale;
+}
+
+static TARGET void NAME(mix)(const double *a, int64_t count, const double *rows, int64_t stride, double scale,
+                             double *out) {
+  int64_t at = 0;
+  for (; at + 4 * WIDE <= stride; at += 4 * WIDE)
+    NAME(mix_columns)(4, a, count, rows + at, stride, scale, out + at);
+  for (; at + 2 * WIDE <= stride; at += 2 * WIDE)
+    NAME(mix_columns)(2, a, count, rows + at, stride, scale, out + at);
+  for (; at < stride; at += WIDE) NAME(mix_columns)(1, a, count, rows + at, stride, scale, out + at);
+}
+
+/* One head of a sentence that looks at itself. Queries, keys and values of a token lie `width` apart, and those
+   of the next one behind them. There is room for (2 * part + 1) * space + part, where space is `count` up to
+   a multiple of 8. */
+static TARGET void NAME(attend_sentence)(int64_t width, int64_t part, const float *merged, int64_t count,
+                                         double *room, float *out) {
+  int64_t space = (count + 7) / 8 * 8;
+  double *keys = room, *values = keys + part * space, *weights = values + part * space, *one = weights + space;
+  double scale = 1.0 / sqrt((double)part);
+  for (int64_t p = 0; p < part; p++)
+    for (int64_t j = 0; j < space; j++)
+      keys[p * space + j] = j < count ? merged[(3 * j + 1) * width + p] : 0;
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t p = 0; p < part; p++) values[j * part + p] = merged[(3 * j + 2) * width + p];
+  for (int64_t i = 0; i < count; i++) {
+    for (int64_t p = 0; p < part; p++) one[p] = merged[3 * i * width + p];
+    NAME(mix)(one, part, keys, space, scale, weights);
+    double factor = NAME(softmax)(weights, count);
+    NAME(mix)(weights, count, values, part, factor, one);
+    for (int64_t p = 0; p < part; p++) out[i * width + p] = (float)one[p];
+  }
 }

@@ -5,8 +5,12 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 enum { LANES = 16, CHUNK = 128 };
+enum { WORTH_THREADS = 1 << 16 }; /* scores */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -16,21 +20,20 @@ static inline lanes larger(lanes a, lanes b) {
   return (lanes)((chosen & (bits)a) | (~chosen & (bits)b));
 }
 
-/* exp(x) for x up to 0, by the polynomial of Cephes; 0 below what has full precision. */
-static inline lanes exponential(lanes x) {
+/* Two to the power of x, for x up to 0, by a polynomial; what is below -126 counts as that. */
+static inline lanes power_of_two(lanes x) {
   const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
-  lanes shifted = x * 1.44269504f + magic;
-  lanes whole = shifted - magic;
-  lanes rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  lanes y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * rest + 8.3334519073e-3f;
-  y = y * rest + 4.1665795894e-2f;
-  y = y * rest + 1.6666665459e-1f;
-  y = y * rest + 5.0000001201e-1f;
-  y = y * rest * rest + rest + 1.0f;
-  bits power = ((bits)shifted - 0x4b400000 + 127) << 23;
-  bits kept = ~(x < -87.0f); /* what is no number stays none */
-  return (lanes)((bits)(y * (lanes)power) & kept);
+  bits low = x < -126.0f; /* no number stays none */
+  x = (lanes)((low & (bits)((lanes){0} - 126.0f)) | (~low & (bits)x));
+  lanes shifted = x + magic;
+  lanes rest = x - (shifted - magic);
+  lanes y = rest * 1.54697320e-4f + 1.34004322e-3f;
+  y = y * rest + 9.61802560e-3f;
+  y = y * rest + 5.55032721e-2f;
+  y = y * rest + 2.40226512e-1f;
+  y = y * rest + 6.93147207e-1f;
+  y = y * rest + 1.0f;
+  return (lanes)((bits)y + ((bits)shifted << 23));
 }
 
 static float highest(const float *scores, int64_t count) {
@@ -52,7 +55,8 @@ static double exponentials(const float *scores, int64_t count, float most) {
   while (at + LANES <= count) {
     lanes part = {0};
     int64_t end = at + CHUNK < count ? at + CHUNK : count;
-    for (; at + LANES <= end; at += LANES) part += exponential(*(const lanes *)(scores + at) - most);
+    for (; at + LANES <= end; at += LANES)
+      part += power_of_two((*(const lanes *)(scores + at) - most) * 1.44269504f);
     for (int lane = 0; lane < LANES; lane++) sum += part[lane];
   }
   for (; at < count; at++) sum += exp((double)scores[at] - most);
@@ -91,12 +95,27 @@ static void one_row(const float *scores, int64_t vocabulary, int64_t count, floa
   *log_sum = (float)(log(exponentials(scores, vocabulary, first)) + first);
 }
 
+/* A region of several threads is not entered for one: that alone takes as long as a row. */
+static int several_threads(int64_t work) {
+#ifdef _OPENMP
+  return work > WORTH_THREADS && omp_get_max_threads() > 1;
+#else
+  (void)work;
+  return 0;
+#endif
+}
+
 void trmt_highest(const float *scores, int64_t rows, int64_t vocabulary, int64_t count, float *best,
                   int64_t *ids, float *log_sum) {
-#pragma omp parallel for if (rows * vocabulary > 65536)
-  for (int64_t row = 0; row < rows; row++)
-    one_row(scores + row * vocabulary, vocabulary, count, best + row * count, ids + row * count,
-            log_sum + row);
+  if (several_threads(rows * vocabulary)) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++)
+      one_row(scores + row * vocabulary, vocabulary, count, best + row * count, ids + row * count,
+              log_sum + row);
+  } else
+    for (int64_t row = 0; row < rows; row++)
+      one_row(scores + row * vocabulary, vocabulary, count, best + row * count, ids + row * count,
+              log_sum + row);
 }
 
 /* Greedy search's hypotheses, as trmt/decode/greedy.py has them, one of each sentence. */
@@ -109,12 +128,14 @@ typedef struct {
   uint8_t *ended, *done;      /* [S] */
 } Lines;
 
-/* Greedy.advance: the highest of each row is appended; `next` [S] is what was chosen. */
-void trmt_advance_lines(const Lines *l, const float *scores, int64_t vocabulary, int64_t *next) {
+/* Greedy.advance: the highest of each row is appended; `next` [S] is what was chosen, `parents` [S] is zero. */
+void trmt_advance_lines(const Lines *l, const float *scores, int64_t vocabulary, int64_t *parents,
+                        int64_t *next) {
   float *best = malloc(2 * l->sentences * sizeof(float)), *sums = best + l->sentences;
   trmt_highest(scores, l->sentences, vocabulary, 1, best, next, sums);
   for (int64_t s = 0; s < l->sentences; s++) {
     int64_t at = l->length[s] < l->room ? l->length[s] : l->room - 1; /* who waits to be taken away */
+    parents[s] = 0;
     l->tokens[s * l->room + at] = next[s];
     l->length[s]++;
     if (!l->ended[s]) l->score[s] += best[s] - sums[s];

@@ -37,12 +37,15 @@ typedef struct {
 
 typedef struct {
   int64_t sentences, hypotheses, room, length; /* S, K, columns there is space for, source positions */
-  const int64_t *tokens;                       /* [S, K] */
-  const int64_t *position;                     /* [S], where this token stands */
+  int64_t places;                              /* sentences that the cache has space for */
+  int64_t *tokens;                             /* [S, K] */
+  int64_t *position;                           /* [S], where this token stands */
   int32_t *table;                              /* [S, K, room]: which hypothesis made the ancestor's column */
-  float *cache;                                /* [layers, 2, S, room, K, D]: keys, values */
-  const float *memory;                         /* [S, 2 * layers, L, D]: keys, values of the source */
-  const float *mask;                           /* [S, L]: 0 where there is source */
+  const int64_t *place;                        /* [S], which of these places each one has */
+  float *cache;                                /* [layers, 2, places, room, K, D]: keys, values */
+  const int64_t *source;                       /* [S], which of the sources each one has */
+  const float *memory;                         /* [.., 2 * layers, L, D]: keys, values of the source */
+  const float *mask;                           /* [.., L]: 0 where there is source */
   float *hidden;                               /* [S, K, D]: the result */
 } Step;
 
@@ -58,6 +61,24 @@ typedef struct {
   double *sums, *weights;
   int64_t keys;
 } Room;
+
+enum { AHEAD = 1 << 10 }; /* numbers that are on their way while others are read, measured */
+
+/* Asks for what is going to be read after row `at` of keys, then values, then the keys of the next one. */
+INLINE void fetch(const Seen *seen, const Seen *next, int64_t at, int64_t width) {
+  int64_t count = seen->count;
+  const float *row;
+  at += AHEAD / width + 1;
+  if (at < count)
+    row = seen->keys + seen->offset[at];
+  else if (at < 2 * count)
+    row = seen->values + seen->offset[at - count];
+  else if (at - 2 * count < next->count)
+    row = next->keys + next->offset[at - 2 * count];
+  else
+    return;
+  for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + i);
+}
 
 #define NAME(x) plain_##x
 #define TARGET
@@ -117,28 +138,29 @@ static void normed(const Network *n, const Norm *norm, float *x, const float *ad
   plain_norm_row(n, norm, x, added, out);
 }
 
-static void attended(const Network *n, const float *query, const Seen *seen, const Room *room, float *out) {
+static void attended(const Network *n, const float *query, const Seen *seen, const Seen *next,
+                     const Room *room, float *out) {
 #if defined(__x86_64__)
-  if (n->processor >= AVX512_VNNI) return avx512_attend_row(n, query, seen, room, out);
-  if (n->processor >= AVX2) return avx2_attend_row(n, query, seen, room, out);
+  if (n->processor >= AVX512_VNNI) return avx512_attend_row(n, query, seen, next, room, out);
+  if (n->processor >= AVX2) return avx2_attend_row(n, query, seen, next, room, out);
 #endif
-  plain_attend_row(n, query, seen, room, out);
+  plain_attend_row(n, query, seen, next, room, out);
 }
 
 /* The row's ancestors in the cache of a layer. */
 static Seen look_back(const Network *n, const Step *s, int64_t layer, int64_t row, int64_t *offset) {
   int64_t sentence = row / s->hypotheses, count = s->position[sentence] + 1;
-  int64_t all = s->sentences * s->room * s->hypotheses * n->width;
+  int64_t all = s->places * s->room * s->hypotheses * n->width;
   const int32_t *table = s->table + row * s->room;
   for (int64_t c = 0; c < count; c++)
-    offset[c] = ((sentence * s->room + c) * s->hypotheses + table[c]) * n->width;
+    offset[c] = ((s->place[sentence] * s->room + c) * s->hypotheses + table[c]) * n->width;
   return (Seen){s->cache + 2 * layer * all, s->cache + (2 * layer + 1) * all, offset, count};
 }
 
 static Seen look_over(const Network *n, const Step *s, int64_t layer, int64_t row, int64_t *offset) {
-  int64_t sentence = row / s->hypotheses, count = 0;
-  const float *mask = s->mask + sentence * s->length;
-  const float *keys = s->memory + (sentence * 2 * n->layers + 2 * layer) * s->length * n->width;
+  int64_t source = s->source[row / s->hypotheses], count = 0;
+  const float *mask = s->mask + source * s->length;
+  const float *keys = s->memory + (source * 2 * n->layers + 2 * layer) * s->length * n->width;
   for (int64_t l = 0; l < s->length; l++)
     if (mask[l] == 0) offset[count++] = l * n->width;
   return (Seen){keys, keys + s->length * n->width, offset, count};
@@ -146,45 +168,62 @@ static Seen look_over(const Network *n, const Step *s, int64_t layer, int64_t ro
 
 /* Keys and values of the new tokens into the cache. */
 static void store(const Network *n, const Step *s, int64_t layer, const float *merged) {
-  int64_t width = n->width, all = s->sentences * s->room * s->hypotheses * width;
+  int64_t width = n->width, all = s->places * s->room * s->hypotheses * width;
   for (int64_t row = 0; row < s->sentences * s->hypotheses; row++) {
-    int64_t sentence = row / s->hypotheses, column = sentence * s->room + s->position[sentence];
+    int64_t sentence = row / s->hypotheses, column = s->place[sentence] * s->room + s->position[sentence];
     int64_t place = (column * s->hypotheses + row % s->hypotheses) * width;
     for (int part = 0; part < 2; part++)
       memcpy(s->cache + (2 * layer + part) * all + place, merged + (3 * row + 1 + part) * width, width * 4);
   }
 }
 
+static Seen look(const Network *n, const Step *s, int64_t layer, int64_t row, int back, int64_t *offset) {
+  return (back ? look_back : look_over)(n, s, layer, row, offset);
+}
+
+static void attend_some(const Network *n, const Step *s, int64_t layer, const float *query, int64_t stride,
+                        int back, float *out, int64_t from, int64_t to) {
+  int64_t most = ((s->room > s->length ? s->room : s->length) + 7) / 8 * 8;
+  double *sums = aligned_alloc(64, (n->width + (n->heads + 2) * most + 7) / 8 * 8 * sizeof(double));
+  Room room = {sums, sums + n->width, most};
+  int64_t *offsets = (int64_t *)(room.weights + n->heads * most);
+  Seen seen = look(n, s, layer, from, back, offsets + from % 2 * most);
+  for (int64_t row = from; row < to; row++) {
+    Seen next = {0};
+    if (row + 1 < to) next = look(n, s, layer, row + 1, back, offsets + (row + 1) % 2 * most);
+    attended(n, query + row * stride, &seen, &next, &room, out + row * n->width);
+    seen = next;
+  }
+  free(sums);
+}
+
 static void attend_all(const Network *n, const Step *s, int64_t layer, const float *query, int64_t stride,
                        int back, float *out) {
-  int64_t rows = s->sentences * s->hypotheses;
-  int64_t most = ((s->room > s->length ? s->room : s->length) + 7) / 8 * 8;
-#pragma omp parallel if (rows > 8)
-  {
-    double *sums = aligned_alloc(64, (n->width + n->heads * most + most + 7) / 8 * 8 * sizeof(double));
-    Room room = {sums, sums + n->width, most};
-    int64_t *offset = (int64_t *)(room.weights + n->heads * most);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-      Seen seen = (back ? look_back : look_over)(n, s, layer, row, offset);
-      attended(n, query + row * stride, &seen, &room, out + row * n->width);
-    }
-    free(sums);
-  }
+  int64_t rows = s->sentences * s->hypotheses, share = share_of(rows, 8);
+  if (share >= rows) return attend_some(n, s, layer, query, stride, back, out, 0, rows);
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row += share)
+    attend_some(n, s, layer, query, stride, back, out, row, row + share < rows ? row + share : rows);
+}
+
+static void norm_some(const Network *n, const Norm *norm, float *x, const float *added, float *out, int64_t from,
+                      int64_t to) {
+  int64_t width = n->width;
+  for (int64_t row = from; row < to; row++)
+    normed(n, norm, x + row * width, added ? added + row * width : 0, out + row * width);
 }
 
 static void norm_all(const Network *n, int64_t rows, const Norm *norm, float *x, const float *added, float *out) {
-#pragma omp parallel for schedule(static) if (rows > 32)
-  for (int64_t row = 0; row < rows; row++)
-    normed(n, norm, x + row * n->width, added ? added + row * n->width : 0, out + row * n->width);
+  int64_t share = share_of(rows, 32);
+  if (share >= rows) return norm_some(n, norm, x, added, out, 0, rows);
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row += share)
+    norm_some(n, norm, x, added, out, row, row + share < rows ? row + share : rows);
 }
 
-static void embed(const Network *n, const Step *s, float *x) {
-  for (int64_t row = 0; row < s->sentences * s->hypotheses; row++) {
-    const float *from = n->embedding + s->tokens[row] * n->width;
-    const float *position = n->positions + s->position[row / s->hypotheses] * n->width;
-    for (int64_t i = 0; i < n->width; i++) x[row * n->width + i] = from[i] * n->embedding_scale + position[i];
-  }
+static void embed_row(const Network *n, int64_t token, int64_t position, float *x) {
+  const float *from = n->embedding + token * n->width, *place = n->positions + position * n->width;
+  for (int64_t i = 0; i < n->width; i++) x[i] = from[i] * n->embedding_scale + place[i];
 }
 
 void trmt_step(const Network *n, const Step *s) {
@@ -193,7 +232,8 @@ void trmt_step(const Network *n, const Step *s) {
   float *x = aligned_alloc(64, (rows * (3 * width + most) * 4 + 63) / 64 * 64);
   float *found = x + rows * width, *added = found + rows * width, *inner = added + rows * width;
   float *normal = s->hidden; /* what a sublayer reads: with pre_norm apart from the sum `x` */
-  embed(n, s, x);
+  for (int64_t row = 0; row < rows; row++)
+    embed_row(n, s->tokens[row], s->position[row / s->hypotheses], x + row * width);
   if (n->pre_norm)
     norm_all(n, rows, n->norms, x, 0, normal);
   else
