@@ -230,8 +230,7 @@ def _tell(outcome: Outcome, out: str) -> None:
     if outcome.failed:
         name, why = next(iter(outcome.failed.items()))
         raise TrmtError(
-            f"{len(outcome.failed):,} parts are missing in {out}, {name} because: {why}; all others are there, "
-            "and the same command tries those again"
+            f"{len(outcome.failed):,} parts are missing in {out}, {name} because: {why}; all others are "
+            "there, and the same command tries those again"
         )
     console.say(f"wrote {sums['lines']:,} lines; all parts are in {out}")
-

@@ -142,7 +142,7 @@ def _begin_worker(encoder: Callable[[Block], Encoded]) -> None:
 
 
 def leave_with_parent() -> None:
-    """Have this worker process end when its parent does, even if that was killed and could not say goodbye."""
+    """Have this worker process end when its parent does, even if that is killed and cannot say goodbye."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
 

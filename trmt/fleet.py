@@ -132,7 +132,7 @@ def begun(job: Job, version: str) -> Callable[[Any], tuple[Literal["done", "fail
     """What a worker does with a part: an error is told, and does not end the worker."""
     if version != trmt.__version__:
         raise TrmtError(
-            f"{platform.node()} has trmt {trmt.__version__}, but this is {version}; install the same everywhere"
+            f"{platform.node()} has trmt {trmt.__version__}, but not {version}; install the same everywhere"
         )
     console.set_quiet(True)
     work = job.begun()

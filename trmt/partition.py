@@ -79,7 +79,9 @@ def begun(
         made = Partition(job, options, tuple(cut()))
         _write(path, made)
         return made
-    differing = list(_differences(_flat({"job": before.job, **before.options}), _flat({"job": job, **options})))
+    differing = list(
+        _differences(_flat({"job": before.job, **before.options}), _flat({"job": job, **options}))
+    )
     differing = differing or list(_changed(before.inputs, names, cut))
     if differing:
         more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""

@@ -9,6 +9,7 @@ copied, under a name that `sweep` knows.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ def is_remote(name: str) -> bool:
 
 def absolute(name: str) -> str:
     """The name as other processes can use it."""
-    return name if is_remote(name) else os.path.abspath(name)  # noqa: PTH100: keeps symbolic links
+    return name if is_remote(name) else str(Path(name).absolute())
 
 
 def join(folder: str, name: str) -> str:
@@ -81,6 +82,12 @@ def opened(name: str) -> BinaryIO:
         return cast(BinaryIO, store.open(path, "rb"))
 
 
+def checksum(name: str) -> str:
+    """The SHA-256 of a file, as hex digits."""
+    with opened(name) as stream, _told(name):
+        return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
+
+
 @contextmanager
 def published(name: str) -> Iterator[BinaryIO]:
     """A file to write, which appears under its name when the block ends, and not at all if it fails."""
@@ -105,7 +112,9 @@ def _put(local: Path, name: str) -> None:
         store.put_file(str(local), partial)
         store.mv(partial, path)
     except Exception as error:  # each store raises what it likes
-        raise TrmtError(f"cannot write {name}: {_reason(error)}; check the place and its permissions") from error
+        raise TrmtError(
+            f"cannot write {name}: {_reason(error)}; check the place and its permissions"
+        ) from error
 
 
 def sweep(folder: str) -> None:
@@ -161,7 +170,9 @@ def _told(name: str) -> Iterator[None]:
     except TrmtError:
         raise
     except Exception as error:  # each store raises what it likes
-        raise DataError(f"cannot read {name}: {_reason(error)}; check the path and its permissions") from error
+        raise DataError(
+            f"cannot read {name}: {_reason(error)}; check the path and its permissions"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

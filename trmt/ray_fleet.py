@@ -88,7 +88,7 @@ def _knock(address: str) -> None:
 
 
 def _unreachable(address: str, error: Exception) -> TrmtError:
-    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
     return TrmtError(
         f"cannot connect to the Ray cluster {address}: {reason}; start one with ray start --head, or write "
         f"--ray {LOCAL} for one on this machine"

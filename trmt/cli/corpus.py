@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trmt.fleet import Fleets
+    from trmt.preparing import PrepareOptions
     from trmt.translating import TranslateOptions
 
 
@@ -46,6 +47,14 @@ def translate(
             ),
             fleets,
         )
+
+
+def prepare(options: PrepareOptions, *, ray: str, workers: int | None) -> None:
+    """Prepare a set whose pairs are encoded in parts."""
+    from trmt.corpus_preparing import prepare_in_parts
+
+    with _fleets(ray, workers, "cpu") as (fleets, _):
+        prepare_in_parts(options, fleets)
 
 
 @contextmanager

@@ -61,11 +61,20 @@ def command(
     workers: Annotated[
         int | None, typer.Option(help="Worker processes.", show_default="one for each core")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Have the workers of a Ray cluster encode: host:port, auto, or local for one here.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Prepare again even what is up to date.")] = False,
 ) -> None:
     """Encode and filter pairs of sentences, or documents, into a checksummed set of shards."""
     if documents or language:
-        for name, value in {"--train": train, "--from": source, "--to": target, "--workers": workers}.items():
+        named = {"--train": train, "--from": source, "--to": target, "--workers": workers, "--ray": ray}
+        for name, value in named.items():
             if value:
                 raise ConfigError(f"{name} is for pairs and --documents or --language is not; leave one out")
         _prepare_documents(documents, dev, out, tokenizer, language, max_length, force)
@@ -73,20 +82,24 @@ def command(
     from trmt.filters import Limits
     from trmt.preparing import PrepareOptions, prepare
 
-    prepare(
-        PrepareOptions(
-            train=tuple(train or ()),
-            dev=dev,
-            out=out,
-            tokenizer=tokenizer,
-            languages=(source, target),
-            columns=(source_column, target_column),
-            limits=Limits(max_length, max_ratio),
-            keep_duplicates=keep_duplicates,
-            workers=workers,
-            force=force,
-        )
+    options = PrepareOptions(
+        train=tuple(train or ()),
+        dev=dev,
+        out=out,
+        tokenizer=tokenizer,
+        languages=(source, target),
+        columns=(source_column, target_column),
+        limits=Limits(max_length, max_ratio),
+        keep_duplicates=keep_duplicates,
+        workers=workers,
+        force=force,
     )
+    if ray:
+        from trmt.cli import corpus
+
+        corpus.prepare(options, ray=ray, workers=workers)
+    else:
+        prepare(options)
 
 
 def _prepare_documents(

@@ -76,13 +76,17 @@ def command(
     out_folder: Annotated[
         str | None,
         typer.Option(
-            "--output", metavar="FOLDER", help="Where the parts go; the same command goes on with the missing."
+            "--output",
+            metavar="FOLDER",
+            help="Where the parts go; the same command goes on with the missing.",
         ),
     ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
-            "--ray", metavar="ADDRESS", help="Have a Ray cluster do it: host:port, auto, or local for one here."
+            "--ray",
+            metavar="ADDRESS",
+            help="Have a Ray cluster do it: host:port, auto, or local for one here.",
         ),
     ] = None,
     part_size: Annotated[
