@@ -201,7 +201,7 @@ def _collected(parts: Sequence[PairPart]) -> Iterator[Encoded]:
     """The blocks of all parts, in order."""
     for part in parts:
         try:
-            with np.load(part.out, allow_pickle=False) as stored:
+            with places.opened(part.out) as stream, np.load(stream, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             yield from _blocks(part.number, arrays)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

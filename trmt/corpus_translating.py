@@ -46,14 +46,14 @@ class CorpusOptions:
     """Whether to write JSON lines with scores."""
     prefixed: bool = False
     """Whether lines are a source, a tab, and what the translation begins with."""
-    part_mib: int = PART_MIB
+    part_mib: float = PART_MIB
     """How much text makes a part, in MiB."""
     trust_code: bool = False
     """Whether the bundle may name code outside trmt."""
 
     def __post_init__(self) -> None:
-        if self.part_mib < 1:
-            raise ConfigError("--part-size is at least 1 MiB")
+        if not self.part_mib > 0:
+            raise ConfigError("--part-size is more than 0 MiB")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def translate_corpus(options: CorpusOptions, fleets: Fleets) -> Outcome:
             "translate",
             _decisive(options, manifest),
             names=names,
-            cut=lambda: _cut_all(names, options.part_mib << 20),
+            cut=lambda: _cut_all(names, max(int(options.part_mib * 2**20), 1)),
         )
         parts = list(_parts(source, out, partition.inputs))
         wanted = set(missing(out, [part.name for part in parts]))
@@ -181,7 +181,7 @@ def _decisive(options: CorpusOptions, manifest: Manifest) -> dict[str, Any]:
         "device": options.search.device.partition(":")[0],
         "json": options.as_json,
         "prefixed": options.prefixed,
-        "part size": options.part_mib,
+        "part size": float(options.part_mib),
     }
 
 

@@ -21,7 +21,7 @@ class TextFiles:
 
     source: str
     out: str
-    part_mib: int | None
+    part_mib: float | None
     as_json: bool
     prefixed: bool
     trust_code: bool
@@ -42,7 +42,7 @@ def translate(
                 search=replace(options, device=device),
                 as_json=files.as_json,
                 prefixed=files.prefixed,
-                part_mib=files.part_mib or PART_MIB,
+                part_mib=PART_MIB if files.part_mib is None else files.part_mib,
                 trust_code=files.trust_code,
             ),
             fleets,

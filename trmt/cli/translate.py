@@ -90,7 +90,7 @@ def command(
         ),
     ] = None,
     part_size: Annotated[
-        int | None, typer.Option("--part-size", min=1, help="MiB of text in each part. [default: 1]")
+        float | None, typer.Option("--part-size", help="MiB of text in each part. [default: 1]")
     ] = None,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
@@ -154,8 +154,8 @@ def command(
 
 
 def _in_parts(
-    source: str | None, out: str | None, ray: str | None, size: int | None
-) -> tuple[str, str, int | None] | None:
+    source: str | None, out: str | None, ray: str | None, size: float | None
+) -> tuple[str, str, float | None] | None:
     """Input and output, if they are files; what asks for half of that is an error."""
     from trmt.errors import ConfigError
 
