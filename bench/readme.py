@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import cluster_tables
 import gpu_suite
 import quality_tables
 import shortlist_tables
@@ -17,7 +18,7 @@ import translation_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "cpu.md")
+PAGES = (README, ROOT / "docs" / "cpu.md", ROOT / "docs" / "scale.md")
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -132,6 +133,20 @@ def startup() -> str:
     return table(("", "median", "least", "most"), rows) + f"\n\n- {source(result)}"
 
 
+def cluster_translate() -> str:
+    return table(cluster_tables.RATES_HEAD, cluster_tables.rates("translate")) + sources(
+        ["cluster-translate"]
+    )
+
+
+def cluster_prepare() -> str:
+    return table(cluster_tables.RATES_HEAD, cluster_tables.rates("prepare")) + sources(["cluster-prepare"])
+
+
+def cluster_plan() -> str:
+    return table(cluster_tables.PLAN_HEAD, cluster_tables.plan())
+
+
 def sources(names: list[str]) -> str:
     """Where the figures come from, of those results that there are."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -177,6 +192,9 @@ TABLES = {
     "translation": translation,
     "shortlist": shortlist,
     "startup": startup,
+    "cluster_translate": cluster_translate,
+    "cluster_prepare": cluster_prepare,
+    "cluster_plan": cluster_plan,
     "quality": quality,
     "corpora": corpora,
     "gpu": gpu,

@@ -68,6 +68,18 @@ def test_a_part_that_always_fails_is_given_up_by_name(
     assert "part-3 is given up after 3 tries" in capsys.readouterr().err
 
 
+def test_when_everything_fails_not_everything_is_tried() -> None:
+    tried: list[str] = []
+
+    def accident(part: Number) -> str:
+        tried.append(part.name)
+        return "the disk is full"
+
+    with pytest.raises(TrmtError, match=r"50 parts in a row could not be done, .* the disk is full; mend"):
+        work_through(numbers(2000), FakeFleet(Doubling(), count=1, accident=accident), title="doubling")
+    assert len(tried) == 50
+
+
 class Leaving(FakeFleet):
     """A fleet whose workers cannot begin, but for some."""
 

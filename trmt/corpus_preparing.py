@@ -7,6 +7,7 @@ only be said by who sees all of them, so duplicates are dropped here, as ever.
 
 from __future__ import annotations
 
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -71,7 +72,6 @@ def _encoded_in_parts(
     folder: Path, job: Job, encoder: Encoder, *, fleets: Fleets, part_bytes: int
 ) -> Results:
     corpora = [_cuttable(corpus) for corpus in job.train]
-    folder.mkdir(parents=True, exist_ok=True)
     where = str(folder)
     with places.kept_to_one(where):
         places.sweep(where)
@@ -171,6 +171,7 @@ def _parts(folder: str, corpora: Sequence[Corpus], inputs: Sequence[Input]) -> I
 
 
 def _encode(encoder: Encoder, part: PairPart) -> dict[str, Any]:
+    began, worked = time.perf_counter(), time.process_time()
     results = [encoder(block) for block in blocks([part.corpus])]
     with places.published(part.out) as stream:
         # The type of ids is asked of the tokenizer; an empty list has none of its own.
@@ -182,7 +183,11 @@ def _encode(encoder: Encoder, part: PairPart) -> dict[str, Any]:
             **_columns("source", [result.source for result in results], encoder.tokenizer),
             **_columns("target", [result.target for result in results], encoder.tokenizer),
         )
-    return {"pairs": sum(len(result.verdicts) for result in results)}
+    return {
+        "lines": sum(len(result.verdicts) for result in results),
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - worked,
+    }
 
 
 def _columns(side: str, runs: Sequence[Ragged], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -7,7 +7,6 @@ complete: `cat` of a file's parts is what `trmt translate` makes of the file.
 from __future__ import annotations
 
 import gzip
-import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +90,7 @@ class TranslateJob:
 
 def _translated(translator: Translator, options: CorpusOptions, part: TextPart) -> dict[str, Any]:
     """Translate a part, and say what is worth knowing of it."""
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     with places.published(part.out) as out, _text(part.slice) as source:
         first = part.slice.range.first
         try:
@@ -108,7 +107,7 @@ def _translated(translator: Translator, options: CorpusOptions, part: TextPart) 
         "undecodable": len(report.undecodable),
         "prefix_cut": len(report.prefix_cut),
         "seconds": time.perf_counter() - began,
-        "host": socket.gethostname(),
+        "cpu_seconds": time.process_time() - worked,
     }
 
 
@@ -126,8 +125,6 @@ def translate_corpus(options: CorpusOptions, fleets: Fleets) -> Outcome:
     manifest = bundles.read_manifest(model)
     source, out = places.absolute(options.source), places.absolute(options.out)
     names = _inputs(source, out)
-    if not places.is_remote(out):
-        Path(out).mkdir(parents=True, exist_ok=True)
     with places.kept_to_one(out):
         places.sweep(out)
         partition = begun(

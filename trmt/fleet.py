@@ -26,6 +26,7 @@ from trmt.encoding import leave_with_parent
 from trmt.errors import TrmtError
 
 TRIES = 3  # of a part, and of a worker to begin
+HOPELESS = 50  # parts that fail in a row: of a full disk, say, trying all the others makes no room
 
 
 class Part(Protocol):
@@ -89,6 +90,7 @@ def work_through(parts: Sequence[Any], fleet: Fleet, *, title: str, before: int 
     busy: dict[int, Any] = {}
     tries: Counter[str] = Counter()
     workers = fleet.size
+    in_row: set[str] = set()  # parts that have failed since the last one was done
     with console.progress(title, before + len(parts), unit="parts", done=before) as bar:
         while todo or busy:
             while todo and idle:
@@ -102,6 +104,7 @@ def work_through(parts: Sequence[Any], fleet: Fleet, *, title: str, before: int 
                 if answer.kind == "done":
                     outcome.done.append((part, answer.said))
                     bar.advance()
+                    in_row.clear()
                 elif answer.kind == "gone":
                     workers -= 1
                     console.warn(f"a worker cannot begin: {answer.said}")
@@ -110,6 +113,12 @@ def work_through(parts: Sequence[Any], fleet: Fleet, *, title: str, before: int 
                 elif answer.kind in ("failed", "died") and part is not None:
                     outcome.deaths += answer.kind == "died"
                     _again(part, answer, tries=tries, todo=todo, failed=outcome.failed)
+                    in_row.add(part.name)
+                    if len(in_row) == HOPELESS:
+                        raise TrmtError(
+                            f"{HOPELESS} parts in a row could not be done, {part.name} because: {answer.said}; "
+                            "mend that, and the same command goes on"
+                        )
     return outcome
 
 

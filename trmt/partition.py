@@ -121,7 +121,7 @@ def _write(path: str, made: Partition) -> None:
     inputs = [{**asdict(each), "ranges": list(map(_line, each.ranges))} for each in made.inputs]
     tree = {"format": FORMAT, "job": made.job, "options": dict(made.options), "inputs": inputs}
     with places.published(path) as stream:
-        stream.write(json.dumps(tree, indent=2, ensure_ascii=False).encode() + b"\n")
+        stream.write(json.dumps(tree, indent=2).encode() + b"\n")
 
 
 def _line(one: Range) -> str:
