@@ -118,7 +118,9 @@ def measure(given: argparse.Namespace, kind: str, workers: int) -> dict[str, Any
             prepare(given.folder, fleets, workers)
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         clock = time.perf_counter() - began
-    found: dict[str, Any] = {"clock_seconds": round(clock, 2), "connecting_seconds": round(connected, 2)}
+    found: dict[str, Any] = {"clock_seconds": round(clock, 2)}
+    if kind == "ray":
+        found["connecting_seconds"] = round(connected, 2)
     if said:
         lines, seconds, busy = (sum(one[key] for one in said) for key in ("lines", "seconds", "cpu_seconds"))
         found["parts"] = len(said)

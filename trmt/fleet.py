@@ -116,8 +116,8 @@ def work_through(parts: Sequence[Any], fleet: Fleet, *, title: str, before: int 
                     in_row.add(part.name)
                     if len(in_row) == HOPELESS:
                         raise TrmtError(
-                            f"{HOPELESS} parts in a row could not be done, {part.name} because: {answer.said}; "
-                            "mend that, and the same command goes on"
+                            f"{HOPELESS} parts in a row could not be done, {part.name} because: {answer.said}"
+                            "; mend that, and the same command goes on"
                         )
     return outcome
 
