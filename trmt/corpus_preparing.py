@@ -8,13 +8,12 @@ only be said by who sees all of them, so duplicates are dropped here, as ever.
 from __future__ import annotations
 
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,13 +21,11 @@ from trmt import places
 from trmt.corpus import STDIN, Corpus, settled
 from trmt.encoding import BLOCK_PAIRS, Encoded, Encoder, blocks
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.filters import KEPT
 from trmt.fleet import Fleets, work_through
 from trmt.partition import Input, begun, measured, missing, part_name
 from trmt.preparing import Job, PrepareOptions, Results, id_type, prepare
 from trmt.ranges import Range, Slice, cut, cut_after, whole
 from trmt.shards import PreparedSet, Ragged
-from trmt.tokenizer import Tokenizer
 
 PART_BYTES = 32 << 20  # of source text: half a minute for a worker
 
@@ -167,73 +164,49 @@ def _parts(folder: str, corpora: Sequence[Corpus], inputs: Sequence[Input]) -> I
         yield PairPart(name, number, replace(corpora[number], slices=some), places.join(folder, name))
 
 
-# What a part holds
+# What a part holds: for each block six arrays, one after the other, and at last an array of nothing
 
 
 def _encode(encoder: Encoder, part: PairPart) -> dict[str, Any]:
-    began, worked = time.perf_counter(), time.process_time()
-    results = [encoder(block) for block in blocks([part.corpus])]
+    began, worked, lines = time.perf_counter(), time.process_time(), 0
     with places.published(part.out) as stream:
-        # The type of ids is asked of the tokenizer; an empty list has none of its own.
-        np.savez(
-            stream,
-            pairs=np.array([len(result.verdicts) for result in results], np.int64),
-            verdicts=_joined([result.verdicts for result in results], "u1"),
-            hashes=_joined([result.hashes for result in results], "<u8"),
-            **_columns("source", [result.source for result in results], encoder.tokenizer),
-            **_columns("target", [result.target for result in results], encoder.tokenizer),
-        )
+        for block in blocks([part.corpus]):
+            result = encoder(block)
+            lines += len(result.verdicts)
+            for array in (result.verdicts, result.hashes):
+                np.save(stream, array)
+            for side, run in (("source", result.source), ("target", result.target)):
+                np.save(stream, run.values.astype(id_type(getattr(encoder.tokenizer, side).vocabulary)))
+                np.save(stream, run.lengths.astype("<u4"))
+        np.save(stream, np.zeros(0, np.uint8))
     return {
-        "lines": sum(len(result.verdicts) for result in results),
+        "lines": lines,
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - worked,
     }
 
 
-def _columns(side: str, runs: Sequence[Ragged], tokenizer: Tokenizer) -> dict[str, Any]:
-    vocabulary = getattr(tokenizer, side).vocabulary
-    return {
-        f"{side}_values": _joined([run.values for run in runs], id_type(vocabulary)),
-        f"{side}_lengths": _joined([run.lengths for run in runs], "<u4"),
-    }
-
-
-def _joined(arrays: Sequence[Any], kind: str) -> Any:
-    return np.concatenate([np.zeros(0, kind), *arrays]).astype(kind, copy=False)
-
-
 def _collected(parts: Sequence[PairPart]) -> Iterator[Encoded]:
     """The blocks of all parts, in order."""
     for part in parts:
-        try:
-            with places.opened(part.out) as stream, np.load(stream, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            yield from _blocks(part.number, arrays)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"{part.out} cannot be read ({error}); remove it, and the same command makes it again"
-            ) from error
+        with places.opened(part.out) as stream:
+            try:
+                yield from _blocks(part.number, stream)
+            except (EOFError, OSError, ValueError) as error:
+                raise DataError(
+                    f"{part.out} cannot be read ({error}); remove it, and the same command makes it again"
+                ) from error
 
 
-def _blocks(corpus: int, arrays: dict[str, Any]) -> Iterator[Encoded]:
-    kept = arrays["verdicts"] == KEPT
-    ends = np.cumsum(arrays["pairs"]).tolist()
-    pairs = np.concatenate([[0], np.cumsum(kept)])
-    values = {
-        side: np.concatenate([[0], np.cumsum(arrays[f"{side}_lengths"], dtype=np.int64)])
-        for side in ("source", "target")
-    }
-
-    def run(side: str, begin: int, end: int) -> Ragged:
-        ids = arrays[f"{side}_values"][values[side][begin] : values[side][end]]
-        return Ragged(ids, arrays[f"{side}_lengths"][begin:end].astype(np.int64))
-
-    for first, last in zip([0, *ends], ends, strict=False):
-        begin, end = int(pairs[first]), int(pairs[last])
-        yield Encoded(
-            corpus=corpus,
-            verdicts=arrays["verdicts"][first:last],
-            source=run("source", begin, end),
-            target=run("target", begin, end),
-            hashes=arrays["hashes"][begin:end],
+def _blocks(corpus: int, stream: BinaryIO) -> Iterator[Encoded]:
+    while len(verdicts := _array(stream)):
+        hashes, *sides = (_array(stream) for _ in range(5))
+        source, target = (
+            Ragged(values, lengths.astype(np.int64))
+            for values, lengths in zip(sides[::2], sides[1::2], strict=True)
         )
+        yield Encoded(corpus=corpus, verdicts=verdicts, source=source, target=target, hashes=hashes)
+
+
+def _array(stream: BinaryIO) -> Any:
+    return np.lib.format.read_array(stream, allow_pickle=False)
