@@ -106,6 +106,7 @@ def plan() -> list[Row]:
             f"{1 / main:,.0f} pairs/s",
             _hours(BILLION * main),
         ),
+        ("prepare: workers that keep that one busy", "", f"{1 / main / encoding:,.0f}", ""),
         (
             "prepare: text read by the main process",
             "storage",
