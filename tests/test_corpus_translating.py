@@ -246,6 +246,13 @@ def test_places_that_cannot_be(
         run(tmp_path / source, tmp_path / out)
 
 
+def test_a_file_called_like_ours_is_refused(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "manifest.json").write_bytes(b"It rains.\n")
+    with pytest.raises(ConfigError, match=r"manifest.json is called like a file of ours"):
+        run(tmp_path / "in", tmp_path / "out")
+
+
 # The command
 
 
@@ -269,6 +276,7 @@ def test_the_command_works_in_processes(bundle: Path, tmp_path: Path) -> None:
         ("--ray auto", "give both --input and --output"),
         ("--input x --output y --part-size 0", "--part-size is more than 0"),
         ("--input x --output y --ray 127.0.0.1:1 --threads 2", "leave out --threads"),
+        ("--input x --output y --threads 2", "leave out --threads"),
     ],
 )
 def test_options_that_cannot_be_together(

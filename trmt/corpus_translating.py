@@ -19,7 +19,7 @@ from trmt import bundles, console, places
 from trmt.bundles import Manifest
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.fleet import Fleets, Outcome, work_through
-from trmt.partition import Input, begun, measured, missing, part_name
+from trmt.partition import RESERVED, Input, begun, measured, missing, part_name
 from trmt.ranges import Range, Slice, cut, reading, whole
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator, find_model
@@ -121,7 +121,7 @@ def translate_corpus(options: CorpusOptions, fleets: Fleets) -> Outcome:
 
     The workers are begun only if there is something to do.
     """
-    model = find_model(options.model).resolve()
+    model = find_model(options.model).absolute()
     manifest = bundles.read_manifest(model)
     source, out = places.absolute(options.source), places.absolute(options.out)
     names = _inputs(source, out)
@@ -159,6 +159,11 @@ def _inputs(source: str, out: str) -> list[str]:
     found = [name for name in places.files_below(source) if not _hidden(name)]
     if not found:
         raise DataError(f"there is no file {source}, and no folder of that name with files in it")
+    for name in found:
+        if name.partition("/")[0] in RESERVED:
+            raise ConfigError(
+                f"{places.join(source, name)} is called like a file of ours; give it another name"
+            )
     return [places.join(source, name) for name in found]
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from trmt import console, places
 from trmt.errors import ConfigError, DataError
-from trmt.files import PARTIAL
+from trmt.files import LOCK, PARTIAL
 from trmt.ranges import Range
 
 MANIFEST = "manifest.json"
+RESERVED = (MANIFEST, LOCK)  # what an input must not be called
 FORMAT = 1
 SHOWN = 3  # differences that a refusal names
 
@@ -99,7 +100,7 @@ def missing(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def _harmless(name: str) -> bool:
-    return name == "lock" or name.rpartition("/")[2].startswith(PARTIAL)
+    return name == LOCK or name.rpartition("/")[2].startswith(PARTIAL)
 
 
 def _read(path: str) -> Partition | None:

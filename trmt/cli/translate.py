@@ -107,12 +107,15 @@ def command(
     import torch
 
     from trmt import console
+    from trmt.errors import ConfigError
     from trmt.streaming import translate_stream
     from trmt.translating import TranslateOptions, Translator, find_model
     from trmt.workers import Workers, count_of
 
     count = count_of(workers or "1")
     _check_workers(count, threads=threads, device=device, ray=ray)
+    if in_parts and threads:
+        raise ConfigError("files are translated by workers of one thread each; leave out --threads")
 
     if threads:
         torch.set_num_threads(threads)
@@ -170,7 +173,7 @@ def _in_parts(
 def _check_workers(count: int, *, threads: int | None, device: str, ray: str | None) -> None:
     from trmt.errors import ConfigError
 
-    if (count > 1 or ray) and threads:
+    if count > 1 and threads:
         raise ConfigError("--workers are of one thread each; leave out --threads")
     if count > 1 and not ray and device not in ("auto", "cpu"):
         raise ConfigError("--workers are for the CPU; leave out --device")
