@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, nargs="?", help="sentences for it")
     parser.add_argument("--lines", type=int, default=2000, help="to translate or to prepare")
     parser.add_argument("--rows", nargs="+", help="only these; those of an earlier call are kept")
+    parser.add_argument("--name", help="of the result; by itself cluster-WHAT")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the result")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where the text is put (a temporary folder)")
@@ -61,7 +62,9 @@ def main() -> None:
         rows = [run(given, row, folder) for row in given.rows or ROWS[given.what]]
     places = "BUNDLE SOURCE " if given.what == "translate" else ""
     command = f"python bench/cluster.py {given.what} {places}--lines {given.lines}"
-    name = f"cluster-{given.what}"
+    if given.name:
+        command += f" --rows {' '.join(given.rows or ROWS[given.what])} --name {given.name}"
+    name = given.name or f"cluster-{given.what}"
     print(record(name, {"rows": kept(given.out / f"{name}.json", rows)}, command=command, folder=given.out))
 
 

@@ -24,8 +24,18 @@ RATES_HEAD = (
     "lines/s, all",
     "s beside the parts",
 )
+PREPARE_HEAD = (*RATES_HEAD, "of sentencepiece's rate")
 PLAN_HEAD = ("step", "who", "measured", "a billion sentences")
 Row = tuple[str, ...]
+
+
+def prepare_rates() -> list[Row]:
+    """The rows of `prepare`, with what share of sentencepiece's own rate by processor time each has."""
+    found = result("prepare")
+    if found is None:
+        return [(*row, "") for row in rates("prepare")]
+    alone = _rows(found)["sentencepiece/1"]["lines_per_cpu_second"]
+    return [(*row, f"{int(row[3].replace(',', '')) / alone:.0%}") for row in rates("prepare")]
 
 
 def result(what: str) -> dict | None:
@@ -64,8 +74,8 @@ def _rates(row: dict, kind: str, workers: str) -> Row:
 
 def plan() -> list[Row]:
     """What a billion sentences cost, step by step, at the measured rates."""
-    translated, prepared = result("translate"), result("prepare")
-    if translated is None or prepared is None:
+    translated, prepared, large = result("translate"), result("prepare"), result("main")
+    if translated is None or prepared is None or large is None:
         return [("pending", *("" for _ in PLAN_HEAD[1:]))]
     rows = _rows(translated)
     pairs = _rows(prepared)
@@ -73,7 +83,8 @@ def plan() -> list[Row]:
     sides = text["source_bytes"] + text["target_bytes"]
     per_pair = sides / text["pairs"]
     cut = rows["cutting/1"]["mb_per_cpu_second"]
-    main = pairs["processes/2"]["main_cpu_seconds"] / pairs["processes/2"]["lines"]
+    [many] = large["figures"]["rows"]
+    main = many["main_cpu_seconds"] / many["lines"]
     encoding = pairs["processes/1"]["lines_per_cpu_second_of_a_worker"]
     tiny = rows["processes/1"]["lines_per_cpu_second_of_a_worker"]
     base = _figures("translate")["points"][BASE]["engines"]["trmt"]["sentences_per_second"]

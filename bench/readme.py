@@ -140,11 +140,11 @@ def cluster_translate() -> str:
 
 
 def cluster_prepare() -> str:
-    return table(cluster_tables.RATES_HEAD, cluster_tables.rates("prepare")) + sources(["cluster-prepare"])
+    return table(cluster_tables.PREPARE_HEAD, cluster_tables.prepare_rates()) + sources(["cluster-prepare"])
 
 
 def cluster_plan() -> str:
-    return table(cluster_tables.PLAN_HEAD, cluster_tables.plan())
+    return table(cluster_tables.PLAN_HEAD, cluster_tables.plan()) + sources(["cluster-main"])
 
 
 def sources(names: list[str]) -> str:
