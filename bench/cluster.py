@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, nargs="?", help="sentences for it")
     parser.add_argument("--lines", type=int, default=2000, help="to translate or to prepare")
     parser.add_argument("--rows", nargs="+", help="only these; those of an earlier call are kept")
+    parser.add_argument("--busy", action="store_true", help="others use the machine: the clock says little")
     parser.add_argument("--name", help="of the result; by itself cluster-WHAT")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the result")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -57,22 +58,24 @@ def main() -> None:
         kind, _, workers = given.row.partition("/")
         print(json.dumps(measure(given, kind, int(workers))))
         return
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        write(given, Path(folder))
-        rows = [run(given, row, folder) for row in given.rows or ROWS[given.what]]
     places = "BUNDLE SOURCE " if given.what == "translate" else ""
     command = f"python bench/cluster.py {given.what} {places}--lines {given.lines}"
     if given.name:
         command += f" --rows {' '.join(given.rows or ROWS[given.what])} --name {given.name}"
     name = given.name or f"cluster-{given.what}"
-    print(record(name, {"rows": kept(given.out / f"{name}.json", rows)}, command=command, folder=given.out))
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        write(given, Path(folder))
+        for row in given.rows or ROWS[given.what]:
+            found = {**run(given, row, folder), "busy": given.busy}
+            rows = kept(given.out / f"{name}.json", found)
+            path = record(name, {"rows": rows}, command=command, folder=given.out)
+    print(path)
 
 
-def kept(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows and, behind them, those of an earlier call that are not among them."""
+def kept(path: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The row behind those of earlier calls, of which it takes the place of its own."""
     before = json.loads(path.read_bytes())["figures"]["rows"] if path.exists() else []
-    names = {row["row"] for row in rows}
-    return rows + [row for row in before if row["row"] not in names]
+    return [other for other in before if other["row"] != row["row"]] + [row]
 
 
 def write(given: argparse.Namespace, folder: Path) -> None:
