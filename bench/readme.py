@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import alignment_tables
+import cluster_tables
 import gpu_suite
 import options_tables
 import quality_tables
@@ -173,6 +174,20 @@ def alignment() -> str:
     return f"{rates}\n\n{looks}\n\n- {alignment_tables.made_with(result)}\n- {source(result)}"
 
 
+def cluster_translate() -> str:
+    return table(cluster_tables.RATES_HEAD, cluster_tables.rates("translate")) + sources(
+        ["cluster-translate"]
+    )
+
+
+def cluster_prepare() -> str:
+    return table(cluster_tables.PREPARE_HEAD, cluster_tables.prepare_rates()) + sources(["cluster-prepare"])
+
+
+def cluster_plan() -> str:
+    return table(cluster_tables.PLAN_HEAD, cluster_tables.plan()) + sources(["cluster-main"])
+
+
 def sources(names: list[str]) -> str:
     """Where the figures come from, of those results that there are."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -220,6 +235,9 @@ TABLES = {
     "startup": startup,
     "options": options,
     "alignment": alignment,
+    "cluster_translate": cluster_translate,
+    "cluster_prepare": cluster_prepare,
+    "cluster_plan": cluster_plan,
     "quality": quality,
     "recipes": recipes,
     "starts": starts,

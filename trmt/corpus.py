@@ -12,15 +12,17 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from trmt import places
 from trmt.errors import ConfigError, DataError
-from trmt.files import checksum
+from trmt.places import checksum
+from trmt.ranges import Slice, reading
 
 Kind = Literal["two files", "tsv", "jsonl", "parquet", "dataset"]
 Pair = tuple[str, str]
@@ -48,6 +50,8 @@ class Corpus:
     weight: float = 1.0
     config: str | None = None  # of a data set
     split: str = "train"  # of a data set
+    slices: tuple[Slice, ...] | None = None  # what to read of each file; None: all of it
+    cells: int | None = None  # that a row of a TSV file has; None: as many as the first
 
 
 # Naming a corpus
@@ -101,14 +105,14 @@ def _find(name: str, languages: Pair) -> tuple[Kind, tuple[str, ...]]:
         return kind, (_existing(name),)
     if "," in name:
         return "two files", _two_files(name)
-    if Path(name).is_file():
+    if places.is_file(name):
         raise DataError(f"{name} alone is one side of a corpus, or of a type that cannot be read; {FORMS}")
     return "two files", _with_prefix(name, languages)
 
 
 def _kind_of_file(name: str) -> Kind | None:
     # A comma is allowed inside the name of a file that is there; otherwise a.tsv,b.tsv are two files.
-    if "," in name and not Path(name).is_file():
+    if "," in name and not places.is_file(name):
         return None
     plain = name.lower().removesuffix(".gz")
     if plain.endswith(".tsv"):
@@ -119,7 +123,7 @@ def _kind_of_file(name: str) -> Kind | None:
 
 
 def _existing(name: str) -> str:
-    if not Path(name).is_file():
+    if not places.is_file(name):
         raise DataError(f"there is no file {name}; check the path")
     return name
 
@@ -137,7 +141,7 @@ def _with_prefix(prefix: str, languages: Pair) -> tuple[str, str]:
     found = []
     for language in languages:
         wanted = (f"{prefix}.{language}", f"{prefix}.{language}.gz")
-        there = [name for name in wanted if Path(name).is_file()]
+        there = [name for name in wanted if places.is_file(name)]
         if len(there) > 1:
             raise DataError(f"there are both {wanted[0]} and {wanted[1]}; name the two files you mean")
         if not there:
@@ -192,27 +196,28 @@ def pairs(corpus: Corpus) -> Iterator[Pair]:
 
     A newline inside a JSON, Parquet or data set text becomes a space, a null an empty text.
     """
+    files: Sequence[str | Slice] = corpus.slices or corpus.paths
     if corpus.kind == "two files":
-        return _pairs_of_two_files(corpus.paths[0], corpus.paths[1])
+        return _pairs_of_two_files(files[0], files[1])
     if corpus.kind == "tsv":
-        return _pairs_of_tsv(corpus.paths[0], corpus.columns)
+        return _pairs_of_tsv(files[0], corpus.columns, corpus.cells)
     if corpus.kind == "jsonl":
-        return _pairs_of_rows(corpus, _json_rows(corpus.paths[0]))
+        return _pairs_of_rows(corpus, _json_rows(files[0]))
     return _pairs_of_rows(corpus, _dataset_rows(corpus))
 
 
-def lines(path: str | Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, plain or .gz, or of standard input for `-`.
+def lines(path: str | Path | Slice) -> Iterator[str]:
+    """The lines of a UTF-8 file or of a part of it, plain or .gz, or of standard input for `-`.
 
     `\\n` alone ends a line, a `\\r` right before it is dropped with it; every other character, a lone CR or
     U+2028 included, is text. The last line needs no newline.
     """
     shown = _shown(path)
-    number = 0
+    before = number = _before(path)
     with ExitStack() as stack:
         stream = _open(path, stack)
         try:
-            for number, raw in enumerate(stream, start=1):
+            for number, raw in enumerate(stream, start=before + 1):
                 if number == 1:
                     raw = raw.removeprefix(BOM)
                     if not raw:  # the file holds a byte order mark and nothing else
@@ -233,44 +238,50 @@ def lines(path: str | Path) -> Iterator[str]:
             raise _unreadable(shown, error) from error
 
 
-def _open(path: str | Path, stack: ExitStack) -> BinaryIO:
+def _before(path: str | Path | Slice) -> int:
+    """How many lines of the file stand before the first one that is read."""
+    return path.range.first if isinstance(path, Slice) else 0
+
+
+def _open(path: str | Path | Slice, stack: ExitStack) -> BinaryIO:
     if str(path) == STDIN:
         return sys.stdin.buffer
-    try:
-        if str(path).lower().endswith(".gz"):
-            return stack.enter_context(gzip.open(path, "rb"))  # type: ignore[return-value]
-        return stack.enter_context(Path(path).open("rb"))
-    except OSError as error:
-        raise _unreadable(str(path), error) from error
+    name = path.file if isinstance(path, Slice) else str(path)
+    stream = stack.enter_context(places.opened(name))
+    if isinstance(path, Slice):
+        stream = stack.enter_context(reading(stream, path))
+    if name.lower().endswith(".gz"):
+        return stack.enter_context(gzip.open(stream, "rb"))  # type: ignore[return-value]
+    return stream
 
 
 def _unreadable(shown: str, error: OSError) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"there is no file {shown}; check the path")
     return DataError(f"cannot read {shown}: {error.strerror or error}; check the path and its permissions")
 
 
-def _shown(path: str | Path) -> str:
+def _shown(path: str | Path | Slice) -> str:
+    if isinstance(path, Slice):
+        return path.file
     return "standard input" if str(path) == STDIN else str(path)
 
 
-def _pairs_of_two_files(source: str, target: str) -> Iterator[Pair]:
+def _pairs_of_two_files(source: str | Slice, target: str | Slice) -> Iterator[Pair]:
     sources, targets = lines(source), lines(target)
-    for number, (one, other) in enumerate(zip_longest(sources, targets), start=1):
+    for number, (one, other) in enumerate(zip_longest(sources, targets), start=_before(source) + 1):
         if one is None or other is None:
             rest = 1 + sum(1 for _ in (targets if one is None else sources))
             counts = (number - 1, number - 1 + rest) if one is None else (number - 1 + rest, number - 1)
             raise DataError(
-                f"{source} has {counts[0]:,} lines but {target} has {counts[1]:,}, so they are not "
-                "translations line by line; find where they come apart"
+                f"{_shown(source)} has {counts[0]:,} lines but {_shown(target)} has {counts[1]:,}, so "
+                "they are not translations line by line; find where they come apart"
             )
         yield one, other
 
 
-def _pairs_of_tsv(path: str, columns: tuple[str, str] | None) -> Iterator[Pair]:
+def _pairs_of_tsv(path: str | Slice, columns: tuple[str, str] | None, expected: int | None) -> Iterator[Pair]:
     source, target = (int(columns[0]), int(columns[1])) if columns else (0, 1)
-    expected = 2 if columns is None else None
-    for number, line in enumerate(lines(path), start=1):
+    expected = 2 if columns is None else expected
+    for number, line in enumerate(lines(path), start=_before(path) + 1):
         if not line:
             yield "", ""
             continue
@@ -293,8 +304,8 @@ def _pairs_of_tsv(path: str, columns: tuple[str, str] | None) -> Iterator[Pair]:
 Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and what it holds
 
 
-def _json_rows(path: str) -> Iterator[Row]:
-    for number, line in enumerate(lines(path), start=1):
+def _json_rows(path: str | Slice) -> Iterator[Row]:
+    for number, line in enumerate(lines(path), start=_before(path) + 1):
         where = f"{_shown(path)}, line {number}"
         if not line.strip():
             yield where, {}
@@ -376,7 +387,8 @@ def _open_dataset(corpus: Corpus) -> Any:
     (path,) = corpus.paths
     if corpus.kind == "parquet":
         # A glob character in the file's name must not be taken for a pattern.
-        found = re.sub(r"([\[\]*?])", r"[\1]", str(Path(path).resolve()))
+        whole = path if places.is_remote(path) else str(Path(path).resolve())
+        found = re.sub(r"([\[\]*?])", r"[\1]", whole)
         return datasets.load_dataset("parquet", data_files=found, split="train", streaming=True)
     if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(path)
@@ -405,6 +417,19 @@ def _dataset_builder(load: Callable[..., Any], corpus: Corpus) -> Any:
         return load(name, config)
 
 
+def settled(corpus: Corpus) -> Corpus:
+    """The corpus with all that its first row decides, so that any part of it is read as the whole is."""
+    if corpus.kind == "tsv" and corpus.columns:
+        first = next(lines(corpus.paths[0]), "")
+        wanted = max(map(int, corpus.columns)) + 1
+        return replace(corpus, cells=max(first.count("\t") + 1, wanted) if first else None)
+    if corpus.kind == "jsonl" and corpus.columns is None:
+        for where, row in _json_rows(corpus.paths[0]):
+            if row:
+                return replace(corpus, columns=_default_columns(where, _cells(row), corpus.languages))
+    return corpus
+
+
 # Knowing a corpus again
 
 
@@ -416,12 +441,12 @@ def fingerprint(corpus: Corpus) -> list[str] | None:
     if corpus.paths == (STDIN,):
         return None
     if corpus.kind != "dataset":
-        return [checksum(Path(path)) for path in corpus.paths]
+        return [checksum(path) for path in corpus.paths]
     folder = Path(corpus.paths[0])
     if not folder.is_dir():
         return [f"{corpus.paths[0]} {corpus.config} {corpus.split}"]
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [f"{file.relative_to(folder).as_posix()} {checksum(file)}" for file in files]
+    return [f"{file.relative_to(folder).as_posix()} {checksum(str(file))}" for file in files]
 
 
 def count(corpus: Corpus) -> int | None:

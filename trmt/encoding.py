@@ -203,15 +203,19 @@ def _begin_worker(encoder: Callable[[Block], Encoded]) -> None:
     _encoder = encoder
     # Ctrl-C goes to every process of the terminal; the main process alone answers it, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
 
 
-def _leave_with_parent() -> None:
-    # A worker waits for work for ever, even after the main process was killed and could not say goodbye.
+def leave_with_parent() -> None:
+    """Have this worker process end when its parent does, even if that is killed and cannot say goodbye."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
-    parent.join()
-    os._exit(1)
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _encode(block: Block) -> Encoded:

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from trmt import console, shards
 from trmt.corpus import STDIN, Corpus, count, fingerprint, parse_corpus
-from trmt.encoding import Encoder, available_cores, blocks, encoded
+from trmt.encoding import Encoded, Encoder, available_cores, blocks, encoded
 from trmt.errors import ConfigError, DataError
 from trmt.files import PARTIAL, atomic_folder, checksum
 from trmt.filters import KEPT, RULES, Limits, first_occurrences
@@ -82,7 +82,7 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """The options with every name looked up."""
 
     options: PrepareOptions
@@ -97,11 +97,24 @@ class _Job:
         return self.train if self.dev is None else (*self.train, self.dev)
 
 
-def prepare(options: PrepareOptions) -> PreparedSet:
+@dataclass(frozen=True)
+class Results:
+    """The training pairs encoded, block after block in order."""
+
+    title: str  # of the progress through them
+    total: int | None  # pairs there should be
+    blocks: Iterable[Encoded]
+
+
+Encode = Callable[[Job, Encoder], Results]
+
+
+def prepare(options: PrepareOptions, *, encode: Encode | None = None) -> PreparedSet:
     """Prepare a set, or find it up to date; the folder appears whole or stays as it was.
 
     The same inputs and options give the same bytes for any number of workers. With more than one, the calling
-    script needs the usual `if __name__ == "__main__":`, because workers import it.
+    script needs the usual `if __name__ == "__main__":`, because workers import it. `encode` is who else does
+    what those would do.
     """
     job = _plan(options)
     made_from = _made_from(job)
@@ -112,7 +125,7 @@ def prepare(options: PrepareOptions) -> PreparedSet:
     check_replaceable(job.out)
     sweep(job.out)
     with atomic_folder(job.out) as folder:
-        _build(job, folder, made_from)
+        _build(job, folder, made_from, encode or _encoded_here)
     made = PreparedSet.open(job.out)
     console.say(f"wrote {_summary(made)}")
     return made
@@ -121,7 +134,7 @@ def prepare(options: PrepareOptions) -> PreparedSet:
 # What is asked for
 
 
-def _plan(options: PrepareOptions) -> _Job:
+def _plan(options: PrepareOptions) -> Job:
     tokenizer = Tokenizer.load(options.tokenizer)
     languages = _languages(options, tokenizer)
     source, target = options.columns
@@ -129,7 +142,7 @@ def _plan(options: PrepareOptions) -> _Job:
     def parsed(text: str) -> Corpus:
         return parse_corpus(text, *languages, source_column=source, target_column=target)
 
-    job = _Job(
+    job = Job(
         options=options,
         out=options.out or Path("data", f"{languages[0]}-{languages[1]}"),
         languages=languages,
@@ -158,7 +171,7 @@ def _languages(options: PrepareOptions, tokenizer: Tokenizer) -> tuple[str, str]
     return source, target
 
 
-def _made_from(job: _Job) -> dict[str, Any] | None:
+def _made_from(job: Job) -> dict[str, Any] | None:
     """All that decides what the set holds; None where that cannot be told and nothing is ever up to date."""
     options = job.options
     inputs = []
@@ -189,7 +202,7 @@ def _alignments(paths: Sequence[str]) -> dict[str, Any]:
     return {"alignments": [checksum(Path(path)) for path in paths]} if paths else {}
 
 
-def _up_to_date(job: _Job, made_from: dict[str, Any] | None) -> PreparedSet | None:
+def _up_to_date(job: Job, made_from: dict[str, Any] | None) -> PreparedSet | None:
     if job.options.force or not is_up_to_date(job.out, made_from):
         return None
     return PreparedSet.open(job.out)
@@ -242,7 +255,7 @@ def _last_touched(folder: Path) -> float:
 # Building it
 
 
-def _build(job: _Job, folder: Path, made_from: dict[str, Any] | None) -> None:
+def _build(job: Job, folder: Path, made_from: dict[str, Any] | None, encode: Encode) -> None:
     job.tokenizer.save(folder / shards.TOKENIZER)
     splits, files = {}, {}
     dev_hashes = np.zeros(0, np.uint64)
@@ -253,7 +266,7 @@ def _build(job: _Job, folder: Path, made_from: dict[str, Any] | None) -> None:
     else:
         console.warn("without --dev there will be nothing to validate on")
     encoder = Encoder(job.tokenizer, job.options.limits, dev_hashes)
-    writer, tally = _write_train(job, encoder, folder)
+    writer, tally = _write_train(job, lambda: encode(job, encoder), folder)
     splits["train"], files = writer.entry(), files | writer.files
     heads = [_head(corpus, counts) for corpus, counts in zip(job.train, tally.tolist(), strict=True)]
     _show(heads, dev_head)
@@ -302,7 +315,7 @@ def id_type(vocabulary: int) -> str:
     return "<u2" if vocabulary <= 1 << 16 else "<u4"
 
 
-def _write_dev(job: _Job, corpus: Corpus, folder: Path) -> tuple[ShardWriter, NDArray[np.uint64], Head]:
+def _write_dev(job: Job, corpus: Corpus, folder: Path) -> tuple[ShardWriter, NDArray[np.uint64], Head]:
     """Write ids and text of the dev set, which loses its empty pairs only: a score has to be of all of it."""
     counts = np.zeros(KEPT + 1, np.int64)
     hashes = [np.zeros(0, np.uint64)]
@@ -325,7 +338,7 @@ def _write_dev(job: _Job, corpus: Corpus, folder: Path) -> tuple[ShardWriter, ND
     return writer, np.unique(np.concatenate(hashes)), _head(corpus, counts.tolist())
 
 
-def _write_train(job: _Job, encoder: Encoder, folder: Path) -> tuple[ShardWriter, Tally]:
+def _write_train(job: Job, results: Callable[[], Results], folder: Path) -> tuple[ShardWriter, Tally]:
     tally = np.zeros((len(job.train), KEPT + 1), np.int64)
     columns: tuple[Column, ...] = (*_id_columns(job.tokenizer), Column("corpus", "<u2", ragged=False))
     if job.options.alignments:
@@ -334,7 +347,7 @@ def _write_train(job: _Job, encoder: Encoder, folder: Path) -> tuple[ShardWriter
     work.mkdir()
     last_pass = job.options.keep_duplicates
     writer = ShardWriter(folder if last_pass else work, "train", columns=columns)
-    _encode_all(job, encoder, writer, hashes=work / "hashes", tally=tally)
+    _write_all(results(), writer, hashes=work / "hashes", tally=tally)
     if not last_pass:
         first = Split(work, "train", entry=writer.entry())
         mask = first_occurrences(work / "hashes", work / "mask")
@@ -345,18 +358,14 @@ def _write_train(job: _Job, encoder: Encoder, folder: Path) -> tuple[ShardWriter
     return writer, tally
 
 
-def _encode_all(job: _Job, encoder: Encoder, writer: ShardWriter, *, hashes: Path, tally: Tally) -> None:
+def _write_all(results: Results, writer: ShardWriter, *, hashes: Path, tally: Tally) -> None:
     """The first pass: write what keeps to the rules for single pairs, and the hash of each."""
-    sizes = [count(corpus) for corpus in job.train]
-    total = None if None in sizes else sum(filter(None, sizes))
-    workers = _workers(job.options.workers, total)
     with (
         writer,
         hashes.open("wb") as hash_file,
-        console.progress(f"encoding, {workers} at work", total, unit="pairs") as progress,
+        console.progress(results.title, results.total, unit="pairs") as progress,
     ):
-        found = blocks(job.train, job.options.alignments)
-        for result in encoded(found, encoder, workers=workers):
+        for result in results.blocks:
             tally[result.corpus] += result.counts
             numbers = np.full(len(result.hashes), result.corpus, np.uint16)
             links = {"alignment": result.alignment} if result.alignment is not None else {}
@@ -364,6 +373,14 @@ def _encode_all(job: _Job, encoder: Encoder, writer: ShardWriter, *, hashes: Pat
             writer.write({**sides, "corpus": numbers, **links})
             hash_file.write(result.hashes.tobytes())
             progress.advance(len(result.verdicts))
+
+
+def _encoded_here(job: Job, encoder: Encoder) -> Results:
+    sizes = [count(corpus) for corpus in job.train]
+    total = None if None in sizes else sum(filter(None, sizes))
+    workers = _workers(job.options.workers, total)
+    found = encoded(blocks(job.train, job.options.alignments), encoder, workers=workers)
+    return Results(f"encoding, {workers} at work", total, found)
 
 
 def _workers(wanted: int | None, total: int | None) -> int:

@@ -36,7 +36,7 @@ class Translates(Protocol):
 class Report:
     """What happened to a stream; the numbers of lines count from 1."""
 
-    lines: int = 0
+    lines: int = 0  # those that went before among them
     split: list[int] = field(default_factory=list)
     undecodable: list[int] = field(default_factory=list)
     prefix_cut: list[int] = field(default_factory=list)
@@ -49,14 +49,17 @@ def translate_stream(
     *,
     as_json: bool = False,
     prefixed: bool = False,
+    before: int = 0,
 ) -> Report:
     """Translate lines of bytes as they come; every line is answered by one line, in order.
+
+    What continues a text of which so many lines went `before` is translated, and numbered, as in the whole.
 
     A reader that waits for the answer to a line gets it: what is there is translated at once, and only
     while that runs do further lines gather. With `prefixed` each line is a source, a tab, and what its
     translation must begin with. Errors of `out` are its OSErrors; those of `source` are DataErrors.
     """
-    report = Report()
+    report = Report(before)
     # Where the translations themselves are on the screen, a bar would run through them.
     with nullcontext() if out.isatty() else console.progress("translating") as bar:
         for window in Reader(source).windows():

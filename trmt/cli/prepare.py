@@ -67,12 +67,20 @@ def command(
     workers: Annotated[
         int | None, typer.Option(help="Worker processes.", show_default="one for each core")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Have the workers of a Ray cluster encode: host:port, auto, or local for one here.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Prepare again even what is up to date.")] = False,
 ) -> None:
     """Encode and filter pairs of sentences, or documents, into a checksummed set of shards."""
     if documents or language:
         for_pairs = {"--train": train, "--from": source, "--to": target, "--workers": workers}
-        for name, value in {**for_pairs, "--alignments": alignments}.items():
+        for name, value in {**for_pairs, "--alignments": alignments, "--ray": ray}.items():
             if value:
                 raise ConfigError(f"{name} is for pairs and --documents or --language is not; leave one out")
         _prepare_documents(documents, dev, out, tokenizer, language, max_length, force)
@@ -80,21 +88,27 @@ def command(
     from trmt.filters import Limits
     from trmt.preparing import PrepareOptions, prepare
 
-    prepare(
-        PrepareOptions(
-            train=tuple(train or ()),
-            dev=dev,
-            out=out,
-            tokenizer=tokenizer,
-            languages=(source, target),
-            columns=(source_column, target_column),
-            limits=Limits(max_length, max_ratio),
-            keep_duplicates=keep_duplicates,
-            alignments=tuple(alignments or ()),
-            workers=workers,
-            force=force,
-        )
+    if ray and alignments:
+        raise ConfigError("--alignments cannot be cut into the parts that --ray makes; leave one out")
+    options = PrepareOptions(
+        train=tuple(train or ()),
+        dev=dev,
+        out=out,
+        tokenizer=tokenizer,
+        languages=(source, target),
+        columns=(source_column, target_column),
+        limits=Limits(max_length, max_ratio),
+        keep_duplicates=keep_duplicates,
+        alignments=tuple(alignments or ()),
+        workers=workers,
+        force=force,
     )
+    if ray:
+        from trmt.cli import corpus
+
+        corpus.prepare(options, ray=ray, workers=workers)
+    else:
+        prepare(options)
 
 
 def _prepare_documents(

@@ -60,11 +60,38 @@ def command(
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
     ] = None,
     workers: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--workers", help="Processes of one thread each, for many lines; auto: one for each core."
+            "--workers",
+            help="Processes of one thread each, for many lines; auto: one for each core. "
+            "[default: 1; all that a Ray cluster has room for]",
         ),
-    ] = "1",
+    ] = None,
+    source_files: Annotated[
+        str | None,
+        typer.Option(
+            "--input", metavar="PLACE", help="A file, or all files in a folder, instead of standard input."
+        ),
+    ] = None,
+    out_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            metavar="FOLDER",
+            help="Where the parts go; the same command goes on with the missing.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Have a Ray cluster do it: host:port, auto, or local for one here.",
+        ),
+    ] = None,
+    part_size: Annotated[
+        float | None, typer.Option("--part-size", help="MiB of text in each part. [default: 1]")
+    ] = None,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
     ] = False,
@@ -73,19 +100,22 @@ def command(
     searching = {"beam": beam, "length_penalty": length_penalty}
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     asked = _asked(searching, drawing, sample=sample)
-    source, out = streams()
+    in_parts = _in_parts(source_files, out_folder, ray, part_size)
 
     from contextlib import ExitStack
 
     import torch
 
     from trmt import console
+    from trmt.errors import ConfigError
     from trmt.streaming import translate_stream
     from trmt.translating import TranslateOptions, Translator, find_model
     from trmt.workers import Workers, count_of
 
-    count = count_of(workers)
-    _check_workers(count, threads=threads, device=device)
+    count = count_of(workers or "1")
+    _check_workers(count, threads=threads, device=device, ray=ray)
+    if in_parts and threads:
+        raise ConfigError("files are translated by workers of one thread each; leave out --threads")
 
     if threads:
         torch.set_num_threads(threads)
@@ -94,11 +124,20 @@ def command(
         n_best=n_best,
         max_length=max_length,
         batch=batch,
-        device="cpu" if count > 1 else device,
+        device="cpu" if count > 1 and not ray else device,
         precision=cast(Any, precision),  # checked there
         shortlist=shortlist,
         **asked,
     )
+    if in_parts:
+        from trmt.cli import corpus
+
+        # All of a cluster is more than the cores of this machine.
+        asked_count = None if workers is None or (ray and workers == "auto") else count
+        files = corpus.TextFiles(*in_parts, as_json=as_json, prefixed=prefixed, trust_code=trust_code)
+        corpus.translate(model, options, files, ray=ray, workers=asked_count)
+        return
+    source, out = streams()
     with ExitStack() as ends:
         translator: Translator | Workers
         if count == 1:
@@ -117,12 +156,26 @@ def command(
     _warn(report)
 
 
-def _check_workers(count: int, *, threads: int | None, device: str) -> None:
+def _in_parts(
+    source: str | None, out: str | None, ray: str | None, size: float | None
+) -> tuple[str, str, float | None] | None:
+    """Input and output, if they are files; what asks for half of that is an error."""
+    from trmt.errors import ConfigError
+
+    if source and out:
+        return source, out, size
+    for name, value in {"--input": source, "--output": out, "--ray": ray, "--part-size": size}.items():
+        if value:
+            raise ConfigError(f"{name} is for files translated in parts; give both --input and --output")
+    return None
+
+
+def _check_workers(count: int, *, threads: int | None, device: str, ray: str | None) -> None:
     from trmt.errors import ConfigError
 
     if count > 1 and threads:
         raise ConfigError("--workers are of one thread each; leave out --threads")
-    if count > 1 and device not in ("auto", "cpu"):
+    if count > 1 and not ray and device not in ("auto", "cpu"):
         raise ConfigError("--workers are for the CPU; leave out --device")
 
 

@@ -1,0 +1,182 @@
+"""A real Ray cluster, a worker of which is killed, and which is stopped: nothing is lost, doubled, moved."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.scripted import hostile_lines, random_bundle, small_tokenizer
+from tests.texts import ENGLISH, GERMAN
+from trmt import ray_fleet
+from trmt.errors import ConfigError, TrmtError
+from trmt.preparing import PrepareOptions, prepare
+from trmt.streaming import translate_stream
+from trmt.translating import TranslateOptions, Translator
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Whoever else is on this machine has no business in these clusters.
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}
+
+installed = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """A cluster of its own, with room for three workers; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # its sockets must have short names
+    words = f"start --head --block --port {port} --node-ip-address 127.0.0.1 --num-cpus 3 --temp-dir {place}"
+    words += f" --include-dashboard false --object-store-memory {100 << 20} --disable-usage-stats"
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *words.split()],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: listens(port))
+        yield f"127.0.0.1:{port}"
+    finally:
+        head.terminate()
+        head.wait()
+        for process in with_word(place):
+            os.kill(process, signal.SIGKILL)
+        wait_for(lambda: not with_word(place))
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def with_word(word: str) -> list[int]:
+    """Processes in whose command line a word stands."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (place / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if word.encode() in command and int(place.name) != os.getpid():
+            found.append(int(place.name))
+    return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "what was waited for does not come"
+        time.sleep(0.02)
+
+
+@contextmanager
+def started(command: str, address: str, words: str) -> Iterator[subprocess.Popen[str]]:
+    """The command at work on the cluster; it ends with the block."""
+    line = [sys.executable, "-W", "error", "-m", "trmt", command, *words.split()]
+    line += ["--ray", address, "--workers", "2"]
+    with subprocess.Popen(
+        line, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as driver:
+        try:
+            yield driver
+        finally:
+            driver.kill()
+
+
+def at_work(folder: Path) -> list[int]:
+    """The workers that are writing a part, which is in the name of what they write."""
+    partials = [path.name for path in folder.glob(".partial-part-*")]
+    return [int(found[1]) for name in partials if (found := re.search(r"-(\d+)-[0-9a-f]{8}$", name))]
+
+
+@installed
+@pytest.mark.slow
+def test_nothing_is_lost_doubled_or_moved(tmp_path: Path) -> None:
+    random_bundle(tmp_path / "bundle", small_tokenizer(tmp_path / "text"))
+    data = b"\n".join(hostile_lines(1200, seed=9))
+    (tmp_path / "source").write_bytes(data)
+    out = tmp_path / "out"
+    words = f"{tmp_path}/bundle --beam 1 --max-length 12 --input {tmp_path}/source --output {out}"
+    words += " --part-size 0.006"
+
+    def done() -> list[Path]:
+        return sorted(out.glob("part-*"))
+
+    with cluster() as address, started("translate", address, words) as driver:
+        wait_for(lambda: driver.poll() is not None or (done() and at_work(out)))
+        victim = at_work(out)[0]
+        os.kill(victim, signal.SIGKILL)
+        there = len(done())
+        wait_for(lambda: driver.poll() is not None or len(done()) > there + 2)
+        driver.kill()
+        assert "is done again: a worker died" in driver.communicate()[1]
+    before = {path: path.stat().st_mtime_ns for path in done()}
+    with cluster() as address:
+        with started("translate", address, words) as driver:
+            said = driver.communicate(timeout=90)[1]
+        assert driver.returncode == 0, said
+        assert re.search(rf"{len(before)} of \d+ parts in .* are there already", said)
+        prepared(tmp_path, address)
+    assert len(done()) > len(before) and not at_work(out), "the stop was on the way"
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items()), "none was done twice"
+    whole = io.BytesIO()
+    options = TranslateOptions(search="greedy", max_length=12, device="cpu")
+    translate_stream(Translator.load(tmp_path / "bundle", options=options), io.BytesIO(data), whole)
+    assert b"".join(path.read_bytes() for path in done()) == whole.getvalue()
+
+
+def prepared(tmp_path: Path, address: str) -> None:
+    """Prepare on the cluster, and here; both must be the same."""
+    for language, sentences in (("en", ENGLISH), ("de", GERMAN)):
+        text = "\n".join(f"{sentence} {number}" for number in range(100) for sentence in sentences)
+        (tmp_path / f"train.{language}").write_text(text, encoding="utf-8")
+    tokenizer = tmp_path / "bundle" / "tokenizer"
+    words = f"{tmp_path}/there --train {tmp_path}/train --tokenizer {tokenizer}"
+    with started("prepare", address, words) as driver:
+        said = driver.communicate(timeout=90)[1]
+    assert driver.returncode == 0, said
+    options = {"train": (str(tmp_path / "train"),), "tokenizer": tokenizer, "workers": 1}
+    prepare(PrepareOptions(out=tmp_path / "here", **options))
+    for path in (tmp_path / "here").rglob("*"):
+        twin = tmp_path / "there" / path.relative_to(tmp_path / "here")
+        assert path.is_dir() or twin.read_bytes() == path.read_bytes()
+
+
+@installed
+def test_an_address_where_nobody_is_is_one_sentence() -> None:
+    with (
+        pytest.raises(TrmtError, match=r"the Ray cluster 127.0.0.1:1: .* refused; start one"),
+        ray_fleet.connected("127.0.0.1:1"),
+    ):
+        pass
+
+
+def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'trmt\[ray\]'"), ray_fleet.connected("auto"):
+        pass
