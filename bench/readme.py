@@ -16,10 +16,11 @@ import recipe_tables
 import shortlist_tables
 import speed_tables
 import translation_tables
+from claims import page
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("cpu", "lineage", "pretraining")))
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("claims", "cpu", "lineage", "pretraining")))
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -192,6 +193,23 @@ def notes(names: list[str]) -> str:
     return "\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
 
 
+def claims() -> str:
+    found, other = page.result(), page.result(page.OTHER)
+    if found is None:
+        return "pending"
+    sources = [f"- {source(result)}" for result in (found, other) if result]
+    parts = [
+        page.count(found),
+        table(*page.overview(found, other)),
+        page.design(found),
+        page.sections(found),
+        "## All systems",
+        table(*page.trained(found)),
+        "\n".join(sources),
+    ]
+    return "\n\n".join(parts)
+
+
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
     lines = [head, tuple("---" for _ in head), *rows]
@@ -214,6 +232,7 @@ TABLES = {
     "starts": starts,
     "corpora": corpora,
     "gpu": gpu,
+    "claims": claims,
 }
 
 

@@ -1,12 +1,13 @@
-"""Claims that need no training: identities of the networks' arithmetic, computed on the networks themselves."""
+"""Claims that need no training: identities of the networks' arithmetic, computed on networks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from claims.systems import BY_NAME, recipe
 from torch import Tensor, nn
+
+from claims.systems import BY_NAME, recipe
 
 POSITIONS = 512
 SHIFTS = (1, 2, 7, 64)
@@ -27,9 +28,7 @@ def shifts(width: int = 64) -> dict[str, float]:
 
     exact = sines(width)
     table = sinusoids(POSITIONS, width).double()
-    chance = torch.randn(
-        POSITIONS, width, generator=torch.Generator().manual_seed(1), dtype=torch.double
-    )
+    chance = torch.randn(POSITIONS, width, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     similar = exact @ exact.T
     return {
         "shift-residual": max(float((exact[:-k] @ turn(k, width).T - exact[k:]).abs().max()) for k in SHIFTS),
@@ -55,7 +54,10 @@ def rates(width: int) -> Tensor:
 def turn(k: int, width: int) -> Tensor:
     """The matrix M of the claim PE(pos + k) = M PE(pos): a rotation of each pair of columns."""
     cos, sin = (k * rates(width)).cos(), (k * rates(width)).sin()
-    blocks = [torch.tensor([[c, s], [-s, c]], dtype=torch.double) for c, s in zip(cos.tolist(), sin.tolist(), strict=True)]
+    blocks = [
+        torch.tensor([[c, s], [-s, c]], dtype=torch.double)
+        for c, s in zip(cos.tolist(), sin.tolist(), strict=True)
+    ]
     return torch.block_diag(*blocks)
 
 
@@ -71,7 +73,6 @@ def residual(table: Tensor, k: int) -> float:
 def convolutions() -> dict[str, float]:
     """How far the feed-forward layer of a Transformer is from two convolutions of width one."""
     from claims.scale import SCALES
-
     from trmt.arch.transformer import Transformer, TransformerConfig
     from trmt.arch.transformer_layers import feed
 

@@ -1,8 +1,8 @@
 """How fast networks train and translate, and how that changes with the length of sentences.
 
-Rounds of short probes, each network and length in turn, so that whatever else the machine does falls on all of
-them. A training step has the same number of tokens whatever the length. Weights and sentences are of
-chance, and translations are as long as their sources: what is measured is arithmetic, not what it is good for.
+Rounds of short probes, each network and length in turn, so that whatever else the machine does falls on all
+of them. A training step has the same number of tokens whatever the length. Weights and sentences are of
+chance, and translations are as long as their sources: arithmetic is measured, not what it is good for.
 Memory is what one sentence leaves for the backward pass, counted and not timed, so one round of it will do.
 """
 
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from claims.scale import Scale
-from claims.systems import BY_NAME, recipe
 from experiment import write_lines
 from torch import Tensor
+
+from claims.scale import Scale
+from claims.systems import BY_NAME, recipe
 
 SYSTEMS = ("fixed", "rnnsearch", "additive", "conv", "transformer")
 TOKENS = 1024  # of a training step, on each side
@@ -97,7 +98,9 @@ def translating_rate(net: Any, length: int, device: str) -> float:
     net.eval()
     engine = Eager(net, Greedy(), bos=2, eos=3, batching=Batching(SENTENCES, SENTENCES * length))
     source = _sentences(net, SENTENCES, length, device)[0]
-    requests = [Request(tuple(ids.tolist()), limit=length, least=length) for ids in source.ids_N.split(length)]
+    requests = [
+        Request(tuple(ids.tolist()), limit=length, least=length) for ids in source.ids_N.split(length)
+    ]
     return SENTENCES * length * _per_second(lambda: list(engine.translate(requests)), device)
 
 

@@ -1,4 +1,4 @@
-"""The systems that are compared: each one differs from another in one thing, and is trained once for all claims.
+"""The systems that are compared: each one differs from another in one thing, and serves all claims.
 
 A system's recipe is that of its family with a few fields changed. What a family has in common (sizes, data,
 batches, optimiser, steps) comes from the scale.

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from claims.scale import Scale
 from provenance import ROOT
+
+from claims.scale import Scale
 
 Pair = tuple[str, str]
 LANGUAGES = ("en", "de")
@@ -36,9 +37,7 @@ def write(folder: Path, scale: Scale, seed: int, corpus: Path | None) -> None:
     _write(folder, "train", train)
     _write(folder, "little", train[: scale.little])
     for sentences in (*scale.shorter, *scale.longer):
-        _write(
-            folder, name_of(sentences), [in_a_row(held_out, sentences, rng) for _ in range(scale.tests)]
-        )
+        _write(folder, name_of(sentences), [in_a_row(held_out, sentences, rng) for _ in range(scale.tests)])
     _write_documents(folder / "documents.en", [source for source, _ in train])
 
 
@@ -55,7 +54,7 @@ def read(folder: Path, name: str) -> tuple[list[str], list[str]]:
 
 
 def _phrasebook(count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Sentences of the first templates: those to train on, and those with words put together as never there."""
+    """Sentences of the first templates: those to train on, and those with new combinations of words."""
     sys.path.insert(0, str(ROOT / "data"))
     import phrasebook
 

@@ -25,6 +25,7 @@ STUDENT = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
 )
+LITTLE = 0.1  # what a score of nothing is taken for where factors are asked for
 Values = Mapping[int, float]  # by seed or round; 0 is neither: an exact value
 Evidence = Mapping[str, Values]
 
@@ -60,20 +61,22 @@ def judged(contrast: Contrast, evidence: Evidence) -> Judged:
         return Judged(PENDING, tuple(values))
     mean, low, high = interval(values)
     shown = [_shown(contrast, value) for value in (mean, low, high)]
-    return Judged(
-        _verdict(contrast, low, high), tuple(_shown(contrast, value) for value in values), *shown
-    )
+    return Judged(_verdict(contrast, low, high), tuple(_shown(contrast, value) for value in values), *shown)
 
 
 def values_of(contrast: Contrast, evidence: Evidence) -> list[float]:
     """The sum of the terms for every seed that has all of them."""
     found = [evidence.get(name, {}) for _, name in contrast.terms]
     seeds = sorted(set.intersection(*(set(values) for values in found)))
-    take = math.log if contrast.unit == "times" else float
+    take = _logarithm if contrast.unit == "times" else float
     return [
         sum(weight * take(values[seed]) for (weight, _), values in zip(contrast.terms, found, strict=True))
         for seed in seeds
     ]
+
+
+def _logarithm(value: float) -> float:
+    return math.log(max(value, LITTLE))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
