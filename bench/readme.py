@@ -16,7 +16,7 @@ import recipe_tables
 import shortlist_tables
 import speed_tables
 import translation_tables
-from claims import page
+from claims import page as claims_page
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -194,17 +194,17 @@ def notes(names: list[str]) -> str:
 
 
 def claims() -> str:
-    found, other = page.result(), page.result(page.OTHER)
+    found, other = claims_page.result(), claims_page.result(claims_page.OTHER)
     if found is None:
         return "pending"
     sources = [f"- {source(result)}" for result in (found, other) if result]
     parts = [
-        page.count(found),
-        table(*page.overview(found, other)),
-        page.design(found),
-        page.sections(found),
+        claims_page.count(found),
+        table(*claims_page.overview(found, other)),
+        claims_page.design(found),
+        claims_page.sections(found),
         "## All systems",
-        table(*page.trained(found)),
+        table(*claims_page.trained(found)),
         "\n".join(sources),
     ]
     return "\n\n".join(parts)

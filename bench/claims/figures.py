@@ -199,7 +199,10 @@ PICTURES = {
     "start": Picture(
         "Little data",
         "BLEU on little data from a cold start, word vectors and BERT",
-        dots("little", "little-vectors", "little-bert"),
+        dots(
+            *("little", "little-vectors", "little-bert"),
+            names={"little": "cold start", "little-vectors": "word vectors", "little-bert": "BERT"},
+        ),
         rows=3,
     ),
 }

@@ -116,7 +116,7 @@ def value(contrast: Contrast, judged: Tree, *, seeds: int) -> str:
     else:
         shown = [f"{number:.2g}" for number in (mean, low, high)]
     interval = "" if low == high else f" ({shown[1]} to {shown[2]})"
-    return f"{shown[0]}{interval} {contrast.unit}".rstrip()
+    return f"{shown[0]} {contrast.unit}".rstrip() + interval
 
 
 def _signed(number: float, form: str) -> str:
@@ -135,7 +135,7 @@ def trained(found: Tree) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     for system in systems.ALL:
         runs = [run for run in figures["runs"] if run["system"] == system.name]
         if not runs:
-            rows.append((system.title, f"`{system.name}`", *["pending"] * 5))
+            rows.append((KINDS[system.family], system.title, f"`{system.name}`", *["pending"] * 5))
             continue
         seconds = fmean(run["training"]["seconds"] for run in runs)
         scores = (
@@ -144,13 +144,22 @@ def trained(found: Tree) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             else ["", ""]
         )
         parameters = round(fmean(run["training"]["parameters"] for run in runs))
-        rows.append(
-            (system.title, f"`{system.name}`", f"{parameters:,}", *scores, f"{seconds:.0f}", f"{len(runs)}")
-        )
-    head = ("system", "name", "parameters", "BLEU (least to most)", "nats a piece", "seconds", "seeds")
+        named = (KINDS[system.family], system.title, f"`{system.name}`")
+        rows.append((*named, f"{parameters:,}", *scores, f"{seconds:.0f}", f"{len(runs)}"))
+    head = (
+        "network",
+        "what is its own",
+        "name",
+        "parameters",
+        "BLEU (least to most)",
+        "nats a piece",
+        "seconds, others beside",
+        "seeds",
+    )
     return head, rows
 
 
+KINDS = {"recurrent": "recurrent", "conv": "ConvS2S", "transformer": "Transformer", "masked": "encoder"}
 METRICS = (("bleu", ".1f"), ("nll", ".3f"))
 
 

@@ -252,8 +252,8 @@ def _speed(scale: Scale) -> tuple[Claim, ...]:
                     (-1, rate("train", "additive", 32)),
                 ),
             ),
-            note="Steps hold the same number of tokens at every length. On a GPU, which lives on doing much "
-            "at once, the difference is larger than on a core of a CPU.",
+            note="Steps hold the same number of tokens at every length. Whatever is done at once pays most "
+            "where a machine can do much at once; here it is one core of a CPU.",
         ),
         Claim(
             name="translating",

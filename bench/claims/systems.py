@@ -113,15 +113,15 @@ REST = (
 )
 PRETRAINED = System(
     name=BERT,
-    title="BERT",
+    title="BERT itself",
     family="masked",
     loss={"next_sentence": False},
     data="documents",
 )
 LITTLE = (
-    _little("little", "cold start", "chance"),
-    _little("little-vectors", "word vectors", "vectors"),
-    _little("little-bert", "BERT", "bert"),
+    _little("little", "little data, cold start", "chance"),
+    _little("little-vectors", "little data, word vectors", "vectors"),
+    _little("little-bert", "little data, BERT", "bert"),
 )
 # In order of value: who stops early has the claims that need the fewest systems.
 ALL = (

@@ -49,8 +49,8 @@ def in_a_row(pairs: Sequence[Pair], count: int, rng: random.Random) -> Pair:
 
 def read(folder: Path, name: str) -> tuple[list[str], list[str]]:
     """Both sides of a set."""
-    source, target = ((folder / f"{name}.{language}").read_text("utf-8") for language in LANGUAGES)
-    return source.removesuffix("\n").split("\n"), target.splitlines()
+    source, target = (_lines(folder, f"{name}.{language}") for language in LANGUAGES)
+    return source, target
 
 
 def _phrasebook(count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
