@@ -4,7 +4,7 @@
     python bench/lineage.py --scale multi30k --corpus FOLDER --device cuda [--at-once 5]
 
 Every system (bench/claims/systems.py) is trained on the same data with the same budget of steps, once for
-each seed, and serves all claims (bench/claims/sayings.py) that ask for it. By itself the data are sentences
+each seed, and serves all claims (bench/claims/on_*.py) that ask for it. By itself the data are sentences
 of the phrasebook, several in a row, and everything takes less than an hour of two CPU cores; FOLDER holds
 Multi30k, as bench/multi30k.py says. What is done is not repeated: ended at any moment, the same command goes
 on, and inside a run from its checkpoint. --runs 1 does one run more, --only names systems, --part speed

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from provenance import RESULTS, ROOT
 
 from claims import sayings, systems
+from claims.asking import score
 from claims.scale import Scale
 from claims.speed import MEMORY
 from claims.verdicts import Evidence
@@ -71,12 +72,12 @@ def by_length(figure: Any, evidence: Evidence, scale: Scale) -> None:
     axes.set(xlim=(counts[0] - 0.2, counts[-1] + 0.2), ylim=(0, 103), xticks=counts)
     for name in shown:
         for count in counts:
-            for value in evidence.get(sayings.score(name, str(count)), {}).values():
+            for value in evidence.get(score(name, str(count)), {}).values():
                 axes.plot(count, value, ".", ms=4, alpha=0.7, mew=0, color=DRAWN[LINES[name]])
     _curves(
         axes,
         [
-            (name, label, counts, [_mean(evidence, sayings.score(name, str(count))) for count in counts])
+            (name, label, counts, [_mean(evidence, score(name, str(count))) for count in counts])
             for name, label in shown.items()
         ],
     )
@@ -264,7 +265,7 @@ def _dots(
     names: bool = True,
 ) -> None:
     for row, (name, _) in enumerate(shown):
-        values = [*evidence.get(sayings.score(name, what), {}).values()]
+        values = [*evidence.get(score(name, what), {}).values()]
         if values:
             axes.plot([0, fmean(values)], [row, row], color=DRAWN["grid"], lw=5, solid_capstyle="butt")
             axes.plot(values, [row] * len(values), "o", ms=4.5, color=DRAWN["blue"], alpha=0.75, mew=0)

@@ -10,8 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from claims import systems
+from claims.asking import Claim
 from claims.figures import PICTURES
-from claims.sayings import Claim, claims, evidence, scale_of
+from claims.sayings import claims, evidence, scale_of
 from claims.scale import Scale
 from claims.verdicts import CANNOT_TELL, CONFIRMED, NOT_CONFIRMED, PENDING, Contrast, Evidence
 

@@ -109,7 +109,7 @@ DEPTH = (
 )
 REST = (
     System(name="unsmoothed", title="no label smoothing", loss={"label_smoothing": 0.0}),
-    _transformer("hard-cross", "hard cross-attention", cross_focus="hard"),
+    _transformer("hard-cross", "hard cross-attention", cross_focus="gumbel"),
 )
 PRETRAINED = System(
     name=BERT,
@@ -152,8 +152,7 @@ def recipe(system: System, scale: Scale, *, seed: int, device: str) -> Tree:
         "clip": 1.0,
         "ema": 0.99 if steps >= 300 else 0.0,
     }
-    # Where an encoder or vectors are taken over, the network has them from there.
-    network = {} if system.start == "bert" else NETWORK[system.family](scale, system)
+    network = NETWORK[system.family](scale, system)
     return {
         "architecture": ARCHITECTURE[system.family],
         "objective": "masked" if system.family == "masked" else "translation",
@@ -199,7 +198,10 @@ def _conv_network(scale: Scale, system: System) -> Tree:
 
 def _transformer_network(scale: Scale, system: System) -> Tree:
     layers = scale.layers * (scale.deep if system.deep else 1)
-    return {**_encoder(scale, layers), "decoder_layers": layers}
+    network = {**_encoder(scale, layers), "decoder_layers": layers}
+    if system.network.get("position_join") == "concatenate":
+        network["position_width"] = scale.width // 4
+    return network
 
 
 def _masked_network(scale: Scale, system: System) -> Tree:
