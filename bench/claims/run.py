@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from experiment import write_lines
+from provenance import provenance
 
 from claims import data, texts
 from claims.scale import SCALES, Scale
@@ -41,7 +42,8 @@ def run(work: Path, system: System, seed: int, scale: Scale, *, device: str) -> 
     place = place_of(work, system.name, seed)
     tree = recipe(system, scale, seed=seed, device=device)
     seconds = train(place, data.folder(work, seed), system, tree)
-    result = {"system": system.name, "seed": seed, "recipe": tree, "training": learned(place, seconds)}
+    result = {"system": system.name, "seed": seed, "commit": provenance()["commit"], "recipe": tree}
+    result["training"] = learned(place, seconds)
     if system.family != "masked":
         began = time.monotonic()
         result |= tested(place, data.folder(work, seed), scale, device=device)
