@@ -180,9 +180,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     from trmt.cli.train import make_ready
+    from trmt.stopping import Interrupted
 
     make_ready(given.threads)
-    run(given.work, BY_NAME[given.system], given.seed, SCALES[given.scale], device=given.device)
+    try:
+        run(given.work, BY_NAME[given.system], given.seed, SCALES[given.scale], device=given.device)
+    except Interrupted as stopped:
+        raise SystemExit(stopped.exit_code) from None
 
 
 if __name__ == "__main__":
