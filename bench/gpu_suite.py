@@ -129,6 +129,16 @@ def machine(place: Place) -> list[str]:
     return bench("machine.py", *size)(place)
 
 
+def lineage(place: Place) -> list[str]:
+    folder = place.corpus("multi30k")
+    assert folder, "a row whose corpus is missing is not run"
+    words = [str(ROOT / "bench" / "lineage.py"), "--name", "lineage-multi30k", "--keep"]
+    words += ["--work", str(place.work / "lineage-multi30k"), "--device", place.device]
+    if place.smoke:
+        return [*words, "--scale", "toy", "--seeds", "1", "--only", "fixed", "transformer"]
+    return [*words, "--scale", "multi30k", "--corpus", str(folder), "--at-once", "6"]
+
+
 ROWS = (
     Row(
         name="machine",
@@ -164,6 +174,14 @@ ROWS = (
         *("corpora.py", "tatoeba", "tatoeba"), "Tatoeba English-German to convergence: time and scores"
     ),
     experiment(*("corpora.py", "laws", "laws"), "laws of Canada, English-French: time and scores"),
+    Row(
+        name="lineage-multi30k",
+        measures="what is said of translation networks, asked of systems trained on Multi30k with 3 seeds",
+        command=lineage,
+        corpus="multi30k",
+        packages=("gensim",),
+        paced=True,
+    ),
 )
 
 

@@ -18,6 +18,7 @@ import recipe_tables
 import shortlist_tables
 import speed_tables
 import translation_tables
+from claims import page as claims_page
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -217,6 +218,23 @@ def notes(names: list[str]) -> str:
     return "\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
 
 
+def claims() -> str:
+    found, other = claims_page.result(), claims_page.result(claims_page.OTHER)
+    if found is None:
+        return "pending"
+    sources = [f"- {source(result)}" for result in (found, other) if result]
+    parts = [
+        claims_page.count(found),
+        table(*claims_page.overview(found, other)),
+        claims_page.design(found),
+        claims_page.sections(found),
+        "## All systems",
+        table(*claims_page.trained(found)),
+        "\n".join(sources),
+    ]
+    return "\n\n".join(parts)
+
+
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
     lines = [head, tuple("---" for _ in head), *rows]
@@ -243,6 +261,7 @@ TABLES = {
     "starts": starts,
     "corpora": corpora,
     "gpu": gpu,
+    "claims": claims,
 }
 
 

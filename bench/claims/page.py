@@ -1,0 +1,169 @@
+"""What docs/claims.md says of the claims: everything here follows from the result, whatever it is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from claims import systems
+from claims.asking import Claim
+from claims.figures import PICTURES
+from claims.sayings import claims, evidence, scale_of
+from claims.scale import Scale
+from claims.verdicts import CANNOT_TELL, CONFIRMED, NOT_CONFIRMED, PENDING, Contrast, Evidence
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+HERE, OTHER = "lineage", "lineage-multi30k"
+ELSEWHERE = "Arithmetic"  # the heading of what no picture is drawn of
+Tree = Mapping[str, Any]
+
+
+def result(name: str = HERE) -> dict[str, Any] | None:
+    """The result of one of the scales, if there is one."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def overview(found: Tree, other: Tree | None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of a table with the verdict on every claim."""
+    figures, seeds = found["figures"], found["figures"]["seeds"]
+    rows = []
+    for claim in claims(scale_of(figures)):
+        judged = figures["claims"][claim.name][0]
+        elsewhere = other["figures"]["claims"].get(claim.name, [judged])[0]["verdict"] if other else PENDING
+        rows.append(
+            (claim.title, judged["verdict"], value(claim.contrasts[0], judged, seeds=seeds), elsewhere)
+        )
+    return ("claim", "phrasebook, CPU", "measured", "Multi30k, GPU"), rows
+
+
+def count(found: Tree) -> str:
+    """How many claims have which verdict."""
+    verdicts = Counter(judged[0]["verdict"] for judged in found["figures"]["claims"].values())
+    named = [f"{verdicts[kind]} {kind}" for kind in (CONFIRMED, NOT_CONFIRMED, CANNOT_TELL, PENDING)]
+    return f"Of {verdicts.total()} claims: {', '.join(named[:-1])}, and {named[-1]}."
+
+
+def design(found: Tree) -> str:
+    """What was trained on what."""
+    figures = found["figures"]
+    scale: Scale = scale_of(figures)
+    words = [words_of(figures, str(n)) for n in (scale.shorter[0], scale.shorter[-1], scale.longer[-1])]
+    lengths = "" if None in words else ", of {:.0f}, {:.0f} and {:.0f} words".format(*words)
+    done = {run["system"] for run in figures["runs"]}
+    shortest, most, far = scale.shorter[0], scale.shorter[-1], scale.longer[-1]
+    return (
+        f"Every system is trained for {scale.steps} steps of {scale.tokens:,} tokens on {scale.examples:,} "
+        f"examples of 1 to {scale.joined} sentences in a row, each of {figures['seeds']} times with other "
+        f"data, another order and other first weights; networks are {scale.width} wide and have "
+        f"{scale.layers} layers (deep ones {scale.layers * scale.deep}). All scores are BLEU of greedy "
+        f"translations of sentences never seen. Tests have {shortest} to {most} sentences in a row, "
+        f"and {' and '.join(map(str, scale.longer))}, which is longer than anything in training (at "
+        f"{shortest}, {most} and {far} in a row{lengths}). Such short trainings show who learns fast, which "
+        f"need not be who ends best. {len(done)} of {len(systems.ALL)} systems have been trained."
+    )
+
+
+def words_of(figures: Tree, length: str) -> float | None:
+    """The mean number of words of the test examples of a length."""
+    known = [run["lengths"][length]["words"] for run in figures["runs"] if "lengths" in run]
+    return fmean(known) if known else None
+
+
+def sections(found: Tree) -> str:
+    """Every picture with the claims that it shows, and then those that need none."""
+    figures = found["figures"]
+    asked = claims(scale_of(figures))
+    parts = []
+    for name in [*PICTURES, ""]:
+        of_it = [claim for claim in asked if claim.figure == name]
+        if not of_it:
+            continue
+        parts.append(f"## {PICTURES[name].title if name else ELSEWHERE}")
+        if name:
+            parts.append(f"![{PICTURES[name].says}](claims/{name}.svg)")
+        parts += [paragraph(claim, figures["claims"][claim.name], figures["seeds"]) for claim in of_it]
+    return "\n\n".join(parts)
+
+
+def paragraph(claim: Claim, judged: Sequence[Tree], seeds: int) -> str:
+    """A claim, what was measured, and what follows."""
+    measured = [
+        f"{_capital(contrast.asks)}: {value(contrast, one, seeds=seeds)}"
+        + ("" if one["verdict"] == PENDING else f", {one['verdict']}")
+        + "."
+        for contrast, one in zip(claim.contrasts, judged, strict=True)
+    ]
+    text = " ".join([*measured, *([claim.note] if claim.note else [])])
+    return f"**{claim.title}: {judged[0]['verdict']}.** *{claim.says}* ({claim.source}.) {text}"
+
+
+def value(contrast: Contrast, judged: Tree, *, seeds: int) -> str:
+    """What came out, with its interval."""
+    if judged["verdict"] == PENDING:
+        known = len(judged["values"])
+        return f"pending, {known} of {seeds} seeds" if known and contrast.unit != "times" else "pending"
+    mean, low, high = (judged[name] for name in ("mean", "low", "high"))
+    if contrast.unit == "times":
+        shown = [f"{number:.3g}" for number in (mean, low, high)]
+    elif contrast.unit == "BLEU":
+        shown = [_signed(number, ".1f") for number in (mean, low, high)]
+    elif contrast.unit == "nats":
+        shown = [_signed(number, ".3f") for number in (mean, low, high)]
+    else:
+        shown = [f"{number:.2g}" for number in (mean, low, high)]
+    interval = "" if low == high else f" ({shown[1]} to {shown[2]})"
+    return f"{shown[0]} {contrast.unit}".rstrip() + interval
+
+
+def _signed(number: float, form: str) -> str:
+    return f"{number:+{form}}".replace("-", "−")
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def trained(found: Tree) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of a table of all systems: parameters, scores, time."""
+    figures = found["figures"]
+    known = evidence(figures)
+    rows = []
+    for system in systems.ALL:
+        runs = [run for run in figures["runs"] if run["system"] == system.name]
+        if not runs:
+            rows.append((KINDS[system.family], system.title, f"`{system.name}`", *["pending"] * 5))
+            continue
+        seconds = fmean(run["training"]["seconds"] for run in runs)
+        scores = (
+            [_spread(known, f"{metric}/{system.name}/all", form) for metric, form in METRICS]
+            if "all" in runs[0]
+            else ["", ""]
+        )
+        parameters = round(fmean(run["training"]["parameters"] for run in runs))
+        named = (KINDS[system.family], system.title, f"`{system.name}`")
+        rows.append((*named, f"{parameters:,}", *scores, f"{seconds:.0f}", f"{len(runs)}"))
+    head = (
+        "network",
+        "what is its own",
+        "name",
+        "parameters",
+        "BLEU (least to most)",
+        "nats a piece",
+        "seconds, others beside",
+        "seeds",
+    )
+    return head, rows
+
+
+KINDS = {"recurrent": "recurrent", "conv": "ConvS2S", "transformer": "Transformer", "masked": "encoder"}
+METRICS = (("bleu", ".1f"), ("nll", ".3f"))
+
+
+def _spread(known: Evidence, name: str, form: str) -> str:
+    values = known[name].values()
+    return f"{fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
