@@ -87,7 +87,7 @@ def with_word(word: str) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "what was waited for does not come"
@@ -138,7 +138,7 @@ def test_nothing_is_lost_doubled_or_moved(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in done()}
     with cluster() as address:
         with started("translate", address, words) as driver:
-            said = driver.communicate(timeout=90)[1]
+            said = driver.communicate(timeout=180)[1]
         assert driver.returncode == 0, said
         assert re.search(rf"{len(before)} of \d+ parts in .* are there already", said)
         prepared(tmp_path, address)
@@ -158,7 +158,7 @@ def prepared(tmp_path: Path, address: str) -> None:
     tokenizer = tmp_path / "bundle" / "tokenizer"
     words = f"{tmp_path}/there --train {tmp_path}/train --tokenizer {tokenizer}"
     with started("prepare", address, words) as driver:
-        said = driver.communicate(timeout=90)[1]
+        said = driver.communicate(timeout=180)[1]
     assert driver.returncode == 0, said
     options = {"train": (str(tmp_path / "train"),), "tokenizer": tokenizer, "workers": 1}
     prepare(PrepareOptions(out=tmp_path / "here", **options))
