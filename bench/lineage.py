@@ -5,7 +5,7 @@
 
 Every system (bench/claims/systems.py) is trained on the same data with the same budget of steps, once for
 each seed, and serves all claims (bench/claims/on_*.py) that ask for it. By itself the data are sentences
-of the phrasebook, several in a row, and everything takes less than an hour of two CPU cores; FOLDER holds
+of the phrasebook, several in a row, and sizes are chosen for about an hour of two CPU cores; FOLDER holds
 Multi30k, as bench/multi30k.py says. What is done is not repeated: ended at any moment, the same command goes
 on, and inside a run from its checkpoint. --runs 1 does one run more, --only names systems, --part speed
 measures speed alone, which wants a machine with nothing else to do.
