@@ -52,7 +52,7 @@ ROWS = (
     Row(recipe="rnn-fixed", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
     Row(recipe="rnnsearch", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
     Row(recipe="luong", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
-    Row(recipe="convs2s", steps=400, settings=(*SMALL, "optim.warmup=100")),
+    Row(recipe="convs2s", steps=400, settings=(*SMALL, "optim.lr=3e-3", "optim.warmup=100")),
     Row(
         recipe="universal",
         steps=400,

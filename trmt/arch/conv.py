@@ -223,7 +223,8 @@ def decode(
             weights.append(layers.attention_weights(query_SHQD, key_SHLD, mask))
         h_SKTD = (h_SKTD + layer.out(found_SQD.view_as(h_SKTD))) * HALF
         x_SKTD = (x_SKTD + h_SKTD) * HALF
-    return net.drop(x_SKTD), Rows(tuple(windows)), torch.stack(weights) if weights else None
+    # Everything inside is as small as the embeddings; the output's products need unit variance to begin with.
+    return net.drop(x_SKTD) / EMBEDDING_STD, Rows(tuple(windows)), torch.stack(weights) if weights else None
 
 
 def _blank(config: ConvS2SConfig, memory: Memory, sizes: tuple[int, int]) -> Rows:
