@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from moses import tokenised
 from provenance import RESULTS, record
-
 from trmt import bundles
 from trmt.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks
 from trmt.checkpoints import find_bundle, steps

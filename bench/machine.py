@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
 from provenance import RESULTS, record
 
 REPEATS = 10

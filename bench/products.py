@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from provenance import RESULTS, record
 
+from provenance import RESULTS, record
 from trmt.arch.base import Source, Stepper
 from trmt.arch.transformer import Transformer, TransformerConfig
 from trmt.engines import linear

@@ -127,7 +127,6 @@ def train(folder: Path, *, threads: int, seconds: float) -> dict[str, Any]:
 def load(data_set: Path) -> dict[str, Any]:
     """Read batches without training on them."""
     from peers.probe import own_mib
-
     from trmt.arch.transformer import Transformer
     from trmt.batches import BatchConfig, Batches, Position
     from trmt.shards import PreparedSet

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import sacrebleu
 import torch
+
 from provenance import RESULTS, record
 from rounds import ratio
 from translate import SEARCHES, VOCABULARY, random_network
-
 from trmt import bundles
 from trmt.decode.beam import Beam
 from trmt.decode.greedy import Greedy

@@ -133,8 +133,8 @@ class Failed(Exception):
 def random_network(name: str, work: Path) -> Network:
     """A bundle with seeded random weights, and random sentences."""
     import torch
-    from synthetic import word_tokenizer
 
+    from synthetic import word_tokenizer
     from trmt import bundles
     from trmt.arch.transformer import Transformer, TransformerConfig
 

@@ -15,19 +15,17 @@ from typing import Any
 import pytest
 import sacrebleu
 
+import budget
+import corpora
+import experiment
+import gpu_suite
+import moses
+import multi30k
+import provenance
+import quality_tables
+from trmt.recipe import load_recipe
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import budget  # noqa: E402
-import corpora  # noqa: E402
-import experiment  # noqa: E402
-import gpu_suite  # noqa: E402
-import moses  # noqa: E402
-import multi30k  # noqa: E402
-import provenance  # noqa: E402
-import quality_tables  # noqa: E402
-
-from trmt.recipe import load_recipe  # noqa: E402
 
 SAVES = """
 import pathlib, signal, sys

@@ -10,14 +10,10 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import recipe_tables  # noqa: E402
-import recipes  # noqa: E402
-import starts  # noqa: E402
-
-from trmt.recipe import load_recipe  # noqa: E402
+import recipe_tables
+import recipes
+import starts
+from trmt.recipe import load_recipe
 
 SCORES = {
     "bleu": {"name": "BLEU", "value": 61.25, "signature": "one"},
@@ -26,7 +22,7 @@ SCORES = {
 FIGURES = {"parameters": 1234567, "steps": 10, "seconds": 61.2, "dev_loss": 1.5, "scores": SCORES}
 
 
-def made(self: recipes.Workshop, row: recipes.Row) -> dict[str, Any]:
+def made(row: recipes.Row) -> dict[str, Any]:
     start = {"start": {"steps": 5, "seconds": 3.0}} if row.start else {}
     return {**FIGURES, **start, "exact": 3, "sentences": 4, "commit": "abc"}
 
@@ -52,7 +48,7 @@ def test_rows_are_made_once_and_again_if_they_change(tmp_path: Path, monkeypatch
         asked.append(row.name)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return made(self, row)
+        return made(row)
 
     monkeypatch.setattr(recipes.Workshop, "run", run)
     monkeypatch.setattr(sys, "argv", ["recipes.py", "--out", str(tmp_path)])
@@ -71,7 +67,7 @@ def test_rows_are_made_once_and_again_if_they_change(tmp_path: Path, monkeypatch
 
 def test_the_tables_say_what_was_changed_and_found() -> None:
     row = recipes.ROWS[-1]
-    result = {"figures": {"rows": {row.name: {"plan": row.plan, **made(None, row)}}}}  # type: ignore[arg-type]
+    result = {"figures": {"rows": {row.name: {"plan": row.plan, **made(row)}}}}
     [cells] = recipe_tables.recipe_rows(result)
     assert cells[0] == "`phrasebook` from `bert-tiny`"
     assert cells[2:] == ("1,234,567", "5 + 10", "3 + 61", "61.2", "80.0", "75%")

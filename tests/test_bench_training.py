@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,15 +24,6 @@ from trmt.shards import PreparedSet
 
 BENCH = Path(__file__).parent.parent / "bench"
 PEERS = ("fairseq", "joeynmt", "eole", "opennmt", "sockeye", "transformers")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(BENCH))
 
 
 @pytest.fixture(scope="module")

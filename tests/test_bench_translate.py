@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+import translate
 from tests.scripted import random_bundle, small_tokenizer
-
-BENCH = Path(__file__).parent.parent / "bench"
-sys.path.insert(0, str(BENCH))
-
-import translate  # noqa: E402
-from translators.server import How  # noqa: E402
+from translators.server import How
 
 
 def test_points_are_chosen_by_pattern() -> None:

@@ -24,13 +24,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from provenance import RESULTS, ROOT
-
 from claims import sayings, systems
 from claims.asking import score
 from claims.scale import Scale
 from claims.speed import MEMORY
 from claims.verdicts import Evidence
+from provenance import RESULTS, ROOT
 
 DOCS = ROOT / "docs" / "claims"
 # What matplotlib draws with, by name, and what stands there on a light and on a dark page.

@@ -21,12 +21,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from experiment import write_lines
-from provenance import provenance
 
 from claims import data, texts
 from claims.scale import SCALES, Scale
 from claims.systems import BERT, BY_NAME, System, recipe
+from experiment import write_lines
+from provenance import provenance
 
 RESULT = "result.json"
 BATCH = 50  # sentences whose likelihood is computed together

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import write_lines
 from torch import Tensor
 
 from claims.scale import Scale
 from claims.systems import BY_NAME, recipe
+from experiment import write_lines
 
 SYSTEMS = ("fixed", "rnnsearch", "additive", "conv", "transformer")
 TOKENS = 1024  # of a training step, on each side

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from provenance import ROOT
-
 from claims.scale import Scale
+from provenance import ROOT
 
 Pair = tuple[str, str]
 LANGUAGES = ("en", "de")
