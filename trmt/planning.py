@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from trmt import bundles, checkpoints, console, transfer
-from trmt.arch.transformer import Transformer
 from trmt.checkpoints import CONFIG
 from trmt.config import Tree, build, read_toml
 from trmt.errors import BundleError, ConfigError, DataError
@@ -141,7 +140,7 @@ def resolved_recipe(
     network = resolve(NETWORKS, recipe.architecture, trust_code=trusted)
     resolve(OBJECTIVES, recipe.objective, trust_code=trusted)
     if from_encoder:
-        if not issubclass(network, Transformer):
+        if not network.begins_with_encoder:
             raise ConfigError(
                 f"architecture = {recipe.architecture!r} has no encoder that --init-from {options.init_from} "
                 "could be; choose the recipe of a transformer"

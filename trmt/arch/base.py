@@ -323,6 +323,7 @@ class Network(nn.Module):
 
     config: Any
     config_class: ClassVar[type]  # the dataclass its constructor takes
+    begins_with_encoder: ClassVar[bool] = False  # True where it can take the encoder of `trmt pretrain`
     in_row: ClassVar[bool] = False  # True where `forward` computes no padding: a batch may hold any lengths
     # True where `forward` calls each module that is in a ModuleList, and has a matrix, exactly once.
     layers_called_once: ClassVar[bool] = False

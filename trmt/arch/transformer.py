@@ -97,6 +97,7 @@ class Transformer(Encoder, Seq2Seq):
     """The network as it is trained."""
 
     config_class = TransformerConfig
+    begins_with_encoder = True
     in_row = True
     layers_called_once = True
 
