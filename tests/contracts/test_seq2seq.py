@@ -173,6 +173,14 @@ def test_every_source_word_counts(net: Seq2Seq) -> None:
         assert not torch.allclose(teacher_forced(net, [other], [target])[0], base, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_fresh_network_is_not_all_but_silent(name: str) -> None:
+    """Logits that hardly differ at first take hundreds of steps to grow."""
+    torch.manual_seed(1)
+    net = small_network(name, width=128).eval()
+    assert torch.cat(teacher_forced(net, SOURCES, TARGETS)).std() > 0.5
+
+
 def test_every_parameter_gets_a_gradient(net: Seq2Seq) -> None:
     output = net.train()(Source.of(SOURCES), Ragged.of(TARGETS))
     own = sum(weighted for weighted, _ in output.aux.values())
