@@ -22,17 +22,17 @@ import torch
 
 from moses import tokenised
 from provenance import RESULTS, record
-from trmt import bundles
-from trmt.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks
-from trmt.checkpoints import find_bundle, steps
-from trmt.corpus import lines
+from trmt.alignment.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks
+from trmt.alignment.linking import Aligner, AttentionAligner, BothWays, Pair
+from trmt.alignment.symmetrising import METHODS
 from trmt.files import atomic_file
-from trmt.linking import Aligner, AttentionAligner, BothWays, Pair
-from trmt.links import Agreement, judged, parsed_gold, turned
-from trmt.planning import TrainOptions
 from trmt.preparing import PrepareOptions, prepare
-from trmt.shards import PreparedSet
-from trmt.symmetrising import METHODS
+from trmt.runs.planning import TrainOptions
+from trmt.saved import bundles
+from trmt.saved.checkpoints import find_bundle, steps
+from trmt.sets.shards import PreparedSet
+from trmt.text.corpus import lines
+from trmt.text.links import Agreement, judged, parsed_gold, turned
 from trmt.tokenizing import TokenizerOptions, train_tokenizer
 from trmt.training import train
 

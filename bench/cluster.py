@@ -144,8 +144,8 @@ def measure(given: argparse.Namespace, kind: str, workers: int) -> dict[str, Any
 @contextmanager
 def recorded(kind: str, workers: int, said: list[dict[str, Any]]) -> Iterator[Any]:
     """What makes fleets, of which it is kept what their workers say of each part."""
-    from trmt.fleet import LocalFleet
-    from trmt.ray_fleet import LOCAL, connected
+    from trmt.scale.fleet import LocalFleet
+    from trmt.scale.ray_fleet import LOCAL, connected
 
     with ExitStack() as ends:
         if kind == "ray":
@@ -169,7 +169,7 @@ def recorded(kind: str, workers: int, said: list[dict[str, Any]]) -> Iterator[An
 
 
 def translate(given: argparse.Namespace, fleets: Any) -> None:
-    from trmt.corpus_translating import CorpusOptions, translate_corpus
+    from trmt.scale.corpus_translating import CorpusOptions, translate_corpus
     from trmt.translating import TranslateOptions
 
     size = (given.folder / "text").stat().st_size
@@ -186,7 +186,7 @@ def translate(given: argparse.Namespace, fleets: Any) -> None:
 
 def prepare(folder: Path, fleets: Any, workers: int) -> None:
     from trmt import preparing
-    from trmt.corpus_preparing import prepare_in_parts
+    from trmt.scale.corpus_preparing import prepare_in_parts
 
     size = (folder / "train.en").stat().st_size
     with tempfile.TemporaryDirectory() as out:
@@ -204,7 +204,7 @@ def prepare(folder: Path, fleets: Any, workers: int) -> None:
 
 def cutting(folder: Path) -> dict[str, Any]:
     """Ranges and their digests, of text that is in memory as far as the system keeps it there."""
-    from trmt.ranges import cut
+    from trmt.text.ranges import cut
 
     text = (folder / "text").read_bytes()
     with (folder / "long").open("wb") as stream:
@@ -228,8 +228,8 @@ class Nothing:
 
 def handing(workers: int) -> dict[str, Any]:
     """How many parts the main process hands out in a second, if nobody takes time for them."""
-    from trmt.fleet import work_through
-    from trmt.ray_fleet import LOCAL, connected
+    from trmt.scale.fleet import work_through
+    from trmt.scale.ray_fleet import LOCAL, connected
 
     with connected(LOCAL, workers=workers) as cluster, cluster.fleet(Nothing(), count=workers) as fleet:
         ready = fleet.answers() + (fleet.answers() if workers > 1 else [])

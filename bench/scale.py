@@ -128,8 +128,8 @@ def load(data_set: Path) -> dict[str, Any]:
     """Read batches without training on them."""
     from peers.probe import own_mib
     from trmt.arch.transformer import Transformer
-    from trmt.batches import BatchConfig, Batches, Position
-    from trmt.shards import PreparedSet
+    from trmt.sets.batches import BatchConfig, Batches, Position
+    from trmt.sets.shards import PreparedSet
 
     before = own_mib()
     began = time.perf_counter()

@@ -29,12 +29,12 @@ import torch
 from provenance import RESULTS, record
 from rounds import ratio
 from translate import SEARCHES, VOCABULARY, random_network
-from trmt import bundles
 from trmt.decode.beam import Beam
 from trmt.decode.greedy import Greedy
 from trmt.engines.base import Batching, Request
 from trmt.engines.eager import Eager
-from trmt.lexicon import Lexicon
+from trmt.saved import bundles
+from trmt.saved.lexicon import Lexicon
 from trmt.translating import EXTRA
 
 BATCHES = (1, 16, 64)

@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from trmt.preparing import PrepareOptions, prepare
-from trmt.tokenizer import Settings, Tokenizer
+from trmt.text.tokenizer import Settings, Tokenizer
 
 MEAN, SPREAD, LONGEST = 28, 0.6, 200  # of the source's length, in pieces
 RATIO_SPREAD = 0.15  # of the logarithm of the target's length over the source's

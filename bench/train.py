@@ -136,7 +136,7 @@ def _settings(spec: Spec, shape: Shape) -> dict[str, Any]:
 
 
 def _data(data_set: Path) -> dict[str, Any]:
-    from trmt.shards import PreparedSet
+    from trmt.sets.shards import PreparedSet
 
     data = PreparedSet.open(data_set)
     split = data.index["splits"]["train"]
@@ -153,15 +153,15 @@ def _device_name(device: str) -> str | None:
 
 def _plan(spec: Spec) -> tuple[Shape, int]:
     """The network's sizes with the data's vocabulary, and the real target tokens in a batch of trmt's."""
-    from trmt.batches import BatchConfig, Batches
     from trmt.registry import ARCHITECTURES, resolve
-    from trmt.shards import PreparedSet
+    from trmt.sets.batches import BatchConfig, Batches
+    from trmt.sets.shards import PreparedSet
 
     data, architecture = PreparedSet.open(spec.data_set), "transformer"
     shape = replace(spec.shape, vocabulary=max(data.index["vocabulary"]))
     tokens = spec.batch_tokens
     if spec.recipe:
-        from trmt.recipe import load_recipe
+        from trmt.runs.recipe import load_recipe
 
         recipe = load_recipe(spec.recipe, network={"source_vocabulary": 1, "target_vocabulary": 1})
         names = ("width", "feed_forward", "heads", "encoder_layers", "decoder_layers", "dropout")

@@ -135,8 +135,8 @@ def random_network(name: str, work: Path) -> Network:
     import torch
 
     from synthetic import word_tokenizer
-    from trmt import bundles
     from trmt.arch.transformer import Transformer, TransformerConfig
+    from trmt.saved import bundles
 
     tokenizer = word_tokenizer(VOCABULARY)
     bundle = work / name / "trmt-fp32"
@@ -164,7 +164,7 @@ def random_network(name: str, work: Path) -> Network:
 
 def trained_network(bundle: Path, source: Path, reference: Path) -> Network:
     """A bundle and a test set."""
-    from trmt.tokenizer import Tokenizer
+    from trmt.text.tokenizer import Tokenizer
 
     side = Tokenizer.load(bundle / "tokenizer").source
     texts, references = ([*path.read_text(encoding="utf-8").splitlines()] for path in (source, reference))
@@ -267,7 +267,7 @@ def chrf(network: Network, translations: Sequence[list[str]]) -> dict[str, Any]:
     """The score of the first sentences' translations."""
     import sacrebleu
 
-    from trmt.tokenizer import Tokenizer
+    from trmt.text.tokenizer import Tokenizer
 
     side = Tokenizer.load(network.bundle / "tokenizer").target
     ids = {piece: number for number, piece in enumerate(side.pieces(range(side.vocabulary)))}

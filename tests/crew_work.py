@@ -16,16 +16,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trmt import checkpoints, sharding, slices, team
+from trmt import team
 from trmt.arch.base import Seq2Seq
-from trmt.batches import BatchConfig, Batches, Examples
 from trmt.config import build, read_toml
 from trmt.errors import TrmtError
-from trmt.learner import Learner
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation, TranslationBatch
-from trmt.recipe import Recipe
-from trmt.shards import PreparedSet
+from trmt.runs import sharding
+from trmt.runs.learner import Learner
+from trmt.runs.recipe import Recipe
+from trmt.saved import checkpoints, slices
+from trmt.sets.batches import BatchConfig, Batches, Examples
+from trmt.sets.shards import PreparedSet
 from trmt.team import Team, TeamError
 
 LOSS = Translation.loss

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from trmt.errors import TrmtError
-from trmt.fleet import Answer, Job
+from trmt.scale.fleet import Answer, Job
 
 Accident = Callable[[Any], str | None]  # a part -> "died", an error, or None where all goes well
 

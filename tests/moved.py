@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from tests import toy
-from trmt import bundles
 from trmt.arch.base import Seq2Seq
-from trmt.bundles import build_network, describe
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles
+from trmt.saved.bundles import build_network, describe
+from trmt.text.tokenizer import Tokenizer
 
 SIZES = {"width": 32, "feed_forward": 64, "heads": 4, "encoder_layers": 2, "decoder_layers": 3, "longest": 64}
 PADDED = 3  # rows of the vocabulary that stand for no piece

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tests import texts
 from tests.fakes import small_network
-from trmt import bundles
 from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles
+from trmt.text.tokenizer import Tokenizer
 from trmt.tokenizing import TokenizerOptions, train_tokenizer
 
 Script = Callable[[list[int]], list[int]]  # source ids without eos -> target ids without eos

@@ -18,11 +18,11 @@ import torch
 from tests import texts
 from tests.fakes import small_network
 from tests.scripted import random_bundle, small_tokenizer
-from trmt import bundles
-from trmt.attending import attend
 from trmt.cli import main
+from trmt.heatmaps.attending import attend
 from trmt.heatmaps.page import packed
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles
+from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 Command = Callable[..., tuple[int, str, str]]

@@ -8,11 +8,11 @@ import torch
 from tests import texts
 from tests.fakes import small_network
 from tests.scripted import small_tokenizer
-from trmt import attending
 from trmt.arch.base import Ragged, Seq2Seq, Source
-from trmt.attending import attend, joined, words
 from trmt.errors import ConfigError, DataError
-from trmt.tokenizer import Tokenizer
+from trmt.heatmaps import attending
+from trmt.heatmaps.attending import attend, joined, words
+from trmt.text.tokenizer import Tokenizer
 
 SOURCES = [*texts.ENGLISH[:5], "a", "", texts.ALL["zh"][0]]
 TARGETS = [texts.GERMAN[0], "b", *texts.GERMAN[2:5], texts.ALL["ar"][0], "c", ""]

@@ -12,7 +12,7 @@ import torch
 from tests import chromium, texts
 from tests.fakes import small_network
 from tests.scripted import small_tokenizer
-from trmt.attending import attend
+from trmt.heatmaps.attending import attend
 from trmt.heatmaps.matrix import Choice, Looks, looks, matrix
 from trmt.heatmaps.page import About, write
 

@@ -14,17 +14,17 @@ from tests import toy
 from tests.contracts.test_training import HARD, final
 from tests.fakes import random_sentences, small_network
 from tests.toy import options
-from trmt import bundles, checkpoints
 from trmt.arch import layers
 from trmt.arch.base import Ragged, Source
 from trmt.arch.transformer_layers import embed
-from trmt.batches import BatchConfig, Batches
 from trmt.engines.linear import eager
 from trmt.errors import ConfigError, TrmtError
-from trmt.learner import Learner
 from trmt.quantizing import quantize
-from trmt.recipe import Recipe, load_recipe
-from trmt.shards import PreparedSet
+from trmt.runs.learner import Learner
+from trmt.runs.recipe import Recipe, load_recipe
+from trmt.saved import bundles, checkpoints
+from trmt.sets.batches import BatchConfig, Batches
+from trmt.sets.shards import PreparedSet
 from trmt.team import Team
 from trmt.training import train
 from trmt.translating import Translator

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from tests import toy
-from trmt.batches import BatchConfig, Batches, Examples, Position, halves
 from trmt.errors import ConfigError, DataError
-from trmt.resampling import resample_with
-from trmt.shards import PreparedSet
-from trmt.tokenizer import Tokenizer
+from trmt.sets.batches import BatchConfig, Batches, Examples, Position, halves
+from trmt.sets.resampling import resample_with
+from trmt.sets.shards import PreparedSet
+from trmt.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_every_step_draws_anew(data: PreparedSet) -> None:
 SAMPLE = """
 import sys
 from pathlib import Path
-from trmt.tokenizer import Tokenizer
+from trmt.text.tokenizer import Tokenizer
 side = Tokenizer.load(Path(sys.argv[1])).source
 print(side.sample(side.encode(["ka lomo ti saru ne hikado mi"] * 20), alpha=0.3, seed=7))
 """
@@ -354,7 +354,7 @@ def test_in_a_row_the_window_in_which_batches_are_cut_changes_nothing(
 ) -> None:
     source, target = lognormal_lengths(3_000)
     whole = in_a_row(fake_set(source, target), tokens=500).plan(0)
-    monkeypatch.setattr("trmt.batches.WINDOW", 64)
+    monkeypatch.setattr("trmt.sets.batches.WINDOW", 64)
     cut = in_a_row(fake_set(source, target), tokens=500).plan(0)
     assert [batch.tolist() for step in cut for batch in step] == [
         batch.tolist() for step in whole for batch in step

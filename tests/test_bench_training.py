@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.toy import make_set
 from trmt.arch.base import Ragged, Source
 from trmt.arch.transformer import Transformer, TransformerConfig
-from trmt.shards import PreparedSet
+from trmt.sets.shards import PreparedSet
 
 BENCH = Path(__file__).parent.parent / "bench"
 PEERS = ("fairseq", "joeynmt", "eole", "opennmt", "sockeye", "transformers")

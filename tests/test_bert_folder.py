@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.fakes import random_sentences
-from trmt import bundles
 from trmt.arch.base import Source
 from trmt.arch.masked_encoder import MaskedEncoder, MaskedEncoderConfig
-from trmt.bert_folder import import_bert, read_bert, wordpiece, write_bert
 from trmt.errors import BundleError, ConfigError
-from trmt.shards import PreparedSet
-from trmt.tokenizer import Tokenizer
+from trmt.moving.bert_folder import import_bert, read_bert, wordpiece, write_bert
+from trmt.saved import bundles
+from trmt.sets.shards import PreparedSet
+from trmt.text.tokenizer import Tokenizer
 
 transformers: Any = pytest.importorskip("transformers")
 

@@ -12,13 +12,14 @@ import torch
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
-from trmt import budget, capacity
-from trmt.budget import Job, activation_bytes, disk_bytes, disk_free, measure, pace, size, state_bytes
-from trmt.learner import Learner
+from trmt import capacity
 from trmt.objectives.translation import Translation
-from trmt.planning import resolved_recipe
-from trmt.shards import PreparedSet
-from trmt.tokenizer import Tokenizer
+from trmt.runs import budget
+from trmt.runs.budget import Job, activation_bytes, disk_bytes, disk_free, measure, pace, size, state_bytes
+from trmt.runs.learner import Learner
+from trmt.runs.planning import resolved_recipe
+from trmt.sets.shards import PreparedSet
+from trmt.text.tokenizer import Tokenizer
 from trmt.training import Run, train
 
 Usage = namedtuple("Usage", "total used free")

@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 
 from tests.fakes import small_network
-from trmt import bundles
 from trmt.arch.base import Ragged, Seq2Seq, Source
-from trmt.bundles import describe, load_bundle, read_manifest, read_weights, save_bundle
 from trmt.errors import BundleError, ConfigError
 from trmt.registry import ARCHITECTURES
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles
+from trmt.saved.bundles import describe, load_bundle, read_manifest, read_weights, save_bundle
+from trmt.text.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from trmt.engines.base import Batching, Request
 from trmt.engines.eager import Eager
 from trmt.errors import BundleError
 from trmt.kernels import products
-from trmt.lexicon import Lexicon
+from trmt.saved.lexicon import Lexicon
 
 VOCABULARY, EOS, BANNED = 700, 2, (0, 1, 20)
 pytestmark = pytest.mark.skipif(not products.best(), reason="no C compiler here")

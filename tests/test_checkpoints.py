@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.fakes import small_network
-from trmt import bundles, checkpoints
-from trmt.checkpoints import Damaged, default_bundle, find_bundle, prune, ranked, steps
 from trmt.errors import BundleError
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles, checkpoints
+from trmt.saved.checkpoints import Damaged, default_bundle, find_bundle, prune, ranked, steps
+from trmt.text.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from tests import toy
-from trmt import bundles, checkpoints, cli, scoring
+from trmt import cli, scoring
 from trmt.averaging import AverageOptions, average
 from trmt.comparing import CompareOptions, as_tree, comparable, compare, differences
 from trmt.errors import ConfigError, DataError
 from trmt.inspecting import inspect
+from trmt.saved import bundles, checkpoints
 from trmt.scoring import ScoreOptions
-from trmt.shards import PreparedSet
+from trmt.sets.shards import PreparedSet
 from trmt.training import train
 from trmt.translating import TranslateOptions, Translator
 from trmt.validating import validate

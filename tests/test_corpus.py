@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trmt.corpus import Corpus, count, fingerprint, lines, pairs, parse_corpus
 from trmt.errors import ConfigError, DataError, TrmtError
+from trmt.text.corpus import Corpus, count, fingerprint, lines, pairs, parse_corpus
 
 # Everything that some reader takes for the end of a line or of a field, and pieces of broken UTF-8.
 NASTY = [b"\r", b"\r\n", b"\n", b"\n", b"\0", b"\x0b", b"\x0c", b"\x1c", b"\x1a", b'"', b"\\", b",", b" "]

@@ -16,10 +16,10 @@ import pytest
 from tests.fleets import Accident, FakeFleet
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from trmt import cli, places
-from trmt.corpus_translating import CorpusOptions, TextPart, translate_corpus
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.files import only_one
-from trmt.fleet import Job
+from trmt.scale.corpus_translating import CorpusOptions, TextPart, translate_corpus
+from trmt.scale.fleet import Job
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.fleets import FakeFleet
 from trmt.errors import TrmtError
-from trmt.fleet import TRIES, Answer, LocalFleet, begun, work_through
+from trmt.scale.fleet import TRIES, Answer, LocalFleet, begun, work_through
 
 
 @dataclass(frozen=True)

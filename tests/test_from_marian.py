@@ -13,16 +13,16 @@ import transformers
 from tests import marians, toy
 from tests.marians import TAG, TEXTS, Pieces
 from tests.texts import ENGLISH, GERMAN
-from trmt import bundles
 from trmt.arch.base import Ragged, Source
 from trmt.errors import BundleError, ConfigError
 from trmt.exporting import ExportOptions, export
 from trmt.importing import ImportOptions, import_model
 from trmt.moving import from_marian
 from trmt.moving.marian import halves
-from trmt.planning import TrainOptions
 from trmt.preparing import PrepareOptions, prepare
-from trmt.tokenizer import Tokenizer
+from trmt.runs.planning import TrainOptions
+from trmt.saved import bundles
+from trmt.text.tokenizer import Tokenizer
 from trmt.training import train
 from trmt.translating import TranslateOptions, Translator
 from trmt.verifying import VerifyOptions, verify

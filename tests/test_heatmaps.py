@@ -12,11 +12,11 @@ import torch
 
 from tests import texts
 from tests.scripted import small_tokenizer
-from trmt.attending import Attended
 from trmt.errors import TrmtError
 from trmt.heatmaps import picture, text
+from trmt.heatmaps.attending import Attended
 from trmt.heatmaps.matrix import Choice, Looks, Matrix, axis, looks, matrix
-from trmt.tokenizer import Tokenizer
+from trmt.text.tokenizer import Tokenizer
 
 ARABIC, CHINESE, HEBREW = "مرحبا بالعالم", "今天天气很好，我们去公园吧。", "שלום עולם"
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests import toy
 from trmt.errors import DataError
-from trmt.history import TRAIN, VALIDATE, History, best, numbers
+from trmt.runs.history import TRAIN, VALIDATE, History, best, numbers
 from trmt.training import train as train_run
 
 

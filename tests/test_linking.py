@@ -17,18 +17,18 @@ import torch
 from tests import texts, toy
 from tests.fakes import small_network
 from tests.scripted import hostile_line, random_bundle, small_tokenizer
-from trmt import bundles
-from trmt.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks, read_pairs
+from trmt.alignment.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks, read_pairs
+from trmt.alignment.counting import FROM_NOTHING, TENSION, UNSEEN, Counts
+from trmt.alignment.linking import AttentionAligner, Look, LookOptions, Pieces, all_looks, linked
+from trmt.alignment.symmetrising import METHODS
 from trmt.arch.base import Ragged, Source
 from trmt.cli import main
-from trmt.counting import FROM_NOTHING, TENSION, UNSEEN, Counts
 from trmt.errors import ConfigError, DataError
-from trmt.linking import AttentionAligner, Look, LookOptions, Pieces, all_looks, linked
-from trmt.links import NOTHING, parsed, parsed_gold, turned, written
-from trmt.shards import PreparedSet
-from trmt.symmetrising import METHODS
-from trmt.tokenizer import Side, Tokenizer
-from trmt.wording import NO_WORD, linked_pieces, words_of_pieces
+from trmt.saved import bundles
+from trmt.sets.shards import PreparedSet
+from trmt.text.links import NOTHING, parsed, parsed_gold, turned, written
+from trmt.text.tokenizer import Side, Tokenizer
+from trmt.text.wording import NO_WORD, linked_pieces, words_of_pieces
 
 Command = Callable[..., tuple[int, bytes, str]]
 

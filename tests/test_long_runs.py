@@ -20,11 +20,11 @@ from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.test_training import ENDLESS, ends_as_if_never_killed, kill, newest, spawn, wait_for
 from tests.toy import options
-from trmt import checkpoints
 from trmt.errors import TrmtError
-from trmt.keeping import Keeper
-from trmt.looking import Validation
-from trmt.stopping import Interrupted
+from trmt.runs.keeping import Keeper
+from trmt.runs.looking import Validation
+from trmt.runs.stopping import Interrupted
+from trmt.saved import checkpoints
 from trmt.training import Run, train
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")

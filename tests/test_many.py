@@ -22,7 +22,7 @@ from tests.contracts.test_training import final, log
 from tests.crews import ROOT
 from tests.test_training import ENDLESS, newest
 from tests.watched_train import sentences
-from trmt import bundles, checkpoints
+from trmt.saved import bundles, checkpoints
 from trmt.training import Run
 
 STARTS = count()

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from tests.fakes import VOCABULARY
 from trmt.arch.masked_encoder import MaskedEncoder, MaskedEncoderConfig
-from trmt.batches import Column, Examples
 from trmt.errors import ConfigError
 from trmt.objectives.base import Specials
 from trmt.objectives.denoising import Denoising, DenoisingConfig, infilled
 from trmt.objectives.masked import Masked, MaskedConfig
+from trmt.sets.batches import Column, Examples
 
 CPU = torch.device("cpu")
 BEGINS = np.arange(VOCABULARY) % 3 == 0

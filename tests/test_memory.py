@@ -14,15 +14,16 @@ import torch
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
-from trmt import checkpoints, validating
+from trmt import validating
 from trmt.arch.transformer import Transformer
-from trmt.batches import BatchConfig, Batches, Position
 from trmt.engines.eager import Eager
-from trmt.learner import Learner
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.planning import TrainOptions
-from trmt.shards import PreparedSet
+from trmt.runs.learner import Learner
+from trmt.runs.planning import TrainOptions
+from trmt.saved import checkpoints
+from trmt.sets.batches import BatchConfig, Batches, Position
+from trmt.sets.shards import PreparedSet
 from trmt.training import Run, train
 
 TRANSLATED = {"validation": {"every": 3, "metric": "chrf", "sentences": 30}}

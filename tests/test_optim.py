@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trmt.errors import ConfigError
-from trmt.optim import (
+from trmt.runs.optim import (
     OptimConfig,
     RunningMean,
     learning_rate,

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from trmt.history import Point
-from trmt.outlook import Outlook, expect, foresee, horizon
+from trmt.runs.history import Point
+from trmt.runs.outlook import Outlook, expect, foresee, horizon
 
 Law = Callable[[float], float]
 

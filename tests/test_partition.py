@@ -11,8 +11,8 @@ import pytest
 
 from trmt import places
 from trmt.errors import ConfigError, DataError
-from trmt.partition import MANIFEST, Input, Partition, begun, measured, missing, part_name
-from trmt.ranges import Range, cut
+from trmt.scale.partition import MANIFEST, Input, Partition, begun, measured, missing, part_name
+from trmt.text.ranges import Range, cut
 
 OPTIONS: dict[str, Any] = {"search": {"beam": 4, "penalty": 0.6}, "model": "abc", "languages": ["en", "de"]}
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tests.toy import write_documents
-from trmt.batches import BatchConfig, Batches
 from trmt.documents import DocumentOptions, prepare_documents
 from trmt.errors import ConfigError, DataError
-from trmt.passages import Passages
-from trmt.shards import PreparedSet
-from trmt.tokenizer import Tokenizer
+from trmt.sets.batches import BatchConfig, Batches
+from trmt.sets.passages import Passages
+from trmt.sets.shards import PreparedSet
+from trmt.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ import pytest
 
 from tests.texts import CHINESE, ENGLISH, GERMAN
 from trmt import preparing
-from trmt.corpus import parse_corpus
-from trmt.encoding import BLOCK_CHARACTERS, Encoder, blocks, encoded
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.files import PARTIAL
-from trmt.filters import KEPT, RATIO_SLACK, RULES, Limits, first_occurrences, judge, pair_hashes
 from trmt.preparing import PrepareOptions, prepare
-from trmt.shards import PreparedSet
-from trmt.tokenizer import Tokenizer
+from trmt.sets.encoding import BLOCK_CHARACTERS, Encoder, blocks, encoded
+from trmt.sets.shards import PreparedSet
+from trmt.text.corpus import parse_corpus
+from trmt.text.filters import KEPT, RATIO_SLACK, RULES, Limits, first_occurrences, judge, pair_hashes
+from trmt.text.tokenizer import Tokenizer
 from trmt.tokenizing import TokenizerOptions, train_tokenizer
 
 Pair = tuple[str, str]

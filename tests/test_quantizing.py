@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests.fakes import small_network
-from trmt import bundles, quantised
-from trmt.bundles import describe, read_manifest, read_weights, save_bundle
-from trmt.checkpoints import average
 from trmt.errors import BundleError, ConfigError
 from trmt.inspecting import inspect
 from trmt.kernels import products
 from trmt.quantizing import quantize
 from trmt.registry import ARCHITECTURES
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles, quantised
+from trmt.saved.bundles import describe, read_manifest, read_weights, save_bundle
+from trmt.saved.checkpoints import average
+from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 TEXTS = ["one two three", "four", "", "three three two one", "five six seven eight nine"]

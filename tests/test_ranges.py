@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from trmt import ranges
-from trmt.corpus import lines
 from trmt.errors import DataError
-from trmt.ranges import Range, Slice, cut, cut_after, reading, whole
+from trmt.text import ranges
+from trmt.text.corpus import lines
+from trmt.text.ranges import Range, Slice, cut, cut_after, reading, whole
 
 HOSTILE = [
     b"",

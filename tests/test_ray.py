@@ -22,9 +22,9 @@ import pytest
 
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from tests.texts import ENGLISH, GERMAN
-from trmt import ray_fleet
 from trmt.errors import ConfigError, TrmtError
 from trmt.preparing import PrepareOptions, prepare
+from trmt.scale import ray_fleet
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from tests import toy
 from tests.fakes import random_sentences, small_network
-from trmt import sharding
 from trmt.arch.base import Ragged, Source
 from trmt.errors import ConfigError
-from trmt.learner import Learner
-from trmt.recipe import load_recipe
 from trmt.registry import ARCHITECTURES, resolve
+from trmt.runs import sharding
+from trmt.runs.learner import Learner
+from trmt.runs.recipe import load_recipe
 from trmt.team import Team
 
 SHARDABLE = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name).layers_called_once]

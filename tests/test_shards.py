@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from trmt.errors import DataError
-from trmt.shards import Column, PreparedSet, Ragged, ShardWriter, Split, describe_file, dev_file, write_index
+from trmt.sets.shards import (
+    Column,
+    PreparedSet,
+    Ragged,
+    ShardWriter,
+    Split,
+    describe_file,
+    dev_file,
+    write_index,
+)
 
 COLUMNS = (Column("source.ids", "<u2"), Column("target.ids", "<u4"), Column("corpus", "<u2", ragged=False))
 Pairs = list[tuple[list[int], list[int], int]]

@@ -16,10 +16,7 @@ import torch
 from tests import toy
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from tests.scripted import random_bundle
-from trmt import bundles, lexicon
-from trmt.aligning import best, model_one, sample
-from trmt.bundles import read_manifest
-from trmt.checkpoints import average
+from trmt.alignment.aligning import best, model_one, sample
 from trmt.decode.base import Hypothesis, Search
 from trmt.decode.beam import Beam
 from trmt.decode.greedy import Greedy
@@ -27,12 +24,15 @@ from trmt.decode.sampling import Sampling
 from trmt.engines.base import Batching, Request
 from trmt.engines.eager import Eager
 from trmt.errors import BundleError, ConfigError, DataError
-from trmt.lexicon import Lexicon
 from trmt.quantizing import quantize
 from trmt.registry import ARCHITECTURES, resolve
-from trmt.shards import PreparedSet
+from trmt.saved import bundles, lexicon
+from trmt.saved.bundles import read_manifest
+from trmt.saved.checkpoints import average
+from trmt.saved.lexicon import Lexicon
+from trmt.sets.shards import PreparedSet
 from trmt.shortlisting import ShortlistOptions, make, shortlist
-from trmt.tokenizer import Tokenizer
+from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 from trmt.verifying import VerifyOptions, verify
 

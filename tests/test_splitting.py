@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests import texts
-from trmt.splitting import Piece, split_text
+from trmt.text.splitting import Piece, split_text
 
 
 def at_most(characters: int) -> Callable[[str], bool]:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from trmt import subwords
-from trmt.subwords import LONGEST_WORD, MARK, Sampler, draw_from_lattice, merge_with_dropout
+from trmt.text import subwords
+from trmt.text.subwords import LONGEST_WORD, MARK, Sampler, draw_from_lattice, merge_with_dropout
 
 DRAWS = 20_000
 FIXED, OTHER = 0, 1  # ids that stay as they are

@@ -8,9 +8,9 @@ from itertools import pairwise, product
 
 import pytest
 
+from trmt.alignment.symmetrising import METHODS
 from trmt.errors import DataError
-from trmt.links import Agreement, Gold, Links, agreement, judged, parsed, parsed_gold, turned, written
-from trmt.symmetrising import METHODS
+from trmt.text.links import Agreement, Gold, Links, agreement, judged, parsed, parsed_gold, turned, written
 
 
 def random_links(chooser: random.Random) -> Links:

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests import crew_work, crews, toy
-from trmt import bundles, checkpoints, slices
 from trmt.config import to_toml, tree_of
-from trmt.learner import Learner
-from trmt.recipe import load_recipe
-from trmt.shards import PreparedSet
+from trmt.runs.learner import Learner
+from trmt.runs.recipe import load_recipe
+from trmt.saved import bundles, checkpoints, slices
+from trmt.sets.shards import PreparedSet
 from trmt.team import Team, assembled, buckets, reason
-from trmt.tokenizer import Tokenizer
+from trmt.text.tokenizer import Tokenizer
 
 SIZES = (2, pytest.param(3, marks=pytest.mark.slow))
 CLOSE = {"rtol": 2e-4, "atol": 1e-6}

@@ -9,13 +9,13 @@ import ctranslate2
 import pytest
 
 from tests import moved
-from trmt import bundles
 from trmt.errors import BundleError, ConfigError
 from trmt.exporting import ExportOptions, export
 from trmt.moving import probes
 from trmt.moving.base import Outcome
 from trmt.moving.to_ctranslate2 import CTranslate2
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles
+from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 KINDS: list[dict[str, Any]] = [

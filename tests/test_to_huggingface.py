@@ -11,14 +11,14 @@ import transformers
 
 from tests import moved, toy
 from tests.texts import ENGLISH
-from trmt import bundles
 from trmt.arch.base import Ragged, Source
 from trmt.arch.transformer import Transformer
 from trmt.errors import ConfigError
 from trmt.exporting import ExportOptions, export
 from trmt.importing import ImportOptions, import_model
 from trmt.moving.pieces import normalising_model
-from trmt.tokenizer import Tokenizer, _any_processor
+from trmt.saved import bundles
+from trmt.text.tokenizer import Tokenizer, _any_processor
 from trmt.tokenizing import TokenizerOptions, train_tokenizer
 from trmt.translating import TranslateOptions, Translator
 

@@ -10,11 +10,11 @@ import pytest
 import transformers
 
 from tests import moved
-from trmt import bundles
 from trmt.exporting import ExportOptions, export
 from trmt.moving import graph, probes
 from trmt.moving.to_onnx import ONNX
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles
+from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 KINDS: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests import texts
 from trmt.errors import BundleError, ConfigError, DataError
-from trmt.tokenizer import BOS, EOS, NORMALISATIONS, PAD, UNK, Tokenizer, normaliser
+from trmt.text.tokenizer import BOS, EOS, NORMALISATIONS, PAD, UNK, Tokenizer, normaliser
 from trmt.tokenizing import LONGEST, TokenizerOptions, measure, train_tokenizer
 
 TAG, PLACEHOLDER = "<2de>", "{name}"

@@ -21,21 +21,21 @@ from safetensors.torch import load_file
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
-from trmt import bundles, checkpoints
 from trmt.arch import fused
-from trmt.batches import BatchConfig, Batches, Examples, halves
-from trmt.checkpoints import find_bundle
 from trmt.config import tree_of
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.files import only_one
-from trmt.learner import Learner
-from trmt.looking import Validation
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.planning import TrainOptions
-from trmt.recipe import load_recipe
-from trmt.shards import PreparedSet
-from trmt.stopping import Interrupted
+from trmt.runs.learner import Learner
+from trmt.runs.looking import Validation
+from trmt.runs.planning import TrainOptions
+from trmt.runs.recipe import load_recipe
+from trmt.runs.stopping import Interrupted
+from trmt.saved import bundles, checkpoints
+from trmt.saved.checkpoints import find_bundle
+from trmt.sets.batches import BatchConfig, Batches, Examples, halves
+from trmt.sets.shards import PreparedSet
 from trmt.training import Run, train
 
 ALL = {"batches": {"tokens": 150}, "training": {"steps": 150, "save_every": 10, "keep_last": 3}}

@@ -12,14 +12,14 @@ import torch
 
 from tests import toy
 from tests.toy import options, write_documents
-from trmt import bundles, checkpoints
 from trmt.arch.base import Source
-from trmt.bert_folder import export_bert
 from trmt.config import to_toml
 from trmt.documents import DocumentOptions, prepare_documents
 from trmt.errors import BundleError, TrmtError
-from trmt.planning import TrainOptions
-from trmt.shards import PreparedSet
+from trmt.moving.bert_folder import export_bert
+from trmt.runs.planning import TrainOptions
+from trmt.saved import bundles, checkpoints
+from trmt.sets.shards import PreparedSet
 from trmt.training import train
 from trmt.translating import Translator
 

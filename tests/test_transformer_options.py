@@ -14,15 +14,15 @@ from torch import Tensor
 
 from tests.contracts.test_seq2seq import TRANSFORMERS
 from tests.fakes import random_sentences, small_network
-from trmt import transfer
 from trmt.arch.base import Ragged, Source
 from trmt.arch.layers import sinusoids
 from trmt.arch.masked_encoder import MaskedEncoder, MaskedEncoderConfig
 from trmt.arch.transformer import Transformer, TransformerConfig
-from trmt.bert_folder import FIXED
 from trmt.engines.linear import choose
 from trmt.errors import ConfigError
 from trmt.moving.base import transformer_of
+from trmt.moving.bert_folder import FIXED
+from trmt.saved import transfer
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 SOURCES = random_sentences(4, seed=1)

@@ -16,9 +16,9 @@ from trmt.arch.base import Ragged, Seq2Seq, Source
 from trmt.decode.base import Hypothesis
 from trmt.engines.base import Engine, Request
 from trmt.errors import BundleError, ConfigError
-from trmt.splitting import Piece, joiner_for
 from trmt.streaming import Report, translate_stream
-from trmt.tokenizer import Tokenizer
+from trmt.text.splitting import Piece, joiner_for
+from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 SENTENCES = ["Where can I buy a ticket?", "It rains.", "Der Fluss steigt", "你好", "a", "x y z 1 2 3"]

@@ -9,12 +9,12 @@ import torch
 
 from tests import toy
 from tests.toy import options
-from trmt import bundles, checkpoints
 from trmt.errors import ConfigError, DataError
-from trmt.shards import PreparedSet
-from trmt.tokenizer import Tokenizer
+from trmt.runs.vectors import TextPieces, Vectors, put, read_vectors, train_vectors, write_vectors
+from trmt.saved import bundles, checkpoints
+from trmt.sets.shards import PreparedSet
+from trmt.text.tokenizer import Tokenizer
 from trmt.training import train
-from trmt.vectors import TextPieces, Vectors, put, read_vectors, train_vectors, write_vectors
 
 gensim: Any = pytest.importorskip("gensim")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests import moved, toy
-from trmt import bundles
 from trmt.averaging import AverageOptions, average
 from trmt.cli import main
 from trmt.errors import BundleError
 from trmt.quantizing import quantize
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles
+from trmt.text.tokenizer import Tokenizer
 from trmt.training import train
 from trmt.translating import TranslateOptions, Translator
 from trmt.validating import validate

@@ -10,10 +10,10 @@ from typing import Any
 
 from tests.fakes import SMALL
 from trmt.config import merged, to_toml
-from trmt.filters import Limits
-from trmt.planning import TrainOptions
 from trmt.preparing import PrepareOptions, prepare
 from trmt.registry import ARCHITECTURES, resolve
+from trmt.runs.planning import TrainOptions
+from trmt.text.filters import Limits
 from trmt.tokenizing import TokenizerOptions, train_tokenizer
 
 WORDS = ("ka", "lomo", "ti", "saru", "ne", "hikado", "mi", "wa", "yone", "tokuri", "bu", "remi")

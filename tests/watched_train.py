@@ -16,10 +16,10 @@ from unittest import mock
 import torch
 
 from trmt import pulse
-from trmt.batches import Column
 from trmt.cli import main
-from trmt.learner import Learner
-from trmt.parts import Pass
+from trmt.runs.learner import Learner
+from trmt.runs.parts import Pass
+from trmt.sets.batches import Column
 
 
 def sentences(column: Column) -> list[list[int]]:

@@ -13,7 +13,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 _PUBLIC = {
     "TrmtError": "trmt.errors",
-    "Tokenizer": "trmt.tokenizer",
+    "Tokenizer": "trmt.text.tokenizer",
     "train_tokenizer": "trmt.tokenizing",
     "prepare": "trmt.preparing",
     "train": "trmt.training",

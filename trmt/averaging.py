@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trmt import bundles, checkpoints, console
-from trmt.checkpoints import AVERAGE, MODELS
+from trmt import console
 from trmt.errors import BundleError, ConfigError
+from trmt.saved import bundles, checkpoints
+from trmt.saved.checkpoints import AVERAGE, MODELS
 
 BEST = 5
 

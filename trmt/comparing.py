@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trmt import bundles, checkpoints, console, describing, scoring
-from trmt.corpus import pairs, parse_corpus
+from trmt import console, scoring
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.history import History
 from trmt.plotting import read_runs
+from trmt.runs import describing
+from trmt.runs.history import History
+from trmt.saved import bundles, checkpoints
 from trmt.scoring import MetricScore, ScoreOptions, bleu_tokenizer
-from trmt.shards import PreparedSet
+from trmt.sets.shards import PreparedSet
+from trmt.text.corpus import pairs, parse_corpus
 from trmt.translating import TranslateOptions, Translator
 
 ABSENT = "-"  # a setting that a run's network or objective does not have

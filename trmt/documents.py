@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from trmt import console, shards
-from trmt.corpus import lines
+from trmt import console
 from trmt.errors import ConfigError, DataError
 from trmt.files import atomic_folder, checksum
 from trmt.preparing import check_replaceable, id_type, is_up_to_date, sweep
-from trmt.shards import Column, PreparedSet, Ragged, ShardWriter, describe_file
-from trmt.tokenizer import Side, Tokenizer
+from trmt.sets import shards
+from trmt.sets.shards import Column, PreparedSet, Ragged, ShardWriter, describe_file
+from trmt.text.corpus import lines
+from trmt.text.tokenizer import Side, Tokenizer
 
 TOGETHER = 4096  # sentences that are encoded at a time
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trmt
-from trmt import bundles, checkpoints, console
-from trmt.bundles import Bundle
+from trmt import console
 from trmt.errors import BundleError
 from trmt.files import atomic_folder, write_json
 from trmt.moving.base import Format, package
 from trmt.moving.probes import compare, expected, sentences
 from trmt.registry import FORMATS, resolve
+from trmt.saved import bundles, checkpoints
+from trmt.saved.bundles import Bundle
 
 PROVENANCE = "trmt.json"  # in an exported folder: what it was made from
 

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from trmt import bundles, console
-from trmt.bundles import Bundle, Manifest
-from trmt.checkpoints import MODELS
+from trmt import console
 from trmt.errors import BundleError
 from trmt.files import atomic_folder
 from trmt.moving import from_marian
 from trmt.moving.from_marian import Imported
 from trmt.moving.probes import compare, expected, sentences
 from trmt.moving.to_huggingface import HuggingFace
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles
+from trmt.saved.bundles import Bundle, Manifest
+from trmt.saved.checkpoints import MODELS
+from trmt.text.tokenizer import Tokenizer
 from trmt.verifying import record
 
 

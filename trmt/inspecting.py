@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trmt import bundles, checkpoints, describing
 from trmt.config import tree_of
 from trmt.engines import linear
 from trmt.engines.device import choose_device
 from trmt.kernels import products
+from trmt.runs import describing
+from trmt.saved import bundles, checkpoints
 from trmt.translating import TranslateOptions
 
 

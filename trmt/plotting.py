@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trmt import console
-from trmt.display import harmless
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.files import atomic_file
-from trmt.history import LABELS, LOG, TRAIN, VALIDATE, History, Point, best
+from trmt.runs.display import harmless
+from trmt.runs.history import LABELS, LOG, TRAIN, VALIDATE, History, Point, best
 from trmt.textplot import MARKS, Line, Segment, bounds, chart, short
 
 Axis = Literal["steps", "tokens", "hours"]
@@ -78,7 +78,7 @@ def read_runs(places: Sequence[Path]) -> dict[str, History]:
 
 
 def _newest_run() -> Path:
-    from trmt.checkpoints import MODELS  # loads torch, which drawing does not need
+    from trmt.saved.checkpoints import MODELS  # loads torch, which drawing does not need
 
     logs = [log for log in MODELS.glob(f"*/{LOG}") if log.is_file()]
     if not logs:

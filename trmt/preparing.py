@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trmt import console, shards
-from trmt.corpus import STDIN, Corpus, count, fingerprint, parse_corpus
-from trmt.encoding import Encoded, Encoder, available_cores, blocks, encoded
+from trmt import console
 from trmt.errors import ConfigError, DataError
 from trmt.files import PARTIAL, atomic_folder, checksum
-from trmt.filters import KEPT, RULES, Limits, first_occurrences
-from trmt.shards import Column, PreparedSet, Ragged, ShardWriter, Split, describe_file, dev_file
-from trmt.tokenizer import Tokenizer
+from trmt.sets import shards
+from trmt.sets.encoding import Encoded, Encoder, available_cores, blocks, encoded
+from trmt.sets.shards import Column, PreparedSet, Ragged, ShardWriter, Split, describe_file, dev_file
+from trmt.text.corpus import STDIN, Corpus, count, fingerprint, parse_corpus
+from trmt.text.filters import KEPT, RULES, Limits, first_occurrences
+from trmt.text.tokenizer import Tokenizer
 
 COPIED = 1 << 16  # pairs in memory while duplicates are dropped
 STACKED = 4  # corpora that stand side by side in the table, with room for millions; more stand in rows

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trmt import bundles, checkpoints, console, quantised
-from trmt.bundles import Bundle, Manifest
-from trmt.checkpoints import TRAINING
+from trmt import console
 from trmt.errors import BundleError
+from trmt.saved import bundles, checkpoints, quantised
+from trmt.saved.bundles import Bundle, Manifest
+from trmt.saved.checkpoints import TRAINING
 from trmt.translating import TranslateOptions, Translator
 
 

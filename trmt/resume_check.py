@@ -26,17 +26,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trmt import bundles, checkpoints, console
-from trmt.batches import Examples
-from trmt.checkpoints import CONFIG, STATE, TENSORS, TRAINING, Checkpoint, Damaged
+from trmt import console
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.files import only_one
-from trmt.history import LOG
-from trmt.planning import ORIGIN, TrainOptions
-from trmt.spikes import ROLLBACKS, whole_points
-from trmt.stopping import Interrupted
+from trmt.runs.history import LOG
+from trmt.runs.planning import ORIGIN, TrainOptions
+from trmt.runs.spikes import ROLLBACKS, whole_points
+from trmt.runs.stopping import Interrupted
+from trmt.saved import bundles, checkpoints
+from trmt.saved.checkpoints import CONFIG, STATE, TENSORS, TRAINING, Checkpoint, Damaged
+from trmt.sets.batches import Examples
+from trmt.sets.unchanged import RECORD
 from trmt.training import Run
-from trmt.unchanged import RECORD
 from trmt.validating import validate
 
 ORDER = "order.jsonl"  # in a copy: what each step saw

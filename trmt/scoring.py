@@ -14,9 +14,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from trmt import console
-from trmt.corpus import lines
 from trmt.errors import ConfigError, DataError
 from trmt.registry import suggestion
+from trmt.text.corpus import lines
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from trmt import aligning, bundles, checkpoints, console, lexicon
-from trmt.bundles import Manifest
+from trmt import console
+from trmt.alignment import aligning
 from trmt.errors import ConfigError, DataError
-from trmt.lexicon import Lexicon
-from trmt.shards import PreparedSet, Split
-from trmt.tokenizer import Side, Tokenizer
+from trmt.saved import bundles, checkpoints, lexicon
+from trmt.saved.bundles import Manifest
+from trmt.saved.lexicon import Lexicon
+from trmt.sets.shards import PreparedSet, Split
+from trmt.text.tokenizer import Side, Tokenizer
 
 DATA = Path("data")
 CELLS = 1 << 25  # of the sample that is aligned; memory is about 60 bytes for each

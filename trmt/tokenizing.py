@@ -16,9 +16,9 @@ from typing import Any, Literal
 import sentencepiece
 
 from trmt import console
-from trmt.corpus import count, pairs, parse_corpus
 from trmt.errors import ConfigError, DataError
-from trmt.tokenizer import (
+from trmt.text.corpus import count, pairs, parse_corpus
+from trmt.text.tokenizer import (
     BOS,
     EOS,
     NORMALISATIONS,

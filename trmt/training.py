@@ -17,23 +17,23 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from trmt import bundles, capacity, checkpoints, console, display, transfer, unchanged, vectors
-from trmt.batches import Examples, Position
-from trmt.budget import Job, about, glance, pace, plan
+from trmt import capacity, console
 from trmt.capacity import is_out_of_memory
-from trmt.checkpoints import CONFIG, MODELS
 from trmt.config import build, to_toml, tree_of
 from trmt.errors import ConfigError, TrmtError
 from trmt.files import atomic_file, only_one, write_json
-from trmt.history import LOG, TRAIN, VALIDATE, History
-from trmt.keeping import Keeper, Progress
-from trmt.learner import Learner
-from trmt.logbook import Clock, Logbook
-from trmt.looking import DevSet, Validate
 from trmt.objectives.base import Specials
-from trmt.outlook import foresee
-from trmt.parts import ShortMemory
-from trmt.planning import (
+from trmt.registry import NETWORKS, OBJECTIVES, resolve
+from trmt.runs import display, vectors
+from trmt.runs.budget import Job, about, glance, pace, plan
+from trmt.runs.history import LOG, TRAIN, VALIDATE, History
+from trmt.runs.keeping import Keeper, Progress
+from trmt.runs.learner import Learner
+from trmt.runs.logbook import Clock, Logbook
+from trmt.runs.looking import DevSet, Validate
+from trmt.runs.outlook import foresee
+from trmt.runs.parts import ShortMemory
+from trmt.runs.planning import (
     ORIGIN,
     TrainOptions,
     check_same_run,
@@ -42,14 +42,17 @@ from trmt.planning import (
     remembered,
     resolved_recipe,
 )
-from trmt.recipe import Recipe, safe_name
-from trmt.registry import NETWORKS, OBJECTIVES, resolve
-from trmt.resampling import resample_with
-from trmt.shards import DOCUMENTS, PAIRS, PreparedSet
-from trmt.spikes import GoBack, Spikes
-from trmt.stopping import Interrupted, Signals, StoppedHere
+from trmt.runs.recipe import Recipe, safe_name
+from trmt.runs.spikes import GoBack, Spikes
+from trmt.runs.stopping import Interrupted, Signals, StoppedHere
+from trmt.saved import bundles, checkpoints, transfer
+from trmt.saved.checkpoints import CONFIG, MODELS
+from trmt.sets import unchanged
+from trmt.sets.batches import Examples, Position
+from trmt.sets.resampling import resample_with
+from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.team import Team, assembled
-from trmt.tokenizer import Tokenizer
+from trmt.text.tokenizer import Tokenizer
 
 VERDICTS_AT_ONCE = 100  # steps after which the host asks what became of them, at the latest
 

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from trmt import bundles, checkpoints, console, quantised
+from trmt import console
 from trmt.arch.base import Seq2Seq
-from trmt.bundles import Bundle
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines.base import Batching, Engine, Request
 from trmt.engines.device import choose_device
 from trmt.errors import BundleError, ConfigError
-from trmt.lexicon import Lexicon
 from trmt.registry import ENGINES, RANKERS, SEARCHES, resolve
-from trmt.splitting import joiner_for, split_text
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles, checkpoints, quantised
+from trmt.saved.bundles import Bundle
+from trmt.saved.lexicon import Lexicon
+from trmt.text.splitting import joiner_for, split_text
+from trmt.text.tokenizer import Tokenizer
 
 EXTRA = 50  # tokens a translation may be longer than its source (Attention Is All You Need, 6.1)
 # Whatever some program takes for the end of a line or of a field, and the other control characters.

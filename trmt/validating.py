@@ -9,11 +9,11 @@ import torch
 from trmt import console
 from trmt.arch.base import Seq2Seq
 from trmt.capacity import is_out_of_memory
-from trmt.looking import Validation
-from trmt.recipe import Recipe
+from trmt.runs.looking import Validation
+from trmt.runs.recipe import Recipe
 from trmt.scoring import ScoreOptions, bleu_tokenizer, score
-from trmt.shards import PreparedSet
-from trmt.tokenizer import Tokenizer
+from trmt.sets.shards import PreparedSet
+from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 METRICS = ("chrf", "bleu")

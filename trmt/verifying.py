@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 import trmt
-from trmt import bundles, checkpoints, console
+from trmt import console
 from trmt.errors import BundleError, TrmtError
-from trmt.tokenizer import Tokenizer
+from trmt.saved import bundles, checkpoints
+from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 Sentences = Sequence[Mapping[str, Any]]

@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from trmt import console
-from trmt.encoding import available_cores
 from trmt.errors import ConfigError, TrmtError
+from trmt.sets.encoding import available_cores
 from trmt.translating import TranslateOptions, Translation, Translator
 
 LEAST, MOST = 16, 512  # lines handed out at a time, if there are as many

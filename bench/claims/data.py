@@ -53,8 +53,8 @@ def prepare(work: Path, seed: int, scale: Scale, corpus: Path | None) -> None:
 
 def vectors(prepared: Path, width: int) -> Path:
     """A file of vectors of pieces, made from all of the text on both sides."""
-    from trmt.tokenizer import Tokenizer
-    from trmt.vectors import TextPieces, train_vectors, write_vectors
+    from trmt.runs.vectors import TextPieces, train_vectors, write_vectors
+    from trmt.text.tokenizer import Tokenizer
 
     out = prepared / f"vectors-{width}.txt"
     if not out.exists():

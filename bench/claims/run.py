@@ -55,7 +55,7 @@ def run(work: Path, system: System, seed: int, scale: Scale, *, device: str) -> 
 def train(place: Path, prepared: Path, system: System, tree: dict[str, Any]) -> float:
     """Train to the end; the seconds that this call took."""
     from trmt.config import to_toml
-    from trmt.planning import TrainOptions
+    from trmt.runs.planning import TrainOptions
     from trmt.training import train
 
     place.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def learned(place: Path, seconds: float) -> dict[str, Any]:
 
 def tested(place: Path, prepared: Path, scale: Scale, *, device: str) -> dict[str, Any]:
     """Scores on the test set of each length, and on all of those that are no longer than training's."""
-    from trmt import bundles, checkpoints
+    from trmt.saved import bundles, checkpoints
 
     bundle = bundles.load_bundle(checkpoints.find_bundle(place / "run"), device=device)
     bundle.net.eval()
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     from trmt.cli.train import make_ready
-    from trmt.stopping import Interrupted
+    from trmt.runs.stopping import Interrupted
 
     make_ready(given.threads)
     try:

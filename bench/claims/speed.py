@@ -61,7 +61,7 @@ def read(work: Path, scale: Scale) -> dict[str, dict[int, float]]:
 
 def network(name: str, scale: Scale, device: str) -> Any:
     """A system's network with weights of chance."""
-    from trmt.bundles import build_network
+    from trmt.saved.bundles import build_network
 
     torch.manual_seed(1)
     tree = recipe(BY_NAME[name], scale, seed=1, device=device)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trmt.shards import Split
+    from trmt.sets.shards import Split
 
 
 def write(data_set: Path, folder: Path) -> None:
     """Write the splits of `data_set` as text, unless that is done."""
-    from trmt.shards import PreparedSet
-    from trmt.tokenizer import Tokenizer
+    from trmt.sets.shards import PreparedSet
+    from trmt.text.tokenizer import Tokenizer
 
     data = PreparedSet.open(data_set)
     if not Tokenizer.load(data.tokenizer_folder).joint:

@@ -17,7 +17,7 @@ class Trmt:
         import torch
 
         import trmt
-        from trmt import bundles
+        from trmt.saved import bundles
 
         torch.set_num_threads(threads)
         self.version = f"{trmt.__version__} on torch {torch.__version__}"

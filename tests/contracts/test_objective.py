@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from tests.derivatives import needs_kernels
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from trmt.arch import fused
-from trmt.batches import Batches, Column, Examples, Room
 from trmt.config import build
 from trmt.errors import ConfigError
 from trmt.objectives import cross_entropy
@@ -22,6 +21,7 @@ from trmt.objectives.base import Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy
 from trmt.objectives.translation import Translation, TranslationConfig
 from trmt.registry import ARCHITECTURES, OBJECTIVES, resolve
+from trmt.sets.batches import Batches, Column, Examples, Room
 
 BOS, EOS = 2, 3
 ROWS = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name, trust_code=False).in_row]

@@ -14,8 +14,8 @@ import torch
 
 from tests import toy
 from tests.toy import options
-from trmt import checkpoints
 from trmt.registry import ARCHITECTURES
+from trmt.saved import checkpoints
 from trmt.training import train
 
 # Everything that could go astray at once.

@@ -29,7 +29,7 @@ from tests.scripted import (
 )
 from trmt.errors import DataError
 from trmt.streaming import Report, translate_stream
-from trmt.tokenizer import Tokenizer
+from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 GREEDY = TranslateOptions(search="greedy", batch=256)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 if TYPE_CHECKING:
-    from trmt.showing import Attender, Line
+    from trmt.heatmaps.showing import Attender, Line
 
 
 def command(
@@ -53,7 +53,7 @@ def command(
 ) -> None:
     """Draw where a network looks while it writes: lines of a source, or of a source, a tab and a target."""
     from trmt.errors import ConfigError
-    from trmt.showing import Attender, AttendOptions, Line, write
+    from trmt.heatmaps.showing import Attender, AttendOptions, Line, write
 
     if source is None and target is not None:
         raise ConfigError("--target is the translation of a --source; give both, or lines with a tab between")
@@ -83,7 +83,7 @@ def _stdin() -> Iterator[list[Line]]:
 
     from trmt import console
     from trmt.errors import DataError
-    from trmt.showing import Line
+    from trmt.heatmaps.showing import Line
     from trmt.streaming import BOM, Reader
 
     if sys.stdin is None:
@@ -104,9 +104,9 @@ def _show(attender: Attender, lines: list[Line]) -> None:
     import shutil
     import sys
 
-    from trmt import display
     from trmt.heatmaps import text
     from trmt.heatmaps.matrix import matrix
+    from trmt.runs import display
 
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     width = shutil.get_terminal_size().columns

@@ -80,8 +80,8 @@ def _draw(runs: tuple[Path, ...], out: Path | None, across: Across) -> None:
     import shutil
     import sys
 
-    from trmt import display
     from trmt.plotting import ON_DARK, PlotOptions, plot, rows
+    from trmt.runs import display
 
     histories, drawn = plot(PlotOptions(runs=runs, out=out, axis=across.value))
     if out is None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trmt.fleet import Fleets
     from trmt.preparing import PrepareOptions
+    from trmt.scale.fleet import Fleets
     from trmt.translating import TranslateOptions
 
 
@@ -31,7 +31,7 @@ def translate(
     model: Path | None, options: TranslateOptions, files: TextFiles, *, ray: str | None, workers: int | None
 ) -> None:
     """Translate files in parts."""
-    from trmt.corpus_translating import PART_MIB, CorpusOptions, translate_corpus
+    from trmt.scale.corpus_translating import PART_MIB, CorpusOptions, translate_corpus
 
     with _fleets(ray, workers, options.device) as (fleets, device):
         translate_corpus(
@@ -51,7 +51,7 @@ def translate(
 
 def prepare(options: PrepareOptions, *, ray: str, workers: int | None) -> None:
     """Prepare a set whose pairs are encoded in parts."""
-    from trmt.corpus_preparing import prepare_in_parts
+    from trmt.scale.corpus_preparing import prepare_in_parts
 
     with _fleets(ray, workers, "cpu") as (fleets, _):
         prepare_in_parts(options, fleets)
@@ -62,11 +62,11 @@ def _fleets(ray: str | None, workers: int | None, device: str) -> Iterator[tuple
     """What makes workers, and the device that each works with."""
     if ray is None:
         from trmt.engines.device import choose_device
-        from trmt.fleet import LocalFleet
+        from trmt.scale.fleet import LocalFleet
 
         yield partial(LocalFleet, count=workers or 1), str(choose_device(device))
         return
-    from trmt.ray_fleet import connected
+    from trmt.scale.ray_fleet import connected
 
     with connected(ray, workers=workers) as cluster:
         gpu = device.startswith("cuda") or (device == "auto" and cluster.gpus > 0)

@@ -33,8 +33,9 @@ def command(
     import shutil
     import sys
 
-    from trmt import console, display
+    from trmt import console
     from trmt.plotting import ON_DARK, PlotOptions, plot, rows, summary
+    from trmt.runs import display
 
     options = PlotOptions(runs=tuple(runs or ()), out=out, axis=across.value)
     histories, drawn = plot(options)

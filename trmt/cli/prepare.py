@@ -85,8 +85,8 @@ def command(
                 raise ConfigError(f"{name} is for pairs and --documents or --language is not; leave one out")
         _prepare_documents(documents, dev, out, tokenizer, language, max_length, force)
         return
-    from trmt.filters import Limits
     from trmt.preparing import PrepareOptions, prepare
+    from trmt.text.filters import Limits
 
     if ray and alignments:
         raise ConfigError("--alignments cannot be cut into the parts that --ray makes; leave one out")

@@ -29,7 +29,7 @@ def command(
     trust_code: TrustCode = False,
 ) -> None:
     """Train on documents (trmt prepare --documents); trmt train --init-from RUN:encoder goes on with it."""
-    from trmt.planning import TrainOptions
+    from trmt.runs.planning import TrainOptions
     from trmt.training import train
 
     make_ready(threads)

@@ -44,7 +44,7 @@ def command(
     trust_code: TrustCode = False,
 ) -> None:
     """Train a network. Run it again and it goes on exactly where it stopped."""
-    from trmt.planning import TrainOptions
+    from trmt.runs.planning import TrainOptions
     from trmt.training import train
     from trmt.validating import validate
 

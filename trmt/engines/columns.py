@@ -22,7 +22,7 @@ from torch import Tensor
 from trmt.arch.base import Stepper
 from trmt.decode.base import Hypothesis
 from trmt.engines.base import Request
-from trmt.lexicon import Lexicon
+from trmt.saved.lexicon import Lexicon
 
 WORTH = 0.6  # of the vocabulary: with more ids in all lists, choosing them takes longer than it saves
 

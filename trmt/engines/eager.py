@@ -25,7 +25,7 @@ from trmt.engines.columns import Listed, Whole
 from trmt.errors import BundleError
 from trmt.kernels.products import Precision
 from trmt.kernels.shelf import Shelf
-from trmt.lexicon import Lexicon
+from trmt.saved.lexicon import Lexicon
 
 COMPACT_AT = 0.25  # share of finished sentences at which others take their places, or the batch shrinks
 REFILL_WIDTH = 0.6  # of the longest source in a batch: what is shorter waits for the next

@@ -10,9 +10,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from trmt.attending import SPACE, Attended, Ids, Kind, joined, words
-from trmt.display import harmless
-from trmt.tokenizer import Side, Tokenizer
+from trmt.heatmaps.attending import SPACE, Attended, Ids, Kind, joined, words
+from trmt.runs.display import harmless
+from trmt.text.tokenizer import Side, Tokenizer
 
 # The axes of each kind: rows, columns. What the decoder looks back at begins one piece before its target.
 AXES: Mapping[str, tuple[str, str]] = {

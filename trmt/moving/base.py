@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trmt.arch.transformer import Transformer, TransformerConfig
-from trmt.bundles import Bundle
 from trmt.errors import ConfigError
-from trmt.tokenizer import Side, Tokenizer
+from trmt.saved.bundles import Bundle
+from trmt.text.tokenizer import Side, Tokenizer
 
 NEVER = -1e4  # a logit that no other could lose to; small enough for fp16
 

@@ -18,7 +18,7 @@ from trmt.config import build
 from trmt.errors import BundleError, ConfigError
 from trmt.moving.marian import halves, layers_from_marian, turns
 from trmt.moving.pieces import SOURCE, TARGET
-from trmt.tokenizer import Settings, Tokenizer
+from trmt.text.tokenizer import Settings, Tokenizer
 
 Json = dict[str, Any]
 

@@ -14,7 +14,7 @@ from trmt.arch.transformer import Transformer
 from trmt.moving.base import rows
 from trmt.moving.graph import Graph
 from trmt.moving.to_huggingface import begun
-from trmt.tokenizer import Tokenizer
+from trmt.text.tokenizer import Tokenizer
 
 FLOAT, INT64 = 1, 7  # TensorProto's numbers of types
 BLOCKED = -1e9  # added where attention may not look

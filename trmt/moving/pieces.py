@@ -16,7 +16,7 @@ from pathlib import Path
 import sentencepiece
 
 from trmt.files import atomic_file
-from trmt.tokenizer import ListedSide, Side, Tokenizer
+from trmt.text.tokenizer import ListedSide, Side, Tokenizer
 
 SOURCE, TARGET = "source.spm", "target.spm"
 

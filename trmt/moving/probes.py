@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from trmt.arch.base import Ragged, Seq2Seq, Source
-from trmt.bundles import Bundle
 from trmt.decode.greedy import Greedy
 from trmt.engines.base import Request
 from trmt.engines.eager import Eager
 from trmt.errors import BundleError
 from trmt.moving.base import Outcome, Probe
-from trmt.tokenizer import Side, Tokenizer
+from trmt.saved.bundles import Bundle
+from trmt.text.tokenizer import Side, Tokenizer
 
 Lists = tuple[tuple[float, ...], ...]
 

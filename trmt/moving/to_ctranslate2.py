@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from trmt.arch.transformer import Transformer, TransformerConfig
-from trmt.bundles import Bundle
 from trmt.errors import ConfigError
 from trmt.moving.base import NEVER, Format, Outcome, Probe, package, refuse, rows, transformer_of
 from trmt.moving.pieces import write_models
-from trmt.tokenizer import Side, Tokenizer
+from trmt.saved.bundles import Bundle
+from trmt.text.tokenizer import Side, Tokenizer
 
 ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "swish": "SWISH", "swiglu": "SWISH"}
 

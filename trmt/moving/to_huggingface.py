@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from trmt.arch.transformer import Transformer
-from trmt.bundles import Bundle
 from trmt.errors import ConfigError
 from trmt.files import write_json
 from trmt.moving.base import Format, Outcome, Probe, package, refuse, rows, transformer_of
 from trmt.moving.marian import halves, layers_to_marian
 from trmt.moving.pieces import write_models
-from trmt.tokenizer import Side, Tokenizer
+from trmt.saved.bundles import Bundle
+from trmt.text.tokenizer import Side, Tokenizer
 
 
 class HuggingFace(Format):

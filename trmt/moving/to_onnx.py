@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from trmt.bundles import Bundle
 from trmt.files import write_json
 from trmt.moving import onnx_transformer
 from trmt.moving.base import Format, Outcome, Probe, package, transformer_of
 from trmt.moving.to_huggingface import generation, write_tokenizer
-from trmt.tokenizer import Tokenizer
+from trmt.saved.bundles import Bundle
+from trmt.text.tokenizer import Tokenizer
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model_merged.onnx"
 

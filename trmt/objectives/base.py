@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trmt.arch.base import Network, Seq2Seq
-from trmt.batches import Batches, Examples, Room
-from trmt.subwords import MARK
-from trmt.tokenizer import Side
+from trmt.sets.batches import Batches, Examples, Room
+from trmt.text.subwords import MARK
+from trmt.text.tokenizer import Side
 
 
 @dataclass(frozen=True)

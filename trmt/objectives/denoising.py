@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trmt.batches import Batches, Column, Examples, Room
 from trmt.errors import ConfigError
 from trmt.objectives.translation import Translation, TranslationBatch, TranslationConfig
-from trmt.passages import Passages
+from trmt.sets.batches import Batches, Column, Examples, Room
+from trmt.sets.passages import Passages
 
 Ints = NDArray[np.int64]
 

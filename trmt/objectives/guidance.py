@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trmt.arch.base import place_of
-from trmt.batches import Column
+from trmt.sets.batches import Column
 
 COLUMN = "alignment"  # of prepared sets: for each pair source piece, target piece, source piece, ...
 LEAST = 1e-9  # below what a weight counts as: one that a network cannot give would make the loss infinite

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from trmt.arch.base import Source
 from trmt.arch.masked_encoder import MaskedEncoder
-from trmt.batches import Batches, Examples, Room
 from trmt.errors import ConfigError
 from trmt.objectives.base import Loss, Objective, Specials
-from trmt.passages import Passages, mixed
+from trmt.sets.batches import Batches, Examples, Room
+from trmt.sets.passages import Passages, mixed
 
 Ints = NDArray[np.int64]
 

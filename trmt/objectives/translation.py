@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from trmt.arch.base import Output, Ragged, Seq2Seq, Source, one_head
-from trmt.batches import Batches, Column, Examples, Room
 from trmt.errors import ConfigError
 from trmt.objectives.base import Loss, Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy, smoothed_cross_entropy
 from trmt.objectives.guidance import COLUMN, Guide, Place, guidance
+from trmt.sets.batches import Batches, Column, Examples, Room
 
 PADDING = -1  # a target that counts for nothing
 

@@ -1,0 +1,1 @@
+"""Networks as folders: bundles, checkpoints, and what lies in them."""

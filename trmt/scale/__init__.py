@@ -1,0 +1,1 @@
+"""Work cut into parts, for several processes or machines."""

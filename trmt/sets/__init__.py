@@ -1,0 +1,1 @@
+"""Prepared sets: shards of ids, and the batches that are made from them."""
