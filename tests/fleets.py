@@ -1,10 +1,13 @@
-"""A fleet without processes, whose workers die and fail when the test says so."""
+"""A fleet without processes, whose workers die and fail when the test says so; and what workers see."""
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -53,3 +56,26 @@ class FakeFleet:
             return [Answer(worker, "failed", str(error))]
         self.done.append(part.name)
         return [Answer(worker, "done", said)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Something to answer, by whoever is the first to find it open."""
+
+    name: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """Says which GPUs its process sees, once both processes are there to say so."""
+
+    def begun(self) -> Callable[[Asked], str | None]:
+        return self.seen
+
+    def seen(self, part: Asked) -> str | None:
+        found = os.environ.get("CUDA_VISIBLE_DEVICES")
+        Path(part.folder, str(found)).touch()
+        while len(list(Path(part.folder).iterdir())) < 2:
+            pass
+        return found

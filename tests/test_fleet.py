@@ -132,7 +132,7 @@ def test_a_killed_process_is_replaced_and_its_part_done_again(
 ) -> None:
     (tmp_path / "part-2.kill").touch()
     parts = [*numbers(6), Number("bug")]
-    with LocalFleet(Dying(str(tmp_path)), count=2) as some:
+    with LocalFleet(Dying(str(tmp_path)), devices=("cpu", "cpu")) as some:
         outcome = work_through(parts, some, title="dying")
         processes = [worker.process for worker in some._workers.values()]
     assert all(process.exitcode is not None for process in processes), "they end with the block"
@@ -155,5 +155,5 @@ class Stillborn:
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "said"), [("error", "no model here"), ("kill", "died 3 times .*SIGKILL")])
 def test_processes_that_cannot_begin_end_the_work(how: str, said: str) -> None:
-    with LocalFleet(Stillborn(how), count=1) as some, pytest.raises(TrmtError, match=said):
+    with LocalFleet(Stillborn(how), devices=("cpu",)) as some, pytest.raises(TrmtError, match=said):
         work_through(numbers(2), some, title="dying")

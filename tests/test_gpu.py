@@ -11,6 +11,7 @@ import torch
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.fakes import random_sentences, small_network
+from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from trmt.arch.base import Ragged, Source
 from trmt.decode.beam import Beam
 from trmt.engines.base import Request
@@ -19,6 +20,8 @@ from trmt.engines.eager import Eager
 from trmt.registry import ARCHITECTURES
 from trmt.resume_check import CheckOptions, check_resume
 from trmt.training import Run, train
+from trmt.translating import TranslateOptions, Translator
+from trmt.workers import Workers
 
 pytestmark = pytest.mark.gpu
 
@@ -101,3 +104,20 @@ def test_memory_that_ends_on_the_gpu_is_met_with_smaller_parts(toy_set: Path, tm
     assert final(run, 6)[2]["learner"]["halvings"] >= 1
     found, expected = (log(folder, "train")[-1]["loss"] for folder in (run, plenty))
     assert found == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_with_a_gpu_each_translate_as_one_does(count: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+    random_bundle(tmp_path / "bundle", small_tokenizer(tmp_path / "text"))
+    texts = [line.decode(errors="replace") for line in hostile_lines(300, seed=2)]
+    options = TranslateOptions(beam=2, max_length=12, device="cuda", precision="fp32")
+    devices = [f"cuda:{number}" for number in range(count)]
+    with Workers(tmp_path / "bundle", devices=devices, options=options) as several:
+        found = dict(several.ready(texts))
+    for number, expected in enumerate(Translator.load(tmp_path / "bundle", options=options).translate(texts)):
+        assert found[number].status == expected.status
+        scores = [translation.candidates[:1] for translation in (found[number], expected)]
+        for mine, theirs in zip(*scores, strict=True):
+            assert mine.normalised == pytest.approx(theirs.normalised, abs=1e-2)

@@ -22,6 +22,7 @@ import pytest
 
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from tests.texts import ENGLISH, GERMAN
+from trmt.cli import corpus
 from trmt.errors import ConfigError, TrmtError
 from trmt.preparing import PrepareOptions, prepare
 from trmt.scale import ray_fleet
@@ -44,13 +45,15 @@ installed = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not inst
 
 @contextmanager
 def cluster() -> Iterator[str]:
-    """A cluster of its own, with room for three workers; its address."""
+    """A cluster of its own, with three cores, and two GPUs as far as Ray knows; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # its sockets must have short names
     words = f"start --head --block --port {port} --node-ip-address 127.0.0.1 --num-cpus 3 --temp-dir {place}"
-    words += f" --include-dashboard false --object-store-memory {100 << 20} --disable-usage-stats"
+    words += (
+        f" --num-gpus 2 --include-dashboard false --object-store-memory {100 << 20} --disable-usage-stats"
+    )
     head = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", *words.split()],
         env=ENVIRONMENT,
@@ -122,7 +125,7 @@ def test_nothing_is_lost_doubled_or_moved(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(data)
     out = tmp_path / "out"
     words = f"{tmp_path}/bundle --beam 1 --max-length 12 --input {tmp_path}/source --output {out}"
-    words += " --part-size 0.006"
+    words += " --part-size 0.006 --device cpu"
 
     def done() -> list[Path]:
         return sorted(out.glob("part-*"))
@@ -142,6 +145,7 @@ def test_nothing_is_lost_doubled_or_moved(tmp_path: Path) -> None:
         assert driver.returncode == 0, said
         assert re.search(rf"{len(before)} of \d+ parts in .* are there already", said)
         prepared(tmp_path, address)
+        each_has_a_gpu(address)
     assert len(done()) > len(before) and not at_work(out), "the stop was on the way"
     assert all(path.stat().st_mtime_ns == when for path, when in before.items()), "none was done twice"
     whole = io.BytesIO()
@@ -165,6 +169,33 @@ def prepared(tmp_path: Path, address: str) -> None:
     for path in (tmp_path / "here").rglob("*"):
         twin = tmp_path / "there" / path.relative_to(tmp_path / "here")
         assert path.is_dir() or twin.read_bytes() == path.read_bytes()
+
+
+def each_has_a_gpu(address: str) -> None:
+    """Workers on GPUs see one each."""
+    program = """
+import sys, tempfile
+from tests.fleets import Asked, Seeing
+from trmt.scale import ray_fleet
+from trmt.scale.fleet import work_through
+
+with ray_fleet.connected(sys.argv[1]) as cluster, tempfile.TemporaryDirectory() as folder:
+    with cluster.fleet(Seeing(), gpu=True) as fleet:
+        outcome = work_through([Asked(name, folder) for name in "ab"], fleet, title="")
+print(sorted(said for _, said in outcome.done))
+"""
+    line = [sys.executable, "-c", program, address]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "['0', '1']", done.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cuda:0,cuda:1", "mps"])
+def test_which_gpu_is_for_ray_to_choose(device: str) -> None:
+    with (
+        pytest.raises(ConfigError, match=f"--device {device} is for Ray to choose"),
+        corpus._on_ray("auto", None, device),
+    ):
+        pass
 
 
 @installed

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,26 @@ def test_a_line_does_not_wait_for_all_that_follow(
 
     translate_stream(translator, io.BytesIO(b"%s\n" % (b"a word. " * 500) * 20), Out())
     assert written[0] < len(cut) / 2
+
+
+def test_where_nobody_waits_windows_are_full() -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as stream:
+        windows = streaming.Reader(stream).windows(10, waited_for=False)
+        for number in range(25):
+            os.write(writing, b"%d\n" % number)
+        sizes = [len(next(windows)), len(next(windows))]
+        os.close(writing)
+        assert sizes == [10, 10] and [len(window) for window in windows] == [5]
+
+
+def test_a_window_can_be_larger_than_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "WINDOW", 4)
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 4 * 100)
+    data = io.BytesIO(b"short\n" * 40 + b"%s\n" % (b"long " * 30) * 40)
+    sizes = [len(window) for window in streaming.Reader(data).windows(20, waited_for=False)]
+    assert sizes[:2] == [20, 20], "room for bytes grows with the window"
+    assert sum(sizes) == 80 and max(sizes[2:]) < 20, "and long lines still end it"
 
 
 # Options that cannot be, weights that cannot be used

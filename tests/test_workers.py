@@ -17,12 +17,13 @@ import pytest
 from tests import texts
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from trmt import workers
-from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.errors import BundleError, TrmtError
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator
 from trmt.workers import Workers
 
 SHORT = TranslateOptions(beam=2, max_length=12, device="cpu")
+TWO = ("cpu", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(bundle: Path) -> Iterator[Workers]:
-    with Workers(bundle, count=2, options=SHORT) as found:
+    with Workers(bundle, devices=TWO, options=SHORT) as found:
         yield found
 
 
@@ -61,16 +62,16 @@ def test_the_lines_are_those_of_one_process(bundle: Path, two: Workers) -> None:
 def test_samples_do_not_depend_on_who_draws_them(bundle: Path) -> None:
     options = TranslateOptions(search="sampling", max_length=8, device="cpu")
     data = "\n".join(lines(100)).encode()
-    with Workers(bundle, count=2, options=options) as found:
+    with Workers(bundle, devices=TWO, options=options) as found:
         assert streamed(found, data) == streamed(Translator.load(bundle, options=options), data)
 
 
 def test_a_killed_workers_lines_are_done_again(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = lines(300)
-    with Workers(bundle, count=2, options=SHORT) as found:
+    with Workers(bundle, devices=TWO, options=SHORT) as found:
         ready = found.ready(asked)
         done = dict([next(ready)])
-        victims = [worker.process.pid for worker in found._workers if worker.run]
+        victims = [worker.process.pid for worker in found._workers if worker.runs]
         assert victims, "somebody is busy as long as lines are missing"
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
@@ -84,7 +85,7 @@ def test_a_killed_workers_lines_are_done_again(bundle: Path, capsys: pytest.Capt
 @pytest.mark.slow
 def test_idle_workers_that_are_killed_are_missed_by_nobody(bundle: Path) -> None:
     asked = lines(40)
-    with Workers(bundle, count=2, options=SHORT) as found:
+    with Workers(bundle, devices=TWO, options=SHORT) as found:
         first = dict(found.ready(asked))
         for worker in found._workers:
             os.kill(worker.process.pid, signal.SIGKILL)
@@ -102,7 +103,7 @@ def test_lines_that_kill_every_worker_end_the_work(bundle: Path, monkeypatch: py
     monkeypatch.setattr(Workers, "_send", staticmethod(send_and_kill))
     asked = [*lines(20), "poison"]
     with (
-        Workers(bundle, count=2, options=SHORT) as found,
+        Workers(bundle, devices=TWO, options=SHORT) as found,
         pytest.raises(TrmtError, match=r"3 worker processes died over lines 117 to 121, the last one killed"),
     ):
         list(found.ready(asked, first_key=100))
@@ -110,7 +111,7 @@ def test_lines_that_kill_every_worker_end_the_work(bundle: Path, monkeypatch: py
 
 @pytest.mark.slow
 def test_they_leave_nothing_behind(bundle: Path) -> None:
-    with Workers(bundle, count=2, options=SHORT) as found:
+    with Workers(bundle, devices=TWO, options=SHORT) as found:
         processes = [worker.process for worker in found._workers]
         next(found.ready(lines(200)))
     assert all(process.exitcode is not None for process in processes)
@@ -119,24 +120,30 @@ def test_they_leave_nothing_behind(bundle: Path) -> None:
 def test_a_broken_bundle_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
     random_bundle(tmp_path / "bundle", small_tokenizer(tmp_path / "text"))
     (tmp_path / "bundle" / "weights.safetensors").write_bytes(b"not this")
-    with pytest.raises(BundleError, match="its checksum differs"), Workers(tmp_path / "bundle", count=2):
+    with pytest.raises(BundleError, match="its checksum differs"), Workers(tmp_path / "bundle", devices=TWO):
         pass
 
 
-@pytest.mark.parametrize("wrong", ["0", "-1", "x", "1.5", "", "2000"])
-def test_a_number_that_is_none_is_refused(wrong: str) -> None:
-    with pytest.raises(ConfigError, match="--workers"):
-        workers.count_of(wrong)
-
-
-def test_auto_is_all_cores() -> None:
-    assert workers.count_of("auto") == len(os.sched_getaffinity(0))
-
-
 @pytest.mark.parametrize("count", [1, 5, 16, 100, 4096])
-def test_runs_hold_every_line_once(count: int) -> None:
-    runs = list(workers._runs(count, 3))
+@pytest.mark.parametrize(("least", "most"), [(16, 512), (1, 1), (512, 512)])
+def test_runs_hold_every_line_once(count: int, least: int, most: int) -> None:
+    runs = list(workers._runs(count, 3, least, most))
     assert [number for run in runs for number in range(run.begin, run.end)] == list(range(count))
+    sizes = [run.end - run.begin for run in runs]
+    assert (
+        sizes == sorted(sizes, reverse=True) and sizes[0] <= most and min(sizes[:-1], default=least) >= least
+    )
+
+
+def test_each_has_a_run_before_anyone_has_two(two: Workers) -> None:
+    first, second = two._workers
+    assert two._wanting(9) == [first, second, first, second]
+    assert two._wanting(3) == [first, second, first]
+    first.runs.append(workers._Run(0, 1))
+    try:
+        assert two._wanting(9) == [second, first, second]
+    finally:
+        first.runs.clear()
 
 
 # The command
@@ -167,6 +174,24 @@ def test_the_command_translates_line_by_line_for_who_waits(bundle: Path) -> None
 def children(process: int) -> list[int]:
     found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [int(child) for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+def test_several_devices_and_a_kill_give_the_lines_of_one_process(bundle: Path) -> None:
+    line = [*(sys.executable, "-m", "trmt", "translate", str(bundle)), "--max-length", "12", "--json"]
+    data = b"\n".join(hostile_lines(600, seed=4))
+    one = subprocess.run([*line, "--device", "cpu"], input=data, capture_output=True, check=True)
+    with subprocess.Popen(
+        [*line, "--device", "cpu,cpu"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(data[: data.index(b"\n") + 1])
+        process.stdin.flush()
+        first = process.stdout.readline()
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        rest, said = process.communicate(data[data.index(b"\n") + 1 :])
+    assert process.returncode == 0 and first + rest == one.stdout
+    assert b"a worker process died (killed by SIGKILL)" in said
 
 
 @pytest.mark.slow
@@ -206,7 +231,10 @@ def test_a_full_disk_is_one_sentence(bundle: Path) -> None:
     assert done.stderr.count(b"\n") == 1 and b"No space left on device" in done.stderr
 
 
-@pytest.mark.parametrize("options", [("--threads", "2"), ("--device", "cuda")])
-def test_what_excludes_workers_is_refused(bundle: Path, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(("--threads", "2"), b"leave out --threads"), (("--device", "cpu,cpu"), b"--workers")],
+)
+def test_what_excludes_workers_is_refused(bundle: Path, options: tuple[str, ...], said: bytes) -> None:
     done = subprocess.run(command(bundle, *options), input=b"", capture_output=True, check=False)
-    assert done.returncode == 1 and b"--workers" in done.stderr and done.stderr.count(b"\n") == 1
+    assert done.returncode == 1 and said in done.stderr and done.stderr.count(b"\n") == 1

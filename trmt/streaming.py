@@ -18,7 +18,7 @@ from trmt.translating import BREAKS, Candidate, Translation
 
 BOM = b"\xef\xbb\xbf"
 FIRST_WINDOW, WINDOW = 128, 4096  # lines translated together: few at first, so that the first are soon out
-WINDOW_BYTES = 1 << 20  # a window of long lines ends here, so that they too are soon out
+WINDOW_BYTES = 1 << 20  # so many lines end here if they are long, so that they too are soon out
 PENDING = 64 << 20  # bytes read ahead of the translation, at most (a single line may be longer)
 LINE_BYTES = 48  # what a line takes besides its bytes
 
@@ -50,30 +50,34 @@ def translate_stream(
     as_json: bool = False,
     prefixed: bool = False,
     before: int = 0,
+    window: int = WINDOW,
+    waited_for: bool = True,
 ) -> Report:
     """Translate lines of bytes as they come; every line is answered by one line, in order.
 
     What continues a text of which so many lines went `before` is translated, and numbered, as in the whole.
 
     A reader that waits for the answer to a line gets it: what is there is translated at once, and only
-    while that runs do further lines gather. With `prefixed` each line is a source, a tab, and what its
-    translation must begin with. Errors of `out` are its OSErrors; those of `source` are DataErrors.
+    while that runs do further lines gather, `window` of them at most (or the usual number, if that is more).
+    With `waited_for` off nobody reads along, so as many gather from the first. With `prefixed` each line is
+    a source, a tab, and what its translation must begin with. Errors of `out` are its OSErrors; those of
+    `source` are DataErrors.
     """
     report = Report(before)
     # Where the translations themselves are on the screen, a bar would run through them.
     with nullcontext() if out.isatty() else console.progress("translating") as bar:
-        for window in Reader(source).windows():
+        for lines in Reader(source).windows(max(window, WINDOW), waited_for=waited_for):
             if report.lines == 0:
-                window[0] = window[0].removeprefix(BOM)
-            texts, prefixes = zip(*(_decoded(raw, prefixed=prefixed) for raw in window), strict=True)
+                lines[0] = lines[0].removeprefix(BOM)
+            texts, prefixes = zip(*(_decoded(raw, prefixed=prefixed) for raw in lines), strict=True)
             done = _in_order(translator.ready(texts, prefixes=prefixes, first_key=report.lines))
-            for text, raw, translation in zip(texts, window, done, strict=True):
+            for text, raw, translation in zip(texts, lines, done, strict=True):
                 _note(report, raw, translation)
                 shown = _as_json(report.lines, text, translation) if as_json else _plain(translation)
                 out.write(shown.encode() + (b"\r\n" if raw.endswith(b"\r") and not as_json else b"\n"))
             out.flush()
             if bar:
-                bar.advance(len(window))
+                bar.advance(len(lines))
     return report
 
 
@@ -155,19 +159,23 @@ class Reader:
         self.changed = threading.Condition()
         threading.Thread(target=self._read, name="trmt-reader", daemon=True).start()
 
-    def windows(self) -> Iterator[list[bytes]]:
-        """Lists of lines, without their newlines: at least one, at most a window full."""
-        size = FIRST_WINDOW
-        while window := self._next(size):
-            yield window
-            size = min(2 * size, WINDOW)
+    def windows(self, most: int = WINDOW, *, waited_for: bool = True) -> Iterator[list[bytes]]:
+        """Lists of lines, without their newlines: at least one, at most so many.
 
-    def _next(self, most: int) -> list[bytes]:
+        What is `waited_for` comes as soon as there is something, and few at first; otherwise lists are full.
+        """
+        size = min(FIRST_WINDOW, most) if waited_for else most
+        while window := self._next(size, least=1 if waited_for else size):
+            yield window
+            size = min(2 * size, most)
+
+    def _next(self, most: int, *, least: int) -> list[bytes]:
         window: list[bytes] = []
         filled = 0
+        room = min(WINDOW_BYTES * max(most // WINDOW, 1), PENDING)
         with self.changed:
-            self.changed.wait_for(lambda: self.lines or self.ended)
-            while self.lines and len(window) < most and filled < WINDOW_BYTES:
+            self.changed.wait_for(lambda: len(self.lines) >= least or self.size >= room or self.ended)
+            while self.lines and len(window) < most and filled < room:
                 window.append(self.lines.popleft())
                 filled += _size(window[-1:])
             self.size -= filled

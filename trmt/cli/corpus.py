@@ -28,12 +28,18 @@ class TextFiles:
 
 
 def translate(
-    model: Path | None, options: TranslateOptions, files: TextFiles, *, ray: str | None, workers: int | None
+    model: Path | None, options: TranslateOptions, files: TextFiles, *, ray: str | None, workers: str | None
 ) -> None:
     """Translate files in parts."""
-    from trmt.scale.corpus_translating import PART_MIB, CorpusOptions, translate_corpus
+    from trmt.scale.corpus_translating import (
+        GPU_PART_MIB,
+        PART_MIB,
+        CorpusOptions,
+        translate_corpus,
+    )
 
-    with _fleets(ray, workers, options.device) as (fleets, device):
+    with _on_ray(ray, workers, options.device) if ray else _here(workers, options.device) as (fleets, device):
+        usual = GPU_PART_MIB if device == "cuda" else PART_MIB
         translate_corpus(
             CorpusOptions(
                 source=files.source,
@@ -42,7 +48,7 @@ def translate(
                 search=replace(options, device=device),
                 as_json=files.as_json,
                 prefixed=files.prefixed,
-                part_mib=PART_MIB if files.part_mib is None else files.part_mib,
+                part_mib=usual if files.part_mib is None else files.part_mib,
                 trust_code=files.trust_code,
             ),
             fleets,
@@ -53,21 +59,30 @@ def prepare(options: PrepareOptions, *, ray: str, workers: int | None) -> None:
     """Prepare a set whose pairs are encoded in parts."""
     from trmt.scale.corpus_preparing import prepare_in_parts
 
-    with _fleets(ray, workers, "cpu") as (fleets, _):
+    with _on_ray(ray, None if workers is None else str(workers), "cpu") as (fleets, _):
         prepare_in_parts(options, fleets)
 
 
 @contextmanager
-def _fleets(ray: str | None, workers: int | None, device: str) -> Iterator[tuple[Fleets, str]]:
-    """What makes workers, and the device that each works with."""
-    if ray is None:
-        from trmt.engines.device import choose_device
-        from trmt.scale.fleet import LocalFleet
+def _here(workers: str | None, asked: str) -> Iterator[tuple[Fleets, str]]:
+    """What makes workers on this machine, and the kind of device that each works with."""
+    from trmt.engines.several import devices_for
+    from trmt.scale.fleet import LocalFleet
 
-        yield partial(LocalFleet, count=workers or 1), str(choose_device(device))
-        return
+    devices = devices_for(asked, workers)
+    yield partial(LocalFleet, devices=devices), devices[0].partition(":")[0]
+
+
+@contextmanager
+def _on_ray(address: str, workers: str | None, asked: str) -> Iterator[tuple[Fleets, str]]:
+    """What makes workers on a Ray cluster, and the kind of device that each works with."""
+    from trmt.engines.several import ALL, number_of
+    from trmt.errors import ConfigError
     from trmt.scale.ray_fleet import connected
 
-    with connected(ray, workers=workers) as cluster:
-        gpu = device.startswith("cuda") or (device == "auto" and cluster.gpus > 0)
-        yield partial(cluster.fleet, count=workers, gpu=gpu), "cuda" if gpu else "cpu"
+    if asked not in ("auto", "cpu", "cuda", ALL):
+        raise ConfigError(f"--device {asked} is for Ray to choose; write cpu, cuda or auto beside --ray")
+    count = None if workers is None else number_of(workers)
+    with connected(address, workers=count) as cluster:
+        gpu = asked in ("cuda", ALL) or (asked == "auto" and cluster.gpus > 0)
+        yield partial(cluster.fleet, count=count, gpu=gpu), "cuda" if gpu else "cpu"

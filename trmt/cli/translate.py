@@ -46,7 +46,12 @@ def command(
     ] = 0,
     batch: Annotated[int, typer.Option("--batch", help="Sentences translated together.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines with scores.")] = False,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="cpu, cuda, cuda:1, mps or auto; several, as cuda:0,cuda:1; all: every GPU."
+        ),
+    ] = "auto",
     precision: Annotated[
         str, typer.Option("--precision", help="fp32, int8 (on the CPU), or auto: as the bundle is.")
     ] = "auto",
@@ -63,7 +68,7 @@ def command(
         str | None,
         typer.Option(
             "--workers",
-            help="Processes of one thread each, for many lines; auto: one for each core. "
+            help="Processes of one core or GPU each, for many lines; auto: as many as there are. "
             "[default: 1; all that a Ray cluster has room for]",
         ),
     ] = None,
@@ -90,7 +95,7 @@ def command(
         ),
     ] = None,
     part_size: Annotated[
-        float | None, typer.Option("--part-size", help="MiB of text in each part. [default: 1]")
+        float | None, typer.Option("--part-size", help="MiB of text in each part. [default: 1; 4 on GPUs]")
     ] = None,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
@@ -103,28 +108,25 @@ def command(
     in_parts = _in_parts(source_files, out_folder, ray, part_size)
 
     from contextlib import ExitStack
+    from dataclasses import replace
 
     import torch
 
     from trmt import console
+    from trmt.engines.several import devices_for, window_for
     from trmt.errors import ConfigError
     from trmt.streaming import translate_stream
     from trmt.translating import TranslateOptions, Translator, find_model
-    from trmt.workers import Workers, count_of
+    from trmt.workers import Workers
 
-    count = count_of(workers or "1")
-    _check_workers(count, threads=threads, device=device, ray=ray)
     if in_parts and threads:
         raise ConfigError("files are translated by workers of one thread each; leave out --threads")
-
-    if threads:
-        torch.set_num_threads(threads)
     options = TranslateOptions(
         search="sampling" if sample else "greedy" if beam == 1 and n_best == 1 else "beam",
         n_best=n_best,
         max_length=max_length,
         batch=batch,
-        device="cpu" if count > 1 and not ray else device,
+        device=device,
         precision=cast(Any, precision),  # checked there
         shortlist=shortlist,
         **asked,
@@ -132,25 +134,31 @@ def command(
     if in_parts:
         from trmt.cli import corpus
 
-        # All of a cluster is more than the cores of this machine.
-        asked_count = None if workers is None or (ray and workers == "auto") else count
         files = corpus.TextFiles(*in_parts, as_json=as_json, prefixed=prefixed, trust_code=trust_code)
-        corpus.translate(model, options, files, ray=ray, workers=asked_count)
+        corpus.translate(model, options, files, ray=ray, workers=workers)
         return
+    devices = devices_for(device, workers)
+    if threads and len(devices) > 1:
+        raise ConfigError("processes that translate together have one thread each; leave out --threads")
+    if threads:
+        torch.set_num_threads(threads)
     source, out = streams()
     with ExitStack() as ends:
         translator: Translator | Workers
-        if count == 1:
+        if len(devices) == 1:
+            options = replace(options, device=devices[0])
             translator = Translator.load(model, options=options, trust_code=trust_code)
         else:
             folder = find_model(model)
             translator = ends.enter_context(
-                Workers(folder, count=count, options=options, trust_code=trust_code)
+                Workers(folder, devices=devices, options=options, trust_code=trust_code)
             )
         if source.isatty():
             console.say("type a line to have it translated, Ctrl-D to end")
         try:
-            report = translate_stream(translator, source, out, as_json=as_json, prefixed=prefixed)
+            report = translate_stream(
+                translator, source, out, as_json=as_json, prefixed=prefixed, window=window_for(devices, batch)
+            )
         except OSError as error:
             leave(error)
     _warn(report)
@@ -168,15 +176,6 @@ def _in_parts(
         if value:
             raise ConfigError(f"{name} is for files translated in parts; give both --input and --output")
     return None
-
-
-def _check_workers(count: int, *, threads: int | None, device: str, ray: str | None) -> None:
-    from trmt.errors import ConfigError
-
-    if count > 1 and threads:
-        raise ConfigError("--workers are of one thread each; leave out --threads")
-    if count > 1 and not ray and device not in ("auto", "cpu"):
-        raise ConfigError("--workers are for the CPU; leave out --device")
 
 
 def _asked(searching: dict[str, Any], drawing: dict[str, Any], *, sample: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from trmt import console, places
+from trmt.engines.several import window_for
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.saved import bundles
 from trmt.saved.bundles import Manifest
@@ -25,7 +26,7 @@ from trmt.streaming import translate_stream
 from trmt.text.ranges import Range, Slice, cut, reading, whole
 from trmt.translating import TranslateOptions, Translator, find_model
 
-PART_MIB = 1  # of text: some ten thousand lines, which is what a dead worker can lose
+PART_MIB, GPU_PART_MIB = 1, 4  # of text: ten thousand lines a MiB, which is what a dead worker can lose
 # What changes how fast a translation is there, but not the translation; of the device, only the kind does.
 NO_MATTER = ("batch", "device", "engine")
 
@@ -77,8 +78,7 @@ class TranslateJob:
         """What translates one part after the other."""
         import torch
 
-        if self.options.search.device == "cpu":
-            torch.set_num_threads(1)
+        torch.set_num_threads(1)
         place = Path(self.model)
         found = bundles.read_manifest(place).weights.get("sha256")
         if found != self.weights:
@@ -96,7 +96,14 @@ def _translated(translator: Translator, options: CorpusOptions, part: TextPart) 
         first = part.slice.range.first
         try:
             report = translate_stream(
-                translator, source, out, as_json=options.as_json, prefixed=options.prefixed, before=first
+                translator,
+                source,
+                out,
+                as_json=options.as_json,
+                prefixed=options.prefixed,
+                before=first,
+                window=window_for([options.search.device], options.search.batch),
+                waited_for=False,
             )
         except (EOFError, gzip.BadGzipFile) as error:
             raise DataError(f"{part.slice.file} is damaged ({error}); fetch or pack it again") from error

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, Self
 
 import trmt
 from trmt import console
+from trmt.engines.several import keep_to
 from trmt.errors import TrmtError
 from trmt.sets.encoding import leave_with_parent
 
@@ -167,13 +168,13 @@ class _Worker:
 
 
 class LocalFleet:
-    """Processes of this machine; they end with the `with` block."""
+    """Processes of this machine, each with a core or a GPU; they end with the `with` block."""
 
-    def __init__(self, job: Job, *, count: int) -> None:
-        self.size = count
-        self._job = job
+    def __init__(self, job: Job, *, devices: Sequence[str]) -> None:
+        self.size = len(devices)
+        self._job, self._devices = job, devices
         self._context = multiprocessing.get_context("spawn")
-        self._workers = {number: self._begun() for number in range(count)}
+        self._workers = {number: self._begun(number) for number in range(self.size)}
         self._stillborn: Counter[int] = Counter()  # deaths of a worker before it was ready
         self._loaded: set[int] = set()
 
@@ -219,24 +220,29 @@ class LocalFleet:
         worker.process.join()
         code = worker.process.exitcode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        if (device := self._devices[number]) != "cpu":
+            how = f"{how} on {device}"
         self._stillborn[number] = 0 if number in self._loaded else self._stillborn[number] + 1
         if self._stillborn[number] >= TRIES:
             return Answer(number, "gone", f"its process died {TRIES} times ({how}); is memory short?")
         self._loaded.discard(number)
-        self._workers[number] = self._begun()
+        self._workers[number] = self._begun(number)
         return Answer(number, "died", how)
 
-    def _begun(self) -> _Worker:
+    def _begun(self, number: int) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, self._job), daemon=True)
+        given = theirs, self._job, self._devices[number]
+        process = self._context.Process(target=_work, args=given, daemon=True)
         process.start()
         # The worker has the only other copy: its death is the end of the pipe.
         theirs.close()
         return _Worker(process, ours)
 
 
-def _work(pipe: Connection, job: Job) -> None:
+def _work(pipe: Connection, job: Job, device: str) -> None:
     """What a worker process does until nobody listens any more."""
+    # As on Ray, a job for GPUs sees one, its own.
+    keep_to(device)
     # Ctrl-C goes to every process of the terminal; the main process alone answers it, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)
