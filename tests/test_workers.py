@@ -95,12 +95,13 @@ def test_idle_workers_that_are_killed_are_missed_by_nobody(bundle: Path) -> None
 
 @pytest.mark.slow
 def test_lines_that_kill_every_worker_end_the_work(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def send_and_kill(worker: Any, work: Any) -> None:
-        worker.pipe.send(work)
+    def send_or_kill(worker: Any, work: Any) -> None:
         if "poison" in work[0]:
             os.kill(worker.process.pid, signal.SIGKILL)
+        else:
+            worker.pipe.send(work)
 
-    monkeypatch.setattr(Workers, "_send", staticmethod(send_and_kill))
+    monkeypatch.setattr(Workers, "_send", staticmethod(send_or_kill))
     asked = [*lines(20), "poison"]
     with (
         Workers(bundle, devices=TWO, options=SHORT) as found,
