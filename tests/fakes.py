@@ -74,7 +74,15 @@ class TableStepper(Stepper):
     def __init__(self, scores_VVV: Tensor) -> None:
         self.scores_VVV = scores_VVV
 
-    def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
+    def start(
+        self,
+        source: Source,
+        *,
+        hypotheses: int,
+        room: int,
+        reorders: bool = True,
+        fixed: bool = False,
+    ) -> State:
         before_SK = torch.zeros((len(source), hypotheses), dtype=torch.long)
         return State(Memory({}, {}), Rows((before_SK,)), torch.zeros_like(source.lengths_S))
 

@@ -56,7 +56,15 @@ class ScriptedStepper(Stepper):
     def __init__(self, net: Scripted) -> None:
         self.net = net
 
-    def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
+    def start(
+        self,
+        source: Source,
+        *,
+        hypotheses: int,
+        room: int,
+        reorders: bool = True,
+        fixed: bool = False,
+    ) -> State:
         assert source.longest <= self.net.config.longest, "the translator sent more than the network can read"
         assert room <= self.net.config.longest, "the translator asked for more than the network can write"
         rows = [self._row(ids, room) for ids in source.ids_N.split(source.lengths_S.tolist())]

@@ -44,6 +44,7 @@ RANKERS: Mapping[str, str] = {
 
 ENGINES: Mapping[str, str] = {
     "eager": "trmt.engines.eager:Eager",
+    "captured": "trmt.engines.captured:Captured",
 }
 
 # What `trmt export` writes.

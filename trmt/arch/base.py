@@ -147,7 +147,11 @@ def stacked(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 class Own(Protocol):
-    """The part of a state that belongs to each hypothesis."""
+    """The part of a state that belongs to each hypothesis.
+
+    That of a fixed state also has `front(sentences, columns)`: a view of the first sentences, in which only
+    the first columns along the target are looked at.
+    """
 
     def reorder(self, parents_SK: Tensor) -> Own: ...
     def keep(self, sentences: Tensor) -> Own: ...
@@ -174,6 +178,16 @@ class Memory:
         """The memory of these sentences only."""
         kept = {name: tensor.index_select(0, sentences) for name, tensor in self.tensors.items()}
         return Memory(kept, self.along_source)
+
+    def front(self, sentences: int, width: int) -> Memory:
+        """A view of the first sentences, and no more than `width` along the source."""
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            axis = self.along_source[name][0] if name in self.along_source else None
+            front = tensor[:sentences]
+            return front if axis is None else front.narrow(axis, 0, min(width, tensor.shape[axis]))
+
+        return Memory({name: cut(name, tensor) for name, tensor in self.tensors.items()}, self.along_source)
 
     def join(self, other: Memory) -> Memory:
         """Both memories, padded to the longer source."""
@@ -219,6 +233,9 @@ class Rows:
     def reorder(self, parents_SK: Tensor) -> Rows:
         sentence_S1 = torch.arange(parents_SK.shape[0], device=parents_SK.device)[:, None]
         return Rows(tuple(tensor[sentence_S1, parents_SK] for tensor in self.tensors))
+
+    def front(self, sentences: int, columns: int) -> Rows:
+        return Rows(tuple(tensor[:sentences] for tensor in self.tensors))
 
     def keep(self, sentences: Tensor) -> Rows:
         return Rows(tuple(tensor.index_select(0, sentences) for tensor in self.tensors))
@@ -293,12 +310,23 @@ class Stepper(ABC):
     # Where both are the C kernels' own, the product of `readout` and what makes a step of one token.
     product: Any = None
     kernel: Any = None
+    fixes: bool = False  # whether `start` can make states that are fixed
 
     @abstractmethod
-    def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
+    def start(
+        self,
+        source: Source,
+        *,
+        hypotheses: int,
+        room: int,
+        reorders: bool = True,
+        fixed: bool = False,
+    ) -> State:
         """A state for `hypotheses` continuations of each sentence, with space for `room` tokens.
 
-        Without `reorders` the caller promises not to reorder, and the state may be laid out for that.
+        Without `reorders` the caller promises not to reorder, and the state may be laid out for that. A state
+        that is `fixed` goes on with tensors of the same shapes, by steps that read no value from the device;
+        so a device can replay them.
         """
 
     @abstractmethod

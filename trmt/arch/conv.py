@@ -235,6 +235,8 @@ def _blank(config: ConvS2SConfig, memory: Memory, sizes: tuple[int, int]) -> Row
 class ConvS2SStepper(Stepper):
     """The same network for translating: each step sees its last few inputs."""
 
+    fixes = True
+
     def __init__(self, net: ConvS2S, linear: Linear) -> None:
         self.config = net.config
         self.net = layers.freeze(net, linear)
@@ -244,7 +246,15 @@ class ConvS2SStepper(Stepper):
         self.weight_VD = net.output.weight.detach()
         self.product = linear(self.weight_VD, None)
 
-    def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
+    def start(
+        self,
+        source: Source,
+        *,
+        hypotheses: int,
+        room: int,
+        reorders: bool = True,
+        fixed: bool = False,
+    ) -> State:
         if room > self.config.longest:
             raise ConfigError(
                 f"{room} target positions are asked for, the network has {self.config.longest}; "

@@ -67,9 +67,9 @@ def attention_weights(query_SHQP: Tensor, key_SHJP: Tensor, mask: Tensor | None)
     return (scores if mask is None else scores + mask).softmax(-1)
 
 
-def blocked(real: Tensor) -> Tensor:
+def blocked(real: Tensor, kind: torch.dtype = torch.float32) -> Tensor:
     """An additive mask: 0 where attention may look, minus infinity elsewhere."""
-    return torch.zeros(real.shape, device=real.device).masked_fill_(~real, -torch.inf)
+    return torch.zeros(real.shape, dtype=kind, device=real.device).masked_fill_(~real, -torch.inf)
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
@@ -79,13 +79,13 @@ def sinusoids(positions: int, width: int) -> Tensor:
 
 def sinusoids_at(position: Tensor, width: int) -> Tensor:
     """The rows of that table for these positions."""
-    angle = position[..., None] * rates(width).to(position.device)
+    angle = position[..., None] * rates(width, position.device)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., :width]
 
 
-def rates(width: int) -> Tensor:
+def rates(width: int, device: torch.device | None = None) -> Tensor:
     """By which angle each pair of columns of that table turns from one position to the next."""
-    return torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    return torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
 
 
 def rotated(x: Tensor, angle: Tensor) -> Tensor:

@@ -349,6 +349,8 @@ def _weights(memory: Memory, glance: Glance | None, sizes: Collection[int]) -> T
 class RNNStepper(Stepper):
     """The same network for translating: plain products, every sequence step by step."""
 
+    fixes = True
+
     def __init__(self, net: RNN, linear: Linear) -> None:
         self.config, self.read, self.look = net.config, net.read, net.look
         self.net = layers.freeze(net, linear)
@@ -360,7 +362,15 @@ class RNNStepper(Stepper):
         self.weight_VD = net.output.weight.detach()
         self.product = linear(self.weight_VD, None)
 
-    def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
+    def start(
+        self,
+        source: Source,
+        *,
+        hypotheses: int,
+        room: int,
+        reorders: bool = True,
+        fixed: bool = False,
+    ) -> State:
         memory, cells = self.read(self.net, self.config, source)
         own = rows(self.config, cells, hypotheses=hypotheses)
         return State(memory, own, torch.zeros_like(source.lengths_S))

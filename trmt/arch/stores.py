@@ -10,7 +10,7 @@ beside it, older or younger.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,13 +27,33 @@ WHOLE = 384
 
 def mixes_ages(hypotheses: int, room: int) -> bool:
     """Whether what a sentence computes is the same beside others that have up to `room` columns."""
-    return hypotheses == 1 or _padded(room, hypotheses) * hypotheses <= WHOLE
+    return hypotheses == 1 or padded(room, hypotheses) * hypotheses <= WHOLE
 
 
-def _padded(columns: int, hypotheses: int) -> int:
+def padded(columns: int, hypotheses: int) -> int:
     """So many columns that their slots are a multiple of KEY_MULTIPLE."""
     step = KEY_MULTIPLE // math.gcd(KEY_MULTIPLE, hypotheses)
     return -(-columns // step) * step
+
+
+def seen(table_SKC: Tensor, column_ST: Tensor) -> Tensor:
+    """Which slots the queries that fill these columns may see, of a table as in `AncestorStore`: [S, Q, J]."""
+    hypotheses, used = table_SKC.shape[1:]
+    column_C = torch.arange(used, device=table_SKC.device)
+    if hypotheses == 1:
+        return column_C <= column_ST[:, :, None]
+    slot_K = torch.arange(hypotheses, device=table_SKC.device)
+    seen_SKJ = (table_SKC[..., None] == slot_K).flatten(2)
+    count = column_ST.shape[1]
+    if count == 1:
+        return seen_SKJ
+    past_STJ = (column_C <= column_ST[:, :, None]).repeat_interleave(hypotheses, 2)
+    return (seen_SKJ[:, :, None] & past_STJ[:, None]).flatten(1, 2)
+
+
+def mask(seen_SQJ: Tensor, like: Tensor) -> Tensor:
+    """The additive mask [S, 1, Q, J] of the slots that may be seen."""
+    return torch.where(seen_SQJ, 0.0, -torch.inf)[:, None].to(like.dtype)
 
 
 @dataclass
@@ -63,7 +83,7 @@ class AncestorStore:
         cls, like: Tensor, sizes: tuple[int, int], *, layers: int, heads: int, width: int, room: int
     ) -> AncestorStore:
         """A store for `sizes` = (sentences, hypotheses), which will hardly see more than `room` columns."""
-        columns = _padded(min(room, FIRST_COLUMNS), sizes[1])
+        columns = padded(min(room, FIRST_COLUMNS), sizes[1])
         table_SKC = torch.full((*sizes, columns), -1, dtype=torch.long, device=like.device)
         return cls(like, heads, width // heads, layers, table_SKC, [0] * sizes[0])
 
@@ -80,14 +100,14 @@ class AncestorStore:
             self.both = [self.like.new_zeros(shape) for _ in range(self.layers)]
         last = self.columns + count
         if last > self.table_SKC.shape[2]:
-            self._resize(_padded(max(last, 2 * self.table_SKC.shape[2]), self.hypotheses))
+            self._resize(padded(max(last, 2 * self.table_SKC.shape[2]), self.hypotheses))
         if self.even:
             column_ST = torch.arange(self.columns, last, device=self.like.device)[None]
         else:
             filled_S1 = torch.tensor(self.filled, device=self.like.device)[:, None]
             column_ST = filled_S1 + torch.arange(count, device=self.like.device)
         self.column_ST = column_ST
-        mask = self._open(column_ST, _padded(last, self.hypotheses))
+        mask = self._open(column_ST, padded(last, self.hypotheses))
         self.columns = last
         self.filled = [columns + count for columns in self.filled]
         return mask
@@ -100,20 +120,12 @@ class AncestorStore:
         self.slots = self.columns * hypotheses
         if not self.even:
             self.slots = (column_ST[:, :, None] * hypotheses + slot_K).flatten(1)
-        column_C = torch.arange(used, device=self.like.device)
-        if hypotheses == 1:
-            seen = column_C <= column_ST[:, :, None]
-            return torch.where(seen, 0.0, -torch.inf)[:, None]
-        if self.even:
+        if hypotheses > 1 and self.even:
             self.table_SKC[:, :, self.columns : self.columns + count] = slot_K[:, None]
-        else:
+        elif hypotheses > 1:
             place_SKT = column_ST[:, None].expand(-1, hypotheses, -1)
             self.table_SKC.scatter_(2, place_SKT, slot_K[None, :, None].expand(sentences, -1, count))
-        seen = (self.table_SKC[:, :, :used, None] == slot_K).flatten(2)  # [S, K, J]
-        if count > 1:
-            past_STJ = (column_C <= column_ST[:, :, None]).repeat_interleave(hypotheses, 2)
-            seen = (seen[:, :, None] & past_STJ[:, None]).flatten(1, 2)
-        return torch.where(seen, 0.0, -torch.inf)[:, None]
+        return mask(seen(self.table_SKC[:, :, :used], column_ST), self.like)
 
     def distances(self, mask: Tensor) -> Tensor:
         """From each query of the open columns to each slot under `mask`, in tokens: [S or 1, Q, J]."""
@@ -234,7 +246,7 @@ class RowStore:
 
     def reorder(self, parents_SK: Tensor) -> RowStore:
         start_S1 = torch.arange(parents_SK.shape[0], device=parents_SK.device)[:, None] * self.hypotheses
-        self.rows.keep((start_S1 + parents_SK).flatten())
+        self.rows = self.rows.keep((start_S1 + parents_SK).flatten())
         return self
 
     def _rows(self, sentences: Tensor) -> Tensor:
@@ -242,24 +254,28 @@ class RowStore:
         return (sentences[:, None] * self.hypotheses + hypothesis_K).flatten()
 
     def keep(self, sentences: Tensor) -> RowStore:
-        self.rows.keep(self._rows(sentences))
+        self.rows = self.rows.keep(self._rows(sentences))
         return self
 
     def replace(self, places: Tensor, other: RowStore) -> RowStore:
-        self.rows.replace(self._rows(places), other.rows)
+        self.rows = self.rows.replace(self._rows(places), other.rows)
         return self
 
     def join(self, other: RowStore) -> RowStore:
-        return RowStore(self.rows.join(other.rows), self.hypotheses)
+        return replace(self, rows=self.rows.join(other.rows))
 
     def fork(self) -> RowStore:
-        return RowStore(self.rows.fork(), self.hypotheses)
+        return replace(self, rows=self.rows.fork())
 
 
 def key_value_store(
     like: Tensor, sizes: tuple[int, int], *, reorders: bool, layers: int, heads: int, width: int, room: int
 ) -> AncestorStore | RowStore:
     """The store that suits the number of hypotheses and whether they are reordered."""
-    shared = sizes[1] == 1 or (reorders and sizes[1] <= ANCESTOR_LIMIT)
-    kind = AncestorStore if shared else RowStore
+    kind = AncestorStore if shares(sizes[1], reorders=reorders) else RowStore
     return kind.empty(like, sizes, layers=layers, heads=heads, width=width, room=room)
+
+
+def shares(hypotheses: int, *, reorders: bool) -> bool:
+    """Whether hypotheses had better look at common slots than at rows of their own."""
+    return hypotheses == 1 or (reorders and hypotheses <= ANCESTOR_LIMIT)

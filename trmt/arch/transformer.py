@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import attention, fused, hard, layers, positions, reading, stepping, stores
+from trmt.arch import attention, fixed_stores, fused, hard, layers, positions, reading, stepping, stores
 from trmt.arch.attention import Spans
 from trmt.arch.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper, narrowed, stacked
 from trmt.arch.hard import FocusConfig
@@ -196,7 +196,7 @@ def remember(net: Any, config: TransformerConfig, source: Source) -> Memory:
     """Read the source for decoding: keys and values for every decoder layer, and the mask over them."""
     check_length(config, source)
     ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
-    mask = layers.blocked(real_SL)[:, None, None]
+    mask = layers.blocked(real_SL, net.source_embedding.weight.dtype)[:, None, None]
     position_L = positions.grid(config, ids_SL)
 
     def look_around(index: int, merged_SLD: Tensor) -> Tensor:
@@ -239,6 +239,7 @@ class TransformerStepper(Stepper):
         self.bias_V = None if net.output_bias is None else net.output_bias.detach()
         self.product = linear(self.weight_VD, self.bias_V)
         self.stepwise = stepping.suits(self.config, self.product)
+        self.fixes = not self.stepwise
         self.reader: reading.Reader | None = None
         if self.stepwise:
             stepping.round_once(net, self.net)
@@ -259,7 +260,15 @@ class TransformerStepper(Stepper):
         names = _memory_names(config)
         self.names = list(zip(names[::2], names[1::2], strict=True))
 
-    def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
+    def start(
+        self,
+        source: Source,
+        *,
+        hypotheses: int,
+        room: int,
+        reorders: bool = True,
+        fixed: bool = False,
+    ) -> State:
         if room > self.config.limit:
             raise ConfigError(
                 f"{room} target positions are asked for, the network has {self.config.limit}; "
@@ -273,7 +282,7 @@ class TransformerStepper(Stepper):
             )
             return State(read(source), cache, position_S)
         memory = remember(self.net, self.config, source)
-        store = stores.key_value_store(
+        store = (fixed_stores if fixed else stores).key_value_store(
             memory["key0"],
             (len(source), hypotheses),
             reorders=reorders,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.arch import attention, fused, layers, stores
+from trmt.arch import attention, fixed_stores, fused, layers, stores
 from trmt.arch.attention import Spans
 from trmt.arch.base import (
     Linear,
@@ -266,7 +266,7 @@ def pondered(
     if course.halt is None:
         for step in range(course.steps):
             x = transition(step, course.told(step, x))
-        return x, x.new_tensor(float(course.steps * x.shape[:-1].numel()))
+        return x, x.new_full((), float(course.steps * x.shape[:-1].numel()))
     out, halted = torch.zeros_like(x), x.new_zeros(x.shape[:-1])
     running = torch.ones_like(halted, dtype=torch.bool)
     spent = x.new_zeros(())
@@ -316,7 +316,7 @@ def remember(net: Any, config: UniversalConfig, source: Source) -> Memory:
     """Read the source for decoding: keys and values, which all steps share, and the mask over them."""
     _check_length(config, source)
     ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
-    mask = layers.blocked(real_SL)[:, None, None]
+    mask = layers.blocked(real_SL, net.source_embedding.weight.dtype)[:, None, None]
     position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=config.longest - 1)
 
     def look_around(_: int, merged_SLD: Tensor) -> Tensor:
@@ -356,6 +356,8 @@ class UniversalStepper(Stepper):
     Also one that halts early leaves keys and values for all steps: those after it may take longer.
     """
 
+    fixes = True
+
     def __init__(self, net: Universal, linear: Linear) -> None:
         self.config = net.config
         self.net = layers.freeze(net, linear)
@@ -368,14 +370,22 @@ class UniversalStepper(Stepper):
         self.weight_VD = net.output.weight.detach()
         self.product = linear(self.weight_VD, None)
 
-    def start(self, source: Source, *, hypotheses: int, room: int, reorders: bool = True) -> State:
+    def start(
+        self,
+        source: Source,
+        *,
+        hypotheses: int,
+        room: int,
+        reorders: bool = True,
+        fixed: bool = False,
+    ) -> State:
         if room > self.config.longest:
             raise ConfigError(
                 f"{room} target positions are asked for, the network has {self.config.longest}; "
                 "lower --max-length"
             )
         memory = remember(self.net, self.config, source)
-        store = stores.key_value_store(
+        store = (fixed_stores if fixed else stores).key_value_store(
             memory["key"],
             (len(source), hypotheses),
             reorders=reorders,

@@ -54,6 +54,18 @@ class SearchState:
         """Only these sentences, in this order."""
         return self._with([getattr(self, field.name)[sentences] for field in fields(self)])
 
+    def front(self, sentences: int) -> Self:
+        """A view of the first sentences."""
+        return self._with([getattr(self, field.name)[:sentences] for field in fields(self)])
+
+    def on_host(self) -> Self:
+        """A copy in the memory of the host, on its way there from a GPU; nobody waits for it."""
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors]
+        return self._with(
+            [copy.copy_(each, non_blocking=True) for copy, each in zip(copies, tensors, strict=True)]
+        )
+
     def join(self, other: Self) -> Self:
         """The sentences of both, these first; both must have the same room."""
         both = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]

@@ -30,8 +30,9 @@ WORTH = 0.6  # of the vocabulary: with more ids in all lists, choosing them take
 class Whole:
     """Columns are ids."""
 
-    def __init__(self, stepper: Stepper, banned: Tensor) -> None:
-        self.stepper, self.banned = stepper, banned
+    def __init__(self, stepper: Stepper, banned: Tensor, block: slice | None = None) -> None:
+        """`block` are the banned ids, if they follow one another."""
+        self.stepper, self.banned, self.block = stepper, banned, block
 
     def seen(self, requests: Sequence[Request]) -> Sequence[Request]:
         """The requests with columns in their prefixes."""

@@ -52,10 +52,7 @@ class Eager(Engine):
 
         With a lexicon, translations hold only what it lists for their sources.
         """
-        shelf = Shelf.of(weights, precision) if weights else None
-        self.stepper: Stepper = net.frozen(linear.choose(precision, shelf=shelf))
-        if shelf:
-            shelf.keep()
+        self.stepper = self._frozen(net, precision, weights)
         self.search = search
         self.chain = Chain.of(self.stepper, search)
         self.bos, self.eos = bos, eos
@@ -63,6 +60,14 @@ class Eager(Engine):
         self.device = next(net.parameters()).device
         self.lexicon = lexicon
         self.banned = torch.tensor(sorted(banned), dtype=torch.long, device=self.device)
+        self.block = _block(sorted(banned))
+
+    def _frozen(self, net: Seq2Seq, precision: Precision, weights: str) -> Stepper:
+        shelf = Shelf.of(weights, precision) if weights else None
+        stepper = net.frozen(linear.choose(precision, shelf=shelf))
+        if shelf:
+            shelf.keep()
+        return stepper
 
     def translate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
         # Neighbours in length together; the longest first, so that what does not fit shows at once.
@@ -111,29 +116,37 @@ class Eager(Engine):
             if refills and queue and len(requests[queue[0]].source) >= shortest:
                 fresh = self._started(requests, self._taken(requests, queue, most=len(finished)), room)
                 places, finished = finished[: len(fresh.indices)], finished[len(fresh.indices) :]
-                under.replace(self._places(places), fresh)
+                under.replace(places, fresh)
             if finished:
                 left_out = set(finished)
-                under.keep(self._places([place for place in range(len(done)) if place not in left_out]))
+                under.keep([place for place in range(len(done)) if place not in left_out])
+            under.oldest = int(under.search_state.length_S.max())
 
-    def _started(self, requests: Sequence[Request], indices: list[int], room: int) -> _Underway:
+    def _started(self, requests: Sequence[Request], indices: list[int], room: int) -> Underway:
         """These sentences before their first token."""
-        chosen = [requests[index] for index in indices]
+        return self._begun([requests[index] for index in indices], indices, room)
+
+    def _begun(
+        self, chosen: Sequence[Request], indices: list[int], room: int, *, fixed: bool = False
+    ) -> Underway:
+        """What is asked for in `chosen`, which `indices` name, before its first token."""
         source = Source.of([request.source for request in chosen], self.device)
         kind, columns = self.search, self._columns(chosen)
-        return _Underway(
+        return Underway(
             indices,
             torch.full((len(chosen), kind.hypotheses), self.bos, device=self.device),
-            self.stepper.start(source, hypotheses=kind.hypotheses, room=room, reorders=kind.reorders),
+            self.stepper.start(
+                source, hypotheses=kind.hypotheses, room=room, reorders=kind.reorders, fixed=fixed
+            ),
             kind.start(chosen, room=room, eos=self.eos, device=self.device),
-            Masks(columns.seen(chosen), banned=columns.banned, eos=self.eos),
+            Masks.of(columns.seen(chosen), banned=columns.banned, block=columns.block, eos=self.eos),
             columns,
             source.longest,
         )
 
     def _columns(self, requests: Sequence[Request]) -> Whole:
         if self.lexicon is None:
-            return Whole(self.stepper, self.banned)
+            return Whole(self.stepper, self.banned, self.block)
         return Listed(requests, self.lexicon, stepper=self.stepper, banned=self.banned)
 
     def _results(self, search_state: Any) -> list[list[Hypothesis]]:
@@ -151,7 +164,7 @@ class Eager(Engine):
 
 
 @dataclass
-class _Underway:
+class Underway:
     """The sentences that are being translated together, and all that belongs to them."""
 
     indices: list[int]  # of their requests
@@ -179,41 +192,53 @@ class _Underway:
         """So many sentences have to be done before they are taken away."""
         return max(math.ceil(COMPACT_AT * len(self.indices)), 1)
 
-    def keep(self, sentences: Tensor) -> None:
+    def keep(self, places: list[int]) -> None:
         """Only these sentences."""
-        self.indices = [self.indices[place] for place in sentences.tolist()]
+        sentences = torch.tensor(places, dtype=torch.long, device=self.tokens_SK.device)
+        self.indices = [self.indices[place] for place in places]
         self.tokens_SK = self.tokens_SK.index_select(0, sentences)
         self.state = self.state.keep(sentences)
         self.search_state = self.search_state.keep(sentences)
         self.masks.keep(sentences)
         self.columns.keep(sentences)
-        self.oldest = int(self.search_state.length_S.max())
 
-    def replace(self, places: Tensor, other: _Underway) -> None:
-        """The sentences of `other` instead of those at `places`."""
-        for place, index in zip(places.tolist(), other.indices, strict=True):
+    def replace(self, at: list[int], other: Underway) -> None:
+        """The sentences of `other` instead of those at these places."""
+        for place, index in zip(at, other.indices, strict=True):
             self.indices[place] = index
+        places = torch.tensor(at, dtype=torch.long, device=self.tokens_SK.device)
         self.tokens_SK = self.tokens_SK.index_copy(0, places, other.tokens_SK)
         self.state = self.state.replace(places, other.state)
         self.search_state = self.search_state.replace(places, other.search_state)
         self.masks.replace(places, other.masks)
         self.columns.replace(places, other.columns)
-        self.oldest = int(self.search_state.length_S.max())
 
 
+@dataclass
 class Masks:
     """What may not come next: banned ids, anything but the prefix, the end before its time."""
 
-    def __init__(self, requests: Sequence[Request], *, banned: Tensor, eos: int) -> None:
+    banned: Tensor
+    block: slice | None  # the banned ids, if they follow one another
+    eos: int
+    prefix_ST: Tensor  # -1 behind each prefix
+    least_S: Tensor
+    busy: int  # so many steps more there is something to do beside what is banned
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], *, banned: Tensor, block: slice | None, eos: int) -> Masks:
+        """The masks of these requests."""
         device = banned.device
-        self.banned, self.eos = banned, eos
-        self.block = _block(banned.tolist())
         longest = max(len(request.prefix) for request in requests)
         rows = [[*request.prefix, *[-1] * (longest - len(request.prefix))] for request in requests]
-        self.prefix_ST = torch.tensor(rows, dtype=torch.long, device=device).view(len(requests), longest)
-        self.least_S = torch.tensor([request.least for request in requests], device=device)
-        # So many steps more there is something to do beside what is banned.
-        self.busy = max(longest, *(request.least for request in requests))
+        return cls(
+            banned,
+            block,
+            eos,
+            torch.tensor(rows, dtype=torch.long, device=device).view(len(requests), longest),
+            torch.tensor([request.least for request in requests], device=device),
+            max(busy_for(request) for request in requests),
+        )
 
     def keep(self, sentences: Tensor) -> None:
         """The masks of these sentences only."""
@@ -252,6 +277,11 @@ class Masks:
         # The score is set and not left, since the token may be banned elsewhere.
         certain_SV = torch.where(token_V == token_S[:, None], 0.0, -torch.inf)
         scores_SKV.copy_(torch.where(where_S[:, None, None], certain_SV[:, None], scores_SKV))
+
+
+def busy_for(request: Request) -> int:
+    """For so many steps masks hold more than what is banned."""
+    return max(len(request.prefix), request.least)
 
 
 def _block(ids: list[int]) -> slice | None:
