@@ -11,7 +11,7 @@ from trmt.engines.device import choose_device
 from trmt.kernels import products
 from trmt.runs import describing
 from trmt.saved import bundles, checkpoints
-from trmt.translating import TranslateOptions
+from trmt.translating import TranslateOptions, engine_for
 
 
 def inspect(place: Path | None = None) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def _came_from(folder: Path, manifest: bundles.Manifest) -> dict[str, Any]:
 
 def _would_run() -> dict[str, Any]:
     """The engine, the device and the back end that would translate here."""
-    device = choose_device("auto").type
+    device = choose_device("auto")
     return {
-        "engine": TranslateOptions().engine,
-        "device": device,
-        "backend": linear.backend() if device == "cpu" else f"PyTorch on {device}",
+        "engine": engine_for(TranslateOptions(), device),
+        "device": device.type,
+        "backend": linear.backend() if device.type == "cpu" else f"PyTorch on {device.type}",
         "processors": [products.PROCESSORS[number] for number in products.processors()],
     }
 

@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
 
 from trmt import console
 from trmt.arch.base import Seq2Seq
@@ -27,6 +29,9 @@ from trmt.text.splitting import joiner_for, split_text
 from trmt.text.tokenizer import Tokenizer
 
 EXTRA = 50  # tokens a translation may be longer than its source (Attention Is All You Need, 6.1)
+BATCH, GPU_BATCH = 64, Batching(sentences=512, tokens=65_536)
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Whatever some program takes for the end of a line or of a field, and the other control characters.
 BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
@@ -44,19 +49,20 @@ class TranslateOptions:
     top_p: float = 1.0
     seed: int = 1
     max_length: int = 0  # tokens of a translation, a longer prefix aside; 0: 50 more than the source has
-    batch: int = 64  # sentences translated together
-    engine: str = "eager"
+    batch: int = 0  # sentences translated together; 0: 64, on a GPU 512
+    engine: str = "auto"  # auto: captured on a GPU of CUDA, eager elsewhere
     device: str = "auto"
-    precision: Literal["auto", "fp32", "int8"] = "auto"  # auto: that of the bundle, but fp32 on a GPU
+    precision: Precision = "auto"  # auto: that of the bundle, on a GPU bf16 if it has that
     shortlist: bool = False  # only pieces that the bundle's lexicon lists for the source
 
     def __post_init__(self) -> None:
-        if self.precision not in ("auto", "fp32", "int8"):
+        if self.precision not in get_args(Precision):
             raise ConfigError(
-                f"there is no precision {self.precision!r} to translate in; choose auto, fp32 or int8"
+                f"there is no precision {self.precision!r} to translate in; choose one of "
+                f"{', '.join(get_args(Precision))}"
             )
-        if self.batch < 1 or self.max_length < 0:
-            raise ConfigError("--batch is at least 1 and --max-length at least 0")
+        if self.batch < 0 or self.max_length < 0:
+            raise ConfigError("--batch and --max-length are at least 0")
         if self.n_best > 1 and self.search == "greedy":
             raise ConfigError("--n-best needs --beam or --sample; greedy search has one translation")
         self.build_search()  # which refuses what it cannot do, before a network is loaded
@@ -129,13 +135,13 @@ class Translator:
         # A list has room for so many ids of a prefix.
         self.prefix_room = min(self.positions, lexicon.room if lexicon else self.positions)
         rows = int(getattr(net.config, "target_vocabulary", 0))  # those beyond the vocabulary fill it up
-        self.engine: Engine = resolve(ENGINES, options.engine)(
+        self.engine: Engine = resolve(ENGINES, engine_for(options, next(net.parameters()).device))(
             net,
             options.build_search(),
             bos=target.bos,
             eos=target.eos,
             banned=target.never | set(range(target.vocabulary, rows)),
-            batching=Batching(sentences=options.batch),
+            batching=_batching(options, next(net.parameters()).device),
             precision="int8" if options.precision == "int8" else "fp32",
             weights=weights,
             lexicon=lexicon,
@@ -153,7 +159,9 @@ class Translator:
         folder = find_model(place)
         device = choose_device(options.device)
         bundle = bundles.load_bundle(folder, device=device, trust_code=trust_code)
-        options = replace(options, precision=_precision(options.precision, bundle, device.type))
+        options = replace(options, precision=_precision(options.precision, bundle, device))
+        if options.precision in HALVES:
+            bundle.net.to(HALVES[options.precision])
         longest = bundle.manifest.longest.get("source")
         if not longest:
             raise BundleError(f"the manifest of {folder} does not say longest.source; copy the bundle again")
@@ -265,15 +273,34 @@ def find_model(place: Path | None) -> Path:
     return folder
 
 
-def _precision(asked: str, bundle: Bundle, device: str) -> Literal["fp32", "int8"]:
+def engine_for(options: TranslateOptions, device: torch.device) -> str:
+    """The name of the engine that runs on this device."""
+    if options.engine != "auto":
+        return options.engine
+    return "captured" if device.type == "cuda" else "eager"
+
+
+def _batching(options: TranslateOptions, device: torch.device) -> Batching:
+    batching = GPU_BATCH if device.type == "cuda" else Batching(sentences=BATCH)
+    return replace(batching, sentences=options.batch or batching.sentences)
+
+
+def _precision(asked: Precision, bundle: Bundle, device: torch.device) -> Precision:
     """What to compute in; a network that is to run in int8 gets weights that int8 can hold."""
-    if asked == "int8" and device != "cpu":
-        raise ConfigError(f"int8 is for the CPU, not for {device}; add --device cpu or leave --precision out")
+    if asked == "int8" and device.type != "cpu":
+        raise ConfigError(
+            f"int8 is for the CPU, not for {device.type}; add --device cpu or leave --precision out"
+        )
+    if asked in HALVES and device.type == "cpu":
+        raise ConfigError(f"{asked} is for GPUs, not for the CPU; choose fp32 or int8 there")
     if asked == "int8" and bundle.manifest.precision == "fp32":
         quantised.round_weights(bundle.net)
-    if asked == "auto":
-        asked = bundle.manifest.precision if device == "cpu" else "fp32"
-    return "int8" if asked == "int8" else "fp32"
+    if asked != "auto":
+        return asked
+    if device.type == "cpu":
+        return "int8" if bundle.manifest.precision == "int8" else "fp32"
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def _join(texts: Sequence[str], joiners: Sequence[str]) -> str:

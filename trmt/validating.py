@@ -14,7 +14,7 @@ from trmt.runs.recipe import Recipe
 from trmt.scoring import ScoreOptions, bleu_tokenizer, score
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
-from trmt.translating import TranslateOptions, Translator
+from trmt.translating import BATCH, TranslateOptions, Translator
 
 METRICS = ("chrf", "bleu")
 
@@ -55,7 +55,10 @@ def _translated(
     net: Seq2Seq, tokenizer: Tokenizer, sources: list[str], *, longest: int, beam: int
 ) -> list[str]:
     """The translations, in smaller batches where memory is short."""
-    options = TranslateOptions(search="beam" if beam > 1 else "greedy", beam=beam)
+    # Training has filled the memory: no room for the slots of `captured`.
+    options = TranslateOptions(
+        search="beam" if beam > 1 else "greedy", beam=beam, engine="eager", batch=BATCH
+    )
     while True:
         try:
             with torch.inference_mode():

@@ -65,7 +65,7 @@ class FixedStore:
         return self.table_SKC.shape[1]
 
     def front(self, sentences: int, columns: int) -> FixedStore:
-        """The first sentences, of which so many columns are looked at; what is written there is written here."""
+        """The first sentences, of which so many columns are looked at: a view, which steps write to."""
         self._take_up_space()
         columns = min(stores.padded(columns, self.hypotheses), self.table_SKC.shape[2])
         return replace(

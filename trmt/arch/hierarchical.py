@@ -89,7 +89,7 @@ def look(
     number_SHQL = memory["number"][:, None, None].expand_as(score_SHQL)
     weights_SHQL = within(score_SHQL, number_SHQL, sentence_SHQB.shape[-1])
     weights_SHQL = weights_SHQL * sentence_SHQB.gather(-1, number_SHQL)
-    context_SQD = (weights_SHQL @ memory["values"]).transpose(1, 2).flatten(2)
+    context_SQD = (weights_SHQL.to(memory["values"].dtype) @ memory["values"]).transpose(1, 2).flatten(2)
     return Glance(context_SQD, weights_SHQL)
 
 

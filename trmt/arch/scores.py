@@ -49,7 +49,12 @@ def keys(net: Any, score: Score, states_SLD: Tensor, heads: int) -> Tensor:
     if score in ("general", "additive"):
         states_SLD = net.key(states_SLD)
     key_SHLP = layers.heads(states_SLD, heads)
-    return F.normalize(key_SHLP, dim=-1) if score == "cosine" else key_SHLP
+    return _of_length_one(key_SHLP) if score == "cosine" else key_SHLP
+
+
+def _of_length_one(x: Tensor) -> Tensor:
+    # What is divided by must not be rounded to nothing, where x is a row of zeros.
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
 
 
 def scores(net: Any, score: Score, query_SQD: Tensor, key_SHLP: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def scores(net: Any, score: Score, query_SQD: Tensor, key_SHLP: Tensor) -> Tenso
         return (torch.tanh(query_SHQP[..., None, :] + key_SHLP[:, :, None]) * net.vector).sum(-1)
     query_SHQP = layers.heads(query_SQD, heads)
     if score == "cosine":
-        query_SHQP = F.normalize(query_SHQP, dim=-1) * net.sharpness
+        query_SHQP = _of_length_one(query_SHQP) * net.sharpness
     if score == "scaled":
         query_SHQP = query_SHQP / math.sqrt(query_SHQP.shape[-1])
     return query_SHQP @ key_SHLP.transpose(-2, -1)

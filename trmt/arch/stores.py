@@ -37,7 +37,7 @@ def padded(columns: int, hypotheses: int) -> int:
 
 
 def seen(table_SKC: Tensor, column_ST: Tensor) -> Tensor:
-    """Which slots the queries that fill these columns may see, of a table as in `AncestorStore`: [S, Q, J]."""
+    """Which slots the queries that fill these columns may see, by the table of a store: [S, Q, J]."""
     hypotheses, used = table_SKC.shape[1:]
     column_C = torch.arange(used, device=table_SKC.device)
     if hypotheses == 1:

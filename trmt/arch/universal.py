@@ -267,7 +267,8 @@ def pondered(
         for step in range(course.steps):
             x = transition(step, course.told(step, x))
         return x, x.new_full((), float(course.steps * x.shape[:-1].numel()))
-    out, halted = torch.zeros_like(x), x.new_zeros(x.shape[:-1])
+    # Shares are added up in full precision, whatever the states have.
+    out, halted = torch.zeros_like(x), torch.zeros(x.shape[:-1], device=x.device)
     running = torch.ones_like(halted, dtype=torch.bool)
     spent = x.new_zeros(())
     for step in range(course.steps):
@@ -277,7 +278,7 @@ def pondered(
         ends = ends & running
         weight = (1 - halted).where(ends, chance).where(running, 0.0)
         new = transition(step, told)
-        out = out + weight[..., None] * new
+        out = out + weight[..., None].to(x.dtype) * new
         spent = spent + running.sum() + weight.where(ends, 0.0).sum()
         halted = halted + weight
         # One that has halted stays as it is; the others look at it as it was then.

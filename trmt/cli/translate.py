@@ -44,7 +44,12 @@ def command(
     max_length: Annotated[
         int, typer.Option("--max-length", help="Tokens of a translation. [default: those of the source + 50]")
     ] = 0,
-    batch: Annotated[int, typer.Option("--batch", help="Sentences translated together.")] = 64,
+    batch: Annotated[
+        int,
+        typer.Option(
+            "--batch", help="Sentences translated together. [default: 64, on a GPU 512]", show_default=False
+        ),
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines with scores.")] = False,
     device: Annotated[
         str,
@@ -53,7 +58,11 @@ def command(
         ),
     ] = "auto",
     precision: Annotated[
-        str, typer.Option("--precision", help="fp32, int8 (on the CPU), or auto: as the bundle is.")
+        str,
+        typer.Option(
+            "--precision",
+            help="fp32, bf16 or fp16 (GPU), int8 (CPU), or auto: as the bundle is; on a GPU bf16.",
+        ),
     ] = "auto",
     shortlist: Annotated[
         bool,

@@ -31,7 +31,7 @@ from trmt.arch.base import Memory, Seq2Seq, State, Stepper
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Request
-from trmt.engines.eager import COMPACT_AT, LOOK_EVERY, Eager, Masks, Underway, busy_for
+from trmt.engines.eager import COMPACT_AT, LOOK_EVERY, Eager, Underway, busy_for
 from trmt.kernels.products import Precision
 from trmt.saved.lexicon import Lexicon
 
