@@ -246,20 +246,17 @@ class RowStore:
 
     def reorder(self, parents_SK: Tensor) -> RowStore:
         start_S1 = torch.arange(parents_SK.shape[0], device=parents_SK.device)[:, None] * self.hypotheses
-        self.rows = self.rows.keep((start_S1 + parents_SK).flatten())
-        return self
+        return replace(self, rows=self.rows.keep((start_S1 + parents_SK).flatten()))
 
     def _rows(self, sentences: Tensor) -> Tensor:
         hypothesis_K = torch.arange(self.hypotheses, device=sentences.device)
         return (sentences[:, None] * self.hypotheses + hypothesis_K).flatten()
 
     def keep(self, sentences: Tensor) -> RowStore:
-        self.rows = self.rows.keep(self._rows(sentences))
-        return self
+        return replace(self, rows=self.rows.keep(self._rows(sentences)))
 
     def replace(self, places: Tensor, other: RowStore) -> RowStore:
-        self.rows = self.rows.replace(self._rows(places), other.rows)
-        return self
+        return replace(self, rows=self.rows.replace(self._rows(places), other.rows))
 
     def join(self, other: RowStore) -> RowStore:
         return replace(self, rows=self.rows.join(other.rows))

@@ -127,7 +127,7 @@ class Beam(Search):
         length_S = state.length_S + 1
         ends_SK = tokens_SK == state.eos_S[:, None]
         full_S = length_S >= state.limit_S
-        if tokens_SK.device.type == "cpu" and not (ends_SK.any() or full_S.any() or state.ended_S.any()):
+        if _is_seen(tokens_SK) and not (ends_SK.any() or full_S.any() or state.ended_S.any()):
             return parents_SK, tokens_SK, replace(state, length_S=length_S, score_SK=score_SK)
         place_K = torch.arange(self.size, device=score_SK.device)
         taken = place_K >= (self.size - state.ended_S)[:, None]
@@ -215,6 +215,11 @@ def _traced(count: int, place: int, parents: list[list[int]], tokens: list[list[
         ids.append(tokens[step][place])
         place = parents[step][place]
     return tuple(reversed(ids))
+
+
+def _is_seen(tensor: Tensor) -> bool:
+    """Whether the host may look at it without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _put(kept: Tensor, place_SK: Tensor, new: Tensor) -> Tensor:
