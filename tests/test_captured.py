@@ -19,7 +19,6 @@ from tests.contracts.test_engine import (
     SEARCHES,
     VARIANTS,
     engine_of,
-    named,
     requests_of,
     translated,
 )

@@ -29,7 +29,6 @@ from trmt.text.splitting import joiner_for, split_text
 from trmt.text.tokenizer import Tokenizer
 
 EXTRA = 50  # tokens a translation may be longer than its source (Attention Is All You Need, 6.1)
-BATCH, GPU_BATCH = 64, Batching(sentences=512, tokens=65_536)
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Whatever some program takes for the end of a line or of a field, and the other control characters.
@@ -126,6 +125,7 @@ class Translator:
         lexicon: Lexicon | None = None,
     ) -> None:
         self.tokenizer, self.options = tokenizer, options
+        device = next(net.parameters()).device
         source, target = tokenizer.source, tokenizer.target
         # The network has so many positions; one is for the end-of-sentence token.
         self.positions = net.most_tokens
@@ -135,13 +135,13 @@ class Translator:
         # A list has room for so many ids of a prefix.
         self.prefix_room = min(self.positions, lexicon.room if lexicon else self.positions)
         rows = int(getattr(net.config, "target_vocabulary", 0))  # those beyond the vocabulary fill it up
-        self.engine: Engine = resolve(ENGINES, engine_for(options, next(net.parameters()).device))(
+        self.engine: Engine = resolve(ENGINES, engine_for(options, device))(
             net,
             options.build_search(),
             bos=target.bos,
             eos=target.eos,
             banned=target.never | set(range(target.vocabulary, rows)),
-            batching=_batching(options, next(net.parameters()).device),
+            batching=Batching.on(device.type, options.batch),
             precision="int8" if options.precision == "int8" else "fp32",
             weights=weights,
             lexicon=lexicon,
@@ -278,11 +278,6 @@ def engine_for(options: TranslateOptions, device: torch.device) -> str:
     if options.engine != "auto":
         return options.engine
     return "captured" if device.type == "cuda" else "eager"
-
-
-def _batching(options: TranslateOptions, device: torch.device) -> Batching:
-    batching = GPU_BATCH if device.type == "cuda" else Batching(sentences=BATCH)
-    return replace(batching, sentences=options.batch or batching.sentences)
 
 
 def _precision(asked: Precision, bundle: Bundle, device: torch.device) -> Precision:

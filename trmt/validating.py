@@ -9,12 +9,13 @@ import torch
 from trmt import console
 from trmt.arch.base import Seq2Seq
 from trmt.capacity import is_out_of_memory
+from trmt.engines.base import Batching
 from trmt.runs.looking import Validation
 from trmt.runs.recipe import Recipe
 from trmt.scoring import ScoreOptions, bleu_tokenizer, score
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
-from trmt.translating import BATCH, TranslateOptions, Translator
+from trmt.translating import TranslateOptions, Translator
 
 METRICS = ("chrf", "bleu")
 
@@ -57,7 +58,7 @@ def _translated(
     """The translations, in smaller batches where memory is short."""
     # Training has filled the memory: no room for the slots of `captured`.
     options = TranslateOptions(
-        search="beam" if beam > 1 else "greedy", beam=beam, engine="eager", batch=BATCH
+        search="beam" if beam > 1 else "greedy", beam=beam, engine="eager", batch=Batching().sentences
     )
     while True:
         try:

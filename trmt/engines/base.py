@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trmt.decode.base import Hypothesis
 
@@ -31,6 +31,12 @@ class Batching:
 
     sentences: int = 64
     tokens: int = 8192  # of padded source, at most
+
+    @classmethod
+    def on(cls, device: str, sentences: int = 0) -> Batching:
+        """So many sentences on this device, or with 0 as many as keep it busy."""
+        usual = cls(512, 65_536) if device.startswith("cuda") else cls()
+        return replace(usual, sentences=sentences or usual.sentences)
 
 
 class Engine(ABC):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from trmt.engines.base import Batching
 from trmt.engines.device import choose_device
 from trmt.errors import ConfigError
 from trmt.sets.encoding import available_cores
@@ -68,8 +69,8 @@ def keep_to(device: str) -> str:
 def lines_for(device: str, batch: int) -> tuple[int, int]:
     """How many lines a process should get at a time, at least and at most."""
     if device.startswith("cuda"):
-        least, most = BATCHES_ON_GPU
-        return least * batch, most * batch
+        together = Batching.on(device, batch).sentences
+        return BATCHES_ON_GPU[0] * together, BATCHES_ON_GPU[1] * together
     return ON_CPU
 
 
