@@ -137,7 +137,7 @@ def test_steps_never_ask_the_device_for_a_value(variant: tuple[str, dict[str, An
         for device in ("cpu", "meta")
     )
     slots = here._new_slots(size=4, room=32, width=5)
-    slots.put([0, 2], here._begun(requests, [0, 1], 32, fixed=True), requests)
+    slots.put(here._begun(requests, [0, 1], 32, fixed=True), requests)
     slots.parts = captured.mapped(slots.parts, lambda tensor: tensor.to("meta"))
     slots.like.columns, slots.like.masks.banned = there._columns(requests), there.banned
     with OnTheDevice():
@@ -149,14 +149,14 @@ def test_steps_never_ask_the_device_for_a_value(variant: tuple[str, dict[str, An
 def test_many_sentences_come_and_go(search: Search) -> None:
     net = small_network("transformer")
     requests = [
-        *requests_of(30, longest=12),
+        *requests_of(16, longest=9),
         *(Request((5, 8, EOS), limit=limit, least=limit // 2, key=limit) for limit in (0, 1, 2, 31, 32, 33)),
     ]
     expected = translated(engine_of("eager", net, search), requests)
-    for sentences in (1, 5, 64):
+    for sentences in (3, 64):
         engine, recorder = captured_engine(net, search, sentences=sentences)
         # The second time with graphs; and in between longer sources, for which the memory is too small.
-        longer = requests_of(3, longest=40, seed=8)
+        longer = requests_of(2, longest=40, seed=8)
         assert_alike(translated(engine, requests), expected, f"{sentences}, the first time")
         assert_alike(
             translated(engine, longer), translated(engine_of("eager", net, search), longer), "longer"

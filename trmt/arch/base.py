@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trmt.sending import sent
+
 Product = Callable[[Tensor], Tensor]  # x -> x @ weight.T + bias, on the last axis
 Linear = Callable[[Tensor, Tensor | None], Product]  # (weight, bias) -> product: fp32, int8, ...
 
@@ -46,8 +48,8 @@ class Ragged:
         lengths = [len(sentence) for sentence in sentences]
         flat = [token for sentence in sentences for token in sentence]
         return cls(
-            torch.tensor(flat, dtype=torch.long, device=device),
-            torch.tensor(lengths, dtype=torch.long, device=device),
+            sent(flat, device),
+            sent(lengths, device),
             max(lengths, default=0),
         )
 

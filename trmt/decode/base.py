@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+
+from trmt.sending import Fetched
 
 CHUNK = 128  # of the vocabulary, in the first stage of `top`
 BLOCK = 16  # rows whose exponentials stay in a processor's cache
@@ -58,13 +60,10 @@ class SearchState:
         """A view of the first sentences."""
         return self._with([getattr(self, field.name)[:sentences] for field in fields(self)])
 
-    def on_host(self) -> Self:
-        """A copy in the memory of the host, on its way there from a GPU; nobody waits for it."""
-        tensors = [getattr(self, field.name) for field in fields(self)]
-        copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors]
-        return self._with(
-            [copy.copy_(each, non_blocking=True) for copy, each in zip(copies, tensors, strict=True)]
-        )
+    def fetched(self) -> Callable[[], Self]:
+        """Begin to fetch it from its device; the state on the host, for whoever waits for it."""
+        way = Fetched([getattr(self, field.name) for field in fields(self)])
+        return lambda: self._with(way.there())
 
     def join(self, other: Self) -> Self:
         """The sentences of both, these first; both must have the same room."""

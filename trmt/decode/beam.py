@@ -22,6 +22,7 @@ from torch import Tensor
 from trmt.decode.base import Compiled, Hypothesis, Search, SearchState, Sentence
 from trmt.decode.choosing import highest, library_for
 from trmt.errors import ConfigError
+from trmt.sending import sent
 
 ROUNDING = 1e-6  # what normalised scores are off by, at most, relative to themselves
 MAX_PENALTY = 10  # as an exponent; far larger ones overflow and make all hypotheses equal
@@ -90,7 +91,7 @@ class Beam(Search):
         return self.size > 1
 
     def start(self, sentences: Sequence[Sentence], *, room: int, eos: int, device: torch.device) -> BeamState:
-        limit_S = torch.tensor([sentence.limit for sentence in sentences], device=device)
+        limit_S = sent([sentence.limit for sentence in sentences], device)
         zero_S = torch.zeros_like(limit_S)
         score_SK = torch.full((len(sentences), self.size), -torch.inf, device=device)
         score_SK[:, 0] = 0  # all places begin with the same prefix: only one may count

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trmt.decode.base import Compiled, Hypothesis, Search, SearchState, Sentence
 from trmt.decode.choosing import highest, library_for
+from trmt.sending import sent
 
 
 class _Lines(ctypes.Structure):
@@ -44,7 +45,7 @@ class LineState(SearchState):
         cls, sentences: Sequence[Sentence], sizes: tuple[int, int], *, eos: int, device: torch.device
     ) -> LineState:
         """Room for `sizes` = (hypotheses, tokens) of each sentence."""
-        limit_S = torch.tensor([sentence.limit for sentence in sentences], device=device)
+        limit_S = sent([sentence.limit for sentence in sentences], device)
         zero_S = torch.zeros_like(limit_S)
         zero_SK = torch.zeros((len(sentences), sizes[0]), dtype=torch.long, device=device)
         return cls(

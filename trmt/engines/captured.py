@@ -18,6 +18,7 @@ without the host runs in `Eager`, and that is said.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -34,6 +35,7 @@ from trmt.engines.base import Batching, Request
 from trmt.engines.eager import COMPACT_AT, LOOK_EVERY, Eager, Underway, busy_for
 from trmt.kernels.products import Precision
 from trmt.saved.lexicon import Lexicon
+from trmt.sending import Fetched, sent
 
 SMALLEST = 32  # tokens of the translations in the slots with the least room
 KINDS = 4  # slots of so many different rooms are kept
@@ -117,26 +119,33 @@ class Captured(Eager):
     ) -> Iterator[tuple[int, list[Hypothesis]]]:
         """All sentences of the queue, from the longest to the shortest."""
         slots = self._slots(requests, queue, room)
-        left: tuple[list[int], _Fetched] | None = None  # who was done at the last look
-        while queue or slots.taken:
-            self._let_in(requests, queue, slots)
+        few = max(math.ceil(COMPACT_AT * slots.size), 1)  # so many come together
+        waiting = self._next(requests, queue, room, most=slots.size)
+        left: tuple[list[int], Callable[[], Any]] | None = None  # who was done at the last look
+        while waiting or slots.taken:
+            if waiting is None:
+                slots.gather()
+            elif len(slots.free) >= len(waiting.indices):
+                slots.put(waiting, requests)
+                waiting = None
             slots.run(self)
-            # Reading the results of those who have left is work for the host, while the device goes on.
+            # While the device goes on, the host tells it what comes next, and reads the results of those who
+            # have left.
+            waiting = waiting or self._next(requests, queue, room, most=few)
             if left:
-                yield from zip(left[0], self._results(left[1].there()), strict=True)
+                yield from zip(left[0], self._results(left[1]()), strict=True)
             left = slots.let_out()
         if left:
-            yield from zip(left[0], self._results(left[1].there()), strict=True)
+            yield from zip(left[0], self._results(left[1]()), strict=True)
 
-    def _let_in(self, requests: Sequence[Request], queue: deque[int], slots: Slots) -> None:
-        """New sentences for free slots, where there are enough of them; without any, less to compute."""
-        free = slots.free
+    def _next(
+        self, requests: Sequence[Request], queue: deque[int], room: int, *, most: int
+    ) -> Underway | None:
+        """Some sentences from the front of the queue, ready to be put into slots."""
         if not queue:
-            slots.gather(self)
-        elif len(free) >= max(COMPACT_AT * slots.size, 1):
-            indices = self._taken(requests, queue, most=len(free))
-            chosen = [requests[index] for index in indices]
-            slots.put(free[: len(indices)], self._begun(chosen, indices, slots.room, fixed=True), chosen)
+            return None
+        indices = self._taken(requests, queue, most=most)
+        return self._begun([requests[index] for index in indices], indices, room, fixed=True)
 
     def _slots(self, requests: Sequence[Request], queue: Sequence[int], room: int) -> Slots:
         """Free slots with this room, as many as there is use for; those of last time, if they will do."""
@@ -294,6 +303,7 @@ class Slots:
     guests: list[_Guest | None]
     seen: set[Key] = field(default_factory=set)
     graphs: dict[Key, Any] = field(default_factory=dict)
+    done: Fetched | None = None  # who is, after the steps that were run last
 
     @classmethod
     def of(cls, under: Underway, room: int) -> Slots:
@@ -323,9 +333,11 @@ class Slots:
         """Let everybody go."""
         self.guests = [None] * self.size
 
-    def put(self, places: list[int], fresh: Underway, requests: Sequence[Request]) -> None:
-        """New sentences at these places."""
-        for place, index, request in zip(places, fresh.indices, requests, strict=True):
+    def put(self, fresh: Underway, requests: Sequence[Request]) -> None:
+        """These sentences, whose indices are those of `requests`, into free slots."""
+        places = self.free[: len(fresh.indices)]
+        for place, index in zip(places, fresh.indices, strict=True):
+            request = requests[index]
             self.guests[place] = _Guest(index, request.limit, len(request.source), busy_for(request))
         self._write(places, fresh)
 
@@ -338,7 +350,7 @@ class Slots:
             self.parts = replaced
             self.graphs.clear()
 
-    def gather(self, engine: Captured) -> None:
+    def gather(self) -> None:
         """Move sentences to the front where that leaves only half as many to compute, or fewer."""
         taken = self.taken
         enough = self._rounded(len(taken))
@@ -370,6 +382,7 @@ class Slots:
         self._replay(engine, key, steps)
         for guest in guests:
             guest.age += steps
+        self.done = Fetched([self.parts.search_state.done_S])
 
     def _replay(self, engine: Captured, key: Key, steps: int) -> None:
         sentences, columns, width, busy = key
@@ -391,10 +404,11 @@ class Slots:
                 step()
         self.seen.add(key)
 
-    def let_out(self) -> tuple[list[int], _Fetched] | None:
-        """Wait for the device; who is done leaves, with what the search has found."""
-        used = self.taken[-1] + 1
-        done = self.parts.search_state.done_S[:used].tolist()
+    def let_out(self) -> tuple[list[int], Callable[[], Any]] | None:
+        """Wait for the steps that run; who is done leaves, with what the search has found."""
+        assert self.done, "nothing was run"
+        (done_S,) = self.done.there()
+        done = done_S.tolist()
         places = [place for place in self.taken if done[place]]
         if not places:
             return None
@@ -404,25 +418,8 @@ class Slots:
             assert guest, "who is done was there"
             indices.append(guest.index)
             self.guests[place] = None
-        chosen = torch.tensor(places, device=self.parts.tokens_SK.device)
-        return indices, _Fetched(self.parts.search_state.keep(chosen))
-
-
-class _Fetched:
-    """The state of a search on its way from the device to the host."""
-
-    def __init__(self, state: Any) -> None:
-        self.state, self.event = state, None
-        if state.done_S.device.type == "cuda":
-            self.state = state.on_host()
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def there(self) -> Any:
-        """The state, once it is on the host."""
-        if self.event:
-            self.event.synchronize()
-        return self.state
+        found = self.parts.search_state.keep(sent(places, self.parts.tokens_SK.device))
+        return indices, found.fetched()
 
 
 def rounded(count: int) -> int:

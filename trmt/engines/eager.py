@@ -26,6 +26,7 @@ from trmt.errors import BundleError
 from trmt.kernels.products import Precision
 from trmt.kernels.shelf import Shelf
 from trmt.saved.lexicon import Lexicon
+from trmt.sending import sent
 
 COMPACT_AT = 0.25  # share of finished sentences at which others take their places, or the batch shrinks
 REFILL_WIDTH = 0.6  # of the longest source in a batch: what is shorter waits for the next
@@ -160,7 +161,7 @@ class Eager(Engine):
         return results
 
     def _places(self, places: list[int]) -> Tensor:
-        return torch.tensor(places, dtype=torch.long, device=self.device)
+        return sent(places, self.device)
 
 
 @dataclass
@@ -194,7 +195,7 @@ class Underway:
 
     def keep(self, places: list[int]) -> None:
         """Only these sentences."""
-        sentences = torch.tensor(places, dtype=torch.long, device=self.tokens_SK.device)
+        sentences = sent(places, self.tokens_SK.device)
         self.indices = [self.indices[place] for place in places]
         self.tokens_SK = self.tokens_SK.index_select(0, sentences)
         self.state = self.state.keep(sentences)
@@ -206,7 +207,7 @@ class Underway:
         """The sentences of `other` instead of those at these places."""
         for place, index in zip(at, other.indices, strict=True):
             self.indices[place] = index
-        places = torch.tensor(at, dtype=torch.long, device=self.tokens_SK.device)
+        places = sent(at, self.tokens_SK.device)
         self.tokens_SK = self.tokens_SK.index_copy(0, places, other.tokens_SK)
         self.state = self.state.replace(places, other.state)
         self.search_state = self.search_state.replace(places, other.search_state)
@@ -235,8 +236,8 @@ class Masks:
             banned,
             block,
             eos,
-            torch.tensor(rows, dtype=torch.long, device=device).view(len(requests), longest),
-            torch.tensor([request.least for request in requests], device=device),
+            sent(rows, device).view(len(requests), longest),
+            sent([request.least for request in requests], device),
             max(busy_for(request) for request in requests),
         )
 
