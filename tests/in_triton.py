@@ -187,3 +187,21 @@ def test_what_is_no_number_is_not_hidden() -> None:
     assert (best - sums).isfinite().all(1).tolist() == sound
     assert ((ids >= 0) & (ids < 300)).all()
     assert all(len(set(row)) == 4 for row in ids.tolist())
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU has graphs")
+def test_a_graph_holds_them() -> None:
+    step = Step((4, 2, 4, 32, 64), kind=torch.bfloat16, positions=(0, 1, 2, 3))
+    scores = torch.randn(16, 5000, device=DEVICE)
+    step.taken(), highest(scores, 4)  # what is compiled now need not be while capturing
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found, (best, ids, _) = step.taken(), highest(scores, 4)
+    for _ in range(3):
+        step.position += 7
+        scores.normal_()
+        graph.replay()
+        tolerance = TOLERANCE[torch.bfloat16]
+        torch.testing.assert_close(found.double().cpu(), step.expected(), atol=tolerance, rtol=tolerance)
+        assert torch.equal(best, scores.topk(4).values) and torch.equal(scores.gather(1, ids), best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import gpu_kernels
 from trmt.arch.looking_back import look_back
 from trmt.decode.choosing import highest
 from trmt.kernels import gpu
@@ -73,6 +75,33 @@ def test_they_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     choosing.launch(torch.zeros(2, 5001, dtype=torch.bfloat16), best, best.long(), log)
     names = [kernel.metadata.name for kernel in compiled if kernel.asm["cubin"]]
     assert names == ["_look_back", "_look_back", "_survey", "_pick"]
+
+
+@needs_triton
+@pytest.mark.slow
+def test_their_speed_can_be_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "bench" / "gpu_kernels.py"), "--smoke", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    figures = json.loads((tmp_path / "translate-kernels.json").read_bytes())["figures"]
+    [looking_back], [choosing] = figures["looking_back"], figures["highest"]
+    for row in (looking_back, choosing):
+        assert row["kernel_microseconds"] > 0 and row["pytorch_microseconds"] > 0
+
+
+def test_what_must_be_read_is_counted_once() -> None:
+    work = gpu_kernels.LookingBack(8, 5, torch.device("cpu"), cold=1)
+    others = 2 * 6 * 8 * 8 * 64 + 8 * 8 * 5  # queries, fresh keys and values twice, what is found; the table
+    for seen, table in ((1, torch.zeros(2, 4, 5)), (4, torch.arange(4)[:, None].expand(2, 4, 5))):
+        work.table_SKC = table.long()
+        assert work.moved() == 2 * 2 * (2 * 4 * seen) * 8 * 64 + others
+
+
+def test_who_has_one_ancestor_has_all_its_ancestors() -> None:
+    table = gpu_kernels.ancestors(5, 30)
+    assert torch.equal(table[:, :, -1], torch.arange(4).expand(5, 4))
+    alike = table[:, :, None] == table[:, None]  # [S, K, K, C]
+    assert (alike[..., :-1] | ~alike[..., 1:]).all()
+    assert alike[..., 0].all() and not alike[..., -1].all()
 
 
 @needs_triton

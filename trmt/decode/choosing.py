@@ -38,6 +38,11 @@ def highest(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         return best_RC, ids_RC, log_R1
     if found := _on_gpu(scores_RV, min(count, vocabulary)):
         return found
+    return highest_in_pytorch(scores_RV, count)
+
+
+def highest_in_pytorch(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without kernels."""
     best_RC, ids_RC = top(scores_RV, count)
     best_RC = best_RC.float()
     # In half precision a sum over a vocabulary would lose the differences that decide.
