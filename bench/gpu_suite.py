@@ -129,6 +129,10 @@ def machine(place: Place) -> list[str]:
     return bench("machine.py", *size)(place)
 
 
+def translate_kernels(place: Place) -> list[str]:
+    return bench("gpu_kernels.py", *(["--smoke"] if place.smoke else []))(place)
+
+
 def lineage(place: Place) -> list[str]:
     folder = place.corpus("multi30k")
     assert folder, "a row whose corpus is missing is not run"
@@ -146,6 +150,12 @@ ROWS = (
         command=machine,
     ),
     Row(name="gpu-tests", measures="the tests that need a GPU: passed and failed", command=gpu_tests),
+    Row(
+        name="translate-kernels",
+        measures="kernels for translating beside plain PyTorch: times, share of the memory's speed",
+        command=translate_kernels,
+        packages=("triton",),
+    ),
     speed("train-base", "training the base network in bf16: speed, memory, wait for the loader", least=150),
     speed("train-big", "training the big network in bf16: speed, memory, wait for the loader", least=150),
     experiment(

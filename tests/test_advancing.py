@@ -13,6 +13,7 @@ from trmt.decode import choosing
 from trmt.decode.base import CHUNK, Search, SearchState
 from trmt.decode.beam import Beam
 from trmt.decode.greedy import Greedy
+from trmt.decode.sampling import Sampling
 
 EOS, ROOM = 2, 12
 CPU = torch.device("cpu")
@@ -109,3 +110,22 @@ def test_scores_that_are_no_numbers_do_not_look_like_a_result(search: Search) ->
     good, bad = search.results(state)
     assert good and all(torch.tensor(each.score).isfinite() for each in good)
     assert not bad or all(torch.tensor(each.score).isnan() for each in bad)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("search", [*SEARCHES, Sampling(samples=3, top_p=0.9)], ids=str)
+def test_scores_may_be_of_half_precision(
+    search: Search, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(choosing, "_library", lambda: None)
+    states = [search.start([Told(9)] * 2, room=9, eos=EOS, device=CPU) for _ in range(2)]
+    for step in range(9):
+        half = scores_of(step, rows=(2, search.hypotheses), wish=3.0).bfloat16()
+        both = [
+            search.advance(scores, state) for scores, state in zip((half, half.float()), states, strict=True)
+        ]
+        assert all(torch.equal(one, other) for one, other in zip(both[0][:2], both[1][:2], strict=True))
+        states = [state for _, _, state in both]
+    mine, theirs = (tensors(state) for state in states)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)

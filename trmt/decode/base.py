@@ -89,7 +89,7 @@ class Compiled:
 
     def advance(self, scores_SKV: Tensor) -> tuple[Tensor, Tensor]:
         """(parents [S, K], tokens [S, K])"""
-        scores_SKV = scores_SKV.contiguous()
+        scores_SKV = scores_SKV.float().contiguous()
         parents_SK = torch.empty(scores_SKV.shape[:2], dtype=torch.long)
         tokens_SK = torch.empty_like(parents_SK)
         self.function(
@@ -114,7 +114,7 @@ class Search(ABC):
 
     @abstractmethod
     def advance(self, scores_SKV: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
-        """From unnormalised scores to (parents [S, K], tokens [S, K], state).
+        """From unnormalised scores of any precision to (parents [S, K], tokens [S, K], state).
 
         The state that was given is consumed: its tensors may be written in place.
         """

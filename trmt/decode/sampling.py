@@ -69,6 +69,7 @@ class Sampling(Search):
         # A sentence that waits to be taken away stays within its lots.
         at = state.length_S.clamp(max=state.lot_SKT.shape[2] - 1)[:, None, None].expand(-1, self.samples, 1)
         lot_SK1 = state.lot_SKT.gather(2, at)
+        scores_SKV = scores_SKV.float()  # in half precision, shares would not add up
         tokens_SK = self._choose(scores_SKV, lot_SK1)
         # The score is the probability under the network, not under the sharpened distribution.
         chosen_SK = scores_SKV.gather(2, tokens_SK[:, :, None])[:, :, 0]
