@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.contracts.test_engine import (
     translated,
 )
 from tests.fakes import small_network
+from trmt.arch import fixed_stores, looking_back
 from trmt.arch.base import Seq2Seq
 from trmt.decode import beam, choosing
 from trmt.decode.base import Hypothesis, Search
@@ -165,6 +167,7 @@ def test_many_sentences_come_and_go(search: Search) -> None:
         assert recorder.replays > 20, sentences
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 def test_sentences_move_together_when_nobody_comes() -> None:
     net = small_network("transformer")
     # Nothing ends by itself: one sentence of sixteen goes on for long.
@@ -191,6 +194,7 @@ def test_what_cannot_be_recorded_goes_on_step_by_step(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.count("operation not permitted") == 1
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 def test_memory_that_is_short_makes_fewer_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     net, requests = small_network("transformer"), requests_of(12, longest=9)
     engine, _ = captured_engine(net, Greedy())
@@ -210,3 +214,27 @@ def test_columns_are_rounded_up_to_few_sizes() -> None:
     sizes = [captured.rounded(count) for count in range(1, 1025)]
     assert sorted(set(sizes)) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert all(count <= size for count, size in enumerate(sizes, 1))
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_a_store_looks_back_by_a_kernel_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.Size] = []
+
+    def look_back(query_SHKP: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+        calls.append(query_SHKP.shape)
+        return looking_back.look_back(query_SHKP, *tensors, **options)
+
+    net, requests = small_network("transformer"), requests_of(9, longest=6)
+    for search in (Greedy(), Beam(size=3), Beam(size=20), Sampling(samples=2)):
+        expected = translated(engine_of("eager", net, search), requests)
+        calls.clear()
+        with monkeypatch.context() as kernels:
+            kernels.setattr(fixed_stores, "looking_back", SimpleNamespace(suits=suits, look_back=look_back))
+            engine, _ = captured_engine(net, search, sentences=4)
+            for _ in range(2):
+                assert_alike(translated(engine, requests), expected, str(search))
+        assert calls, search
+
+
+def suits(like: Tensor, part: int) -> bool:
+    return True

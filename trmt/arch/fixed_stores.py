@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trmt.arch import stores
+from trmt.arch import looking_back, stores
 from trmt.arch.layers import Look, attend
 from trmt.arch.stores import RowStore
 
@@ -100,6 +100,15 @@ class FixedStore:
     ) -> Tensor:
         """Store the keys and values of the open columns, and `look` at all so far: [S, Q, D]."""
         store = self.both[layer]
+        if self._column_ST.shape[1] == 1 and look is attend and looking_back.suits(self.like, self.sizes[2]):
+            return looking_back.look_back(
+                query_SHQP,
+                both_2SHQP,
+                store,
+                table_SKC=self.table_SKC if self.hypotheses > 1 else None,
+                position_S=self._column_ST[:, 0],
+                columns=self.columns,
+            )
         if both_2SHQP.shape[3] > self.hypotheses > 1:  # queries run over hypotheses first, slots over columns
             both_2SHQP = both_2SHQP.unflatten(3, (self.hypotheses, -1)).transpose(3, 4).flatten(3, 4)
         index = self._slots_SQ[None, :, None, :, None].expand(both_2SHQP.shape)

@@ -410,6 +410,8 @@ class Slots:
         (done_S,) = self.done.there()
         done = done_S.tolist()
         places = [place for place in self.taken if done[place]]
+        late = [guest for guest in self.guests if guest and guest.age >= guest.limit]
+        assert len(late) <= len(places), "at its limit a sentence is done"
         if not places:
             return None
         indices = []

@@ -180,8 +180,7 @@ class Underway:
     def step(self, engine: Eager) -> None:
         """One token more for each hypothesis."""
         output, state = engine.stepper.step(self.tokens_SK[:, :, None], self.state)
-        # In half precision a sum over a vocabulary would lose the differences that decide.
-        scores_SKV = self.columns.scores(output.hidden[:, :, 0]).float()
+        scores_SKV = self.columns.scores(output.hidden[:, :, 0])
         self.masks.apply(scores_SKV, self.search_state.length_S)
         parents_SK, chosen_SK, self.search_state = engine.search.advance(scores_SKV, self.search_state)
         self.tokens_SK = self.columns.ids(chosen_SK)
