@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from tests import toy
+from tests.contracts.test_engine import requests_of
 from tests.contracts.test_training import HARD, final, log
 from tests.fakes import random_sentences, small_network
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from trmt.arch.base import Ragged, Source
+from trmt.decode.base import Search
 from trmt.decode.beam import Beam
-from trmt.engines.base import Request
+from trmt.decode.greedy import Greedy
+from trmt.decode.sampling import Sampling
+from trmt.engines.base import Batching, Request
+from trmt.engines.captured import Captured
 from trmt.engines.device import choose_device, choose_precision
 from trmt.engines.eager import Eager
 from trmt.registry import ARCHITECTURES
@@ -46,6 +51,36 @@ def test_beam_search_runs_on_the_gpu(architecture: str) -> None:
     assert scores[0].keys() == scores[1].keys()
     for index, score in scores[0].items():
         assert score == pytest.approx(scores[1][index], abs=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("search", [Greedy(), Beam(4), Beam(20), Sampling(samples=2)], ids=str)
+def test_steps_are_recorded_and_replayed(architecture: str, search: Search) -> None:
+    requests = requests_of(60, longest=20)
+    net = small_network(architecture).to("cuda")
+    eager = Eager(net, search, bos=2, eos=3, banned={0, 1, 2})
+    engine = Captured(net, search, bos=2, eos=3, banned={0, 1, 2}, batching=Batching(sentences=16))
+    expected = dict(eager.translate(requests))
+    for _ in range(3):
+        found = dict(engine.translate(requests))
+        alike = sum(found[index][0].ids == expected[index][0].ids for index in expected)
+        assert found.keys() == expected.keys() and alike >= 58  # near ties may fall either way
+    assert not engine.eager, "something was not recorded"
+    assert sum(len(slots.graphs) for slots in engine._kept.values()) > 1
+
+
+def test_translating_on_the_gpu_is_in_bf16(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer(tmp_path / "text")
+    random_bundle(tmp_path / "bundle", tokenizer)
+    lines = [line.decode("utf-8", "replace") for line in hostile_lines(60, seed=4)]
+    on_cpu = Translator.load(tmp_path / "bundle", options=TranslateOptions(device="cpu")).translate(lines)
+    translator = Translator.load(tmp_path / "bundle", options=TranslateOptions(device="cuda"))
+    assert isinstance(translator.engine, Captured)
+    for _ in range(3):
+        on_gpu = translator.translate(lines)
+        assert [each.status for each in on_gpu] == [each.status for each in on_cpu]
+        alike = sum(one.text == other.text for one, other in zip(on_gpu, on_cpu, strict=True))
+        assert alike > len(lines) / 2  # weights are random, and many choices are close
 
 
 def test_the_gpu_and_its_precision_are_chosen() -> None:

@@ -16,7 +16,8 @@ from trmt import streaming
 from trmt.arch.base import Ragged, Seq2Seq, Source
 from trmt.decode.base import Hypothesis
 from trmt.engines.base import Engine, Request
-from trmt.errors import BundleError, ConfigError
+from trmt.engines.eager import Eager
+from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.streaming import Report, translate_stream
 from trmt.text.splitting import Piece, joiner_for
 from trmt.text.tokenizer import Tokenizer
@@ -379,7 +380,7 @@ def test_a_window_can_be_larger_than_usual(monkeypatch: pytest.MonkeyPatch) -> N
         ({"search": "sampling", "top_p": 0.0}, "top-p"),
         ({"search": "sampling", "temperature": -1.0}, "temperature"),
         ({"search": "sampling", "top_k": -1}, "top-k"),
-        ({"batch": 0}, "--batch"),
+        ({"batch": -1}, "--batch"),
         ({"max_length": -1}, "--max-length"),
     ],
     ids=str,
@@ -396,3 +397,27 @@ def test_broken_weights_say_so(tokenizer: Tokenizer) -> None:
     translator.engine.stepper.readout = lambda hidden, only=None: hidden * torch.nan  # type: ignore[attr-defined]
     with pytest.raises(BundleError, match="not numbers"):
         translator.translate(["a"])
+
+
+def test_a_gpu_short_of_memory_gets_fewer_sentences_at_a_time(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["a b c", "", "d e", *(f"f {number}" for number in range(30))]
+    translator = loaded(bundle, device="cpu", batch=16)
+    expected = translator.translate(lines)
+    begun = Eager._begun
+    tried = []
+
+    def scarce(engine: Eager, chosen: Sequence[Request], *arguments: Any, **options: Any) -> Any:
+        tried.append(len(chosen))
+        if len(chosen) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return begun(engine, chosen, *arguments, **options)
+
+    monkeypatch.setattr(Eager, "_begun", scarce)
+    most = 3
+    assert translator.translate(lines) == expected
+    assert tried[:3] == [16, 4, 1] and capsys.readouterr().err.count("fewer sentences") == 2
+    most = 0
+    with pytest.raises(TrmtError, match="too short for a single sentence"):
+        translator.translate(lines)

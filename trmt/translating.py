@@ -20,7 +20,7 @@ from trmt.arch.base import Seq2Seq
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines.base import Batching, Engine, Request
 from trmt.engines.device import choose_device
-from trmt.errors import BundleError, ConfigError
+from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.registry import ENGINES, RANKERS, SEARCHES, resolve
 from trmt.saved import bundles, checkpoints, quantised
 from trmt.saved.bundles import Bundle
@@ -203,13 +203,30 @@ class Translator:
             lines.append(line)
             if not line.missing:
                 yield number, Translation("", "blank")
-        for index, hypotheses in self.engine.translate(requests):
+        for index, hypotheses in self._searched(requests):
             number, piece = owners[index]
             line = lines[number]
             line.answers[piece] = self._ranked(hypotheses)
             line.missing -= 1
             if not line.missing:
                 yield number, self._joined(line)
+
+    def _searched(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
+        """What the engine finds; should a GPU's memory be short, with fewer sentences at a time."""
+        left = dict(enumerate(requests))
+        while left:
+            numbers = [*left]
+            try:
+                for place, hypotheses in self.engine.translate([*left.values()]):
+                    del left[numbers[place]]
+                    yield numbers[place], hypotheses
+            except torch.OutOfMemoryError as error:
+                if not self.engine.shrink():
+                    raise TrmtError(
+                        "the GPU's memory is too short for a single sentence; free some of it, or add "
+                        "--device cpu"
+                    ) from error
+                console.warn("the GPU's memory is short: going on with fewer sentences at a time")
 
     def written(self, sources: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """The ids of translations; sources are ids too, none empty, none longer than the network takes."""

@@ -45,3 +45,7 @@ class Engine(ABC):
     @abstractmethod
     def translate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
         """(index of the request, its hypotheses), in whatever order they are ready."""
+
+    def shrink(self) -> bool:
+        """Take fewer sentences at a time from now on, since memory is short; False if that cannot be."""
+        return False

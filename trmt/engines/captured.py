@@ -138,6 +138,10 @@ class Captured(Eager):
         if left:
             yield from zip(left[0], self._results(left[1]()), strict=True)
 
+    def shrink(self) -> bool:
+        self._kept.clear()
+        return super().shrink()
+
     def _next(
         self, requests: Sequence[Request], queue: deque[int], room: int, *, most: int
     ) -> Underway | None:

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,14 @@ class Eager(Engine):
         room = max((request.limit for request in requests), default=0)
         while queue:
             yield from self._flow(requests, queue, room)
+
+    def shrink(self) -> bool:
+        fewer = self.batching.sentences // 4 or 1
+        smaller = fewer < self.batching.sentences
+        self.batching = replace(self.batching, sentences=fewer)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return smaller
 
     def _taken(self, requests: Sequence[Request], queue: deque[int], *, most: int) -> list[int]:
         """As many from the front of the queue as may be translated together."""
