@@ -32,14 +32,16 @@ from trmt.arch.base import Memory, Seq2Seq, State, Stepper
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Request
-from trmt.engines.eager import COMPACT_AT, LOOK_EVERY, Eager, Underway, busy_for
+from trmt.engines.eager import COMPACT_AT, LOOK_EVERY, Eager, Underway
 from trmt.kernels.products import Precision
 from trmt.saved.lexicon import Lexicon
 from trmt.sending import Fetched, sent
 
 SMALLEST = 32  # tokens of the translations in the slots with the least room
 KINDS = 4  # slots of so many different rooms are kept
-Key = tuple[int, int, int, bool]  # sentences, columns written, columns read, whether masks are busy
+# What masks rule out beside what is banned.
+NOTHING, ENDS, ALL_BUT_PREFIXES = range(3)
+Key = tuple[int, int, int, int]  # sentences, columns written, columns read, what masks rule out
 
 
 class Captured(Eager):
@@ -239,11 +241,14 @@ class Parts:
             self.least_S[:sentences],
         )
 
-    def under_way(self, like: Underway, *, room: int, busy: int = 0) -> Underway:
+    def under_way(self, like: Underway, *, room: int, masking: int = ALL_BUT_PREFIXES) -> Underway:
         """These parts, ready to go on."""
         # A sentence that waits to be taken away stays within its room.
         state = State(self.memory, self.own, self.position_S.clamp(max=room - 1))
-        masks = replace(like.masks, prefix_ST=self.prefix_ST, least_S=self.least_S, busy=busy)
+        # To look for prefixes is to go through all scores.
+        prefix_ST = self.prefix_ST if masking == ALL_BUT_PREFIXES else self.prefix_ST[:, :0]
+        busy = int(masking != NOTHING)
+        masks = replace(like.masks, prefix_ST=prefix_ST, least_S=self.least_S, busy=busy)
         indices = [-1] * len(self.tokens_SK)
         return Underway(indices, self.tokens_SK, state, self.search_state, masks, like.columns, like.width)
 
@@ -293,8 +298,14 @@ class _Guest:
     index: int  # of its request
     limit: int
     width: int
-    busy: int  # steps for which its masks are
+    prefix: int  # tokens of it
+    least: int
     age: int = 0
+
+    @property
+    def masking(self) -> int:
+        """What masks rule out in its next step."""
+        return ALL_BUT_PREFIXES if self.age < self.prefix else ENDS if self.age < self.least else NOTHING
 
 
 @dataclass
@@ -342,7 +353,9 @@ class Slots:
         places = self.free[: len(fresh.indices)]
         for place, index in zip(places, fresh.indices, strict=True):
             request = requests[index]
-            self.guests[place] = _Guest(index, request.limit, len(request.source), busy_for(request))
+            self.guests[place] = _Guest(
+                index, request.limit, len(request.source), len(request.prefix), request.least
+            )
         self._write(places, fresh)
 
     def _write(self, places: list[int], other: Underway) -> None:
@@ -376,12 +389,11 @@ class Slots:
         guests = [guest for guest in self.guests if guest]
         # Nobody needs more steps than those who may write the most.
         steps = max(min(LOOK_EVERY, max(guest.limit - guest.age for guest in guests)), 1)
-        busy = max(guest.busy - guest.age for guest in guests) > 0
         key = (
             self._rounded(self.taken[-1] + 1),
             min(rounded(max(guest.age for guest in guests) + steps), self.room),
             rounded(max(guest.width for guest in guests)),
-            busy,
+            max(guest.masking for guest in guests),
         )
         self._replay(engine, key, steps)
         for guest in guests:
@@ -389,13 +401,13 @@ class Slots:
         self.done = Fetched([self.parts.search_state.done_S])
 
     def _replay(self, engine: Captured, key: Key, steps: int) -> None:
-        sentences, columns, width, busy = key
+        sentences, columns, width, masking = key
         parts = self.parts.front(sentences, columns, width)
 
         def step() -> None:
-            under = parts.under_way(self.like, room=self.room, busy=int(busy))
+            under = parts.under_way(self.like, room=self.room, masking=masking)
             under.step(engine)
-            fits = parts.become(Parts.of(under))
+            fits = parts.become(replace(Parts.of(under), prefix_ST=parts.prefix_ST))
             assert fits, "a fixed state keeps its shapes"
 
         if key in self.seen and key not in self.graphs and not engine.eager:

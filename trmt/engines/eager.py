@@ -245,7 +245,7 @@ class Masks:
             eos,
             sent(rows, device).view(len(requests), longest),
             sent([request.least for request in requests], device),
-            max(busy_for(request) for request in requests),
+            max(max(len(request.prefix), request.least) for request in requests),
         )
 
     def keep(self, sentences: Tensor) -> None:
@@ -285,11 +285,6 @@ class Masks:
         # The score is set and not left, since the token may be banned elsewhere.
         certain_SV = torch.where(token_V == token_S[:, None], 0.0, -torch.inf)
         scores_SKV.copy_(torch.where(where_S[:, None, None], certain_SV[:, None], scores_SKV))
-
-
-def busy_for(request: Request) -> int:
-    """For so many steps masks hold more than what is banned."""
-    return max(len(request.prefix), request.least)
 
 
 def _block(ids: list[int]) -> slice | None:
