@@ -1,12 +1,14 @@
-"""Measures links of words: `python bench/alignment.py WORK --corpus CORPUS --gold GOLD --from de --to en`.
+"""Measures links of words: how far those of networks, and of counting, are from what people found.
 
-CORPUS and GOLD are prefixes of a file for each language, .gz or not; GOLD.align.gz holds the links that
+    python bench/alignment.py WORK --corpus CORPUS --test TEST --gold GOLD --from de --to en
+
+CORPUS, TEST and GOLD are prefixes of a file for each language, .gz or not; GOLD.align.gz holds the links that
 people found. The corpus is made as the gold text is, lowercased and cut into words by Moses. In both
 directions a small Transformer is trained on the same pairs with the same steps, once as it is and once with
 one head that is taught the links that counting finds in these pairs. What is measured is the alignment error
 rate of each, per direction and symmetrised, beside that of counting alone; that of every layer and head, and
-which of them agrees best with counting, which needs no gold; and, where --test names one, the BLEU of the
-networks on a test of the corpus, so that it can be seen how much they have learned.
+which of them agrees best with counting, which needs no gold; and how well the networks translate TEST, which
+is of the corpus.
 
 Every stage leaves its result in WORK and is not done twice, so that a stopped run goes on.
 """
@@ -45,6 +47,7 @@ RECIPE = "transformer-tiny"
 # Many small steps that end at a rate of 0 make most of a short training.
 SETTINGS = ("batches.tokens=1024", "optim.schedule=cosine")
 WEIGHT = 0.5  # of the guided head's loss
+TESTED = 500  # pairs of the test that are linked; all are translated
 METHOD = "grow-diag-final-and"
 
 Figures = dict[str, Any]
@@ -137,40 +140,63 @@ def figures_of(seen: Agreement) -> Figures:
 
 
 @dataclass(frozen=True)
-class Direction:
-    """Pairs in the direction of a network, the links that people found in them, and those of counting."""
+class Compared:
+    """Pairs, and a file of the links that those of a network are compared with."""
 
     pairs: list[Pair]
-    gold: Path
-    counted: Path
+    links: Path
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What links of one direction are compared with."""
+
+    gold: Compared
+    counted: Compared  # the same pairs
+    test: Compared  # pairs like those of the corpus, counted too
 
 
 def directions(given: argparse.Namespace, counting: BothWays) -> dict[str, Direction]:
-    """The gold text there and back, its words written as those of the corpus are."""
-    named = [given.gold.with_name(f"{given.gold.name}.{name}.gz") for name in (given.source, given.target)]
-    there = list(zip(*(map(escaped, lines(side)) for side in named), strict=True))
+    """The gold text, its words written as those of the corpus are, and the test, from both sides."""
+    languages = (given.source, given.target)
+    named = [given.gold.with_name(f"{given.gold.name}.{name}.gz") for name in languages]
+    some = list(zip(*(map(escaped, lines(side)) for side in named), strict=True))
+    cut = [tokenised(corpus_lines(given.test, name)[:TESTED], name) for name in languages]
+    test = list(zip(*cut, strict=True))
     gold = given.gold.with_name(f"{given.gold.name}.align.gz")
-    known = [parsed_gold(line, where=str(gold)) for line in lines(gold)]
-    back = given.work / "gold-back.align"
-    turned_lines = (
-        f"{written(turned(each.sure))} {written(turned(each.possible)).replace('-', 'p')}" for each in known
-    )
-    write_lines(back, turned_lines)
+    back = turned_gold(gold, given.work / "gold-back.align")
+
+    def counted(name: str, pairs: list[Pair], aligner: Aligner) -> Compared:
+        path = given.work / f"{name}.align"
+        write_lines(path, map(written, aligner.links(pairs)))
+        return Compared(pairs, path)
+
     made = {}
-    for way, pairs, path, aligner in (
-        ("there", there, gold, counting.forward),
-        ("back", [pair[::-1] for pair in there], back, counting.backward),
+    for way, links, step, aligner in (
+        ("there", gold, 1, counting.forward),
+        ("back", back, -1, counting.backward),
     ):
-        counted = given.work / f"counted-{way}.align"
-        write_lines(counted, map(written, aligner.links(pairs)))
-        made[way] = Direction(pairs, path, counted)
+        pairs, others = ([pair[::step] for pair in each] for each in (some, test))
+        made[way] = Direction(
+            Compared(pairs, links),
+            counted(f"counted-{way}", pairs, aligner),
+            counted(f"counted-test-{way}", others, aligner),
+        )
     return made
+
+
+def turned_gold(gold: Path, out: Path) -> Path:
+    """The same links seen from the other side, in a file of their own."""
+    known = [parsed_gold(line, where=str(gold)) for line in lines(gold)]
+    both = ((written(turned(each.sure)), written(turned(each.possible))) for each in known)
+    write_lines(out, (f"{sure} {possible.replace('-', 'p')}" for sure, possible in both))
+    return out
 
 
 def rates(aligners: dict[str, Aligner], ways: dict[str, Direction]) -> Figures:
     """The figures of one direction, or of two and of both made one."""
-    known = [parsed_gold(line, where="gold") for line in lines(ways["there"].gold)]
-    found = {way: aligner.links(ways[way].pairs) for way, aligner in aligners.items()}
+    known = [parsed_gold(line, where="gold") for line in lines(ways["there"].gold.links)]
+    found = {way: aligner.links(ways[way].gold.pairs) for way, aligner in aligners.items()}
     if "back" in found:
         found["back"] = [turned(each) for each in found["back"]]
         for name, join in METHODS.items():
@@ -179,17 +205,13 @@ def rates(aligners: dict[str, Aligner], ways: dict[str, Direction]) -> Figures:
 
 
 def looks(aligner: AttentionAligner, way: Direction) -> list[Figures]:
-    """The error rate of every look against gold, and beside it that against counting."""
-    counted = dict(judge_looks(aligner, way.pairs, way.counted))
+    """The error rate of every look against gold, and beside it those against counting."""
+    compared = {"aer": way.gold, "from_counting": way.counted, "test_from_counting": way.test}
+    found = {name: dict(judge_looks(aligner, each.pairs, each.links)) for name, each in compared.items()}
     return [
-        {
-            "layer": look.layer + 1,
-            "head": look.head,
-            "shift": look.shift,
-            "aer": round(seen.error_rate, 4),
-            "from_counting": round(counted[look].error_rate, 4),
-        }
-        for look, seen in judge_looks(aligner, way.pairs, way.gold)
+        {"layer": look.layer + 1, "head": look.head, "shift": look.shift}
+        | {name: round(seen[look].error_rate, 4) for name, seen in found.items()}
+        for look in found["aer"]
     ]
 
 
@@ -226,10 +248,9 @@ def figures(given: argparse.Namespace) -> Figures:
         if kind == "plain":
             chosen = {way: AttentionAligner.load(places[way], chosen_look(seen[way])) for way in sets}
             found["chosen"] = rates(chosen, ways)
-        if given.test:
-            found[kind]["bleu"] = {
-                way: bleu(places[way], given.test, aligner.languages) for way, aligner in aligners.items()
-            }
+        found[kind]["bleu"] = {
+            way: bleu(places[way], given.test, aligner.languages) for way, aligner in aligners.items()
+        }
     found["made_with"] = {
         "pairs": len(PreparedSet.open(sets["there"]).split("train")),
         "recipe": RECIPE,
@@ -238,7 +259,7 @@ def figures(given: argparse.Namespace) -> Figures:
         "target_tokens": bundles.read_manifest(made["plain-there"]).training["target_tokens"],
         "weight": WEIGHT,
         "languages": [given.source, given.target],
-        "gold_pairs": len(ways["there"].pairs),
+        "gold_pairs": len(ways["there"].gold.pairs),
         "pieces": SIZE,
     }
     return found
@@ -249,7 +270,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="a folder for what is made on the way")
     parser.add_argument("--corpus", type=Path, required=True, help="prefix of the training text")
     parser.add_argument("--gold", type=Path, required=True, help="prefix of the gold text and its links")
-    parser.add_argument("--test", type=Path, help="prefix of a test, to say how well the networks translate")
+    parser.add_argument("--test", type=Path, required=True, help="prefix of a test of the corpus")
     parser.add_argument("--from", dest="source", required=True)
     parser.add_argument("--to", dest="target", required=True)
     parser.add_argument("--pairs", type=int, default=50_000, help="of the corpus, spread over all of it")
@@ -261,7 +282,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     words = ["--from", given.source, "--to", given.target]
     words += ["--pairs", str(given.pairs), "--steps", str(given.steps)] + ["--one-way"] * given.one_way
-    command = f"python bench/alignment.py WORK --corpus CORPUS --gold {given.gold.name} --test TEST"
+    command = f"python bench/alignment.py WORK --corpus CORPUS --test TEST --gold {given.gold.name}"
     print(record("alignment", figures(given), command=f"{command} {shlex.join(words)}", folder=given.out))
 
 

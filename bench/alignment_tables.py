@@ -30,6 +30,7 @@ LOOK_HEAD = (
     "a step later",
     "its best head",
     "a step later",
+    "its heads' mean, against counting, on a test of the corpus",
 )
 Row = tuple[str, ...]
 
@@ -62,7 +63,9 @@ def look_rows(found: dict) -> list[Row]:
 
 def layer_rows(looks: list[dict]) -> Iterable[Row]:
     for layer in sorted({look["layer"] for look in looks}):
-        yield (str(layer), *(f"{least(looks, layer, *cell):.3f}" for cell in CELLS))
+        [mean] = [look for look in looks if (look["layer"], look["head"], look["shift"]) == (layer, None, 0)]
+        rates = [*(least(looks, layer, *cell) for cell in CELLS), mean["test_from_counting"]]
+        yield (str(layer), *(f"{rate:.3f}" for rate in rates))
 
 
 CELLS = [(mean, shift) for mean in (True, False) for shift in (0, 1)]
@@ -103,6 +106,5 @@ def made_with(found: dict) -> str:
     scores = [
         f"{name} {' and back '.join(f'{value:.1f}' for value in found['figures'][kind]['bleu'].values())}"
         for kind, name in NETWORKS.items()
-        if "bleu" in found["figures"][kind]
     ]
-    return f"{text} BLEU on a test of the corpus: {', '.join(scores)}." if scores else text
+    return f"{text} BLEU on a test of the corpus: {', '.join(scores)}."

@@ -16,10 +16,10 @@ from trmt.text.corpus import lines
 from trmt.text.links import Gold, Links, judged, parsed, parsed_gold, turned
 
 LOOKS = [
-    {"layer": 1, "head": None, "shift": 0, "aer": 0.5, "from_counting": 0.4},
+    {"layer": 1, "head": None, "shift": 0, "aer": 0.5, "from_counting": 0.4, "test_from_counting": 0.1},
     {"layer": 1, "head": 0, "shift": 0, "aer": 0.3, "from_counting": 0.6},
     {"layer": 1, "head": 1, "shift": 0, "aer": 0.6, "from_counting": 0.7},
-    {"layer": 2, "head": None, "shift": 0, "aer": 0.7, "from_counting": 0.5},
+    {"layer": 2, "head": None, "shift": 0, "aer": 0.7, "from_counting": 0.5, "test_from_counting": 0.2},
     {"layer": 2, "head": 1, "shift": 1, "aer": 0.4, "from_counting": 0.2},
 ]
 
@@ -35,13 +35,17 @@ class First:
 
 @pytest.fixture
 def given(tmp_path: Path) -> argparse.Namespace:
-    for ending, text in (
-        ("de", "das 's\nja\n"),
-        ("en", "that 's it\nyes\n"),
-        ("align", "0-0 0p2 1-1\n0-0\n"),
-    ):
-        (tmp_path / f"gold.{ending}.gz").write_bytes(gzip.compress(text.encode()))
-    return argparse.Namespace(gold=tmp_path / "gold", source="de", target="en", work=tmp_path)
+    texts = {
+        "gold.de": "das 's\nja\n",
+        "gold.en": "that 's it\nyes\n",
+        "gold.align": "0-0 0p2 1-1\n0-0\n",
+        "test.de": "Ja, ja.\n",
+        "test.en": "Yes.\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    places = {"gold": tmp_path / "gold", "test": tmp_path / "test", "work": tmp_path}
+    return argparse.Namespace(source="de", target="en", **places)
 
 
 def read(path: Path) -> list[Gold]:
@@ -51,16 +55,19 @@ def read(path: Path) -> list[Gold]:
 def test_both_directions_have_the_same_gold(given: argparse.Namespace) -> None:
     ways = alignment.directions(given, BothWays(First(), First(), "union"))
     there, back = (ways[way] for way in ("there", "back"))
-    assert there.pairs == [("das &apos;s", "that &apos;s it"), ("ja", "yes")]
-    assert back.pairs == [pair[::-1] for pair in there.pairs]
-    for one, other in zip(read(there.gold), read(back.gold), strict=True):
+    assert there.gold.pairs == [("das &apos;s", "that &apos;s it"), ("ja", "yes")]
+    assert there.test.pairs == [("ja , ja .", "yes .")]
+    for one, other in ((there.gold, back.gold), (there.counted, back.counted), (there.test, back.test)):
+        assert other.pairs == [pair[::-1] for pair in one.pairs]
+    for one, other in zip(read(there.gold.links), read(back.gold.links), strict=True):
         assert (turned(one.sure), turned(one.possible)) == (other.sure, other.possible)
-    found = First().links(there.pairs)
-    assert judged(found, read(there.gold)) == judged(list(map(turned, found)), read(back.gold))
-    assert [parsed(line, where="here") for line in lines(there.counted)] == found
+    for each in (there.counted, back.counted, there.test, back.test):
+        assert [parsed(line, where="here") for line in lines(each.links)] == First().links(each.pairs)
     aligners = {"there": First(), "back": First()}
     rates = alignment.rates(aligners, ways)
-    assert rates["back"] == alignment.figures_of(judged(First().links(back.pairs), read(back.gold)))
+    assert rates["back"] == alignment.figures_of(
+        judged(First().links(back.gold.pairs), read(back.gold.links))
+    )
     assert rates["union"]["links"] == 5 and rates["intersection"]["links"] == 2
 
 
@@ -72,8 +79,8 @@ def test_the_look_is_chosen_without_gold() -> None:
 def test_a_layer_is_shown_by_its_mean_and_its_best_head() -> None:
     full = [{**look, "shift": shift} for look in LOOKS for shift in (0, 1)]
     assert list(alignment_tables.layer_rows(full)) == [
-        ("1", "0.500", "0.500", "0.300", "0.300"),
-        ("2", "0.700", "0.700", "0.400", "0.400"),
+        ("1", "0.500", "0.500", "0.300", "0.300", "0.100"),
+        ("2", "0.700", "0.700", "0.400", "0.400", "0.200"),
     ]
     text = alignment_tables.chosen({"figures": {"plain": {"looks": {"there": LOOKS}}}})
     assert "head 2 of layer 2, a step later, 0.400 (by gold head 1 of layer 1, 0.300)" in text
