@@ -166,22 +166,15 @@ def directions(given: argparse.Namespace, counting: BothWays) -> dict[str, Direc
     gold = given.gold.with_name(f"{given.gold.name}.align.gz")
     back = turned_gold(gold, given.work / "gold-back.align")
 
-    def counted(name: str, pairs: list[Pair], aligner: Aligner) -> Compared:
-        path = given.work / f"{name}.align"
-        write_lines(path, map(written, aligner.links(pairs)))
-        return Compared(pairs, path)
-
     made = {}
-    for way, links, step, aligner in (
-        ("there", gold, 1, counting.forward),
-        ("back", back, -1, counting.backward),
-    ):
-        pairs, others = ([pair[::step] for pair in each] for each in (some, test))
-        made[way] = Direction(
-            Compared(pairs, links),
-            counted(f"counted-{way}", pairs, aligner),
-            counted(f"counted-test-{way}", others, aligner),
-        )
+    for way, links, step in (("there", gold, 1), ("back", back, -1)):
+        counted = []
+        for name, pairs in (("counted", some), ("counted-test", test)):
+            path = given.work / f"{name}-{way}.align"
+            found = counting.links(pairs)
+            write_lines(path, map(written, found if step == 1 else map(turned, found)))
+            counted.append(Compared([pair[::step] for pair in pairs], path))
+        made[way] = Direction(Compared(counted[0].pairs, links), *counted)
     return made
 
 
