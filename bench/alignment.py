@@ -1,10 +1,14 @@
-"""Measures links of words: `python bench/alignment.py WORK --corpus CORPUS --gold GOLD --from de --to en`.
+"""Measures links of words: how far those of networks, and of counting, are from what people found.
 
-CORPUS and GOLD are prefixes of a file for each language, .gz or not; GOLD.align.gz holds the links that
+    python bench/alignment.py WORK --corpus CORPUS --test TEST --gold GOLD --from de --to en
+
+CORPUS, TEST and GOLD are prefixes of a file for each language, .gz or not; GOLD.align.gz holds the links that
 people found. The corpus is made as the gold text is, lowercased and cut into words by Moses. In both
 directions a small Transformer is trained on the same pairs with the same steps, once as it is and once with
 one head that is taught the links that counting finds in these pairs. What is measured is the alignment error
-rate of each, per direction and symmetrised, beside that of counting alone.
+rate of each, per direction and symmetrised, beside that of counting alone; that of every layer and head, and
+which of them agrees best with counting, which needs no gold; and how well the networks translate TEST, which
+is of the corpus.
 
 Every stage leaves its result in WORK and is not done twice, so that a stopped run goes on.
 """
@@ -12,34 +16,41 @@ Every stage leaves its result in WORK and is not done twice, so that a stopped r
 from __future__ import annotations
 
 import argparse
-import gzip
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moses import tokenised
+from moses import escaped, tokenised
 from provenance import RESULTS, record
 from trmt.alignment.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks
-from trmt.alignment.linking import Aligner, AttentionAligner, BothWays, Pair
+from trmt.alignment.linking import Aligner, AttentionAligner, BothWays, LookOptions, Pair
 from trmt.alignment.symmetrising import METHODS
 from trmt.files import atomic_file
 from trmt.preparing import PrepareOptions, prepare
 from trmt.runs.planning import TrainOptions
 from trmt.saved import bundles
 from trmt.saved.checkpoints import find_bundle, steps
+from trmt.scoring import ScoreOptions, score
 from trmt.sets.shards import PreparedSet
 from trmt.text.corpus import lines
-from trmt.text.links import Agreement, judged, parsed_gold, turned
+from trmt.text.links import Agreement, judged, parsed_gold, turned, written
 from trmt.tokenizing import TokenizerOptions, train_tokenizer
 from trmt.training import train
+from trmt.translating import TranslateOptions, Translator
 
 SIZE = 8000  # pieces
 RECIPE = "transformer-tiny"
+# Many small steps that end at a rate of 0 make most of a short training.
+SETTINGS = ("batches.tokens=1024", "optim.schedule=cosine")
 WEIGHT = 0.5  # of the guided head's loss
+TESTED = 500  # pairs of the test that are linked; all are translated
 METHOD = "grow-diag-final-and"
+
+Figures = dict[str, Any]
 
 
 def once(path: Path, make: Callable[[Path], object]) -> Path:
@@ -49,13 +60,21 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
     return path
 
 
+def corpus_lines(prefix: Path, language: str) -> list[str]:
+    found = prefix.with_name(f"{prefix.name}.{language}")
+    return [*lines(found if found.exists() else Path(f"{found}.gz"))]
+
+
+def write_lines(path: Path, text: Iterable[str]) -> None:
+    with atomic_file(path) as stream:
+        stream.write("".join(f"{line}\n" for line in text).encode())
+
+
 def cut_text(given: argparse.Namespace, language: str, path: Path) -> None:
-    found = given.corpus.with_name(f"{given.corpus.name}.{language}")
-    raw = [*lines(found if found.exists() else f"{found}.gz")]
+    raw = corpus_lines(given.corpus, language)
     count = min(given.pairs, len(raw))
     raw = [raw[number * len(raw) // count] for number in range(count)]
-    with atomic_file(path) as stream:
-        stream.write("".join(f"{line}\n" for line in tokenised(raw, language)).encode())
+    write_lines(path, tokenised(raw, language))
 
 
 def prepared(given: argparse.Namespace) -> dict[str, Path]:
@@ -99,7 +118,8 @@ def trained(given: argparse.Namespace, sets: dict[str, Path]) -> dict[str, Path]
             if not found or found[-1].step < given.steps:
                 every = [f"training.steps={given.steps}", f"validation.every={given.steps}"]
                 every += ["validation.metric=loss", "validation.sentences=0", "training.save_every=100"]
-                options = TrainOptions(run=run, data=folder, recipe=RECIPE, settings=[*every, *settings])
+                every += [*SETTINGS, *settings]
+                options = TrainOptions(run=run, data=folder, recipe=RECIPE, settings=every)
                 train(options)
             made[f"{kind}-{direction}"] = find_bundle(run)
     return made
@@ -110,7 +130,7 @@ def networks() -> dict[str, list[str]]:
     return {"plain": [], "guided": guided}
 
 
-def figures_of(seen: Agreement) -> dict[str, Any]:
+def figures_of(seen: Agreement) -> Figures:
     return {
         "aer": round(seen.error_rate, 4),
         "precision": round(seen.precision, 4),
@@ -119,15 +139,123 @@ def figures_of(seen: Agreement) -> dict[str, Any]:
     }
 
 
-def measured(there: Aligner, back: Aligner | None, some: Sequence[Pair], gold: Path) -> dict[str, Any]:
-    """The figures of one direction, or of two and of both made one."""
+@dataclass(frozen=True)
+class Compared:
+    """Pairs, and a file of the links that those of a network are compared with."""
+
+    pairs: list[Pair]
+    links: Path
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What links of one direction are compared with."""
+
+    gold: Compared
+    counted: Compared  # the same pairs
+    test: Compared  # pairs like those of the corpus, counted too
+
+
+def directions(given: argparse.Namespace, counting: BothWays) -> dict[str, Direction]:
+    """The gold text, its words written as those of the corpus are, and the test, from both sides."""
+    languages = (given.source, given.target)
+    named = [given.gold.with_name(f"{given.gold.name}.{name}.gz") for name in languages]
+    some = list(zip(*(map(escaped, lines(side)) for side in named), strict=True))
+    cut = [tokenised(corpus_lines(given.test, name)[:TESTED], name) for name in languages]
+    test = list(zip(*cut, strict=True))
+    gold = given.gold.with_name(f"{given.gold.name}.align.gz")
+    back = turned_gold(gold, given.work / "gold-back.align")
+
+    made = {}
+    for way, links, step in (("there", gold, 1), ("back", back, -1)):
+        counted = []
+        for name, pairs in (("counted", some), ("counted-test", test)):
+            path = given.work / f"{name}-{way}.align"
+            found = counting.links(pairs)
+            write_lines(path, map(written, found if step == 1 else map(turned, found)))
+            counted.append(Compared([pair[::step] for pair in pairs], path))
+        made[way] = Direction(Compared(counted[0].pairs, links), *counted)
+    return made
+
+
+def turned_gold(gold: Path, out: Path) -> Path:
+    """The same links seen from the other side, in a file of their own."""
     known = [parsed_gold(line, where=str(gold)) for line in lines(gold)]
-    found = {"there": there.links(some)}
-    if back:
-        found["back"] = [turned(each) for each in back.links([pair[::-1] for pair in some])]
+    both = ((written(turned(each.sure)), written(turned(each.possible))) for each in known)
+    write_lines(out, (f"{sure} {possible.replace('-', 'p')}" for sure, possible in both))
+    return out
+
+
+def rates(aligners: dict[str, Aligner], ways: dict[str, Direction]) -> Figures:
+    """The figures of one direction, or of two and of both made one."""
+    known = [parsed_gold(line, where="gold") for line in lines(ways["there"].gold.links)]
+    found = {way: aligner.links(ways[way].gold.pairs) for way, aligner in aligners.items()}
+    if "back" in found:
+        found["back"] = [turned(each) for each in found["back"]]
         for name, join in METHODS.items():
             found[name] = [join(*pair) for pair in zip(found["there"], found["back"], strict=True)]
     return {name: figures_of(judged(links, known)) for name, links in found.items()}
+
+
+def looks(aligner: AttentionAligner, way: Direction) -> list[Figures]:
+    """The error rate of every look against gold, and beside it those against counting."""
+    compared = {"aer": way.gold, "from_counting": way.counted, "test_from_counting": way.test}
+    found = {name: dict(judge_looks(aligner, each.pairs, each.links)) for name, each in compared.items()}
+    return [
+        {"layer": look.layer + 1, "head": look.head, "shift": look.shift}
+        | {name: round(seen[look].error_rate, 4) for name, seen in found.items()}
+        for look in found["aer"]
+    ]
+
+
+def chosen_look(seen: list[Figures]) -> LookOptions:
+    """The look that agrees best with counting."""
+    best = min(seen, key=lambda look: look["from_counting"])
+    head = None if best["head"] is None else best["head"] + 1
+    return LookOptions(layer=best["layer"], head=head, shift=bool(best["shift"]))
+
+
+def bleu(bundle: Path, test: Path, languages: Pair) -> float:
+    """Of the test in the form of the corpus: lowercased words as Moses cuts them."""
+    source, target = (tokenised(corpus_lines(test, language), language) for language in languages)
+    translator = Translator.load(bundle, options=TranslateOptions(beam=4, device="cpu"))
+    found = [each.text for each in translator.translate(source)]
+    options = ScoreOptions(metrics=("bleu",), tokenize="none")
+    return round(score(found, [target], options=options)["bleu"].value, 2)
+
+
+def figures(given: argparse.Namespace) -> Figures:
+    """All that is measured, and what it was measured on."""
+    sets = prepared(given)
+    counting = build_aligner(AlignOptions(counts=sets["there"]))
+    assert isinstance(counting, BothWays)
+    ways = directions(given, counting)
+    found: Figures = {"counting": rates({"there": counting.forward, "back": counting.backward}, ways)}
+    made = trained(given, sets)
+    for kind in networks():
+        places = {way: made[f"{kind}-{way}"] for way in sets}
+        aligners = {way: AttentionAligner.load(place) for way, place in places.items()}
+        found[kind] = rates(aligners, ways)
+        seen = {way: looks(aligner, ways[way]) for way, aligner in aligners.items()}
+        found[kind]["looks"] = seen
+        if kind == "plain":
+            chosen = {way: AttentionAligner.load(places[way], chosen_look(seen[way])) for way in sets}
+            found["chosen"] = rates(chosen, ways)
+        found[kind]["bleu"] = {
+            way: bleu(places[way], given.test, aligner.languages) for way, aligner in aligners.items()
+        }
+    found["made_with"] = {
+        "pairs": len(PreparedSet.open(sets["there"]).split("train")),
+        "recipe": RECIPE,
+        "steps": given.steps,
+        "settings": SETTINGS,
+        "target_tokens": bundles.read_manifest(made["plain-there"]).training["target_tokens"],
+        "weight": WEIGHT,
+        "languages": [given.source, given.target],
+        "gold_pairs": len(ways["there"].gold.pairs),
+        "pieces": SIZE,
+    }
+    return found
 
 
 def main() -> None:
@@ -135,6 +263,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="a folder for what is made on the way")
     parser.add_argument("--corpus", type=Path, required=True, help="prefix of the training text")
     parser.add_argument("--gold", type=Path, required=True, help="prefix of the gold text and its links")
+    parser.add_argument("--test", type=Path, required=True, help="prefix of a test of the corpus")
     parser.add_argument("--from", dest="source", required=True)
     parser.add_argument("--to", dest="target", required=True)
     parser.add_argument("--pairs", type=int, default=50_000, help="of the corpus, spread over all of it")
@@ -144,48 +273,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.work.mkdir(parents=True, exist_ok=True)
-    gold, *sides = (
-        given.gold.with_name(f"{given.gold.name}.{ending}.gz")
-        for ending in ("align", given.source, given.target)
-    )
-    texts = [gzip.decompress(side.read_bytes()).decode().split("\n")[:-1] for side in sides]
-    some = list(zip(*texts, strict=True))
-    sets = prepared(given)
-    counting = build_aligner(AlignOptions(counts=sets["there"]))
-    assert isinstance(counting, BothWays)
-    figures: dict[str, Any] = {"counting": measured(counting.forward, counting.backward, some, gold)}
-    made = trained(given, sets)
-    for kind in networks():
-        there, *back = (AttentionAligner.load(made[f"{kind}-{way}"]) for way in sets)
-        figures[kind] = measured(there, back[0] if back else None, some, gold)
-        looks = judge_looks(there, some, gold)
-        figures[kind]["looks"] = [
-            {
-                "layer": look.layer + 1,
-                "head": look.head,
-                "shift": look.shift,
-                "aer": round(seen.error_rate, 4),
-            }
-            for look, seen in looks
-        ]
-    figures["made_with"] = {
-        "pairs": len(PreparedSet.open(sets["there"]).split("train")),
-        "recipe": RECIPE,
-        "steps": given.steps,
-        "target_tokens": bundles.read_manifest(made["plain-there"]).training["target_tokens"],
-        "weight": WEIGHT,
-        "languages": [given.source, given.target],
-        "gold_pairs": len(some),
-    }
-    names = {
-        "--from": given.source,
-        "--to": given.target,
-        "--pairs": str(given.pairs),
-        "--steps": str(given.steps),
-    }
-    rest = shlex.join([word for pair in names.items() for word in pair] + ["--one-way"] * given.one_way)
-    command = f"python bench/alignment.py WORK --corpus CORPUS --gold {given.gold.name} {rest}"
-    print(record("alignment", figures, command=command, folder=given.out))
+    words = ["--from", given.source, "--to", given.target]
+    words += ["--pairs", str(given.pairs), "--steps", str(given.steps)] + ["--one-way"] * given.one_way
+    command = f"python bench/alignment.py WORK --corpus CORPUS --test TEST --gold {given.gold.name}"
+    print(record("alignment", figures(given), command=f"{command} {shlex.join(words)}", folder=given.out))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 RESULT = Path(__file__).resolve().parent / "results" / "alignment.json"
 KINDS = {
     "counting": "counting",
-    "plain": "attention, last layer, mean of its heads",
+    "plain": "attention, the default look",
+    "chosen": "attention, the look that agrees best with counting",
     "guided": "a head that was taught, one step later",
 }
 WAYS = {
@@ -18,8 +20,18 @@ WAYS = {
     "grow-diag-final-and": "grow-diag-final-and",
     "union": "union",
 }
+NETWORKS = {"plain": "as it is", "guided": "taught"}
 HEAD = ("links from", *WAYS.values(), "precision, recall of the best")
-LOOK_HEAD = ("network", "layer", "its heads' mean", "a step later", "its best head", "a step later")
+LOOK_HEAD = (
+    "network",
+    "direction",
+    "layer",
+    "its heads' mean",
+    "a step later",
+    "its best head",
+    "a step later",
+    "its heads' mean, against counting, on a test of the corpus",
+)
 Row = tuple[str, ...]
 
 
@@ -40,30 +52,59 @@ def rows(found: dict) -> list[Row]:
 
 
 def look_rows(found: dict) -> list[Row]:
-    """The error rates of every layer from source to target."""
-    made = []
-    for kind in ("plain", "guided"):
-        looks = found["figures"][kind]["looks"]
-        for layer in sorted({look["layer"] for look in looks}):
-            rates = [
-                min(
-                    look["aer"]
-                    for look in looks
-                    if (look["layer"], look["shift"], look["head"] is None) == (layer, shift, mean)
-                )
-                for mean in (True, False)
-                for shift in (0, 1)
-            ]
-            made.append((kind, str(layer), *(f"{rate:.3f}" for rate in rates)))
-    return made
+    """The error rates of every layer, from source to target and back."""
+    return [
+        (name, WAYS[way], *row)
+        for kind, name in NETWORKS.items()
+        for way, looks in found["figures"][kind]["looks"].items()
+        for row in layer_rows(looks)
+    ]
+
+
+def layer_rows(looks: list[dict]) -> Iterable[Row]:
+    for layer in sorted({look["layer"] for look in looks}):
+        [mean] = [look for look in looks if (look["layer"], look["head"], look["shift"]) == (layer, None, 0)]
+        rates = [*(least(looks, layer, *cell) for cell in CELLS), mean["test_from_counting"]]
+        yield (str(layer), *(f"{rate:.3f}" for rate in rates))
+
+
+CELLS = [(mean, shift) for mean in (True, False) for shift in (0, 1)]
+
+
+def least(looks: list[dict], layer: int, mean: bool, shift: int) -> float:
+    """The least error of a layer's mean, or of its heads."""
+    wanted = (layer, mean, shift)
+    return min(
+        look["aer"] for look in looks if (look["layer"], look["head"] is None, look["shift"]) == wanted
+    )
+
+
+def chosen(found: dict) -> str:
+    """What choosing by counting costs against choosing by gold, in a sentence."""
+    parts = []
+    for looks in found["figures"]["plain"]["looks"].values():
+        counted, best = (min(looks, key=lambda look: look[by]) for by in ("from_counting", "aer"))
+        parts.append(f"{told(counted)}, {counted['aer']:.3f} (by gold {told(best)}, {best['aer']:.3f})")
+    return f"Of the looks of the network as it is, counting agrees best with {'; back, '.join(parts)}."
+
+
+def told(look: dict) -> str:
+    head = "the mean" if look["head"] is None else f"head {look['head'] + 1}"
+    return f"{head} of layer {look['layer']}{', a step later' if look['shift'] else ''}"
 
 
 def made_with(found: dict) -> str:
-    """On what the figures were measured, in a sentence."""
+    """On what the figures were measured, in sentences."""
     known = found["figures"]["made_with"]
     source, target = known["languages"]
-    return (
+    text = (
         f"{known['gold_pairs']} pairs of gold from {source} to {target}; counted in {known['pairs']:,} other "
-        f"pairs, on which `{known['recipe']}` was trained for {known['steps']:,} steps "
-        f"({known['target_tokens']:,} target tokens), taught with a weight of {known['weight']}."
+        f"pairs, on which `{known['recipe']}` was trained with {known['pieces']:,} pieces for "
+        f"{known['steps']:,} steps ({known['target_tokens']:,} target tokens; "
+        f"{', '.join(f'`{each}`' for each in known['settings'])}), taught with a weight of {known['weight']}."
     )
+    scores = [
+        f"{name} {' and back '.join(f'{value:.1f}' for value in found['figures'][kind]['bleu'].values())}"
+        for kind, name in NETWORKS.items()
+    ]
+    return f"{text} BLEU on a test of the corpus: {', '.join(scores)}."

@@ -22,6 +22,11 @@ def tokenised(sentences: Iterable[str], language: str) -> list[str]:
     ]
 
 
+def escaped(words: str) -> str:
+    """Words that are cut already, with the signs written as `tokenised` writes them."""
+    return MosesTokenizer().escape_xml(words)
+
+
 def detokenised(sentences: Iterable[str], language: str) -> list[str]:
     """The way back, as far as there is one: case and the kinds of quotation marks stay lost."""
     detokenizer = MosesDetokenizer(language)

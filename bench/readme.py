@@ -172,7 +172,8 @@ def alignment() -> str:
         return "pending"
     rates = table(alignment_tables.HEAD, alignment_tables.rows(result))
     looks = table(alignment_tables.LOOK_HEAD, alignment_tables.look_rows(result))
-    return f"{rates}\n\n{looks}\n\n- {alignment_tables.made_with(result)}\n- {source(result)}"
+    notes = (alignment_tables.chosen(result), alignment_tables.made_with(result), source(result))
+    return "\n\n".join((rates, looks, "\n".join(f"- {note}" for note in notes)))
 
 
 def cluster_translate() -> str:

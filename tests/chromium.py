@@ -1,4 +1,8 @@
-"""A headless Chromium to look at pages with, if one is installed; spoken to through two pipes."""
+"""A headless Chromium to look at pages with, if one is installed; spoken to through two pipes.
+
+Where TRMT_BROWSER=needed is set, as it is where changes are accepted, a machine without the browser, or
+without letters for what the pages show, is a failure; elsewhere such tests are skipped.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+NEEDED = os.environ.get("TRMT_BROWSER") == "needed"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 KEYS = {"Home": 36, "End": 35, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9}
 
@@ -19,6 +26,9 @@ KEYS = {"Home": 36, "End": 35, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39,
 def program() -> str | None:
     """The browser there is, if there is one."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+wanted = pytest.mark.skipif(program() is None and not NEEDED, reason="there is no Chromium")
 
 
 class Page:

@@ -1,4 +1,4 @@
-"""What many tests share: a prepared set of the toy language, made once."""
+"""What many tests share: commands to call, and prepared sets of the toy language, made once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests import toy
+from tests.commands import Command, in_this_process
 from trmt import console
 
 
@@ -27,6 +28,12 @@ def _interruptible() -> None:
 @pytest.fixture(autouse=True)
 def _not_quiet() -> None:
     console.set_quiet(False)
+
+
+@pytest.fixture
+def trmt(monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]) -> Command:
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+    return in_this_process(monkeypatch, capsysbinary)
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests import texts
+from tests import commands, texts
 from tests.fakes import small_network
 from tests.scripted import random_bundle, small_tokenizer
-from trmt.cli import main
 from trmt.heatmaps.attending import attend
 from trmt.heatmaps.page import packed
 from trmt.saved import bundles
@@ -50,17 +47,14 @@ def other_bundle(folder: Path, tokenizer: Tokenizer, architecture: str, **option
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """Runs the command in this process: (exit code, standard output, standard error)."""
+def command(trmt: commands.Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Runs trmt attend in an empty folder, on a wide terminal: (exit code, output, error)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trmt", "attend", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return int(ended.value.code or 0), *capsys.readouterr()
+        code, out, err = trmt("attend", *arguments, stdin=stdin)
+        return code, out.decode(), err
 
     return run
 

@@ -16,10 +16,7 @@ from trmt.heatmaps.attending import attend
 from trmt.heatmaps.matrix import Choice, Looks, looks, matrix
 from trmt.heatmaps.page import About, write
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(chromium.program() is None, reason="there is no Chromium"),
-]
+pytestmark = [pytest.mark.slow, chromium.wanted]
 
 HOSTILE = "</script><script>document.title = 'gone'</script><img src=x onerror=\"document.title='gone'\">"
 PAIRS = [
@@ -45,6 +42,14 @@ CONTRASTS = """(() => {
     return [...colours, each.outerHTML.slice(0, 80)];
   });
 })()"""
+
+# A letter as the page would show it, drawn alone: as a picture in text.
+DRAWN = """((letter) => {
+  const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
+  context.font = `40px ${getComputedStyle(document.body).fontFamily}`;
+  context.fillText(letter, 20, 60);
+  return canvas.toDataURL();
+})"""
 
 
 class Shown:
@@ -166,6 +171,15 @@ def test_right_is_right_in_a_sentence_that_runs_from_right_to_left(browser: Show
     browser.page.press("ArrowRight", times=3)
     assert f"“{drawn.columns[-1]}”" in browser.text("readout")
     assert browser.page.eval("getComputedStyle(byId('running').querySelectorAll('dd')[1]).direction") == "rtl"
+
+
+@pytest.mark.parametrize("letters", ["文字", "かな", "한글", "אב", "حب", "कख"])
+def test_scripts_are_shown_as_letters_and_not_as_boxes(browser: Shown, letters: str) -> None:
+    browser.open()
+    drawn = {browser.page.eval(f"{DRAWN}({letter!r})") for letter in letters}
+    if len(drawn) == 1 and not chromium.NEEDED:
+        pytest.skip(f"there is no font with {letters}")
+    assert len(drawn) == len(letters)
 
 
 def test_what_has_the_focus_can_be_seen_and_has_a_name(browser: Shown) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from tests import texts, toy
+from tests.commands import Command
 from tests.fakes import small_network
 from tests.scripted import hostile_line, random_bundle, small_tokenizer
 from trmt.alignment.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks, read_pairs
@@ -22,15 +21,12 @@ from trmt.alignment.counting import FROM_NOTHING, TENSION, UNSEEN, Counts
 from trmt.alignment.linking import AttentionAligner, Look, LookOptions, Pieces, all_looks, linked
 from trmt.alignment.symmetrising import METHODS
 from trmt.arch.base import Ragged, Source
-from trmt.cli import main
 from trmt.errors import ConfigError, DataError
 from trmt.saved import bundles
 from trmt.sets.shards import PreparedSet
 from trmt.text.links import NOTHING, parsed, parsed_gold, turned, written
 from trmt.text.tokenizer import Side, Tokenizer
 from trmt.text.wording import NO_WORD, linked_pieces, words_of_pieces
-
-Command = Callable[..., tuple[int, bytes, str]]
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +49,12 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def trmt(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs a command in this process: (exit code, standard output, standard error)."""
+def trmt(trmt: Command) -> Command:
+    """The same, with standard error in one line."""
 
     def run(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
-        monkeypatch.setattr(sys, "argv", ["trmt", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsysbinary.readouterr()
-        return int(ended.value.code or 0), out, " ".join(err.decode().split())
+        code, out, err = trmt(*arguments, stdin=stdin)
+        return code, out, " ".join(err.split())
 
     return run
 

@@ -143,15 +143,7 @@ def told(run: Path) -> list[float]:
 
 
 def test_a_translator_begins_with_the_encoder(bert: Path, toy_set: Path, tmp_path: Path) -> None:
-    run = train(
-        options(
-            tmp_path / "run",
-            toy_set,
-            toy.recipe(tmp_path),
-            STILL,
-            init_from=of(bert),
-        )
-    )
+    run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), STILL, init_from=of(bert)))
     ours, theirs = weights(run), weights(bert)
     taken = [
         name
@@ -169,15 +161,7 @@ def test_a_translator_begins_with_the_encoder(bert: Path, toy_set: Path, tmp_pat
 
 
 def test_what_is_read_is_the_same_before_and_after(bert: Path, toy_set: Path, tmp_path: Path) -> None:
-    run = train(
-        options(
-            tmp_path / "run",
-            toy_set,
-            toy.recipe(tmp_path),
-            STILL,
-            init_from=of(bert),
-        )
-    )
+    run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), STILL, init_from=of(bert)))
     manifest = checkpoints.steps(bert)[-1].manifest
     encoder = bundles.build_network(manifest.architecture, manifest.network).eval()
     bundles.load_weights(encoder, weights(bert), where="here")
@@ -189,15 +173,7 @@ def test_what_is_read_is_the_same_before_and_after(bert: Path, toy_set: Path, tm
 
 def test_the_encoder_of_a_translator_moves_on_too(toy_set: Path, tmp_path: Path) -> None:
     first = train(options(tmp_path / "first", toy_set, toy.recipe(tmp_path)))
-    second = train(
-        options(
-            tmp_path / "second",
-            toy_set,
-            toy.recipe(tmp_path),
-            STILL,
-            init_from=of(first),
-        )
-    )
+    second = train(options(tmp_path / "second", toy_set, toy.recipe(tmp_path), STILL, init_from=of(first)))
     torch.testing.assert_close(
         weights(first)["encoder.0.own.weight"], weights(second)["encoder.0.own.weight"]
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -10,18 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests import texts
+from tests.commands import Command
 from tests.scripted import random_bundle, small_tokenizer
-from trmt import console
 from trmt.cli import main
-
-Command = Callable[..., tuple[int, bytes, str]]
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +26,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles")
     random_bundle(folder / "random", small_tokenizer(folder / "tokenizer"))
     return folder / "random"
-
-
-@pytest.fixture
-def trmt(capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """Runs a command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, bytes, str]:
-        monkeypatch.setattr(sys, "argv", ["trmt", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsysbinary.readouterr()
-        return int(ended.value.code or 0), out, err.decode()
-
-    yield run
-    console.set_quiet(False)
 
 
 @pytest.mark.parametrize(

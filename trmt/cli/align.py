@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trmt.cli.options import Device, Model, TrustCode
 from trmt.cli.score import aligned
 from trmt.cli.translate import leave
 from trmt.cli.translate import streams as standard_streams
@@ -21,10 +22,7 @@ SHOWN = 5  # lines that a message names
 
 
 def command(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
-    ] = None,
+    model: Model = None,
     reverse: Annotated[
         Path | None,
         typer.Option("--reverse", help="A model of the other direction; links are those of both."),
@@ -64,10 +62,8 @@ def command(
     given: Annotated[
         Path | None, typer.Option("--given", help="With --gold: judge the links in this file, find none.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
-    ] = False,
+    device: Device = "auto",
+    trust_code: TrustCode = False,
 ) -> None:
     """Find which words belong together: source TAB target in, links such as 0-0 1-2 out."""
     if not gold and (choose or given):

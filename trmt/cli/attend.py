@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from trmt.cli.options import Device, Model, TrustCode
+
 if TYPE_CHECKING:
     from trmt.heatmaps.showing import Attender, Line
 
 
 def command(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
-    ] = None,
+    model: Model = None,
     source: Annotated[
         str | None, typer.Option("--source", help="A sentence. [default: the lines of standard input]")
     ] = None,
@@ -46,10 +45,8 @@ def command(
     ] = None,
     words: Annotated[bool, typer.Option("--words/--pieces", help="Pieces joined to words.")] = False,
     beam: Annotated[int, typer.Option("--beam", help="Size of the beam; 1 is greedy search.")] = 4,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
-    ] = False,
+    device: Device = "auto",
+    trust_code: TrustCode = False,
 ) -> None:
     """Draw where a network looks while it writes: lines of a source, or of a source, a tab and a target."""
     from trmt.errors import ConfigError

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trmt.cli.options import Device
 from trmt.cli.plot import Across
 from trmt.cli.score import aligned, shown
 
@@ -36,7 +37,7 @@ def command(
         typer.Option("--out", help="Picture of the curves: .png, .svg or .pdf. [default: text]"),
     ] = None,
     across: Annotated[Across, typer.Option("--x", help="What the curves are drawn over.")] = Across.steps,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON; no curves.")] = False,
 ) -> None:
     """Compare runs: curves, data, settings that differ, speed, scores and whether they differ by chance."""

@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli.options import Model
+
 
 def command(
     to: Annotated[str, typer.Option("--to", help="ctranslate2, huggingface or onnx.")],
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
-    ] = None,
+    model: Model = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder to write. [default: beside the model, named after the format]"),

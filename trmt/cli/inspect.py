@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from trmt.cli.options import Model
 
 Lines = list[tuple[str, str]]
 
 
 def command(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
-    ] = None,
+    model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
     """Say what a model is: its parts, data, scores, where it came from, and what would run it here."""

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli.options import Model
+
 
 def command(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
-    ] = None,
+    model: Model = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", help="Prepared set. [default: the one it was trained on, in data/]"),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, cast
 
 import typer
+
+from trmt.cli.options import Model
 
 if TYPE_CHECKING:
     from trmt.streaming import Report
 
 
 def command(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
-    ] = None,
+    model: Model = None,
     beam: Annotated[
         int | None, typer.Option("--beam", help="Size of the beam; 1 is greedy search. [default: 4]")
     ] = None,

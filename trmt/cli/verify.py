@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from trmt.cli.options import Device, Model, TrustCode
+
 
 def command(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")] = "auto",
+    model: Model = None,
+    device: Device = "auto",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
-    ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Check a model's files, and that it translates its golden sentences as when it was written."""
     import torch
