@@ -96,7 +96,6 @@ class Network:
         if engine not in FORMATS:
             return self.bundle
         from trmt import registry
-        from trmt.errors import TrmtError
         from trmt.files import atomic_folder
         from trmt.saved import bundles
 
@@ -106,7 +105,7 @@ class Network:
                 kind = registry.resolve(registry.FORMATS, FORMATS[engine])()
                 with atomic_folder(folder) as partial:
                     kind.write(bundles.load_bundle(self.bundle), partial)
-            except TrmtError as error:
+            except Exception as error:  # whatever another program comes upon must not end ours
                 raise Failed(str(error)) from error
         return folder
 

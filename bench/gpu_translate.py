@@ -193,7 +193,7 @@ class Lane:
         }
 
 
-TOLD = ("peak_device_mib", "batching_tokens", "graphs", "fell_back")
+TOLD = ("peak_device_mib", "peak_reserved_mib", "batching_tokens", "graphs", "fell_back")
 
 
 def measure(point: Point, crew: Crew, given: argparse.Namespace, *, most: int) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _row(network: str, name: str, point: dict | None) -> Row:
         _times(point, "transformers"),
         _times(point, "ctranslate2"),
         f"{captured.get('graphs', '')}",
-        f"{captured['peak_device_mib']:,} MiB" if "peak_device_mib" in captured else "",
+        f"{captured['peak_reserved_mib']:,} MiB" if "peak_reserved_mib" in captured else "",
         f"{captured['warm_up_seconds']:.0f} s" if SPEED in captured else "",
     )
 

@@ -19,7 +19,7 @@ from gpu_networks import TOY, Network, Size, random_sources
 from translators import server
 from translators.client import Engine, Failed
 from translators.trmt_engine import TrmtEngine, batching
-from trmt import console
+from trmt import console, registry
 from trmt.engines.captured import Captured
 
 
@@ -194,6 +194,17 @@ def test_others_do_the_same_work(name: str, network: Network) -> None:
         assert {len(together[number]) for number in numbers} == {len(pieces[numbers[0]])}
 
 
+def test_a_model_that_cannot_be_written_ends_nothing(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: Any) -> Any:
+        raise KeyError("a part that it has no more")
+
+    monkeypatch.setattr(registry, "resolve", breaks)
+    with pytest.raises(Failed, match="no more"):
+        Network("big", network.work, TOY).model("transformers")
+
+
 def test_a_process_that_ends_says_why(tmp_path: Path) -> None:
     with pytest.raises(Failed, match="No module named"):
         Engine(Path(sys.executable), "nobody", [], threads=1, log=tmp_path / "log")
@@ -220,7 +231,7 @@ def test_the_table_has_the_points_that_are_measured(tmp_path: Path, monkeypatch:
         "target_tokens_per_second": 45_678.9,
         "graphs": 7,
         "warm_up_seconds": 3.2,
-        "peak_device_mib": 2048,
+        "peak_reserved_mib": 2048,
     }
     point = {
         "engines": {

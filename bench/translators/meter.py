@@ -31,4 +31,9 @@ class Meter:
             return {}
         import torch
 
-        return {"peak_device_mib": round(torch.cuda.max_memory_allocated(self.device) / 2**20)}
+        # Reserved is also what is kept for later, such as what graphs work on.
+        peaks = {
+            "peak_device_mib": torch.cuda.max_memory_allocated(self.device),
+            "peak_reserved_mib": torch.cuda.max_memory_reserved(self.device),
+        }
+        return {name: round(size / 2**20) for name, size in peaks.items()}

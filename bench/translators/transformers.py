@@ -31,6 +31,7 @@ class Transformers:
         self.ids = json.loads((Path(model) / "vocab.json").read_bytes())
         self.pieces = {number: piece for piece, number in self.ids.items()}
         config = self.model.generation_config
+        config.forced_eos_token_id = None  # it would be one of the pieces that are asked for
         self.special = {config.pad_token_id, config.eos_token_id, config.decoder_start_token_id}
 
     def translate(self, sentences: list[Pieces], how: How) -> Iterator[tuple[int, Pieces]]:
@@ -48,7 +49,7 @@ class Transformers:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
         # One length for all: that of the longest.
         forced = max(how.least(source) for source in sentences)
-        lengths = {"min_new_tokens": forced, "forced_eos_token_id": None} if forced else {}
+        lengths = {"min_new_tokens": forced} if forced else {}
         with torch.inference_mode():
             out = self.model.generate(
                 ids,
