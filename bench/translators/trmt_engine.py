@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,9 @@ class TrmtEngine:
 def batching(how: How) -> Any:
     """That of `trmt translate` on a GPU, with room for as many sentences as are asked for."""
     from trmt.engines.base import Batching
-    from trmt.translating import GPU_BATCH
 
-    return Batching(sentences=how.batch, tokens=max(GPU_BATCH.tokens, how.batch * ROOM))
+    usual = Batching.on("cuda", how.batch)
+    return replace(usual, tokens=max(usual.tokens, how.batch * ROOM))
 
 
 if __name__ == "__main__":
