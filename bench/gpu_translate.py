@@ -39,7 +39,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from budget import AGAIN, Budget, seconds
+from budget import AGAIN, Budget, die_together, seconds
 from gpu_networks import FORMATS, TOY, Network, Size
 from peers.install import python_of
 from provenance import RESULTS, provenance, record
@@ -326,4 +326,5 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    die_together()
     main()
