@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -70,6 +71,12 @@ class Budget:
 
 def _tail(log: Path) -> str:
     return log.read_bytes()[-3000:].decode("utf-8", "replace")
+
+
+def die_together() -> None:
+    """When this program is told to stop, the processes that it measures end with it."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
 
 
 class Ledger:

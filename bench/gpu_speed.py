@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import synthetic
+from budget import die_together
 from provenance import RESULTS, record
 from train import PRESETS, Shape, Spec, measure
 
@@ -47,12 +47,6 @@ def main() -> None:
     die_together()
     figures = rows[given.row](specification(given))
     print(record(given.row, figures, command=f"python bench/gpu_speed.py {given.row}", folder=given.out))
-
-
-def die_together() -> None:
-    """When this program is told to stop, the processes that it measures end with it."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
 
 
 def specification(given: argparse.Namespace) -> Spec:

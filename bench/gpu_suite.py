@@ -77,6 +77,7 @@ class Row:
     packages: tuple[str, ...] = ()  # what must be installed for it
     least: float = 45  # seconds for which it is worth beginning
     paced: bool = False  # whether it takes --budget, and goes on where it stopped
+    alone: bool = False  # whether nothing may run beside it, although it is paced
 
 
 def bench(program: str, *words: str) -> Callable[[Place], list[str]]:
@@ -119,6 +120,20 @@ def speed(name: str, measures: str, *, least: float, packages: tuple[str, ...] =
     return Row(name=name, measures=measures, command=command, least=least, packages=packages)
 
 
+def translation(network: str) -> Row:
+    """A row that measures how fast translation is."""
+    name = f"translate-{network}"
+    # Other programs take long to load: tiny, one network shows that they run.
+    tiny = ["--smoke", "--rounds", "1", *(["--engines", "captured", "eager"] if network == "big" else [])]
+
+    def command(place: Place) -> list[str]:
+        words = bench("gpu_translate.py", network, "--work", str(place.work / name))(place)
+        return [*words, *(tiny if place.smoke else [])]
+
+    measures = f"translating with the {network} network: speed by graphs and without, beside other programs"
+    return Row(name=name, measures=measures, command=command, least=90, paced=True, alone=True)
+
+
 def gpu_tests(place: Place) -> list[str]:
     selected = ["tests/test_config.py"] if place.smoke else ["-m", "gpu"]
     return [str(ROOT / "bench" / "gpu_tests.py"), *selected]
@@ -156,6 +171,7 @@ ROWS = (
         command=translate_kernels,
         packages=("triton",),
     ),
+    translation("base"),
     speed("train-base", "training the base network in bf16: speed, memory, wait for the loader", least=150),
     speed("train-big", "training the big network in bf16: speed, memory, wait for the loader", least=150),
     experiment(
@@ -169,6 +185,7 @@ ROWS = (
         least=240,
         packages=("transformers", "accelerate"),
     ),
+    translation("big"),
     speed("train-deterministic", "the cost of training.deterministic", least=200),
     experiment(
         *("multi30k.py", "multi30k-raw", "multi30k"),
@@ -292,8 +309,8 @@ def in_groups(rows: list[Row], beside: int) -> list[list[Row]]:
     """One after the other; or what measures speed one after the other, and then all experiments together."""
     if beside == 1:
         return [[row] for row in rows]
-    together = [row for row in rows if row.paced]
-    return [*([row] for row in rows if not row.paced), *([together] if together else [])]
+    together = [row for row in rows if row.paced and not row.alone]
+    return [*([row] for row in rows if row not in together), *([together] if together else [])]
 
 
 def attempt(row: Row, place: Place, state: State, budget: Budget) -> None:

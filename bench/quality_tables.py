@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_translation_tables
+
 RESULTS = Path(__file__).resolve().parent / "results"
 WAITS = "waits for a GPU"
 PUBLISHED = {"test_2016_flickr": 41.02, "test_2017_flickr": 33.36, "test_2017_mscoco": 29.88}
@@ -127,5 +129,7 @@ SUMMARIES: dict[str, Callable[[dict], str]] = {
     "train-base": _speed,
     "train-big": _speed,
     "train-peers": _against,
+    "translate-base": gpu_translation_tables.summary,
+    "translate-big": gpu_translation_tables.summary,
     "train-deterministic": lambda found: f"{found['times_slower']:.2f} times slower",
 }

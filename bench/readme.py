@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import alignment_tables
 import cluster_tables
 import gpu_suite
+import gpu_translation_tables
 import options_tables
 import quality_tables
 import recipe_tables
@@ -207,6 +208,12 @@ def corpora() -> str:
     return table(head, quality_tables.corpora_rows()) + notes(["tatoeba", "laws"])
 
 
+def gpu_translation() -> str:
+    found = [source(result) for result in gpu_translation_tables.results().values()]
+    measured = table(gpu_translation_tables.HEAD, gpu_translation_tables.rows())
+    return "\n".join([measured, *([""] if found else []), *(f"- {line}" for line in found)])
+
+
 def gpu() -> str:
     named = [(row.name, row.measures) for row in gpu_suite.ROWS]
     return table(("row", "measures", "measured"), quality_tables.gpu_rows(named))
@@ -262,6 +269,7 @@ TABLES = {
     "starts": starts,
     "corpora": corpora,
     "gpu": gpu,
+    "gpu_translation": gpu_translation,
     "claims": claims,
 }
 

@@ -37,6 +37,7 @@ from typing import Any
 from peers.install import python_of
 from provenance import RESULTS, ROOT, provenance, record
 from rounds import ratio
+from translators.client import Engine, Failed
 from translators.server import How
 
 ENGINES = {"trmt": "", "ctranslate2": "ctranslate2", "transformers": "huggingface"}  # and `trmt export --to`
@@ -78,53 +79,6 @@ class Network:
         """What a power of the length must be to change as the length penalty does at the usual length."""
         mean = sum(map(len, self.sentences)) / len(self.sentences)
         return round(PENALTY * mean / (5 + mean), 2)
-
-
-class Engine:
-    """A process of translators/NAME.py."""
-
-    def __init__(self, python: Path, name: str, model: Path, point: Point, log: Path) -> None:
-        threads = str(point.threads)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), *([str(ROOT)] if name == "trmt" else [])]),
-            "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "GOMP_SPINCOUNT": "10000",  # what trmt sets for itself
-            "HF_HUB_OFFLINE": "1",
-        }
-        self.log = log
-        command = [str(python), "-m", f"translators.{name}", str(model), point.compute, threads]
-        with log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream
-            )
-        self.told = self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise Failed(self.log.read_text(errors="replace").strip().splitlines()[-1:])
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def ask(self, **what: Any) -> dict[str, Any]:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(what).encode() + b"\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def end(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-class Failed(Exception):
-    """An engine that cannot do it; the last line of its log."""
 
 
 # --------------------------------------------------------------------------------- networks
@@ -184,7 +138,7 @@ def model_of(network: Network, engine: str, compute: str, work: Path) -> Path:
         command = [sys.executable, "-m", "trmt", *words, str(network.bundle), "--out", str(folder)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise Failed(done.stderr.strip().splitlines()[-1:])
+            raise Failed(done.stderr.strip().splitlines()[-1])
     return folder
 
 
@@ -347,7 +301,8 @@ def started(
             continue
         try:
             model = model_of(network, name, point.compute, place)
-            engines[name] = Engine(python, name, model, point, place / f"{name}.log")
+            words = [str(model), point.compute, str(point.threads)]
+            engines[name] = Engine(python, name, words, threads=point.threads, log=place / f"{name}.log")
         except (Failed, OSError) as error:
             failed[name] = str(error)
     return engines, failed

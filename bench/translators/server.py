@@ -1,7 +1,7 @@
 """A process that holds one engine and one model, and translates what it is told, when it is told.
 
-`python -m translators.NAME MODEL COMPUTE THREADS` answers each line of JSON on standard input with one on
-standard output. The clock and the counters are here, the same for every engine:
+`python -m translators.NAME MODEL COMPUTE THREADS [DEVICE]` answers each line of JSON on standard input with
+one on standard output. The clock and the counters are here, the same for every engine:
 
 - seconds are those of the clock, CPU seconds those of the process and its children, all threads;
 - a target token is a piece of the best translation, the end of the sentence not counted;
@@ -32,10 +32,14 @@ class How:
     penalty: float = 0.0  # exponent of the length penalty of Wu et al.
     power: float = 0.0  # of the length, the nearest to that penalty for engines that divide by a power
     forced: int = 0  # a translation has exactly so many pieces; 0: it ends by itself
+    mirrored: bool = False  # a translation has exactly as many pieces as its source
     extra: int = 50  # pieces it may have more than its source, if it ends by itself
 
-    def limit(self, source: Sequence[str]) -> int:
-        return self.forced or len(source) + self.extra
+    def least(self, source: Sequence[object]) -> int:
+        return len(source) if self.mirrored else self.forced
+
+    def limit(self, source: Sequence[object]) -> int:
+        return self.least(source) or len(source) + self.extra
 
 
 class Translator(Protocol):
@@ -47,12 +51,18 @@ class Translator(Protocol):
         """(number of the sentence, its translation) as they become ready."""
 
 
+def neighbours(sentences: Sequence[Sequence[object]], batch: int) -> Iterator[list[int]]:
+    """Batches of sentences that are about as long, the longest first; each by its number."""
+    order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
+    return (order[begin : begin + batch] for begin in range(0, len(order), batch))
+
+
 def serve(make: type, began: float) -> None:
     """Load the model and answer until standard input ends."""
     # Whatever a library prints must not stand between the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    translator: Translator = make(*sys.argv[1:3], int(sys.argv[3]))
+    translator: Translator = make(*sys.argv[1:3], int(sys.argv[3]), *sys.argv[4:])
     told = {"load_seconds": round(time.monotonic() - began, 3), "version": translator.version}
     sentences: list[Pieces] = []
     while True:
@@ -68,6 +78,8 @@ def serve(make: type, began: float) -> None:
         else:
             calls = [sentences[begin:end] for begin, end in asked["calls"]]
             told = run(translator, calls, How(**asked["how"]), asked.get("seconds", 0.0))
+            # What only some can tell: memory of a GPU, and the like.
+            told |= getattr(translator, "more", dict)()
             if not asked.get("show"):
                 told.pop("translations")
 

@@ -8,33 +8,35 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from translators.server import BEGAN, How, Pieces, serve
+from translators.meter import Meter
+from translators.server import BEGAN, How, Pieces, neighbours, serve
 
 
 class Transformers:
     """`generate`, given ids."""
 
-    def __init__(self, model: str, compute: str, threads: int) -> None:
+    def __init__(self, model: str, compute: str, threads: int, device: str = "cpu") -> None:
         import torch
         import transformers
         from transformers import MarianMTModel
 
-        assert compute == "fp32", "this model computes in fp32"
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
         self.version = transformers.__version__
         self.torch = torch
-        self.model = MarianMTModel.from_pretrained(model).eval()
+        self.meter, kind = Meter(device), {"fp32": torch.float32, "bf16": torch.bfloat16}[compute]
+        self.model = MarianMTModel.from_pretrained(model).eval().to(device, kind)
         self.ids = json.loads((Path(model) / "vocab.json").read_bytes())
         self.pieces = {number: piece for piece, number in self.ids.items()}
         config = self.model.generation_config
+        config.forced_eos_token_id = None  # it would be one of the pieces that are asked for
         self.special = {config.pad_token_id, config.eos_token_id, config.decoder_start_token_id}
 
     def translate(self, sentences: list[Pieces], how: How) -> Iterator[tuple[int, Pieces]]:
-        order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
-        for begin in range(0, len(order), how.batch):
-            numbers = order[begin : begin + how.batch]
+        self.meter.watch(how)
+        for numbers in neighbours(sentences, how.batch):
             found = self._together([sentences[number] for number in numbers], how)
             yield from zip(numbers, found, strict=True)
 
@@ -42,9 +44,12 @@ class Transformers:
         torch, config = self.torch, self.model.generation_config
         rows = [[*map(self.ids.__getitem__, source), config.eos_token_id] for source in sentences]
         width = max(map(len, rows))
-        ids = torch.tensor([row + [config.pad_token_id] * (width - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        lengths = {"min_new_tokens": how.forced} if how.forced else {}
+        device = self.model.device
+        ids = torch.tensor([row + [config.pad_token_id] * (width - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        # One length for all: that of the longest.
+        forced = max(how.least(source) for source in sentences)
+        lengths = {"min_new_tokens": forced} if forced else {}
         with torch.inference_mode():
             out = self.model.generate(
                 ids,
@@ -60,6 +65,10 @@ class Transformers:
         return [
             [self.pieces[token] for token in row if token not in self.special] for row in out[:, 1:].tolist()
         ]
+
+    def more(self) -> dict[str, Any]:
+        """The memory that it took."""
+        return self.meter.figures()
 
 
 if __name__ == "__main__":

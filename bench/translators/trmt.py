@@ -50,7 +50,9 @@ class Trmt:
 
         eos = self.tokenizer.source.eos
         requests = [
-            Request((*map(self.ids.__getitem__, source), eos), limit=how.limit(source), least=how.forced)
+            Request(
+                (*map(self.ids.__getitem__, source), eos), limit=how.limit(source), least=how.least(source)
+            )
             for source in sentences
         ]
         for number, hypotheses in self.engine(how.beam, how.batch, how.penalty).translate(requests):

@@ -1,0 +1,107 @@
+"""Any of trmt's engines on any device, given ids and giving ids: nothing of a tokenizer is in it.
+
+`python -m translators.trmt_engine BUNDLE PRECISION THREADS DEVICE ENGINE`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from translators.meter import Meter
+from translators.server import BEGAN, How, serve
+
+ROOM = 64  # tokens that each sentence of a batch may have, so that none is smaller than it was asked for
+
+
+class TrmtEngine:
+    """What `trmt translate` runs behind its tokenizer."""
+
+    def __init__(self, model: str, compute: str, threads: int, device: str, engine: str) -> None:
+        import torch
+
+        import trmt
+        from trmt import console
+        from trmt.engines.device import choose_device
+        from trmt.saved import bundles
+        from trmt.translating import HALVES
+
+        torch.set_num_threads(threads)
+        self.version = f"{trmt.__version__} on torch {torch.__version__}"
+        bundle = bundles.load_bundle(Path(model), device=choose_device(device))
+        self.net = bundle.net.to(HALVES.get(compute, torch.float32))
+        self.tokenizer, self.name = bundle.tokenizer, engine
+        self.meter = Meter(device)
+        self.engine: Any = None
+        # What an engine has to tell a person belongs to the result: why it cannot do what it was asked to.
+        self.said: list[str] = []
+        console.say = self.said.append
+        self.graphs: int | None = None
+
+    def translate(self, sentences: list[list[int]], how: How) -> Iterator[tuple[int, tuple[int, ...]]]:
+        from trmt.engines.base import Request
+
+        if how != self.meter.how:
+            self.engine = None  # so that its memory is free
+            self.meter.watch(how)
+            self.engine = self._made(how)
+        eos = self.tokenizer.source.eos
+        requests = [
+            Request((*source, eos), limit=how.limit(source), least=how.least(source)) for source in sentences
+        ]
+        for number, hypotheses in self.engine.translate(requests):
+            yield number, hypotheses[0].ids
+
+    def _made(self, how: How) -> Any:
+        from trmt.registry import ENGINES, resolve
+        from trmt.translating import TranslateOptions
+
+        kind = "beam" if how.beam > 1 else "greedy"
+        options = TranslateOptions(search=kind, beam=how.beam, length_penalty=how.penalty)
+        target = self.tokenizer.target
+        rows = self.net.config.target_vocabulary
+        self.said.clear()
+        engine = resolve(ENGINES, self.name)(
+            self.net,
+            options.build_search(),
+            bos=target.bos,
+            eos=target.eos,
+            banned=target.never | set(range(target.vocabulary, rows)),
+            batching=batching(how),
+        )
+        self.graphs = None
+        if record := getattr(engine, "recorded", None):
+            self.graphs = 0
+            engine.recorded = self._counted(record)
+        return engine
+
+    def _counted(self, record: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(steps: Callable[[], None]) -> Any:
+            graph = record(steps)
+            self.graphs += graph is not None
+            return graph
+
+        return recorded
+
+    def more(self) -> dict[str, Any]:
+        """Memory, graphs, and why there are none."""
+        figures = self.meter.figures() | {"batching_tokens": self.engine.batching.tokens}
+        if self.graphs is not None:
+            figures["graphs"] = self.graphs
+            if self.engine.eager:
+                figures["fell_back"] = "; ".join(self.said) or "it does not say why"
+        return figures
+
+
+def batching(how: How) -> Any:
+    """That of `trmt translate` on a GPU, with room for as many sentences as are asked for."""
+    from trmt.engines.base import Batching
+
+    usual = Batching.on("cuda", how.batch)
+    return replace(usual, tokens=max(usual.tokens, how.batch * ROOM))
+
+
+if __name__ == "__main__":
+    serve(TrmtEngine, BEGAN)
