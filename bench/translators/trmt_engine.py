@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from translators.meter import Meter
 from translators.server import BEGAN, How, serve
-
-ROOM = 64  # tokens that each sentence of a batch may have, so that none is smaller than it was asked for
 
 
 class TrmtEngine:
@@ -96,11 +93,10 @@ class TrmtEngine:
 
 
 def batching(how: How) -> Any:
-    """That of `trmt translate` on a GPU, with room for as many sentences as are asked for."""
+    """That of `trmt translate` on a GPU."""
     from trmt.engines.base import Batching
 
-    usual = Batching.on("cuda", how.batch)
-    return replace(usual, tokens=max(usual.tokens, how.batch * ROOM))
+    return Batching.on("cuda", how.batch)
 
 
 if __name__ == "__main__":

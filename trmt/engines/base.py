@@ -35,8 +35,10 @@ class Batching:
     @classmethod
     def on(cls, device: str, sentences: int = 0) -> Batching:
         """So many sentences on this device, or with 0 as many as keep it busy."""
-        usual = cls(512, 65_536) if device.startswith("cuda") else cls()
-        return replace(usual, sentences=sentences or usual.sentences)
+        if device.startswith("cuda"):
+            sentences = sentences or 512
+            return cls(sentences, 128 * max(sentences, 512))
+        return replace(cls(), sentences=sentences or cls.sentences)
 
 
 class Engine(ABC):
