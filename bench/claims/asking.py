@@ -22,6 +22,7 @@ class Claim:
     contrasts: tuple[Contrast, ...]
     figure: str = ""  # the name of the picture it is shown in
     note: str = ""  # what is true whatever comes out
+    begins_with: str = ""  # the system that others begin with, whose own loss is told
 
 
 def score(system: str, what: str = "all", metric: str = "bleu") -> str:

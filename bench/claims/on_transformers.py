@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from claims.asking import Claim, difference, exact, score
 from claims.scale import Scale
+from claims.systems import BERT
 from claims.verdicts import Contrast
 
 
@@ -290,5 +291,8 @@ def _starts() -> tuple[Claim, ...]:
                 difference("BERT's encoder against a cold start", "little-bert", "little"),
                 difference("BERT's encoder against word vectors", "little-bert", "little-vectors"),
             ),
+            note="An encoder whose loss soon stops falling knows how often pieces occur, and little of what "
+            "stands beside them.",
+            begins_with=BERT,
         ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -86,20 +86,31 @@ def sections(found: Tree) -> str:
         parts.append(f"## {PICTURES[name].title if name else ELSEWHERE}")
         if name:
             parts.append(f"![{PICTURES[name].says}](claims/{name}.svg)")
-        parts += [paragraph(claim, figures["claims"][claim.name], figures["seeds"]) for claim in of_it]
+        parts += [paragraph(claim, figures) for claim in of_it]
     return "\n\n".join(parts)
 
 
-def paragraph(claim: Claim, judged: Sequence[Tree], seeds: int) -> str:
+def paragraph(claim: Claim, figures: Tree) -> str:
     """A claim, what was measured, and what follows."""
+    judged, seeds = figures["claims"][claim.name], figures["seeds"]
     measured = [
         f"{_capital(contrast.asks)}: {value(contrast, one, seeds=seeds)}"
         + ("" if one["verdict"] == PENDING else f", {one['verdict']}")
         + "."
         for contrast, one in zip(claim.contrasts, judged, strict=True)
     ]
-    text = " ".join([*measured, *([claim.note] if claim.note else [])])
+    text = " ".join([*measured, *losses(claim.begins_with, figures), *([claim.note] if claim.note else [])])
     return f"**{claim.title}: {judged[0]['verdict']}.** *{claim.says}* ({claim.source}.) {text}"
+
+
+def losses(system: str, figures: Tree) -> list[str]:
+    """A sentence on how the training loss of a system fell, if there is one."""
+    curves = [run["training"]["curve"] for run in figures["runs"] if run["system"] == system]
+    if not curves:
+        return []
+    points = [[curve[place] for curve in curves] for place in (0, len(curves[0]) // 4, -1)]
+    told = [f"{fmean(loss for _, loss in point):.2f} at step {point[0][0]}" for point in points]
+    return [f"The loss of `{system}` itself is {told[0]}, {told[1]} and {told[2]}."]
 
 
 def value(contrast: Contrast, judged: Tree, *, seeds: int) -> str:
