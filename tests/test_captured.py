@@ -31,7 +31,7 @@ from trmt.decode.base import Hypothesis, Search
 from trmt.decode.beam import Beam
 from trmt.decode.greedy import Greedy
 from trmt.decode.sampling import Sampling
-from trmt.engines import captured
+from trmt.engines import slots as slots_of
 from trmt.engines.base import Batching, Request
 from trmt.engines.captured import Captured
 
@@ -140,7 +140,7 @@ def test_steps_never_ask_the_device_for_a_value(variant: tuple[str, dict[str, An
     )
     slots = here._new_slots(size=4, room=32, width=5)
     slots.put(here._begun(requests, [0, 1], 32, fixed=True), requests)
-    slots.parts = captured.mapped(slots.parts, lambda tensor: tensor.to("meta"))
+    slots.parts = slots_of.mapped(slots.parts, lambda tensor: tensor.to("meta"))
     slots.like.columns, slots.like.masks.banned = there._columns(requests), there.banned
     with OnTheDevice():
         slots.run(there)
@@ -211,7 +211,7 @@ def test_memory_that_is_short_makes_fewer_slots(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_columns_are_rounded_up_to_few_sizes() -> None:
-    sizes = [captured.rounded(count) for count in range(1, 1025)]
+    sizes = [slots_of.rounded(count) for count in range(1, 1025)]
     assert sorted(set(sizes)) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert all(count <= size for count, size in enumerate(sizes, 1))
 

@@ -19,18 +19,24 @@ def sent(values: Sequence[Any], device: torch.device | str, kind: torch.dtype = 
     return torch.tensor(values, dtype=kind, pin_memory=True).to(device, non_blocking=True)
 
 
+def carried(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Fetched:
     """Tensors on their way to the host."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors, self._event = list(tensors), None
-        if self._tensors and self._tensors[0].is_cuda:
+        self._device = tensors[0].device
+        if self._device.type == "cuda":
             self._tensors = [
                 torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True)
                 for each in tensors
             ]
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._device))
 
     def there(self) -> list[Tensor]:
         """The tensors, once they are on the host."""

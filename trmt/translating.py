@@ -158,6 +158,8 @@ class Translator:
         """The translator in a bundle or run folder; without a name, the default one."""
         folder = find_model(place)
         device = choose_device(options.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what is recorded and launched goes there
         bundle = bundles.load_bundle(folder, device=device, trust_code=trust_code)
         options = replace(options, precision=_precision(options.precision, bundle, device))
         if options.precision in HALVES:

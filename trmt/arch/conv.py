@@ -153,7 +153,7 @@ def encode(net: Any, config: ConvS2SConfig, source: Source, *, weights: list[Ten
     embedded_SLD = _embed(net, config, ids_SL, position_L, side=0)
     x_SLD = embedded_SLD
     side = config.kernel // 2
-    mask = layers.blocked(real_SL)[:, None, None]
+    mask = layers.blocked(real_SL, embedded_SLD.dtype)[:, None, None]
     for layer in net.encoder:
         inner_SLD = _attended(layer, x_SLD, mask, weights) if config.encoder_attention == "before" else x_SLD
         # Padding is zeroed before each layer: what lies behind a sentence must not leak into it.

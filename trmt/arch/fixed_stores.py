@@ -1,7 +1,7 @@
 """A store of keys and values whose tensors keep their shapes, for steps that are recorded once and replayed.
 
 Axes as in stores.py: S sentence, K hypothesis, T target position, Q queries (K * T of them), C columns of the
-store, J slots of the store (C * K).
+store, J slots of the store (C * K), H heads, P width of one head.
 
 An accelerator that replays a recorded step runs the same kernels over the same memory again. So nothing here
 depends on numbers that the host would have to know: how many tokens each sentence has is a tensor, and every
@@ -39,7 +39,8 @@ class FixedStore:
     even = False  # whether all sentences are known to have as many columns
 
     def __post_init__(self) -> None:
-        self._slots_SQ = self._column_ST = self.filled_S  # those of `advance`
+        self._column_ST = self.filled_S  # those of `advance`
+        self._mask: Tensor | None = None
 
     @classmethod
     def empty(
@@ -76,31 +77,40 @@ class FixedStore:
             both=[both[:, :sentences] for both in self.both],
         )
 
-    def advance(self, count: int) -> Tensor:
-        """Open `count` columns; returns the additive mask [S, 1, Q, J] of the queries that fill them."""
+    def advance(self, count: int) -> Tensor | None:
+        """Open `count` columns; the additive mask [S, 1, Q, J] of who fills them, unless a kernel knows."""
         self._take_up_space()
         last = self.table_SKC.shape[2] - 1
         step_T = torch.arange(count, device=self.filled_S.device)
         self._column_ST = (self.filled_S[:, None] + step_T).clamp(max=last)
         slot_K = torch.arange(self.hypotheses, device=step_T.device)
-        self._slots_SQ = (self._column_ST[:, :, None] * self.hypotheses + slot_K).flatten(1)
         place_SKT = self._column_ST[:, None].expand(-1, self.hypotheses, -1)
         own_SKT = slot_K[None, :, None].expand_as(place_SKT)
         self.table_SKC.scatter_(2, place_SKT, own_SKT)
         self.filled_S += count
-        return stores.mask(stores.seen(self.table_SKC[:, :, : self.columns], self._column_ST), self.like)
+        self._mask = None
+        return None if self._by_kernel() else self._masked()
 
-    def distances(self, mask: Tensor) -> Tensor:
-        """From each query of the open columns to each slot under `mask`, in tokens: [S, Q, J]."""
-        slot_J = torch.arange(mask.shape[-1], device=mask.device) // self.hypotheses
+    def _by_kernel(self) -> bool:
+        return self._column_ST.shape[1] == 1 and looking_back.suits(self.like, self.sizes[2])
+
+    def _masked(self) -> Tensor:
+        if self._mask is None:
+            seen_SQJ = stores.seen(self.table_SKC[:, :, : self.columns], self._column_ST)
+            self._mask = stores.mask(seen_SQJ, self.like)
+        return self._mask
+
+    def distances(self, mask: Tensor | None) -> Tensor:
+        """From each query of the open columns to each slot that is looked at, in tokens: [S, Q, J]."""
+        slot_J = torch.arange(self.columns * self.hypotheses, device=self.filled_S.device) // self.hypotheses
         return slot_J - self._column_ST.repeat(1, self.hypotheses)[..., None]
 
     def attend(
-        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor, look: Look = attend
+        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor | None, look: Look = attend
     ) -> Tensor:
         """Store the keys and values of the open columns, and `look` at all so far: [S, Q, D]."""
         store = self.both[layer]
-        if self._column_ST.shape[1] == 1 and look is attend and looking_back.suits(self.like, self.sizes[2]):
+        if look is attend and self._by_kernel():
             return looking_back.look_back(
                 query_SHQP,
                 both_2SHQP,
@@ -111,8 +121,10 @@ class FixedStore:
             )
         if both_2SHQP.shape[3] > self.hypotheses > 1:  # queries run over hypotheses first, slots over columns
             both_2SHQP = both_2SHQP.unflatten(3, (self.hypotheses, -1)).transpose(3, 4).flatten(3, 4)
-        index = self._slots_SQ[None, :, None, :, None].expand(both_2SHQP.shape)
-        store.scatter_(3, index, both_2SHQP)
+        slot_K = torch.arange(self.hypotheses, device=store.device)
+        slots_SQ = (self._column_ST[:, :, None] * self.hypotheses + slot_K).flatten(1)
+        store.scatter_(3, slots_SQ[None, :, None, :, None].expand(both_2SHQP.shape), both_2SHQP)
+        mask = self._masked() if mask is None else mask
         key_SHJP, value_SHJP = store.narrow(3, 0, mask.shape[-1]).unbind(0)
         return look(query_SHQP, key_SHJP, value_SHJP, mask)
 
@@ -183,5 +195,7 @@ def key_value_store(
     like: Tensor, sizes: tuple[int, int], *, reorders: bool, layers: int, heads: int, width: int, room: int
 ) -> FixedStore | FixedRows:
     """The store that suits the number of hypotheses and whether they are reordered."""
-    kind = FixedStore if stores.shares(sizes[1], reorders=reorders) else FixedRows
+    # The kernel looks at no more than the ancestors of a hypothesis, however many others there are.
+    by_kernel = reorders and looking_back.suits(like, width // heads)
+    kind = FixedStore if by_kernel or stores.shares(sizes[1], reorders=reorders) else FixedRows
     return kind.empty(like, sizes, layers=layers, heads=heads, width=width, room=room)

@@ -175,9 +175,12 @@ def grid(config: Any, ids_SL: Tensor) -> Tensor:
 
 def angles(net: Any, position: Any, *, upto: int) -> Tensor:
     """The angles of rotary positions, which are below `upto`: beyond the table they are computed."""
-    if upto <= len(net.table):
-        return net.table[position]
-    return layers.sinusoids_at(torch.as_tensor(position, device=net.table.device), net.table.shape[1])
+    table = net.table
+    if upto <= len(table):
+        # Those of sentences that are done may be anywhere.
+        return table[position.clamp(max=len(table) - 1) if isinstance(position, Tensor) else position]
+    place = torch.as_tensor(position, device=table.device)
+    return layers.sinusoids_at(place, table.shape[1]).to(table.dtype)
 
 
 def by_distance(config: Any) -> bool:

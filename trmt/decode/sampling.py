@@ -19,6 +19,7 @@ from trmt.decode.base import Hypothesis, Search, Sentence
 from trmt.decode.choosing import highest
 from trmt.decode.greedy import LineState
 from trmt.errors import ConfigError
+from trmt.sending import carried
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Sampling(Search):
             torch.rand(room, self.samples, generator=self._generator(sentence.key)).T
             for sentence in sentences
         ]
-        return SamplingState(**vars(lines), lot_SKT=torch.stack(lots).to(device))
+        return SamplingState(**vars(lines), lot_SKT=carried(torch.stack(lots), device))
 
     def _generator(self, key: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()
