@@ -189,7 +189,7 @@ def made_up(seeds: int = 3) -> dict[str, Any]:
         for system in systems.ALL:
             score = {"bleu": 20.0 + 2 * len(system.name) + seed / 7, "chrf": 1.0, "exact": 0.0, "nll": 0.5}
             tests = {str(n): {"words": 7.0 * n, **score} for n in (*TOY.shorter, *TOY.longer)}
-            training = {"parameters": 1000, "seconds": 2.5}
+            training = {"parameters": 1000, "seconds": 2.5, "curve": [[1, 2.5], [2, 1.5]]}
             runs.append({"system": system.name, "seed": seed, "training": training})
             if system.family != "masked":
                 runs[-1] |= {"all": score, "lengths": tests}

@@ -1,6 +1,6 @@
 """A store of keys and values whose tensors keep their shapes, for steps that are recorded once and replayed.
 
-Axes as in stores.py: S sentence, K hypothesis, T target position, Q queries (K * T of them), C columns of the
+Axes: S sentence, K hypothesis, T target position, Q queries (K * T of them), C columns of the
 store, J slots of the store (C * K), H heads, P width of one head.
 
 An accelerator that replays a recorded step runs the same kernels over the same memory again. So nothing here

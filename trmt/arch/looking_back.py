@@ -2,7 +2,7 @@
 
 Nothing here asks an accelerator for a value, and all shapes are fixed: a CUDA graph can hold it.
 
-Axes as in stores.py: S sentence, K hypothesis, C columns, J slots (C * K), H heads, P width of one head,
+Axes: S sentence, K hypothesis, C columns, J slots (C * K), H heads, P width of one head,
 D width.
 """
 
