@@ -399,7 +399,7 @@ def test_broken_weights_say_so(tokenizer: Tokenizer) -> None:
         translator.translate(["a"])
 
 
-def test_a_gpu_short_of_memory_gets_fewer_sentences_at_a_time(
+def test_where_memory_is_short_fewer_sentences_are_translated_at_a_time(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = ["a b c", "", "d e", *(f"f {number}" for number in range(30))]
@@ -419,5 +419,5 @@ def test_a_gpu_short_of_memory_gets_fewer_sentences_at_a_time(
     assert translator.translate(lines) == expected
     assert tried[:3] == [16, 4, 1] and capsys.readouterr().err.count("fewer sentences") == 2
     most = 0
-    with pytest.raises(TrmtError, match="too short for a single sentence"):
+    with pytest.raises(TrmtError, match="too short to translate a single sentence"):
         translator.translate(lines)

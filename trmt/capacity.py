@@ -63,6 +63,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if error.__cause__ and is_out_of_memory(error.__cause__):  # told in a sentence of ours
+        return True
     # The CPU's allocator raises a plain RuntimeError.
     return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
 

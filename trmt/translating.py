@@ -17,6 +17,7 @@ import torch
 
 from trmt import console
 from trmt.arch.base import Seq2Seq
+from trmt.capacity import is_out_of_memory
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines.base import Batching, Engine, Request
 from trmt.engines.device import choose_device
@@ -214,7 +215,7 @@ class Translator:
                 yield number, self._joined(line)
 
     def _searched(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
-        """What the engine finds; should a GPU's memory be short, with fewer sentences at a time."""
+        """What the engine finds; should memory be short, with fewer sentences at a time."""
         left = dict(enumerate(requests))
         while left:
             numbers = [*left]
@@ -222,13 +223,15 @@ class Translator:
                 for place, hypotheses in self.engine.translate([*left.values()]):
                     del left[numbers[place]]
                     yield numbers[place], hypotheses
-            except torch.OutOfMemoryError as error:
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if not self.engine.shrink():
                     raise TrmtError(
-                        "the GPU's memory is too short for a single sentence; free some of it, or add "
-                        "--device cpu"
+                        "memory is too short to translate a single sentence; free some of it, or choose "
+                        "another --device"
                     ) from error
-                console.warn("the GPU's memory is short: going on with fewer sentences at a time")
+                console.warn("memory is short: translating goes on with fewer sentences at a time")
 
     def written(self, sources: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """The ids of translations; sources are ids too, none empty, none longer than the network takes."""

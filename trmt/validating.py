@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from trmt import console
 from trmt.arch.base import Seq2Seq
-from trmt.capacity import is_out_of_memory
 from trmt.engines.base import Batching
 from trmt.runs.looking import Validation
 from trmt.runs.recipe import Recipe
@@ -55,24 +51,14 @@ def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Reci
 def _translated(
     net: Seq2Seq, tokenizer: Tokenizer, sources: list[str], *, longest: int, beam: int
 ) -> list[str]:
-    """The translations, in smaller batches where memory is short."""
-    # Training has filled the memory: no room for the slots of `captured`.
+    """The translations."""
+    # Training has filled the memory of a GPU: no room there for what `captured` wants.
     options = TranslateOptions(
         search="beam" if beam > 1 else "greedy", beam=beam, engine="eager", batch=Batching().sentences
     )
-    while True:
-        try:
-            with torch.inference_mode():
-                translator = Translator(net, tokenizer, longest=longest, options=options)
-                return [translation.text for translation in translator.translate(sources)]
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or options.batch == 1:
-                raise
-        # Outside the handler: the error holds on to the tensors of the attempt that failed.
-        if next(net.parameters()).is_cuda:
-            torch.cuda.empty_cache()
-        options = replace(options, batch=options.batch // 4 or 1)
-        console.warn(f"out of memory: translating the dev set again, {options.batch} sentences at a time")
+    with torch.inference_mode():
+        translator = Translator(net, tokenizer, longest=longest, options=options)
+        return [translation.text for translation in translator.translate(sources)]
 
 
 def _selection(data: PreparedSet, count: int) -> tuple[list[str], list[str]]:

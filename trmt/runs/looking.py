@@ -11,6 +11,7 @@ from trmt import console
 from trmt.arch.base import Seq2Seq
 from trmt.capacity import is_out_of_memory
 from trmt.config import tree_of
+from trmt.errors import TrmtError
 from trmt.runs.learner import DevLoss, Learner
 from trmt.runs.recipe import Recipe
 from trmt.sets.batches import Batches
@@ -98,7 +99,7 @@ class DevSet:
     def _translated(self, validate: Validate, net: Seq2Seq) -> Validation:
         try:
             return validate(net, self.tokenizer, self.batches.data, self.recipe)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, TrmtError) as error:
             if not is_out_of_memory(error):
                 raise
         console.warn(NOT_ONE_FITS)
