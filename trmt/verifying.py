@@ -16,6 +16,7 @@ import torch
 
 import trmt
 from trmt import console
+from trmt.engines.device import choose_device
 from trmt.errors import BundleError, TrmtError
 from trmt.saved import bundles, checkpoints
 from trmt.text.tokenizer import Tokenizer
@@ -86,7 +87,13 @@ def replayed(folder: Path, golden: Sentences, *, device: str = "auto", trust_cod
     beams = sorted({int(each.get("beam", 1)) for each in golden}) or [1]
     texts: dict[int, str] = {}
     for beam in beams:
-        options = TranslateOptions(search="greedy" if beam == 1 else "beam", beam=beam, device=device)
+        options = TranslateOptions(
+            search="greedy" if beam == 1 else "beam",
+            beam=beam,
+            device=device,
+            # They were made in the precision of the bundle.
+            precision="auto" if choose_device(device).type == "cpu" else "fp32",
+        )
         translator = Translator.load(folder, options=options, trust_code=trust_code)
         places = [place for place, each in enumerate(golden) if int(each.get("beam", 1)) == beam]
         found = translator.translate([str(golden[place]["source"]) for place in places])
