@@ -149,7 +149,8 @@ class AttentionAligner:
 
     def _chosen(self, layers: int, heads: int) -> Look:
         options = self._options
-        look = Look(layers - 1)
+        # The last but one, which was nearer to gold than the last in both directions (docs/aligning.md).
+        look = Look(place_of(-2, layers))
         if self._guided:
             look = _guided_look(self._guided, layers)
         for name, asked, count in (("layer", options.layer, layers), ("head", options.head, heads)):

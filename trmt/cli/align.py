@@ -44,7 +44,10 @@ def command(
         ),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", help="Whose attention, from 1. [default: the guided or last one]")
+        int | None,
+        typer.Option(
+            "--layer", help="Whose attention, from 1. [default: the guided one, or the last but one]"
+        ),
     ] = None,
     head: Annotated[
         int | None, typer.Option("--head", help="From 1. [default: the guided one, else the mean of all]")
