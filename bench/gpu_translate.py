@@ -37,7 +37,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 from budget import AGAIN, Budget, die_together, seconds
 from gpu_networks import FORMATS, TOY, Network, Size
@@ -146,10 +146,18 @@ def own_precision(name: str, compute: str) -> str:
 # ---------------------------------------------------------------------------------------------- a point
 
 
+class Answers(Protocol):
+    """What translates and says how long it took; `told` is what it said of itself."""
+
+    told: dict[str, Any]
+
+    def ask(self, **question: Any) -> dict[str, Any]: ...
+
+
 class Lane:
     """One engine at one point."""
 
-    def __init__(self, engine: Engine, how: How, *, most: int, seconds: float) -> None:
+    def __init__(self, engine: Answers, how: How, *, most: int, seconds: float) -> None:
         self.engine, self.how, self.most, self.seconds = engine, how, most, seconds
         self.sentences = min(BATCHES_AT_LEAST * how.batch, most)
         self.warm: dict[str, Any] = {}

@@ -136,7 +136,7 @@ class Scripted:
 def test_warming_up_ends_when_nothing_new_is_recorded() -> None:
     engine = Scripted(0.01, [0, 3, 5, 5, 5])
     how = server.How(beam=4, batch=8)
-    lane = gpu_translate.Lane(engine, how, most=1000, seconds=1.0)  # type: ignore[arg-type]
+    lane = gpu_translate.Lane(engine, how, most=1000, seconds=1.0)
     lane.warm_up()
     assert engine.passes == [32, 104, 104, 104], "whole batches, and one pass without a new graph"
     assert lane.warm["settled"] and lane.warm["warm_up_passes"] == 4
@@ -144,7 +144,7 @@ def test_warming_up_ends_when_nothing_new_is_recorded() -> None:
 
 def test_warming_up_ends_though_it_never_settles() -> None:
     engine = Scripted(0.01, [*range(100)])
-    lane = gpu_translate.Lane(engine, server.How(beam=4, batch=8), most=50, seconds=1.0)  # type: ignore[arg-type]
+    lane = gpu_translate.Lane(engine, server.How(beam=4, batch=8), most=50, seconds=1.0)
     lane.warm_up()
     assert max(engine.passes) == 50 and not lane.warm["settled"]
 
@@ -153,7 +153,7 @@ def test_who_falls_back_says_so(network: Network, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Captured, "_obstacle", lambda _: "of the weather")
     translator = TrmtEngine(str(network.bundle), "fp32", 1, "cpu", "captured")
     engine = Here(translator, network.sentences("ids"))
-    lane = gpu_translate.Lane(engine, server.How(beam=2, batch=4, mirrored=True), most=8, seconds=0)  # type: ignore[arg-type]
+    lane = gpu_translate.Lane(engine, server.How(beam=2, batch=4, mirrored=True), most=8, seconds=0)
     lane.warm_up()
     lane.runs.append(lane.run())
     figures = lane.figures()

@@ -175,8 +175,6 @@ class FixedStore:
 class FixedRows(RowStore):
     """Rows of their own for each hypothesis, in a store that keeps its shapes."""
 
-    rows: FixedStore  # type: ignore[assignment]
-
     @classmethod
     def empty(
         cls, like: Tensor, sizes: tuple[int, int], *, layers: int, heads: int, width: int, room: int
@@ -188,6 +186,7 @@ class FixedRows(RowStore):
 
     def front(self, sentences: int, columns: int) -> FixedRows:
         """The first sentences, of which so many columns are looked at."""
+        assert isinstance(self.rows, FixedStore)
         return FixedRows(self.rows.front(sentences * self.hypotheses, columns), self.hypotheses)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +200,24 @@ class AncestorStore:
         return copy
 
 
+class Store(Protocol):
+    """What `RowStore` needs of a store with one hypothesis for each sentence."""
+
+    @property
+    def even(self) -> bool: ...
+    @property
+    def columns(self) -> int: ...
+    def advance(self, count: int) -> Tensor | None: ...
+    def distances(self, mask: Any) -> Tensor: ...
+    def attend(
+        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Any, look: Look = attend
+    ) -> Tensor: ...
+    def keep(self, sentences: Tensor) -> Store: ...
+    def replace(self, places: Tensor, other: Any) -> Store: ...
+    def join(self, other: Any) -> Store: ...
+    def fork(self) -> Store: ...
+
+
 @dataclass
 class RowStore:
     """Keys and values apart for each hypothesis: better where nothing is reordered, or K is large.
@@ -207,7 +225,7 @@ class RowStore:
     It is the ancestor store of S * K sentences with one hypothesis each; only `reorder` moves data.
     """
 
-    rows: AncestorStore
+    rows: Store
     hypotheses: int
 
     @classmethod
@@ -227,16 +245,16 @@ class RowStore:
     def columns(self) -> int:
         return self.rows.columns
 
-    def advance(self, count: int) -> Tensor:
-        """Open `count` columns; returns the additive mask of the queries that fill them."""
+    def advance(self, count: int) -> Tensor | None:
+        """Open `count` columns; returns the additive mask of the queries that fill them, if it is needed."""
         return self.rows.advance(count)
 
-    def distances(self, mask: Tensor) -> Tensor:
+    def distances(self, mask: Any) -> Tensor:
         """From each query of the open columns to each column under `mask`: [S * K or 1, T, J]."""
         return self.rows.distances(mask)
 
     def attend(
-        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Tensor, look: Look = attend
+        self, layer: int, query_SHQP: Tensor, both_2SHQP: Tensor, mask: Any, look: Look = attend
     ) -> Tensor:
         """Store the keys and values of the open columns, and `look` at all so far: [S, Q, D]."""
         query = query_SHQP.unflatten(2, (self.hypotheses, -1)).transpose(1, 2).flatten(0, 1)

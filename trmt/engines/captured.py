@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,11 @@ from trmt import console
 from trmt.arch.base import Seq2Seq, Stepper
 from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
-from trmt.engines.base import Batching, Request
+from trmt.engines.base import Request
 from trmt.engines.eager import COMPACT_AT, Eager, Underway
 from trmt.engines.graphs import Graphs, Repeated
 from trmt.engines.slots import Slots
 from trmt.kernels.products import Precision
-from trmt.saved.lexicon import Lexicon
 
 SMALLEST = 32  # tokens of the translations in the slots with the least room
 KINDS = 4  # slots of so many different rooms are kept
@@ -43,30 +42,9 @@ KINDS = 4  # slots of so many different rooms are kept
 class Captured(Eager):
     """Steps in CUDA graphs; on other devices the same without graphs, which is for tests."""
 
-    def __init__(
-        self,
-        net: Seq2Seq,
-        search: Search,
-        *,
-        bos: int,
-        eos: int,
-        banned: Collection[int] = (),
-        batching: Batching = Batching(),
-        precision: Precision = "fp32",
-        weights: str = "",
-        lexicon: Lexicon | None = None,
-    ) -> None:
-        super().__init__(
-            net,
-            search,
-            bos=bos,
-            eos=eos,
-            banned=banned,
-            batching=batching,
-            precision=precision,
-            weights=weights,
-            lexicon=lexicon,
-        )
+    def __init__(self, net: Seq2Seq, search: Search, **options: Any) -> None:
+        """The options are those of `Eager`."""
+        super().__init__(net, search, **options)
         self.longest = net.most_tokens
         self._kept: dict[int, Slots] = {}  # by their room
         self._record: Callable[[Callable[[], None]], Any] = Repeated
