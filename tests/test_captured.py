@@ -238,3 +238,18 @@ def test_a_store_looks_back_by_a_kernel_where_there_is_one(monkeypatch: pytest.M
 
 def suits(like: Tensor, part: int) -> bool:
     return True
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "conv", "universal"])
+def test_who_waits_to_leave_stays_within_the_networks_positions(architecture: str) -> None:
+    net = small_network(architecture, longest=36)
+    # The second ends at once. When the first is done the third is not, and both go on until the host looks.
+    requests = [
+        Request((5,) * 9, limit=35, least=35),
+        Request((5,) * 8, limit=35, prefix=(EOS,)),
+        Request((5,) * 7, limit=35, least=35),
+    ]
+    engine = Captured(net, Greedy(), bos=BOS, eos=EOS, banned=BANNED, batching=Batching(sentences=2))
+    assert_alike(
+        translated(engine, requests), translated(engine_of("eager", net, Greedy()), requests), "late"
+    )

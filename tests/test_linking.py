@@ -178,6 +178,8 @@ def test_a_guided_network_is_asked_where_it_was_taught(tokenizer: Tokenizer) -> 
         return aligner_of(tokenizer, options=options, **told).links(PAIRS)
 
     usual = links(None, LookOptions())
+    # There are two layers, of which the first is the last but one.
+    assert usual == links(None, LookOptions(layer=1)) != links(None, LookOptions(layer=2))
     guided = links({"layer": -2, "head": 1, "shift": 1}, LookOptions())
     assert guided == links(None, LookOptions(layer=1, head=2, shift=True)) != usual
     # A network of two layers has no third from the end: the first one stands for it, as in training.
