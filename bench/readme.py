@@ -16,7 +16,6 @@ import gpu_translation_tables
 import options_tables
 import quality_tables
 import recipe_tables
-import shortlist_tables
 import speed_tables
 import translation_tables
 from claims import page as claims_page
@@ -107,15 +106,6 @@ def translation() -> str:
     result = translation_tables.result()
     measured = table(translation_tables.HEAD, translation_tables.rows())
     return measured + (f"\n\n- {source(result)}" if result else "")
-
-
-def shortlist() -> str:
-    result = shortlist_tables.result()
-    if result is None:
-        return "pending"
-    speed = table(shortlist_tables.SPEED_HEAD, shortlist_tables.speed_rows(result))
-    quality = table(shortlist_tables.QUALITY_HEAD, shortlist_tables.quality_rows(result))
-    return f"{quality}\n\n{speed}\n\n- {source(result)}"
 
 
 def startup() -> str:
@@ -257,7 +247,6 @@ TABLES = {
     "peers": peers,
     "scale": scale,
     "translation": translation,
-    "shortlist": shortlist,
     "startup": startup,
     "options": options,
     "alignment": alignment,

@@ -141,7 +141,7 @@ def test_steps_never_ask_the_device_for_a_value(variant: tuple[str, dict[str, An
     slots = here._new_slots(size=4, room=32, width=5)
     slots.put(here._begun(requests, [0, 1], 32, fixed=True), requests)
     slots.parts = slots_of.mapped(slots.parts, lambda tensor: tensor.to("meta"))
-    slots.like.columns, slots.like.masks.banned = there._columns(requests), there.banned
+    slots.like.masks.banned = there.banned
     with OnTheDevice():
         slots.run(there)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from trmt.engines.base import Batching, Request
 from trmt.engines.eager import Eager
 from trmt.errors import BundleError
 from trmt.kernels import products
-from trmt.saved.lexicon import Lexicon
 
 VOCABULARY, EOS, BANNED = 700, 2, (0, 1, 20)
 pytestmark = pytest.mark.skipif(not products.best(), reason="no C compiler here")
@@ -44,11 +42,6 @@ def requests() -> list[Request]:
     ]
 
 
-def lexicon() -> Lexicon:
-    targets = np.random.default_rng(3).integers(0, VOCABULARY, (VOCABULARY, 60))
-    return Lexicon(np.arange(VOCABULARY + 1) * 60, targets.ravel(), np.arange(4), 560, VOCABULARY)
-
-
 def engine(search: Search, *, sentences: int = 1, **options: Any) -> Eager:
     return Eager(
         network(),
@@ -65,26 +58,23 @@ def translated(engine: Eager) -> list[list[Hypothesis]]:
     return [hypotheses for _, hypotheses in sorted(engine.translate(requests()))]
 
 
-@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("search", [Greedy(), Beam(size=4, n_best=2), Beam(size=1)])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_chain_takes_the_same_steps(search: Search, precision: products.Precision, listed: bool) -> None:
-    options = {"precision": precision, "lexicon": lexicon() if listed else None}
-    by_one = engine(search, **options)
+def test_a_chain_takes_the_same_steps(search: Search, precision: products.Precision) -> None:
+    by_one = engine(search, precision=precision)
     assert by_one.chain
     by_one.chain = None
     expected = translated(by_one)
     lengths = {len(each[0].ids) for each in expected}
     assert len(lengths) > 3 and max(lengths) > 32  # and caches grow
     for sentences in (1, 4, 13):
-        assert translated(engine(search, sentences=sentences, **options)) == expected
+        assert translated(engine(search, sentences=sentences, precision=precision)) == expected
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_bans_that_are_no_range_hold(listed: bool) -> None:
-    free = translated(engine(Greedy(), banned=(), lexicon=lexicon() if listed else None))
+def test_bans_that_are_no_range_hold() -> None:
+    free = translated(engine(Greedy(), banned=()))
     banned = {free[0][0].ids[-1], free[1][0].ids[-1], 0} - {EOS}
-    found = translated(engine(Greedy(), banned=banned, lexicon=lexicon() if listed else None))
+    found = translated(engine(Greedy(), banned=banned))
     for request, (best,) in zip(requests(), found, strict=True):
         assert not banned & {*best.ids[len(request.prefix) :]}
 

@@ -24,7 +24,6 @@ COMMANDS = [
     "average",
     "translate",
     "quantize",
-    "shortlist",
     "inspect",
     "verify",
     "export",

@@ -42,7 +42,6 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "shared": describing.shared(manifest),
         "bytes": (folder / bundles.WEIGHTS).stat().st_size,
         "precision": manifest.precision,
-        "shortlist": manifest.shortlist,
         "came_from": _came_from(folder, manifest),
         **_would_run(),
         **{name: tree[name] for name in ("longest", "normalisation", "data", "training", "scores")},

@@ -50,7 +50,7 @@ def quantize(place: Path | None, out: Path, *, trust_code: bool = False) -> Quan
             for entry, text in zip(golden, after, strict=True)
         ),
     )
-    bundles.save_bundle(out, manifest, weights, bundle.tokenizer, like=[folder])
+    bundles.save_bundle(out, manifest, weights, bundle.tokenizer)
     unchanged = sum(one == other for one, other in zip(before, after, strict=True))
     found = Quantised(out, _bytes(folder), _bytes(out), len(golden), unchanged)
     console.say(f"{folder} ({_mebibytes(found.bytes_before)}) -> {out} ({_mebibytes(found.bytes_after)})")

@@ -25,7 +25,6 @@ from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.registry import ENGINES, RANKERS, SEARCHES, resolve
 from trmt.saved import bundles, checkpoints, quantised
 from trmt.saved.bundles import Bundle
-from trmt.saved.lexicon import Lexicon
 from trmt.text.splitting import joiner_for, split_text
 from trmt.text.tokenizer import Tokenizer
 
@@ -53,7 +52,6 @@ class TranslateOptions:
     engine: str = "auto"  # auto: captured on a GPU of CUDA, eager elsewhere
     device: str = "auto"
     precision: Precision = "auto"  # auto: that of the bundle, on a GPU bf16 if it has that
-    shortlist: bool = False  # only pieces that the bundle's lexicon lists for the source
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -123,7 +121,6 @@ class Translator:
         longest: int,
         options: TranslateOptions = TranslateOptions(),
         weights: str = "",
-        lexicon: Lexicon | None = None,
     ) -> None:
         self.tokenizer, self.options = tokenizer, options
         device = next(net.parameters()).device
@@ -133,8 +130,6 @@ class Translator:
         self.longest = max(min(longest, self.positions - 1), 1)
         self.eos = source.eos
         self.ranker = resolve(RANKERS, "best")()
-        # A list has room for so many ids of a prefix.
-        self.prefix_room = min(self.positions, lexicon.room if lexicon else self.positions)
         rows = int(getattr(net.config, "target_vocabulary", 0))  # those beyond the vocabulary fill it up
         self.engine: Engine = resolve(ENGINES, engine_for(options, device))(
             net,
@@ -145,7 +140,6 @@ class Translator:
             batching=Batching.on(device.type, options.batch),
             precision="int8" if options.precision == "int8" else "fp32",
             weights=weights,
-            lexicon=lexicon,
         )
 
     @classmethod
@@ -169,12 +163,7 @@ class Translator:
         if not longest:
             raise BundleError(f"the manifest of {folder} does not say longest.source; copy the bundle again")
         weights = str(bundle.manifest.weights.get("sha256", ""))
-        lexicon = (
-            bundles.read_lexicon(folder, bundle.manifest, bundle.tokenizer) if options.shortlist else None
-        )
-        return cls(
-            bundle.net, bundle.tokenizer, longest=longest, options=options, weights=weights, lexicon=lexicon
-        )
+        return cls(bundle.net, bundle.tokenizer, longest=longest, options=options, weights=weights)
 
     def translate(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0
@@ -195,7 +184,7 @@ class Translator:
         sources = self.tokenizer.source.encode(texts)
         forced = self.tokenizer.target.encode(prefixes or [""] * len(texts))
         for number, (text, ids, prefix) in enumerate(zip(texts, sources, forced, strict=True)):
-            line = _Line(prefix_cut=len(prefix) >= self.prefix_room)
+            line = _Line(prefix_cut=len(prefix) >= self.positions)
             for piece, (piece_ids, joiner) in enumerate(self._pieces(text, ids)):
                 key = (first_key + number) << 32 | piece
                 owners.append((number, piece))
@@ -258,7 +247,7 @@ class Translator:
         return self.tokenizer.source.encode([text])[0]
 
     def _request(self, ids: list[int], prefix: list[int], *, key: int) -> Request:
-        prefix = prefix[: self.prefix_room - 1]
+        prefix = prefix[: self.positions - 1]
         limit = max(self.options.max_length or len(ids) + EXTRA, len(prefix))
         limit = max(min(limit, self.positions - 1), 1)
         return Request(source=(*ids, self.eos), limit=limit, prefix=tuple(prefix[:limit]), key=key)

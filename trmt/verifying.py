@@ -19,7 +19,6 @@ from trmt import console
 from trmt.engines.device import choose_device
 from trmt.errors import BundleError, TrmtError
 from trmt.saved import bundles, checkpoints
-from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 Sentences = Sequence[Mapping[str, Any]]
@@ -71,8 +70,6 @@ def verify(options: VerifyOptions) -> Verified:
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise BundleError(f"the weights {name!r} of {folder} are not all numbers; use another checkpoint")
-    if manifest.shortlist:
-        bundles.read_lexicon(folder, manifest, Tokenizer.load(folder / bundles.TOKENIZER))
     now = replayed(folder, manifest.golden, device=options.device, trust_code=options.trust_code)
     differences = tuple(
         Difference(str(golden["source"]), str(golden["translation"]), text)

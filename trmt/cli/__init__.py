@@ -26,7 +26,6 @@ from trmt.cli import (
     pretrain,
     quantize,
     score,
-    shortlist,
     tokenizer,
     train,
     translate,
@@ -88,7 +87,6 @@ app.command("check-resume")(check_resume.command)
 app.command("average")(average.command)
 app.command("translate")(translate.command)
 app.command("quantize")(quantize.command)
-app.command("shortlist")(shortlist.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("export")(export.command)

@@ -42,7 +42,7 @@ def _bundle_lines(facts: dict[str, Any]) -> Lines:
         ("on this CPU", ", ".join(facts["processors"]) or "no kernels"),
         *[("came from", told) for told in _origins(facts["came_from"])],
     ]
-    for name in ("shortlist", "training", "data", "versions"):
+    for name in ("training", "data", "versions"):
         shown = ", ".join(f"{key} {value}" for key, value in facts[name].items() if _is_plain(value))
         lines += [(name, shown)] if shown else []
     lines += [_score_line(score) for score in facts["scores"]]

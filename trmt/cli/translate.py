@@ -62,12 +62,6 @@ def command(
             help="fp32, bf16 or fp16 (GPU), int8 (CPU), or auto: as the bundle is; on a GPU bf16.",
         ),
     ] = "auto",
-    shortlist: Annotated[
-        bool,
-        typer.Option(
-            "--shortlist/--no-shortlist", help="Only pieces that trmt shortlist found for the source: faster."
-        ),
-    ] = False,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
     ] = None,
@@ -135,7 +129,6 @@ def command(
         batch=batch,
         device=device,
         precision=cast(Any, precision),  # checked there
-        shortlist=shortlist,
         **asked,
     )
     if in_parts:

@@ -61,8 +61,6 @@ class Captured(Eager):
 
     def _obstacle(self) -> str:
         """Why steps cannot be recorded, if that is known."""
-        if self.lexicon is not None:
-            return "with a shortlist, each batch reads out other columns"
         return "" if self.stepper.fixes else "the network's states change their shapes"
 
     def _fall_back(self, why: str) -> None:

@@ -29,21 +29,13 @@ class _Rules(ctypes.Structure):
     )
 
 
-class _Lists(ctypes.Structure):
-    _fields_ = (
-        ("width", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("place", "ids", "closed")),
-    )
-
-
 class _Chain(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("network", "step", "readout", "advance", "search")),
         *((name, ctypes.c_void_p) for name in ("length", "done")),
         ("reorders", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("read", "listed", "parents")),
+        *((name, ctypes.c_void_p) for name in ("read", "parents")),
         ("rules", _Rules),
-        ("lists", _Lists),
     )
 
 
@@ -51,7 +43,7 @@ class Chain:
     """The steps of one network and one search."""
 
     def __init__(self, stepper: Stepper, search: Search) -> None:
-        self.kernel, self.search = stepper.kernel, search
+        self.kernel, self.product, self.search = stepper.kernel, stepper.product, search
         self.function = products.library().trmt_chain
         self._kept: dict[str, Tensor] = {}
 
@@ -65,9 +57,7 @@ class Chain:
 
         Returns whether it went any further.
         """
-        product, lists = under.columns.product, under.columns.lists
-        width = lists[0].shape[1] if lists else product.outer
-        compiled = self.search.compiled(under.search_state, width)
+        compiled = self.search.compiled(under.search_state, self.product.outer)
         if not compiled:
             return False
         memory, cache, position_S = under.state.take()
@@ -80,19 +70,16 @@ class Chain:
         chain = _Chain(
             self.kernel.address,
             ctypes.addressof(step),
-            product.address,
+            self.product.address,
             ctypes.cast(compiled.function, ctypes.c_void_p),
             ctypes.addressof(compiled.state),
             under.search_state.length_S.data_ptr(),
             under.search_state.done_S.data_ptr(),
             self.search.reorders,
-            self._space("read", rows * product.outer),
-            self._space("listed", rows * width) if lists else None,
+            self._space("read", rows * self.product.outer),
             self._space("parents", rows, torch.long),
             self._rules(under.masks),
-            _Lists(width, *(part.data_ptr() for part in lists)) if lists else _Lists(),
         )
-        assert all(part.is_contiguous() for part in lists)
         most = min(most, cache.columns - cache.longest, LONGEST)
         taken = self.function(ctypes.addressof(chain), most, enough)
         cache.longest += taken

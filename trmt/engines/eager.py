@@ -21,11 +21,9 @@ from trmt.decode.base import Hypothesis, Search
 from trmt.engines import linear
 from trmt.engines.base import Batching, Engine, Request
 from trmt.engines.chain import Chain
-from trmt.engines.columns import Listed, Whole
 from trmt.errors import BundleError
 from trmt.kernels.products import Precision
 from trmt.kernels.shelf import Shelf
-from trmt.saved.lexicon import Lexicon
 from trmt.sending import sent
 
 COMPACT_AT = 0.25  # share of finished sentences at which others take their places, or the batch shrinks
@@ -47,19 +45,14 @@ class Eager(Engine):
         batching: Batching = Batching(),
         precision: Precision = "fp32",
         weights: str = "",
-        lexicon: Lexicon | None = None,
     ) -> None:
-        """`weights` is the checksum of the weights' file; packed forms of them are then kept for others.
-
-        With a lexicon, translations hold only what it lists for their sources.
-        """
+        """`weights` is the checksum of the weights' file; packed forms of them are then kept for others."""
         self.stepper = self._frozen(net, precision, weights)
         self.search = search
         self.chain = Chain.of(self.stepper, search)
         self.bos, self.eos = bos, eos
         self.batching = batching
         self.device = next(net.parameters()).device
-        self.lexicon = lexicon
         self.banned = torch.tensor(sorted(banned), dtype=torch.long, device=self.device)
         self.block = _block(sorted(banned))
 
@@ -118,7 +111,6 @@ class Eager(Engine):
                 continue
             finished = [place for place, is_done in enumerate(done) if is_done]
             results = self._results(under.search_state.keep(self._places(finished)))
-            results = [*map(under.columns.named, finished, results)]
             yield from zip([under.indices[place] for place in finished], results, strict=True)
             if all(done):
                 return
@@ -140,7 +132,7 @@ class Eager(Engine):
     ) -> Underway:
         """What is asked for in `chosen`, which `indices` name, before its first token."""
         source = Source.of([request.source for request in chosen], self.device)
-        kind, columns = self.search, self._columns(chosen)
+        kind = self.search
         return Underway(
             indices,
             torch.full((len(chosen), kind.hypotheses), self.bos, device=self.device),
@@ -148,15 +140,9 @@ class Eager(Engine):
                 source, hypotheses=kind.hypotheses, room=room, reorders=kind.reorders, fixed=fixed
             ),
             kind.start(chosen, room=room, eos=self.eos, device=self.device),
-            Masks.of(columns.seen(chosen), banned=columns.banned, block=columns.block, eos=self.eos),
-            columns,
+            Masks.of(chosen, banned=self.banned, block=self.block, eos=self.eos),
             source.longest,
         )
-
-    def _columns(self, requests: Sequence[Request]) -> Whole:
-        if self.lexicon is None:
-            return Whole(self.stepper, self.banned, self.block)
-        return Listed(requests, self.lexicon, stepper=self.stepper, banned=self.banned)
 
     def _results(self, search_state: Any) -> list[list[Hypothesis]]:
         results = self.search.results(search_state)
@@ -181,17 +167,15 @@ class Underway:
     state: State
     search_state: Any
     masks: Masks
-    columns: Whole
     width: int  # of the longest source
     oldest: int = 0  # tokens that the longest hypothesis has
 
     def step(self, engine: Eager) -> None:
         """One token more for each hypothesis."""
         output, state = engine.stepper.step(self.tokens_SK[:, :, None], self.state)
-        scores_SKV = self.columns.scores(output.hidden[:, :, 0])
+        scores_SKV = engine.stepper.readout(output.hidden[:, :, 0])
         self.masks.apply(scores_SKV, self.search_state.length_S)
-        parents_SK, chosen_SK, self.search_state = engine.search.advance(scores_SKV, self.search_state)
-        self.tokens_SK = self.columns.ids(chosen_SK)
+        parents_SK, self.tokens_SK, self.search_state = engine.search.advance(scores_SKV, self.search_state)
         self.state = state.reorder(parents_SK) if engine.search.reorders else state
         self.oldest += 1
 
@@ -208,7 +192,6 @@ class Underway:
         self.state = self.state.keep(sentences)
         self.search_state = self.search_state.keep(sentences)
         self.masks.keep(sentences)
-        self.columns.keep(sentences)
 
     def replace(self, at: list[int], other: Underway) -> None:
         """The sentences of `other` instead of those at these places."""
@@ -219,7 +202,6 @@ class Underway:
         self.state = self.state.replace(places, other.state)
         self.search_state = self.search_state.replace(places, other.search_state)
         self.masks.replace(places, other.masks)
-        self.columns.replace(places, other.columns)
 
 
 @dataclass

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from trmt.arch.base import Memory, State
 from trmt.engines.base import Request
-from trmt.engines.columns import Whole
 from trmt.engines.eager import LOOK_EVERY, Masks, Underway
 from trmt.sending import Fetched, sent
 
@@ -68,7 +67,7 @@ class Parts:
         busy = int(masking != NOTHING)
         masks = replace(like.masks, prefix_ST=prefix_ST, least_S=self.least_S, busy=busy)
         indices = [-1] * len(self.tokens_SK)
-        return Underway(indices, self.tokens_SK, state, self.search_state, masks, like.columns, like.width)
+        return Underway(indices, self.tokens_SK, state, self.search_state, masks, like.width)
 
     def become(self, others: Parts) -> bool:
         """Take the others' values, and stay where they are; False if they do not fit."""
@@ -131,7 +130,6 @@ class Steady:
     """What steps do not change, of what is under way."""
 
     masks: Masks
-    columns: Whole
     width: int
 
 
@@ -155,7 +153,7 @@ class Slots:
         parts: Parts = mapped(Parts.of(under), torch.clone)
         parts = replace(parts, prefix_ST=parts.prefix_ST.new_full((size, room), -1))
         parts.own.front(size, room)  # which takes up its space
-        return cls(parts, Steady(under.masks, under.columns, under.width), room, [None] * size)
+        return cls(parts, Steady(under.masks, under.width), room, [None] * size)
 
     @property
     def size(self) -> int:

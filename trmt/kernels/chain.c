@@ -13,15 +13,7 @@ typedef struct {
   const int64_t *prefix; /* [S, longest], -1 behind each */
 } Rules;
 
-/* Each sentence's own list of ids, as Listed in trmt/engines/columns.py has it; of width 0 where all are read. */
-typedef struct {
-  int64_t width;
-  const int64_t *place;  /* [S, width], among the scores that are read out */
-  const int64_t *ids;    /* [S, width] */
-  const uint8_t *closed; /* [S, width] */
-} Lists;
-
-/* One step of a search: `parents` and `next` say who goes on from where with which column of the scores. */
+/* One step of a search: `parents` and `next` say who goes on from where with which token. */
 typedef void Advance(const void *search, const float *scores, int64_t width, int64_t *parents, int64_t *next);
 
 typedef struct {
@@ -33,21 +25,10 @@ typedef struct {
   const int64_t *length; /* [S], of the search */
   const uint8_t *done;   /* [S], of the search */
   int64_t reorders;
-  float *read, *listed; /* [S, K, outputs of the readout], [S, K, width of the lists] */
-  int64_t *parents;     /* [S, K] */
+  float *read;      /* [S, K, outputs of the readout] */
+  int64_t *parents; /* [S, K] */
   Rules rules;
-  Lists lists;
 } Chain;
-
-static void choose_listed(const Chain *c) {
-  const Lists *l = &c->lists;
-  for (int64_t row = 0; row < c->step->sentences * c->step->hypotheses; row++) {
-    int64_t first = row / c->step->hypotheses * l->width;
-    const float *from = c->read + row * c->readout->outer;
-    for (int64_t i = 0; i < l->width; i++)
-      c->listed[row * l->width + i] = l->closed[first + i] ? -INFINITY : from[l->place[first + i]];
-  }
-}
 
 static void rule_out(const Rules *r, int64_t sentence, int64_t length, float *scores, int64_t width) {
   for (int64_t i = 0; i < r->bans; i++) scores[r->banned[i]] = -INFINITY;
@@ -68,20 +49,15 @@ static int64_t count_done(const Chain *c) {
 int64_t trmt_chain(const Chain *c, int64_t most, int64_t enough) {
   const Step *s = c->step;
   int64_t rows = s->sentences * s->hypotheses, taken = 0;
-  int64_t width = c->lists.width ? c->lists.width : c->readout->outer;
-  float *scores = c->lists.width ? c->listed : c->read;
+  int64_t width = c->readout->outer;
   while (taken < most && count_done(c) < enough) {
     trmt_step(c->network, s);
     trmt_product(c->readout, s->hidden, rows, c->read, c->network->processor);
-    if (c->lists.width) choose_listed(c);
     for (int64_t row = 0; row < rows; row++) {
       int64_t sentence = row / s->hypotheses;
-      rule_out(&c->rules, sentence, c->length[sentence], scores + row * width, width);
+      rule_out(&c->rules, sentence, c->length[sentence], c->read + row * width, width);
     }
-    c->advance(c->search, scores, width, c->parents, s->tokens);
-    if (c->lists.width)
-      for (int64_t row = 0; row < rows; row++)
-        s->tokens[row] = c->lists.ids[row / s->hypotheses * c->lists.width + s->tokens[row]];
+    c->advance(c->search, c->read, width, c->parents, s->tokens);
     for (int64_t sentence = 0; sentence < s->sentences; sentence++) s->position[sentence]++;
     if (c->reorders) trmt_reorder(c->parents, s->sentences, s->hypotheses, s->room, s->table);
     taken++;

@@ -4,7 +4,6 @@
     weights.safetensors   each tensor once; the manifest says which names share one, and whether matrices
                           are whole numbers beside their scales (trmt/saved/quantised.py)
     tokenizer/            text to ids and back
-    shortlist.safetensors which pieces become which, if `trmt shortlist` was there (trmt/saved/lexicon.py)
 
 A bundle is data: nothing in it is unpickled, and its manifest may name registered architectures only, so
 that a copied model cannot run code. Copy the folder and translate.
@@ -14,8 +13,7 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +30,7 @@ from trmt.config import build, tree_of
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.files import atomic_folder, checksum, write_json
 from trmt.registry import NETWORKS, resolve
-from trmt.saved import lexicon, quantised
-from trmt.saved.lexicon import Lexicon
+from trmt.saved import quantised
 from trmt.text.tokenizer import Tokenizer
 
 FORMATS = {"fp32": 1, "int8": 2}  # by precision: who knows only the first cannot read the second
@@ -60,7 +57,6 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)  # size and checksum of the file
     precision: Literal["fp32", "int8"] = "fp32"  # of the matrices in it
-    shortlist: dict[str, Any] = field(default_factory=dict)  # size, checksum and origin of the lexicon
 
 
 @dataclass(frozen=True)
@@ -149,39 +145,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_bundle(
-    folder: Path,
-    manifest: Manifest,
-    weights: Mapping[str, Tensor],
-    tokenizer: Tokenizer,
-    *,
-    like: Sequence[Path] = (),
+    folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Write a whole bundle, atomically; the lexicon is that of the first bundle in `like` that has one."""
+    """Write a whole bundle, atomically."""
     with atomic_folder(folder) as partial:
-        manifest = replace(manifest, shortlist=_copied_lexicon(like, partial, manifest.tokenizer))
         write_bundle(partial, manifest, weights, tokenizer)
-
-
-def _copied_lexicon(places: Sequence[Path], folder: Path, tokenizer: str) -> dict[str, Any]:
-    """What the manifest has to say of it; nothing, if none of these bundles has one for this tokenizer."""
-    for place in places:
-        found = read_manifest(place)
-        if found.shortlist and found.tokenizer == tokenizer and (place / lexicon.FILE).is_file():
-            shutil.copyfile(place / lexicon.FILE, folder / lexicon.FILE)
-            return found.shortlist
-    return {}
-
-
-def read_lexicon(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Lexicon:
-    """The lexicon of a bundle; one that is not there or was altered is an error."""
-    if not manifest.shortlist:
-        raise BundleError(f"{folder} has no lexicon for --shortlist; make one with trmt shortlist {folder}")
-    return lexicon.read(
-        folder / lexicon.FILE,
-        sha256=str(manifest.shortlist.get("sha256", "")),
-        tokenizer=tokenizer.fingerprint,
-        sizes=(tokenizer.source.vocabulary, tokenizer.target.vocabulary),
-    )
 
 
 def rewrite_manifest(folder: Path, **changes: Any) -> None:

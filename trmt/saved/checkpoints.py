@@ -324,9 +324,7 @@ def average(places: Sequence[Path], out: Path) -> Manifest:
         scores=(),  # nobody has measured these weights yet
         golden=(),
     )
-    # An average that is made anew keeps the lexicon that was put into it.
-    like = [*places, *([out] if bundles.is_bundle(out) else [])]
-    bundles.save_bundle(out, merged, mean, Tokenizer.load(places[0] / bundles.TOKENIZER), like=like)
+    bundles.save_bundle(out, merged, mean, Tokenizer.load(places[0] / bundles.TOKENIZER))
     return merged
 
 

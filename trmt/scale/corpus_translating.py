@@ -183,8 +183,6 @@ def _decisive(options: CorpusOptions, manifest: Manifest) -> dict[str, Any]:
     """All options that decide what the parts hold."""
     search = {key: value for key, value in asdict(options.search).items() if key not in NO_MATTER}
     model = {"weights": manifest.weights.get("sha256"), "tokenizer": manifest.tokenizer}
-    if options.search.shortlist:
-        model["shortlist"] = manifest.shortlist.get("sha256")
     return {
         "model": model,
         "search": search,
