@@ -26,20 +26,20 @@ import torch
 
 from moses import escaped, tokenised
 from provenance import RESULTS, record
-from trmt.alignment.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks
-from trmt.alignment.linking import Aligner, AttentionAligner, BothWays, LookOptions, Pair
-from trmt.alignment.symmetrising import METHODS
-from trmt.files import atomic_file
-from trmt.preparing import PrepareOptions, prepare
-from trmt.runs.planning import TrainOptions
-from trmt.saved import bundles
-from trmt.saved.checkpoints import find_bundle, steps
+from trmt.bundles import bundles
+from trmt.bundles.checkpoints import find_bundle, steps
+from trmt.insight.alignment.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks
+from trmt.insight.alignment.linking import Aligner, AttentionAligner, BothWays, LookOptions, Pair
+from trmt.insight.alignment.symmetrising import METHODS
 from trmt.scoring import ScoreOptions, score
+from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
+from trmt.storage.files import atomic_file
 from trmt.text.corpus import lines
 from trmt.text.links import Agreement, judged, parsed_gold, turned, written
-from trmt.tokenizing import TokenizerOptions, train_tokenizer
-from trmt.training import train
+from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
+from trmt.training.planning import TrainOptions
+from trmt.training.run import train
 from trmt.translating import TranslateOptions, Translator
 
 SIZE = 8000  # pieces

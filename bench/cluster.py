@@ -185,8 +185,8 @@ def translate(given: argparse.Namespace, fleets: Any) -> None:
 
 
 def prepare(folder: Path, fleets: Any, workers: int) -> None:
-    from trmt import preparing
     from trmt.scale.corpus_preparing import prepare_in_parts
+    from trmt.sets import preparing
 
     size = (folder / "train.en").stat().st_size
     with tempfile.TemporaryDirectory() as out:

@@ -7,7 +7,7 @@ have data of their own, more in all than a cache holds. What is read and written
 is wanted; copying shows what the memory does at best. In plain PyTorch, looking back goes by a mask that is
 made once for all layers: its time is given apart. --smoke interprets kernels on the CPU: times say nothing.
 
-Axes as in trmt/arch/stores.py.
+Axes as in trmt/nets/stores.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from provenance import RESULTS, record
-from trmt.arch import looking_back
-from trmt.decode.choosing import highest_in_pytorch
+from trmt.decoding.choosing import highest_in_pytorch
+from trmt.nets import looking_back
 
 HEADS, PART, HYPOTHESES, CANDIDATES = 8, 64, 4, 4
 ROWS, COLUMNS, VOCABULARY = (128, 2048), (32, 64, 128), 32_000
@@ -94,7 +94,7 @@ class LookingBack:
         self.mask = self.seen()
 
     def by_kernel(self, call: int) -> Tensor:
-        from trmt.kernels.gpu import looking_back as kernel
+        from trmt.native.gpu import looking_back as kernel
 
         tensors = (self.out_SKHP, self.query_SHKP, self.fresh_2SHKP, self.stores[call])
         table = {"table_SKC": self.table_SKC, "position_S": self.position_S}
@@ -133,7 +133,7 @@ class Highest:
         self.log_R1 = torch.empty(rows, 1, device=device)
 
     def by_kernel(self, call: int) -> tuple[Tensor, Tensor, Tensor]:
-        from trmt.kernels.gpu import highest as kernel
+        from trmt.native.gpu import highest as kernel
 
         kernel.launch(self.scores[call], self.best_RC, self.ids_RC, self.log_R1)
         return self.best_RC, self.ids_RC, self.log_R1

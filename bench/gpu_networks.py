@@ -52,8 +52,8 @@ class Network:
 
     def config(self) -> Any:
         """That of the recipe, with our vocabulary."""
-        from trmt.arch.transformer import TransformerConfig
-        from trmt.runs.recipe import load_recipe
+        from trmt.nets.transformer import TransformerConfig
+        from trmt.training.recipe import load_recipe
 
         options = load_recipe(f"transformer-{self.name}").network | dict(self.size.changes or {})
         pieces = self.size.vocabulary
@@ -73,8 +73,8 @@ class Network:
         """Write what is missing in the folder."""
         import torch
 
-        from trmt.arch.transformer import Transformer
-        from trmt.saved import bundles
+        from trmt.bundles import bundles
+        from trmt.nets.transformer import Transformer
 
         self.work.mkdir(parents=True, exist_ok=True)
         vocabulary = self.size.vocabulary
@@ -96,8 +96,8 @@ class Network:
         if engine not in FORMATS:
             return self.bundle
         from trmt import registry
-        from trmt.files import atomic_folder
-        from trmt.saved import bundles
+        from trmt.bundles import bundles
+        from trmt.storage.files import atomic_folder
 
         folder = self.work / f"{self.name}-{engine}"
         if not folder.exists():

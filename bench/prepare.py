@@ -92,18 +92,18 @@ def _sentences(chooser: Any, words: Any, lengths: Any) -> list[str]:
 
 
 def train_tokenizer(folder: Path) -> None:
-    from trmt import tokenizing
+    from trmt.text import tokenizer_training
 
-    options = tokenizing.TokenizerOptions(
+    options = tokenizer_training.TokenizerOptions(
         corpora=(str(folder / "train"),), languages=("en", "de"), size=8000, sample=100_000
     )
-    tokenizing.train_tokenizer(options, out=folder / "tokenizer")
+    tokenizer_training.train_tokenizer(options, out=folder / "tokenizer")
 
 
 def measure(folder: Path, count: int, workers: int) -> dict[str, object]:
     import resource
 
-    from trmt.preparing import PrepareOptions, prepare
+    from trmt.sets.preparing import PrepareOptions, prepare
 
     options = PrepareOptions(
         train=(str(folder / "train"),), out=folder / "set", tokenizer=folder / "tokenizer", workers=workers

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from provenance import RESULTS, record
-from trmt.arch.base import Source, Stepper
-from trmt.arch.transformer import Transformer, TransformerConfig
-from trmt.engines import linear
-from trmt.kernels.products import Int8, Native
+from trmt.native.products import Int8, Native
+from trmt.nets import linear
+from trmt.nets.base import Source, Stepper
+from trmt.nets.transformer import Transformer, TransformerConfig
 
 SHAPES = (
     (256, 256),

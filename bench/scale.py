@@ -127,7 +127,7 @@ def train(folder: Path, *, threads: int, seconds: float) -> dict[str, Any]:
 def load(data_set: Path) -> dict[str, Any]:
     """Read batches without training on them."""
     from peers.probe import own_mib
-    from trmt.arch.transformer import Transformer
+    from trmt.nets.transformer import Transformer
     from trmt.sets.batches import BatchConfig, Batches, Position
     from trmt.sets.shards import PreparedSet
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from trmt.preparing import PrepareOptions, prepare
+from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.text.tokenizer import Settings, Tokenizer
 
 MEAN, SPREAD, LONGEST = 28, 0.6, 200  # of the source's length, in pieces

@@ -161,7 +161,7 @@ def _plan(spec: Spec) -> tuple[Shape, int]:
     shape = replace(spec.shape, vocabulary=max(data.index["vocabulary"]))
     tokens = spec.batch_tokens
     if spec.recipe:
-        from trmt.runs.recipe import load_recipe
+        from trmt.training.recipe import load_recipe
 
         recipe = load_recipe(spec.recipe, network={"source_vocabulary": 1, "target_vocabulary": 1})
         names = ("width", "feed_forward", "heads", "encoder_layers", "decoder_layers", "dropout")

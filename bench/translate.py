@@ -89,8 +89,8 @@ def random_network(name: str, work: Path) -> Network:
     import torch
 
     from synthetic import word_tokenizer
-    from trmt.arch.transformer import Transformer, TransformerConfig
-    from trmt.saved import bundles
+    from trmt.bundles import bundles
+    from trmt.nets.transformer import Transformer, TransformerConfig
 
     tokenizer = word_tokenizer(VOCABULARY)
     bundle = work / name / "trmt-fp32"

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from trmt.heatmaps.showing import Attender, AttendOptions, Line, write
+from trmt.insight.heatmaps.showing import Attender, AttendOptions, Line, write
 
 HERE = Path(__file__).resolve().parent
 SENTENCES = (

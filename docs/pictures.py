@@ -14,10 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trmt.plotting import PlotOptions, plot
-from trmt.runs.display import About, Picture
-from trmt.runs.history import LOG, TRAIN, VALIDATE, History
-from trmt.runs.outlook import foresee
+from trmt.insight.plotting import PlotOptions, plot
+from trmt.training.display import About, Picture
+from trmt.training.history import LOG, TRAIN, VALIDATE, History
+from trmt.training.outlook import foresee
 
 HERE = Path(__file__).resolve().parent
 COLUMNS, LINES = 96, 30

@@ -16,19 +16,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trmt import team
-from trmt.arch.base import Seq2Seq
+from trmt.bundles import checkpoints, slices
 from trmt.config import build, read_toml
 from trmt.errors import TrmtError
+from trmt.nets.base import Seq2Seq
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation, TranslationBatch
-from trmt.runs import sharding
-from trmt.runs.learner import Learner
-from trmt.runs.recipe import Recipe
-from trmt.saved import checkpoints, slices
 from trmt.sets.batches import BatchConfig, Batches, Examples
 from trmt.sets.shards import PreparedSet
-from trmt.team import Team, TeamError
+from trmt.training import distributed, sharding
+from trmt.training.distributed import Team, TeamError
+from trmt.training.learner import Learner
+from trmt.training.recipe import Recipe
 
 LOSS = Translation.loss
 
@@ -74,7 +73,7 @@ def words(folder: Path, crew: Team) -> dict[str, Any]:
     """What a team promises about numbers and words."""
     ones = [torch.full((size,), float(crew.rank + 1)) for size in (3, 1, 5)]
     ones.append(torch.full((2, 2), crew.rank + 1, dtype=torch.int64))
-    with mock.patch.object(team, "BUCKET_BYTES", 16):
+    with mock.patch.object(distributed, "BUCKET_BYTES", 16):
         crew.add(ones)
     mine = [torch.full((4,), float(crew.rank)), torch.full((2,), float(crew.rank))]
     crew.spread(mine)
@@ -239,7 +238,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[2])
     try:
-        with team.assembled() as everyone:
+        with distributed.assembled() as everyone:
             answer = works[sys.argv[1]](target, everyone)
             (target / f"rank-{everyone.rank}.json").write_text(json.dumps(answer))
     except TrmtError as problem:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trmt.arch import fused
+from trmt.nets import fused
 
 needs_kernels = pytest.mark.skipif(fused.library() is None, reason="no C compiler here")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
+from trmt.nets.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
 from trmt.registry import ARCHITECTURES, resolve
 
 VOCABULARY = 23

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trmt.arch.base import Output
-from trmt.arch.transformer import Transformer
+from trmt.nets.base import Output
+from trmt.nets.transformer import Transformer
 
 
 class Forgetful(Transformer):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tests.test_top import FILLINGS
-from trmt.arch import looking_back
-from trmt.arch.looking_back import look_back
-from trmt.decode import choosing
-from trmt.decode.base import CHUNK
-from trmt.decode.choosing import highest
-from trmt.kernels import gpu
+from trmt.decoding import choosing
+from trmt.decoding.base import CHUNK
+from trmt.decoding.choosing import highest
+from trmt.native import gpu
+from trmt.nets import looking_back
+from trmt.nets.looking_back import look_back
 
 # Infinity less infinity is meant, and the interpreter is NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -106,7 +106,7 @@ class Step:
 def test_each_hypothesis_sees_its_ancestors(
     sizes: tuple[int, int, int, int, int], kind: torch.dtype, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trmt.kernels.gpu import looking_back as kernel
+    from trmt.native.gpu import looking_back as kernel
 
     monkeypatch.setattr(kernel, "ENOUGH", 1 if together else 10**9)
     last = sizes[3] - 1

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from tests import toy
-from trmt.arch.base import Seq2Seq
-from trmt.saved import bundles
-from trmt.saved.bundles import build_network, describe
+from trmt.bundles import bundles
+from trmt.bundles.bundles import build_network, describe
+from trmt.nets.base import Seq2Seq
 from trmt.text.tokenizer import Tokenizer
 
 SIZES = {"width": 32, "feed_forward": 64, "heads": 4, "encoder_layers": 2, "decoder_layers": 3, "longest": 64}

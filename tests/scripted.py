@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tests import texts
 from tests.fakes import small_network
-from trmt.arch.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
-from trmt.saved import bundles
+from trmt.bundles import bundles
+from trmt.nets.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
 from trmt.text.tokenizer import Tokenizer
-from trmt.tokenizing import TokenizerOptions, train_tokenizer
+from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
 Script = Callable[[list[int]], list[int]]  # source ids without eos -> target ids without eos
 

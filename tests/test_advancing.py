@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trmt.decode import choosing
-from trmt.decode.base import CHUNK, Search, SearchState
-from trmt.decode.beam import Beam
-from trmt.decode.greedy import Greedy
-from trmt.decode.sampling import Sampling
+from trmt.decoding import choosing
+from trmt.decoding.base import CHUNK, Search, SearchState
+from trmt.decoding.beam import Beam
+from trmt.decoding.greedy import Greedy
+from trmt.decoding.sampling import Sampling
 
 EOS, ROOM = 2, 12
 CPU = torch.device("cpu")

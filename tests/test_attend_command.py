@@ -16,9 +16,9 @@ import torch
 from tests import commands, texts
 from tests.fakes import small_network
 from tests.scripted import random_bundle, small_tokenizer
-from trmt.heatmaps.attending import attend
-from trmt.heatmaps.page import packed
-from trmt.saved import bundles
+from trmt.bundles import bundles
+from trmt.insight.heatmaps.attending import attend
+from trmt.insight.heatmaps.page import packed
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 

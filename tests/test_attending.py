@@ -8,10 +8,10 @@ import torch
 from tests import texts
 from tests.fakes import small_network
 from tests.scripted import small_tokenizer
-from trmt.arch.base import Ragged, Seq2Seq, Source
 from trmt.errors import ConfigError, DataError
-from trmt.heatmaps import attending
-from trmt.heatmaps.attending import attend, joined, words
+from trmt.insight.heatmaps import attending
+from trmt.insight.heatmaps.attending import attend, joined, words
+from trmt.nets.base import Ragged, Seq2Seq, Source
 from trmt.text.tokenizer import Tokenizer
 
 SOURCES = [*texts.ENGLISH[:5], "a", "", texts.ALL["zh"][0]]

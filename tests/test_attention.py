@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.derivatives import assert_same, gradients, needs_kernels
-from trmt.arch import attention, fused
-from trmt.arch.attention import Spans
-from trmt.arch.base import Ragged
+from trmt.nets import attention, fused
+from trmt.nets.attention import Spans
+from trmt.nets.base import Ragged
 
 
 @pytest.fixture

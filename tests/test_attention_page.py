@@ -12,9 +12,9 @@ import torch
 from tests import chromium, texts
 from tests.fakes import small_network
 from tests.scripted import small_tokenizer
-from trmt.heatmaps.attending import attend
-from trmt.heatmaps.matrix import Choice, Looks, looks, matrix
-from trmt.heatmaps.page import About, write
+from trmt.insight.heatmaps.attending import attend
+from trmt.insight.heatmaps.matrix import Choice, Looks, looks, matrix
+from trmt.insight.heatmaps.page import About, write
 
 pytestmark = [pytest.mark.slow, chromium.wanted]
 

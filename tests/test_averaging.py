@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tests import toy
 from tests.toy import options
 from trmt.averaging import AverageOptions, average
+from trmt.bundles import bundles, checkpoints
+from trmt.bundles.bundles import load_bundle
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.saved import bundles, checkpoints
-from trmt.saved.bundles import load_bundle
-from trmt.training import train
+from trmt.training.run import train
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,19 @@ from tests import toy
 from tests.contracts.test_training import HARD, final
 from tests.fakes import random_sentences, small_network
 from tests.toy import options
-from trmt.arch import layers
-from trmt.arch.base import Ragged, Source
-from trmt.arch.transformer_layers import embed
-from trmt.engines.linear import eager
+from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, TrmtError
+from trmt.nets import layers
+from trmt.nets.base import Ragged, Source
+from trmt.nets.linear import eager
+from trmt.nets.transformer_layers import embed
 from trmt.quantizing import quantize
-from trmt.runs.learner import Learner
-from trmt.runs.recipe import Recipe, load_recipe
-from trmt.saved import bundles, checkpoints
 from trmt.sets.batches import BatchConfig, Batches
 from trmt.sets.shards import PreparedSet
-from trmt.team import Team
-from trmt.training import train
+from trmt.training.distributed import Team
+from trmt.training.learner import Learner
+from trmt.training.recipe import Recipe, load_recipe
+from trmt.training.run import train
 from trmt.translating import Translator
 
 SOURCES = random_sentences(6, seed=1)

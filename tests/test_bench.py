@@ -23,7 +23,7 @@ import moses
 import multi30k
 import provenance
 import quality_tables
-from trmt.runs.recipe import load_recipe
+from trmt.training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ import pytest
 
 import alignment
 import alignment_tables
-from trmt.alignment.linking import BothWays, LookOptions, Pair
+from trmt.insight.alignment.linking import BothWays, LookOptions, Pair
 from trmt.text.corpus import lines
 from trmt.text.links import Gold, Links, judged, parsed, parsed_gold, turned
 

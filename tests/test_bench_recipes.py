@@ -13,7 +13,7 @@ import pytest
 import recipe_tables
 import recipes
 import starts
-from trmt.runs.recipe import load_recipe
+from trmt.training.recipe import load_recipe
 
 SCORES = {
     "bleu": {"name": "BLEU", "value": 61.25, "signature": "one"},

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.toy import make_set
-from trmt.arch.base import Ragged, Source
-from trmt.arch.transformer import Transformer, TransformerConfig
+from trmt.nets.base import Ragged, Source
+from trmt.nets.transformer import Transformer, TransformerConfig
 from trmt.sets.shards import PreparedSet
 
 BENCH = Path(__file__).parent.parent / "bench"

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.fakes import random_sentences
-from trmt.arch.base import Source
-from trmt.arch.masked_encoder import MaskedEncoder, MaskedEncoderConfig
+from trmt.bundles import bundles
 from trmt.errors import BundleError, ConfigError
-from trmt.moving.bert_folder import import_bert, read_bert, wordpiece, write_bert
-from trmt.saved import bundles
+from trmt.interop.bert_folder import import_bert, read_bert, wordpiece, write_bert
+from trmt.lab.masked_encoder import MaskedEncoder, MaskedEncoderConfig
+from trmt.nets.base import Source
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
 

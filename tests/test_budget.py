@@ -12,15 +12,24 @@ import torch
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
-from trmt import capacity
+from trmt.devices import memory
 from trmt.objectives.translation import Translation
-from trmt.runs import budget
-from trmt.runs.budget import Job, activation_bytes, disk_bytes, disk_free, measure, pace, size, state_bytes
-from trmt.runs.learner import Learner
-from trmt.runs.planning import resolved_recipe
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
-from trmt.training import Run, train
+from trmt.training import budget
+from trmt.training.budget import (
+    Job,
+    activation_bytes,
+    disk_bytes,
+    disk_free,
+    measure,
+    pace,
+    size,
+    state_bytes,
+)
+from trmt.training.learner import Learner
+from trmt.training.planning import resolved_recipe
+from trmt.training.run import Run, train
 
 Usage = namedtuple("Usage", "total used free")
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["transformer", "rnn"])  # in a row, and padded
@@ -196,7 +205,7 @@ def test_what_does_not_fit_is_not_tried_and_the_setting_that_helps_is_named(
 ) -> None:
     monkeypatch.setattr(budget, "measure", lambda *_, **__: pytest.fail("it was tried"))
     activations = activation_bytes(run.learner, run.batches)
-    monkeypatch.setattr(capacity, "free", lambda device: activations)
+    monkeypatch.setattr(memory, "free", lambda device: activations)
     monkeypatch.setattr(budget, "state_bytes", lambda learner: 1000)
     said = described(run, capsys)
     assert "peak memory, estimated" in said and "not measured: it would not fit" in said
@@ -249,7 +258,7 @@ def test_on_a_gpu_the_peak_is_the_gpus(toy_set: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", toy_set, toy.recipe(tmp_path, HARD), 'training.device="cuda"')
     before, drawn = snapshot(run.learner), torch.cuda.get_rng_state()
     found = measure(run.learner, run.batches, largest=True)
-    total, free = capacity.total(run.learner.device), capacity.free(run.learner.device)
+    total, free = memory.total(run.learner.device), memory.free(run.learner.device)
     assert found.peak and total and free
     assert state_bytes(run.learner) < found.peak < total and free < total
     assert snapshot(run.learner) == before

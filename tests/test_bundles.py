@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 
 from tests.fakes import small_network
-from trmt.arch.base import Ragged, Seq2Seq, Source
+from trmt.bundles import bundles
+from trmt.bundles.bundles import describe, load_bundle, read_manifest, read_weights, save_bundle
 from trmt.errors import BundleError, ConfigError
+from trmt.nets.base import Ragged, Seq2Seq, Source
 from trmt.registry import ARCHITECTURES
-from trmt.saved import bundles
-from trmt.saved.bundles import describe, load_bundle, read_manifest, read_weights, save_bundle
 from trmt.text.tokenizer import Tokenizer
 
 
@@ -93,7 +93,7 @@ def test_a_bundle_cannot_run_code(
         raise AssertionError("code was run")
 
     monkeypatch.setattr(os, "system", forbidden)
-    for name in ("os:system", "evil:Network", "builtins:eval", "trmt.arch.transformer:Transformer"):
+    for name in ("os:system", "evil:Network", "builtins:eval", "trmt.nets.transformer:Transformer"):
         bundles.rewrite_manifest(tmp_path / "bundle", architecture=name)
         with pytest.raises(BundleError, match="--trust-code"):
             load_bundle(tmp_path / "bundle")

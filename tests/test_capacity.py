@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from trmt import capacity
+from trmt.devices import memory
 
 CPU = torch.device("cpu")
 
 
 def test_this_machine_says_what_it_has() -> None:
-    total, free, taken = capacity.total(CPU), capacity.free(CPU), capacity.taken(CPU)
+    total, free, taken = memory.total(CPU), memory.free(CPU), memory.taken(CPU)
     if sys.platform == "linux":
         assert total and free and taken
         assert taken < total and free <= total
@@ -22,14 +22,14 @@ def test_this_machine_says_what_it_has() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak")
 def test_a_peak_is_remembered_until_it_is_forgotten() -> None:
-    capacity.forget_peak(CPU)
-    before = capacity.peak(CPU)
+    memory.forget_peak(CPU)
+    before = memory.peak(CPU)
     block = np.ones(2**26, dtype=np.uint8)
     assert before
-    with_block = capacity.peak(CPU)
+    with_block = memory.peak(CPU)
     assert with_block and with_block - before > 0.9 * block.nbytes
     del block
-    assert capacity.peak(CPU) == pytest.approx(with_block, rel=0.05)
+    assert memory.peak(CPU) == pytest.approx(with_block, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,20 @@ def test_a_container_may_take_less_than_the_machine_has(
     for name, text in zip(names, texts, strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(capacity, "CGROUP", tmp_path)
-    assert capacity.total(CPU) == 1000
-    assert capacity.free(CPU) == expected
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.total(CPU) == 1000
+    assert memory.free(CPU) == expected
 
 
 def test_a_container_without_a_limit_is_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "CGROUP", tmp_path)
-    whole = capacity.total(CPU)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    whole = memory.total(CPU)
     (tmp_path / "memory.max").write_text("max\n")
-    assert capacity.total(CPU) == whole
+    assert memory.total(CPU) == whole
 
 
 def test_where_nothing_is_known_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "PROC", tmp_path)
-    monkeypatch.setattr(capacity, "CGROUP", tmp_path)
-    assert capacity.free(CPU) is None
-    assert capacity.taken(CPU) is None
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free(CPU) is None
+    assert memory.taken(CPU) is None

@@ -24,16 +24,16 @@ from tests.contracts.test_engine import (
     translated,
 )
 from tests.fakes import small_network
-from trmt.arch import fixed_stores, looking_back
-from trmt.arch.base import Seq2Seq
-from trmt.decode import beam, choosing
-from trmt.decode.base import Hypothesis, Search
-from trmt.decode.beam import Beam
-from trmt.decode.greedy import Greedy
-from trmt.decode.sampling import Sampling
-from trmt.engines import slots as slots_of
-from trmt.engines.base import Batching, Request
-from trmt.engines.captured import Captured
+from trmt.decoding import beam, choosing
+from trmt.decoding import slots as slots_of
+from trmt.decoding.base import Hypothesis, Search
+from trmt.decoding.beam import Beam
+from trmt.decoding.captured import Captured
+from trmt.decoding.engine import Batching, Request
+from trmt.decoding.greedy import Greedy
+from trmt.decoding.sampling import Sampling
+from trmt.nets import fixed_stores, looking_back
+from trmt.nets.base import Seq2Seq
 
 
 class Tape(TorchDispatchMode):

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.fakes import random_sentences, small_network
-from trmt.decode.base import Hypothesis, Search
-from trmt.decode.beam import Beam
-from trmt.decode.greedy import Greedy
-from trmt.decode.sampling import Sampling
-from trmt.engines.base import Batching, Request
-from trmt.engines.eager import Eager
+from trmt.decoding.base import Hypothesis, Search
+from trmt.decoding.beam import Beam
+from trmt.decoding.eager import Eager
+from trmt.decoding.engine import Batching, Request
+from trmt.decoding.greedy import Greedy
+from trmt.decoding.sampling import Sampling
 from trmt.errors import BundleError
-from trmt.kernels import products
+from trmt.native import products
 
 VOCABULARY, EOS, BANNED = 700, 2, (0, 1, 20)
 pytestmark = pytest.mark.skipif(not products.best(), reason="no C compiler here")

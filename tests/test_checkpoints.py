@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.fakes import small_network
+from trmt.bundles import bundles, checkpoints
+from trmt.bundles.checkpoints import Damaged, default_bundle, find_bundle, prune, ranked, steps
 from trmt.errors import BundleError
-from trmt.saved import bundles, checkpoints
-from trmt.saved.checkpoints import Damaged, default_bundle, find_bundle, prune, ranked, steps
 from trmt.text.tokenizer import Tokenizer
 
 

@@ -229,7 +229,7 @@ def interrupted(*_: object, **__: object) -> None:
 def test_ctrl_c_ends_with_130_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("trmt.training.train", interrupted)
+    monkeypatch.setattr("trmt.training.run.train", interrupted)
     assert call(monkeypatch, "train") == 130
     said = capsys.readouterr()
     assert said.out == ""
@@ -255,7 +255,7 @@ def test_a_bug_of_ours_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("trmt.training.train", broken)
+    monkeypatch.setattr("trmt.training.run.train", broken)
     monkeypatch.setattr(sys, "argv", ["trmt", "train"])
     with pytest.raises(ZeroDivisionError):
         cli.main()

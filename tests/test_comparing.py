@@ -14,13 +14,13 @@ import torch
 from tests import toy
 from trmt import cli, scoring
 from trmt.averaging import AverageOptions, average
-from trmt.comparing import CompareOptions, as_tree, comparable, compare, differences
+from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, DataError
-from trmt.inspecting import inspect
-from trmt.saved import bundles, checkpoints
+from trmt.insight.comparing import CompareOptions, as_tree, comparable, compare, differences
+from trmt.insight.inspecting import inspect
 from trmt.scoring import ScoreOptions
 from trmt.sets.shards import PreparedSet
-from trmt.training import train
+from trmt.training.run import train
 from trmt.translating import TranslateOptions, Translator
 from trmt.validating import validate
 

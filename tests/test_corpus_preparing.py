@@ -15,12 +15,12 @@ from tests.fleets import Accident, FakeFleet
 from tests.scripted import small_tokenizer
 from tests.texts import ENGLISH, GERMAN
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.preparing import PrepareOptions, prepare
 from trmt.scale import corpus_preparing
 from trmt.scale.corpus_preparing import prepare_in_parts
 from trmt.scale.fleet import Job
 from trmt.scale.partition import MANIFEST
 from trmt.sets import encoding
+from trmt.sets.preparing import PrepareOptions, prepare
 
 SMALL = 2000  # bytes of source text in a part
 

@@ -15,11 +15,12 @@ import pytest
 
 from tests.fleets import Accident, FakeFleet
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
-from trmt import cli, places
+from trmt import cli
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
-from trmt.files import only_one
 from trmt.scale.corpus_translating import CorpusOptions, TextPart, translate_corpus
 from trmt.scale.fleet import Job
+from trmt.storage import remote
+from trmt.storage.files import only_one
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator
 
@@ -123,14 +124,14 @@ def test_going_on_does_what_is_missing_only(run: Callable[..., list[str]], tmp_p
 
 def test_from_store_to_store(bundle: Path, run: Callable[..., list[str]], tmp_path: Path) -> None:
     place, data = f"memory://{uuid.uuid4().hex}", hostile(60, seed=5)
-    with places.published(f"{place}/in/a.txt") as stream:
+    with remote.published(f"{place}/in/a.txt") as stream:
         stream.write(data)
     run(f"{place}/in", f"{place}/out")
-    names = [name for name in places.files_below(f"{place}/out/a.txt") if name.startswith("part-")]
+    names = [name for name in remote.files_below(f"{place}/out/a.txt") if name.startswith("part-")]
     assert len(names) > 1
-    found = b"".join(places.opened(f"{place}/out/a.txt/{name}").read() for name in names)
+    found = b"".join(remote.opened(f"{place}/out/a.txt/{name}").read() for name in names)
     assert found == streamed(bundle, data)
-    places.remove(f"{place}/out/a.txt/{names[1]}")
+    remote.remove(f"{place}/out/a.txt/{names[1]}")
     assert run(f"{place}/in", f"{place}/out") == [f"a.txt/{names[1]}"]
 
 

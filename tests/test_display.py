@@ -16,9 +16,9 @@ from rich.cells import cell_len
 
 from tests import texts, toy
 from trmt import console
-from trmt.runs import display
-from trmt.runs.display import About, Picture, changes, harmless
-from trmt.runs.history import History
+from trmt.training import display
+from trmt.training.display import About, Picture, changes, harmless
+from trmt.training.history import History
 
 ABOUT = About(
     name="models/run", network="transformer, 1.9M parameters", steps_per_epoch=50, last=400, memory=2**35

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.fakes import small_network
-from trmt.arch.base import Ragged, Source
 from trmt.errors import ConfigError
-from trmt.objectives import distances
+from trmt.lab import distances
+from trmt.lab.distances import Divergence, SquaredDistance, SquaredDistanceConfig, squared_distance
+from trmt.nets.base import Ragged, Source
 from trmt.objectives.base import Objective, Specials
-from trmt.objectives.distances import Divergence, SquaredDistance, SquaredDistanceConfig, squared_distance
 from trmt.objectives.translation import Translation, TranslationBatch, TranslationConfig
 
 SPECIALS = Specials(bos=2, eos=3)

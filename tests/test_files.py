@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from trmt.errors import TrmtError
-from trmt.files import (
+from trmt.storage.files import (
     LOCK,
     PARTIAL,
     atomic_file,
@@ -163,7 +163,7 @@ def test_the_checksum_is_sha256(tmp_path: Path) -> None:
 
 # One process at a time
 
-HOLDER = "import sys\nfrom pathlib import Path\nfrom trmt.files import only_one\n"
+HOLDER = "import sys\nfrom pathlib import Path\nfrom trmt.storage.files import only_one\n"
 HOLDER += "with only_one(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 
@@ -233,7 +233,7 @@ def test_where_the_system_has_no_locks_the_process_counts(
 def test_of_many_that_begin_at_once_one_is_let_in(tmp_path: Path) -> None:
     """A lock that its owner has just removed must not let in two."""
     code = "import sys, time\nfrom pathlib import Path\nfrom trmt.errors import TrmtError\n"
-    code += "from trmt.files import only_one\nfolder = Path(sys.argv[1])\n"
+    code += "from trmt.storage.files import only_one\nfolder = Path(sys.argv[1])\n"
     code += "for _ in range(300):\n    try:\n        with only_one(folder):\n"
     code += "            (folder / 'mark').open('x').close()\n            (folder / 'mark').unlink()\n"
     code += "    except TrmtError:\n        pass\n"

@@ -13,17 +13,17 @@ import transformers
 from tests import marians, toy
 from tests.marians import TAG, TEXTS, Pieces
 from tests.texts import ENGLISH, GERMAN
-from trmt.arch.base import Ragged, Source
+from trmt.bundles import bundles
 from trmt.errors import BundleError, ConfigError
-from trmt.exporting import ExportOptions, export
-from trmt.importing import ImportOptions, import_model
-from trmt.moving import from_marian
-from trmt.moving.marian import halves
-from trmt.preparing import PrepareOptions, prepare
-from trmt.runs.planning import TrainOptions
-from trmt.saved import bundles
+from trmt.interop import from_marian
+from trmt.interop.exporting import ExportOptions, export
+from trmt.interop.importing import ImportOptions, import_model
+from trmt.interop.marian import halves
+from trmt.nets.base import Ragged, Source
+from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.text.tokenizer import Tokenizer
-from trmt.training import train
+from trmt.training.planning import TrainOptions
+from trmt.training.run import train
 from trmt.translating import TranslateOptions, Translator
 from trmt.verifying import VerifyOptions, verify
 

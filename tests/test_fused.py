@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.derivatives import assert_same, gradients, needs_kernels
-from trmt import kernels
-from trmt.arch import fused
+from trmt import native
+from trmt.nets import fused
 
 
 @pytest.fixture(autouse=True)
@@ -116,9 +116,9 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     code = (
         "import sys, torch; torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(0)\n"
         "from torch import nn\n"
-        "from trmt.arch import attention, fused\n"
-        "from trmt.arch.attention import Spans\n"
-        "from trmt.arch.base import Ragged\n"
+        "from trmt.nets import attention, fused\n"
+        "from trmt.nets.attention import Spans\n"
+        "from trmt.nets.base import Ragged\n"
         "lengths = [17, 4, 31, 9, 60, 2] * 8\n"
         "spans = Spans.of(Ragged.of([[1] * n for n in lengths]))\n"
         "merged = torch.randn(sum(lengths), 192, requires_grad=True)\n"
@@ -142,11 +142,11 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert kernels.load.__wrapped__("training") is None
+    assert native.load.__wrapped__("training") is None
 
 
 def test_kernels_can_be_switched_off() -> None:
-    code = "from trmt.arch import fused; print(fused.library())"
+    code = "from trmt.nets import fused; print(fused.library())"
     environment = {**os.environ, "TRMT_KERNELS": "0"}
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
@@ -163,7 +163,7 @@ def test_a_compiler_that_cannot_build_them_is_said_and_survived(
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernels.load.__wrapped__("training") is None
+    assert native.load.__wrapped__("training") is None
     assert "cannot build trmt's kernels" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.so"))
 
@@ -196,7 +196,7 @@ def test_without_a_home_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", classmethod(unknown))
-    assert kernels.load.__wrapped__("training") is not None
+    assert native.load.__wrapped__("training") is not None
 
 
 def cut_short(library: Path) -> None:
@@ -222,12 +222,12 @@ LOAD = """
 import os, sys
 from pathlib import Path
 
-from trmt import kernels
+from trmt import native
 
-kernels.SOURCES = Path(sys.argv[1])
+native.SOURCES = Path(sys.argv[1])
 for cache in sys.argv[2:]:
     os.environ["XDG_CACHE_HOME"] = cache
-    found = kernels.load.__wrapped__("tiny")
+    found = native.load.__wrapped__("tiny")
     print(found and found.answer())
 """
 
@@ -236,9 +236,9 @@ for cache in sys.argv[2:]:
 def test_a_damaged_library_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, which loading half a library can kill."""
     (tmp_path / "tiny.c").write_text("int answer(void) { return 42; }\n", encoding="ascii")
-    monkeypatch.setattr(kernels, "SOURCES", tmp_path)
+    monkeypatch.setattr(native, "SOURCES", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
-    assert kernels.load.__wrapped__("tiny").answer() == 42
+    assert native.load.__wrapped__("tiny").answer() == 42
     caches = {tmp_path / "copied": None}
     caches |= {tmp_path / damage.__name__: damage for damage in DAMAGES}
     for cache, damage in caches.items():

@@ -13,20 +13,20 @@ from tests.contracts.test_engine import requests_of
 from tests.contracts.test_training import HARD, final, log
 from tests.fakes import random_sentences, small_network
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
-from trmt.arch.base import Ragged, Source
-from trmt.decode.base import Search
-from trmt.decode.beam import Beam
-from trmt.decode.greedy import Greedy
-from trmt.decode.sampling import Sampling
-from trmt.engines.base import Batching, Request
-from trmt.engines.captured import Captured
-from trmt.engines.device import choose_device, choose_precision
-from trmt.engines.eager import Eager
+from trmt.decoding.base import Search
+from trmt.decoding.beam import Beam
+from trmt.decoding.captured import Captured
+from trmt.decoding.eager import Eager
+from trmt.decoding.engine import Batching, Request
+from trmt.decoding.greedy import Greedy
+from trmt.decoding.sampling import Sampling
+from trmt.devices.choice import choose_device, choose_precision
+from trmt.nets.base import Ragged, Source
 from trmt.registry import ARCHITECTURES
 from trmt.resume_check import CheckOptions, check_resume
-from trmt.training import Run, train
+from trmt.scale.workers import Workers
+from trmt.training.run import Run, train
 from trmt.translating import TranslateOptions, Translator
-from trmt.workers import Workers
 
 pytestmark = pytest.mark.gpu
 

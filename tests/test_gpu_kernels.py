@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import gpu_kernels
-from trmt.arch.looking_back import look_back
-from trmt.decode.choosing import highest
-from trmt.kernels import gpu
+from trmt.decoding.choosing import highest
+from trmt.native import gpu
+from trmt.nets.looking_back import look_back
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="no Triton here")
@@ -54,8 +54,8 @@ class Card:
 def test_they_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from triton.runtime import driver, jit
 
-    from trmt.kernels.gpu import highest as choosing
-    from trmt.kernels.gpu import looking_back
+    from trmt.native.gpu import highest as choosing
+    from trmt.native.gpu import looking_back
 
     compiled = []
 

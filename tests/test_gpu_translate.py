@@ -20,7 +20,7 @@ from translators import server
 from translators.client import Engine, Failed
 from translators.trmt_engine import TrmtEngine, batching
 from trmt import console, registry
-from trmt.engines.captured import Captured
+from trmt.decoding.captured import Captured
 
 
 class Here:

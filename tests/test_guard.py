@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests import toy
-from trmt.runs.guard import ENOUGH, FIRST_SCALE, HIGH, NOT_FINITE, STEEP, WINDOW, Guard, Verdict, _median
-from trmt.training import Run
+from trmt.training.guard import ENOUGH, FIRST_SCALE, HIGH, NOT_FINITE, STEEP, WINDOW, Guard, Verdict, _median
+from trmt.training.run import Run
 
 CPU = torch.device("cpu")
 
@@ -176,7 +176,7 @@ def test_going_on_from_what_was_saved_is_the_same() -> None:
 def test_the_scale_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against GradScaler: halved after each infinity, doubled after many steps without one."""
     many = 60
-    monkeypatch.setattr("trmt.runs.guard.SCALE_STEPS", many)
+    monkeypatch.setattr("trmt.training.guard.SCALE_STEPS", many)
     weights, some = parameter(), guard(half=True)
     optimizer = adam(weights)
     theirs = torch.amp.GradScaler("cpu", init_scale=FIRST_SCALE, growth_interval=many)

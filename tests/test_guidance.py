@@ -13,22 +13,22 @@ import torch
 
 from tests import toy
 from tests.fakes import random_sentences, small_network
-from trmt.arch.base import Ragged, Source, narrowed, one_head, place_of
 from trmt.averaging import AverageOptions, average
+from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, DataError
+from trmt.lab.denoising import DenoisingConfig
+from trmt.nets.base import Ragged, Source, narrowed, one_head, place_of
 from trmt.objectives.base import Specials
-from trmt.objectives.denoising import DenoisingConfig
 from trmt.objectives.guidance import Guide, Place, guidance
 from trmt.objectives.translation import Translation, TranslationConfig
-from trmt.preparing import PrepareOptions, prepare
 from trmt.registry import ARCHITECTURES
-from trmt.runs.recipe import load_recipe
-from trmt.saved import bundles, checkpoints
 from trmt.sets.batches import BatchConfig, Batches, Column, Examples
+from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
 from trmt.text.wording import words_of_pieces
-from trmt.training import train
+from trmt.training.recipe import load_recipe
+from trmt.training.run import train
 
 SPECIALS = Specials(bos=3, eos=2)
 

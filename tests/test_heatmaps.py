@@ -13,9 +13,9 @@ import torch
 from tests import texts
 from tests.scripted import small_tokenizer
 from trmt.errors import TrmtError
-from trmt.heatmaps import picture, text
-from trmt.heatmaps.attending import Attended
-from trmt.heatmaps.matrix import Choice, Looks, Matrix, axis, looks, matrix
+from trmt.insight.heatmaps import picture, text
+from trmt.insight.heatmaps.attending import Attended
+from trmt.insight.heatmaps.matrix import Choice, Looks, Matrix, axis, looks, matrix
 from trmt.text.tokenizer import Tokenizer
 
 ARABIC, CHINESE, HEBREW = "مرحبا بالعالم", "今天天气很好，我们去公园吧。", "שלום עולם"

@@ -10,8 +10,8 @@ import pytest
 
 from tests import toy
 from trmt.errors import DataError
-from trmt.runs.history import TRAIN, VALIDATE, History, best, numbers
-from trmt.training import train as train_run
+from trmt.training.history import TRAIN, VALIDATE, History, best, numbers
+from trmt.training.run import train as train_run
 
 
 def train(step: int, loss: float | None = None, **more: Any) -> dict[str, Any]:

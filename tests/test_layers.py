@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from trmt.arch import layers
 from trmt.config import tree_of
 from trmt.errors import ConfigError
+from trmt.nets import layers
 from trmt.registry import ARCHITECTURES, resolve
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trmt.engines.linear import eager
+from trmt.nets.linear import eager
 
 # Outer by inner, as real networks have them: projections, feed-forward layers, gates, vocabularies.
 SHAPES = [

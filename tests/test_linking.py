@@ -16,13 +16,19 @@ from tests import texts, toy
 from tests.commands import Command
 from tests.fakes import small_network
 from tests.scripted import hostile_line, random_bundle, small_tokenizer
-from trmt.alignment.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks, read_pairs
-from trmt.alignment.counting import FROM_NOTHING, TENSION, UNSEEN, Counts
-from trmt.alignment.linking import AttentionAligner, Look, LookOptions, Pieces, all_looks, linked
-from trmt.alignment.symmetrising import METHODS
-from trmt.arch.base import Ragged, Source
+from trmt.bundles import bundles
 from trmt.errors import ConfigError, DataError
-from trmt.saved import bundles
+from trmt.insight.alignment.aligning_streams import (
+    AlignOptions,
+    align_corpus,
+    build_aligner,
+    judge_looks,
+    read_pairs,
+)
+from trmt.insight.alignment.counting import FROM_NOTHING, TENSION, UNSEEN, Counts
+from trmt.insight.alignment.linking import AttentionAligner, Look, LookOptions, Pieces, all_looks, linked
+from trmt.insight.alignment.symmetrising import METHODS
+from trmt.nets.base import Ragged, Source
 from trmt.sets.shards import PreparedSet
 from trmt.text.links import NOTHING, parsed, parsed_gold, turned, written
 from trmt.text.tokenizer import Side, Tokenizer
@@ -379,7 +385,7 @@ def test_a_model_of_the_same_direction_is_no_reverse(models: tuple[Path, Path], 
 
 
 def test_found_links_are_what_prepare_takes(counted: Path, tmp_path: Path) -> None:
-    from trmt.preparing import PrepareOptions, prepare
+    from trmt.sets.preparing import PrepareOptions, prepare
 
     corpus = str(counted.parent / "half.tsv")
     with (tmp_path / "half.align").open("wb") as out:

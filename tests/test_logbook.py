@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trmt.errors import TrmtError
-from trmt.runs.logbook import RECENT, Clock, Logbook
+from trmt.training.logbook import RECENT, Clock, Logbook
 
 
 def test_lines_are_added_and_half_ones_dropped(tmp_path: Path) -> None:

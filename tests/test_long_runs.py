@@ -20,12 +20,12 @@ from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.test_training import ENDLESS, ends_as_if_never_killed, kill, newest, spawn, wait_for
 from tests.toy import options
+from trmt.bundles import checkpoints
 from trmt.errors import TrmtError
-from trmt.runs.keeping import Keeper
-from trmt.runs.looking import Validation
-from trmt.runs.stopping import Interrupted
-from trmt.saved import checkpoints
-from trmt.training import Run, train
+from trmt.training.checkpointer import Keeper
+from trmt.training.run import Run, train
+from trmt.training.stopping import Interrupted
+from trmt.training.validation import Validation
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 ALL: dict[str, Any] = {
@@ -164,7 +164,7 @@ def test_the_grace_of_a_scheduler_is_enough(toy_set: Path, tmp_path: Path, run: 
     recipe = toy.recipe(tmp_path, ALL)
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom tests.toy import options\n"
-        "from trmt.errors import TrmtError\nfrom trmt.training import train\n"
+        "from trmt.errors import TrmtError\nfrom trmt.training.run import train\n"
         "try:\n    train(options(*map(Path, sys.argv[1:3]), *sys.argv[3:]), lambda *_: time.sleep(3600))\n"
         "except TrmtError as error:\n    print(error)\n    sys.exit(error.exit_code)\n"
     )

@@ -22,8 +22,8 @@ from tests.contracts.test_training import final, log
 from tests.crews import ROOT
 from tests.test_training import ENDLESS, newest
 from tests.watched_train import sentences
-from trmt.saved import bundles, checkpoints
-from trmt.training import Run
+from trmt.bundles import bundles, checkpoints
+from trmt.training.run import Run
 
 STARTS = count()
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.fakes import VOCABULARY
-from trmt.arch.masked_encoder import MaskedEncoder, MaskedEncoderConfig
 from trmt.errors import ConfigError
+from trmt.lab.denoising import Denoising, DenoisingConfig, infilled
+from trmt.lab.masked import Masked, MaskedConfig
+from trmt.lab.masked_encoder import MaskedEncoder, MaskedEncoderConfig
 from trmt.objectives.base import Specials
-from trmt.objectives.denoising import Denoising, DenoisingConfig, infilled
-from trmt.objectives.masked import Masked, MaskedConfig
 from trmt.sets.batches import Column, Examples
 
 CPU = torch.device("cpu")

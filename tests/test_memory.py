@@ -15,16 +15,16 @@ from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import validating
-from trmt.arch.transformer import Transformer
-from trmt.engines.eager import Eager
+from trmt.bundles import checkpoints
+from trmt.decoding.eager import Eager
+from trmt.nets.transformer import Transformer
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.runs.learner import Learner
-from trmt.runs.planning import TrainOptions
-from trmt.saved import checkpoints
 from trmt.sets.batches import BatchConfig, Batches, Position
 from trmt.sets.shards import PreparedSet
-from trmt.training import Run, train
+from trmt.training.learner import Learner
+from trmt.training.planning import TrainOptions
+from trmt.training.run import Run, train
 
 TRANSLATED = {"validation": {"every": 3, "metric": "chrf", "sentences": 30}}
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trmt.errors import ConfigError
-from trmt.runs.optim import (
+from trmt.training.optim import (
     OptimConfig,
     RunningMean,
     learning_rate,

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from trmt.runs.history import Point
-from trmt.runs.outlook import Outlook, expect, foresee, horizon
+from trmt.training.history import Point
+from trmt.training.outlook import Outlook, expect, foresee, horizon
 
 Law = Callable[[float], float]
 

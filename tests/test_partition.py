@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from trmt import places
 from trmt.errors import ConfigError, DataError
 from trmt.scale.partition import MANIFEST, Input, Partition, begun, measured, missing, part_name
+from trmt.storage import remote
 from trmt.text.ranges import Range, cut
 
 OPTIONS: dict[str, Any] = {"search": {"beam": 4, "penalty": 0.6}, "model": "abc", "languages": ["en", "de"]}
@@ -27,7 +27,7 @@ def names(tmp_path: Path) -> list[str]:
 
 
 def ranges_of(name: str) -> Sequence[Range]:
-    with places.opened(name) as stream:
+    with remote.opened(name) as stream:
         return cut(stream, size=20)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.toy import write_documents
-from trmt.documents import DocumentOptions, prepare_documents
 from trmt.errors import ConfigError, DataError
 from trmt.sets.batches import BatchConfig, Batches
+from trmt.sets.documents import DocumentOptions, prepare_documents
 from trmt.sets.passages import Passages
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.plotting import COLOURS, PlotOptions, panels, plot, read_runs, rows, summary
+from trmt.insight.plotting import COLOURS, PlotOptions, panels, plot, read_runs, rows, summary
 
 
 def make_run(folder: Path, *, steps: int = 20, base: float = 0.0, places: bool = True) -> Path:
@@ -151,7 +151,7 @@ def test_pictures_are_written_whole_and_alike(two: tuple[Path, Path], tmp_path: 
 
 def test_a_run_has_one_colour_in_every_panel(two: tuple[Path, Path]) -> None:
     pytest.importorskip("matplotlib")
-    from trmt.plotting import picture
+    from trmt.insight.plotting import picture
 
     runs = read_runs(two)
     figure = picture(panels(runs, "steps"), list(runs), axis="steps")
@@ -164,7 +164,7 @@ def test_a_run_has_one_colour_in_every_panel(two: tuple[Path, Path]) -> None:
 
 def test_the_picture_shows_the_values(two: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from trmt.plotting import picture
+    from trmt.insight.plotting import picture
 
     runs = read_runs(two)
     figure = picture(panels(runs, "tokens"), list(runs), axis="tokens")

@@ -12,13 +12,13 @@ import transformers
 from torch import Tensor
 
 from tests.fakes import random_sentences, small_network
-from trmt.arch import layers, positions
-from trmt.arch.base import Ragged, Source
-from trmt.arch.masked_encoder import MaskedEncoderConfig
-from trmt.arch.positions import bucket, slopes
-from trmt.arch.transformer import TransformerConfig
-from trmt.engines.linear import choose
 from trmt.errors import ConfigError
+from trmt.lab.masked_encoder import MaskedEncoderConfig
+from trmt.nets import layers, positions
+from trmt.nets.base import Ragged, Source
+from trmt.nets.linear import choose
+from trmt.nets.positions import bucket, slopes
+from trmt.nets.transformer import TransformerConfig
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SIZES = {"source_vocabulary": 23, "target_vocabulary": 23, "width": 12, "heads": 3}
@@ -133,7 +133,7 @@ def test_t5_equals_the_attention_of_hugging_face() -> None:
     theirs.o.weight.copy_(layer.own_out.weight)
     theirs.relative_attention_bias.weight.copy_(net.biases[0])
     x_1LD = torch.randn(1, 13, 16, generator=torch.Generator().manual_seed(1))
-    from trmt.arch.transformer_layers import attend_around, own_parts
+    from trmt.nets.transformer_layers import attend_around, own_parts
 
     merged = own_parts(layer, net.config, x_1LD)
     ours = layer.own_out(attend_around(net, net.config, 0, merged, torch.zeros(1, 1, 1, 13)))

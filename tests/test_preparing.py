@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 
 from tests.texts import CHINESE, ENGLISH, GERMAN
-from trmt import preparing
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.files import PARTIAL
-from trmt.preparing import PrepareOptions, prepare
+from trmt.sets import preparing
 from trmt.sets.encoding import BLOCK_CHARACTERS, Encoder, blocks, encoded
+from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
+from trmt.storage.files import PARTIAL
 from trmt.text.corpus import parse_corpus
 from trmt.text.filters import KEPT, RATIO_SLACK, RULES, Limits, first_occurrences, judge, pair_hashes
 from trmt.text.tokenizer import Tokenizer
-from trmt.tokenizing import TokenizerOptions, train_tokenizer
+from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
 Pair = tuple[str, str]
 WORDS = ["the", "train", "to", "Berlin", "leaves", "at", "Zug", "nach", "fährt", "ab", "12", "10²", "Straße"]
@@ -389,7 +389,7 @@ def test_an_error_halfway_leaves_the_old_set(
 KILLED = """
 import sys
 from pathlib import Path
-from trmt.preparing import PrepareOptions, prepare
+from trmt.sets.preparing import PrepareOptions, prepare
 
 if __name__ == "__main__":
     out, tokenizer = map(Path, sys.argv[1:])

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trmt.engines import linear
-from trmt.kernels import products
-from trmt.kernels.products import Int8, Native, quantised, quantised_rows
+from trmt.native import products
+from trmt.native.products import Int8, Native, quantised, quantised_rows
+from trmt.nets import linear
 
 ROWS = (1, 2, 3, 4, 5, 7, 12, 15, 16, 17, 31, 32, 33, 47, 49, 64, 70)
 OUTER = (1, 15, 16, 33, 48, 100, 137)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.fakes import small_network
+from trmt.bundles import bundles, quantised
+from trmt.bundles.bundles import describe, read_manifest, read_weights, save_bundle
+from trmt.bundles.checkpoints import average
 from trmt.errors import BundleError, ConfigError
-from trmt.inspecting import inspect
-from trmt.kernels import products
+from trmt.insight.inspecting import inspect
+from trmt.native import products
 from trmt.quantizing import quantize
 from trmt.registry import ARCHITECTURES
-from trmt.saved import bundles, quantised
-from trmt.saved.bundles import describe, read_manifest, read_weights, save_bundle
-from trmt.saved.checkpoints import average
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 

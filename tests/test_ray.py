@@ -24,8 +24,8 @@ from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from tests.texts import ENGLISH, GERMAN
 from trmt.cli import corpus
 from trmt.errors import ConfigError, TrmtError
-from trmt.preparing import PrepareOptions, prepare
 from trmt.scale import ray_fleet
+from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator
 

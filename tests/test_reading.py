@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.fakes import random_sentences
 from tests.test_stepping import KINDS, needs_kernels, steppers
-from trmt.arch.base import Source
-from trmt.arch.transformer import TransformerStepper
 from trmt.errors import TrmtError
-from trmt.kernels import products
+from trmt.native import products
+from trmt.nets.base import Source
+from trmt.nets.transformer import TransformerStepper
 
 # One piece, multiples of what is taken at a time, more rows than keys and values are made of together.
 SENTENCES = [[5], [*range(4, 20)], *random_sentences(12, longest=40, seed=4), [7] * 90]

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.fakes import VOCABULARY
+from trmt.bundles.bundles import build_network
 from trmt.config import build, read_toml, to_toml, tree_of
 from trmt.errors import ConfigError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
-from trmt.runs.optim import learning_rate
-from trmt.runs.recipe import MAY_CHANGE, Recipe, differences, fitting, flat, load_recipe, names, safe_name
-from trmt.saved.bundles import build_network
+from trmt.training.optim import learning_rate
+from trmt.training.recipe import MAY_CHANGE, Recipe, differences, fitting, flat, load_recipe, names, safe_name
 
 
 def sizes(source: int, target: int) -> dict[str, Any]:

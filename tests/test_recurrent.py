@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.fakes import random_sentences, small_network
-from trmt.arch import focus, hierarchical, recurrent, reinforce, scores
-from trmt.arch.base import Memory, Ragged, Source
-from trmt.arch.focus import AttentionConfig
-from trmt.arch.recurrent import Recurrent, plain
-from trmt.arch.rnn import begin
-from trmt.engines.linear import eager
 from trmt.errors import ConfigError
+from trmt.lab import hierarchical, reinforce
+from trmt.nets import focus, recurrent, scores
+from trmt.nets.base import Memory, Ragged, Source
+from trmt.nets.focus import AttentionConfig
+from trmt.nets.linear import eager
+from trmt.nets.recurrent import Recurrent, plain
+from trmt.nets.rnn import begin
 
 KINDS = ("rnn", "gru", "lstm")
 LENGTHS = torch.tensor([5, 1, 7, 3])

@@ -9,12 +9,12 @@ import pytest
 from torch import nn
 
 from trmt import registry
-from trmt.arch.base import Seq2Seq
-from trmt.arch.transformer_layers import Encoder
-from trmt.decode.base import Ranker, Search
-from trmt.engines.base import Engine
+from trmt.decoding.base import Ranker, Search
+from trmt.decoding.engine import Engine
 from trmt.errors import ConfigError
-from trmt.moving.base import Format
+from trmt.interop.base import Format
+from trmt.nets.base import Seq2Seq
+from trmt.nets.transformer_layers import Encoder
 from trmt.objectives.base import Objective
 from trmt.registry import (
     ARCHITECTURES,
@@ -77,5 +77,5 @@ def test_what_cannot_be_loaded_is_said(name: str) -> None:
 
 
 def test_the_tables_load_nothing() -> None:
-    code = "import sys, trmt.registry; sys.exit(any(n.startswith('trmt.arch') for n in sys.modules))"
+    code = "import sys, trmt.registry; sys.exit(any(n.startswith('trmt.nets') for n in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -22,7 +22,7 @@ from tests.test_training import damage
 from tests.toy import options
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.resume_check import ORDER, CheckOptions, check_resume, differences
-from trmt.training import train
+from trmt.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
 

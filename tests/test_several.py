@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.fleets import Asked, Seeing
-from trmt.engines import several
 from trmt.errors import ConfigError
+from trmt.scale import devices
 from trmt.scale.fleet import LocalFleet, work_through
 
 
@@ -54,7 +54,7 @@ def test_each_process_has_a_core_or_a_gpu(
     gpus: Callable[[int], None], count: int, asked: str, workers: str | None, expected: list[str]
 ) -> None:
     gpus(count)
-    assert list(several.devices_for(asked, workers)) == expected
+    assert list(devices.devices_for(asked, workers)) == expected
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_cannot_be_is_one_sentence(
 ) -> None:
     gpus(count)
     with pytest.raises(ConfigError) as caught:
-        several.devices_for(asked, workers)
+        devices.devices_for(asked, workers)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -106,7 +106,7 @@ def test_a_process_sees_its_own_gpu_only(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert several.keep_to(device) == device.partition(":")[0]
+    assert devices.keep_to(device) == device.partition(":")[0]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
 
 
@@ -120,7 +120,7 @@ def test_processes_of_a_fleet_have_a_gpu_each(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_gpu_gets_batches_and_all_together_several_windows_of_them() -> None:
-    assert several.lines_for("cpu", 512) == several.lines_for("cpu", 1) == several.ON_CPU
-    least, most = several.lines_for("cuda:1", 512)
+    assert devices.lines_for("cpu", 512) == devices.lines_for("cpu", 1) == devices.ON_CPU
+    least, most = devices.lines_for("cuda:1", 512)
     assert least == 512 and most >= 4096
-    assert several.window_for(["cuda:0", "cuda:1"], 512) >= 4 * 2 * most
+    assert devices.window_for(["cuda:0", "cuda:1"], 512) >= 4 * 2 * most

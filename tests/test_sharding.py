@@ -10,13 +10,13 @@ from torch import nn
 
 from tests import toy
 from tests.fakes import random_sentences, small_network
-from trmt.arch.base import Ragged, Source
 from trmt.errors import ConfigError
+from trmt.nets.base import Ragged, Source
 from trmt.registry import ARCHITECTURES, resolve
-from trmt.runs import sharding
-from trmt.runs.learner import Learner
-from trmt.runs.recipe import load_recipe
-from trmt.team import Team
+from trmt.training import sharding
+from trmt.training.distributed import Team
+from trmt.training.learner import Learner
+from trmt.training.recipe import load_recipe
 
 SHARDABLE = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name).layers_called_once]
 

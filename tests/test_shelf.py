@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trmt.engines import linear
-from trmt.kernels import products, shelf
-from trmt.kernels.products import Precision
-from trmt.kernels.shelf import Shelf
+from trmt.native import products, shelf
+from trmt.native.products import Precision
+from trmt.native.shelf import Shelf
+from trmt.nets import linear
 
 pytestmark = pytest.mark.skipif(not products.best(), reason="no C compiler here")
 

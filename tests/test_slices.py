@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trmt.saved import slices
-from trmt.saved.slices import Slice, Slices, chunk
+from trmt.bundles import slices
+from trmt.bundles.slices import Slice, Slices, chunk
 
 
 def tensors() -> dict[str, Tensor]:

@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 from tests import toy
 from tests.contracts.test_training import final, log
 from tests.toy import options
+from trmt.bundles import checkpoints
+from trmt.bundles.checkpoints import Checkpoint
 from trmt.errors import BundleError, TrmtError
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.runs.guard import ENOUGH, HIGH, NOT_FINITE, Verdict
-from trmt.runs.keeping import Keeper, Progress
-from trmt.runs.learner import Learner
-from trmt.runs.spikes import FAILED_STEPS, ROLLBACKS, SUSPECTS, GoBack, Rollback, Spikes, read
-from trmt.saved import checkpoints
-from trmt.saved.checkpoints import Checkpoint
 from trmt.sets.batches import Examples
-from trmt.team import Team
-from trmt.training import train
+from trmt.training.checkpointer import Keeper, Progress
+from trmt.training.distributed import Team
+from trmt.training.guard import ENOUGH, HIGH, NOT_FINITE, Verdict
+from trmt.training.learner import Learner
+from trmt.training.run import train
+from trmt.training.spikes import FAILED_STEPS, ROLLBACKS, SUSPECTS, GoBack, Rollback, Spikes, read
 
 BEGUN, LAST = 72, 90
 CHANGES: dict[str, Any] = {
@@ -241,7 +241,7 @@ def test_a_rollback_that_is_killed_is_exact(
         if death == "after it":
             patch.setattr(Keeper, "take_up", dying)
         else:
-            patch.setattr("trmt.runs.spikes.write_json", die)
+            patch.setattr("trmt.training.spikes.write_json", die)
         with pytest.raises(Killed):
             train(options(run, toy_set, recipe, *rolls))
     assert len(read(run)) == (death == "after it")
@@ -296,7 +296,7 @@ def test_a_checkpoint_that_a_suspect_made_is_not_gone_back_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = [Checkpoint(tmp_path / str(step), step) for step in (60, 66, 72, 78)]
-    monkeypatch.setattr("trmt.runs.spikes.whole_points", lambda folder: points)
+    monkeypatch.setattr("trmt.training.spikes.whole_points", lambda folder: points)
     with pytest.raises(GoBack) as back:
         policy(tmp_path, "rollback").hear(Verdict(72 + SUSPECTS, HIGH, norm=1.0, loss=20.0))
     assert back.value.point.step == 66

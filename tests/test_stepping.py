@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.fakes import random_sentences, small_network
-from trmt.arch.base import Source
-from trmt.arch.stepping import Cache
-from trmt.arch.transformer import TransformerStepper
-from trmt.engines import linear
-from trmt.kernels import products
+from trmt.native import products
+from trmt.native.stepping import Cache
+from trmt.nets import linear
+from trmt.nets.base import Source
+from trmt.nets.transformer import TransformerStepper
 
 needs_kernels = pytest.mark.skipif(not products.best(), reason="no C compiler here")
 KINDS: tuple[dict[str, Any], ...] = (

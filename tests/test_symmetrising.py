@@ -8,8 +8,8 @@ from itertools import pairwise, product
 
 import pytest
 
-from trmt.alignment.symmetrising import METHODS
 from trmt.errors import DataError
+from trmt.insight.alignment.symmetrising import METHODS
 from trmt.text.links import Agreement, Gold, Links, agreement, judged, parsed, parsed_gold, turned, written
 
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests import crew_work, crews, toy
+from trmt.bundles import bundles, checkpoints, slices
 from trmt.config import to_toml, tree_of
-from trmt.runs.learner import Learner
-from trmt.runs.recipe import load_recipe
-from trmt.saved import bundles, checkpoints, slices
 from trmt.sets.shards import PreparedSet
-from trmt.team import Team, assembled, buckets, reason
 from trmt.text.tokenizer import Tokenizer
+from trmt.training.distributed import Team, assembled, buckets, reason
+from trmt.training.learner import Learner
+from trmt.training.recipe import load_recipe
 
 SIZES = (2, pytest.param(3, marks=pytest.mark.slow))
 CLOSE = {"rtol": 2e-4, "atol": 1e-6}

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from trmt.textplot import BLOCKS, MARKS, PLAIN_BLOCKS, Line, bounds, chart, short, sparkline
+from trmt.training.textplot import BLOCKS, MARKS, PLAIN_BLOCKS, Line, bounds, chart, short, sparkline
 
 
 def text(rows: list[list[tuple[str, int | None]]]) -> list[str]:

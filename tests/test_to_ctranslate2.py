@@ -9,12 +9,12 @@ import ctranslate2
 import pytest
 
 from tests import moved
+from trmt.bundles import bundles
 from trmt.errors import BundleError, ConfigError
-from trmt.exporting import ExportOptions, export
-from trmt.moving import probes
-from trmt.moving.base import Outcome
-from trmt.moving.to_ctranslate2 import CTranslate2
-from trmt.saved import bundles
+from trmt.interop import probes
+from trmt.interop.base import Outcome
+from trmt.interop.exporting import ExportOptions, export
+from trmt.interop.to_ctranslate2 import CTranslate2
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 

@@ -11,15 +11,15 @@ import transformers
 
 from tests import moved, toy
 from tests.texts import ENGLISH
-from trmt.arch.base import Ragged, Source
-from trmt.arch.transformer import Transformer
+from trmt.bundles import bundles
 from trmt.errors import ConfigError
-from trmt.exporting import ExportOptions, export
-from trmt.importing import ImportOptions, import_model
-from trmt.moving.pieces import normalising_model
-from trmt.saved import bundles
+from trmt.interop.exporting import ExportOptions, export
+from trmt.interop.importing import ImportOptions, import_model
+from trmt.interop.pieces import normalising_model
+from trmt.nets.base import Ragged, Source
+from trmt.nets.transformer import Transformer
 from trmt.text.tokenizer import Tokenizer, _any_processor
-from trmt.tokenizing import TokenizerOptions, train_tokenizer
+from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 KINDS: list[dict[str, Any]] = [

@@ -10,10 +10,10 @@ import pytest
 import transformers
 
 from tests import moved
-from trmt.exporting import ExportOptions, export
-from trmt.moving import graph, probes
-from trmt.moving.to_onnx import ONNX
-from trmt.saved import bundles
+from trmt.bundles import bundles
+from trmt.interop import graph, probes
+from trmt.interop.exporting import ExportOptions, export
+from trmt.interop.to_onnx import ONNX
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 

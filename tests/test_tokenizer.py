@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tests import texts
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.text.tokenizer import BOS, EOS, NORMALISATIONS, PAD, UNK, Tokenizer, normaliser
-from trmt.tokenizing import LONGEST, TokenizerOptions, measure, train_tokenizer
+from trmt.text.tokenizer_training import LONGEST, TokenizerOptions, measure, train_tokenizer
 
 TAG, PLACEHOLDER = "<2de>", "{name}"
 MARK = "\u2581"  # what sentencepiece writes for white space, the one character that does not survive

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trmt.decode import choosing
-from trmt.decode.base import CHUNK, top
-from trmt.decode.choosing import highest
+from trmt.decoding import choosing
+from trmt.decoding.base import CHUNK, top
+from trmt.decoding.choosing import highest
 
 SIZES = [1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK - 1, 5 * CHUNK, 5 * CHUNK + 1, 40 * CHUNK + 17]
 

@@ -21,22 +21,22 @@ from safetensors.torch import load_file
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
-from trmt.arch import fused
+from trmt.bundles import bundles, checkpoints
+from trmt.bundles.checkpoints import find_bundle
 from trmt.config import tree_of
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
-from trmt.files import only_one
+from trmt.nets import fused
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.runs.learner import Learner
-from trmt.runs.looking import Validation
-from trmt.runs.planning import TrainOptions
-from trmt.runs.recipe import load_recipe
-from trmt.runs.stopping import Interrupted
-from trmt.saved import bundles, checkpoints
-from trmt.saved.checkpoints import find_bundle
 from trmt.sets.batches import BatchConfig, Batches, Examples, halves
 from trmt.sets.shards import PreparedSet
-from trmt.training import Run, train
+from trmt.storage.files import only_one
+from trmt.training.learner import Learner
+from trmt.training.planning import TrainOptions
+from trmt.training.recipe import load_recipe
+from trmt.training.run import Run, train
+from trmt.training.stopping import Interrupted
+from trmt.training.validation import Validation
 
 ALL = {"batches": {"tokens": 150}, "training": {"steps": 150, "save_every": 10, "keep_last": 3}}
 
@@ -692,7 +692,7 @@ def test_neither_a_bundle_nor_a_run_folder_runs_code(toy_set: Path, tmp_path: Pa
 
 
 def test_an_architecture_of_ones_own_needs_no_fork(toy_set: Path, tmp_path: Path, run: Path) -> None:
-    own = "trmt.arch.transformer:Transformer"
+    own = "trmt.nets.transformer:Transformer"
     train(options(run, toy_set, toy.recipe(tmp_path), f'architecture="{own}"', "training.steps=1"))
     manifest = checkpoints.steps(run)[-1].manifest
     assert manifest.architecture == own

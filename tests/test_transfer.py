@@ -12,15 +12,15 @@ import torch
 
 from tests import toy
 from tests.toy import options, write_documents
-from trmt.arch.base import Source
+from trmt.bundles import bundles, checkpoints
 from trmt.config import to_toml
-from trmt.documents import DocumentOptions, prepare_documents
 from trmt.errors import BundleError, TrmtError
-from trmt.moving.bert_folder import export_bert
-from trmt.runs.planning import TrainOptions
-from trmt.saved import bundles, checkpoints
+from trmt.interop.bert_folder import export_bert
+from trmt.nets.base import Source
+from trmt.sets.documents import DocumentOptions, prepare_documents
 from trmt.sets.shards import PreparedSet
-from trmt.training import train
+from trmt.training.planning import TrainOptions
+from trmt.training.run import train
 from trmt.translating import Translator
 
 NETWORK = {"width": 16, "heads": 2, "feed_forward": 32, "encoder_layers": 1, "longest": 96}

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from tests.contracts.test_seq2seq import TRANSFORMERS
 from tests.fakes import random_sentences, small_network
-from trmt.arch.base import Ragged, Source
-from trmt.arch.layers import sinusoids
-from trmt.arch.masked_encoder import MaskedEncoder, MaskedEncoderConfig
-from trmt.arch.transformer import Transformer, TransformerConfig
-from trmt.engines.linear import choose
+from trmt.bundles import init_from
 from trmt.errors import ConfigError
-from trmt.moving.base import transformer_of
-from trmt.moving.bert_folder import FIXED
-from trmt.saved import transfer
+from trmt.interop.base import transformer_of
+from trmt.interop.bert_folder import FIXED
+from trmt.lab.masked_encoder import MaskedEncoder, MaskedEncoderConfig
+from trmt.nets.base import Ragged, Source
+from trmt.nets.layers import sinusoids
+from trmt.nets.linear import choose
+from trmt.nets.transformer import Transformer, TransformerConfig
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 SOURCES = random_sentences(4, seed=1)
@@ -241,16 +241,16 @@ def test_an_encoder_that_was_pretrained_with_it_reads_the_same(options: dict[str
         **{"positions": "learned", **options},
     )  # fmt: skip
     net = Transformer(config).eval()
-    net.load_state_dict(transfer.with_encoder(net.state_dict(), reader.state_dict(), where="there"))
+    net.load_state_dict(init_from.with_encoder(net.state_dict(), reader.state_dict(), where="there"))
     assert torch.equal(net.read(Source.of(SOURCES)), reader.read(Source.of(SOURCES)))
     alone = torch.cat([reader.read(Source.of([sentence])) for sentence in SOURCES])
     torch.testing.assert_close(reader.read(Source.of(SOURCES)), alone, **CLOSE)
 
 
 def test_bundles_of_before_have_the_encoder_they_always_had() -> None:
-    network = dict.fromkeys(transfer.FIELDS, 1)
+    network = dict.fromkeys(init_from.FIELDS, 1)
     manifest: Any = SimpleNamespace(network=network, architecture="transformer")
-    found = transfer.encoder_fields(manifest, where="there")  # type: ignore[arg-type]
+    found = init_from.encoder_fields(manifest, where="there")  # type: ignore[arg-type]
     assert found["residual"] is True and found["position_join"] == "add" and found["width"] == 1
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.fakes import random_sentences
-from trmt.arch.base import Ragged, Source
-from trmt.arch.layers import sinusoids
-from trmt.arch.transformer import Transformer, TransformerConfig
-from trmt.arch.transformer_layers import Layer
-from trmt.engines.linear import eager
+from trmt.nets.base import Ragged, Source
+from trmt.nets.layers import sinusoids
+from trmt.nets.linear import eager
+from trmt.nets.transformer import Transformer, TransformerConfig
+from trmt.nets.transformer_layers import Layer
 
 SOURCES = random_sentences(5, longest=21, seed=1)
 TARGETS = [[1, *sentence] for sentence in random_sentences(5, longest=17, seed=2)]

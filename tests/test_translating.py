@@ -13,11 +13,11 @@ import torch
 from tests import texts
 from tests.scripted import Script, Scripted, random_bundle, small_tokenizer
 from trmt import streaming
-from trmt.arch.base import Ragged, Seq2Seq, Source
-from trmt.decode.base import Hypothesis
-from trmt.engines.base import Engine, Request
-from trmt.engines.eager import Eager
+from trmt.decoding.base import Hypothesis
+from trmt.decoding.eager import Eager
+from trmt.decoding.engine import Engine, Request
 from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.nets.base import Ragged, Seq2Seq, Source
 from trmt.streaming import Report, translate_stream
 from trmt.text.splitting import Piece, joiner_for
 from trmt.text.tokenizer import Tokenizer

@@ -11,11 +11,11 @@ import pytest
 
 from tests import toy
 from tests.toy import options
+from trmt.bundles import checkpoints
 from trmt.errors import DataError
-from trmt.files import checksum
-from trmt.saved import checkpoints
 from trmt.sets.unchanged import RECORD
-from trmt.training import train
+from trmt.storage.files import checksum
+from trmt.training.run import train
 
 SHARD = "train-00000.source.ids"
 

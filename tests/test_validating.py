@@ -10,11 +10,11 @@ import torch
 
 from tests import texts
 from tests.scripted import Scripted, small_tokenizer
-from trmt.preparing import PrepareOptions, prepare
-from trmt.runs.looking import Validation
-from trmt.runs.recipe import Recipe, TrainingConfig, ValidationConfig
+from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
+from trmt.training.recipe import Recipe, TrainingConfig, ValidationConfig
+from trmt.training.validation import Validation
 from trmt.validating import validate
 
 PAIRS = list(zip(texts.ENGLISH, texts.CHINESE, strict=True))

@@ -9,12 +9,12 @@ import torch
 
 from tests import toy
 from tests.toy import options
+from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, DataError
-from trmt.runs.vectors import TextPieces, Vectors, put, read_vectors, train_vectors, write_vectors
-from trmt.saved import bundles, checkpoints
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
-from trmt.training import train
+from trmt.training.run import train
+from trmt.training.word_vectors import TextPieces, Vectors, put, read_vectors, train_vectors, write_vectors
 
 gensim: Any = pytest.importorskip("gensim")
 

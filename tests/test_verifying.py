@@ -10,12 +10,12 @@ import torch
 
 from tests import moved, toy
 from trmt.averaging import AverageOptions, average
+from trmt.bundles import bundles
 from trmt.cli import main
 from trmt.errors import BundleError
 from trmt.quantizing import quantize
-from trmt.saved import bundles
 from trmt.text.tokenizer import Tokenizer
-from trmt.training import train
+from trmt.training.run import train
 from trmt.translating import TranslateOptions, Translator
 from trmt.validating import validate
 from trmt.verifying import VerifyOptions, record, verify

@@ -16,11 +16,11 @@ import pytest
 
 from tests import texts
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
-from trmt import workers
 from trmt.errors import BundleError, TrmtError
+from trmt.scale import workers
+from trmt.scale.workers import Workers
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator
-from trmt.workers import Workers
 
 SHORT = TranslateOptions(beam=2, max_length=12, device="cpu")
 TWO = ("cpu", "cpu")

@@ -10,11 +10,11 @@ from typing import Any
 
 from tests.fakes import SMALL
 from trmt.config import merged, to_toml
-from trmt.preparing import PrepareOptions, prepare
 from trmt.registry import ARCHITECTURES, resolve
-from trmt.runs.planning import TrainOptions
+from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.text.filters import Limits
-from trmt.tokenizing import TokenizerOptions, train_tokenizer
+from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
+from trmt.training.planning import TrainOptions
 
 WORDS = ("ka", "lomo", "ti", "saru", "ne", "hikado", "mi", "wa", "yone", "tokuri", "bu", "remi")
 

@@ -15,11 +15,11 @@ from unittest import mock
 
 import torch
 
-from trmt import pulse
 from trmt.cli import main
-from trmt.runs.learner import Learner
-from trmt.runs.parts import Pass
 from trmt.sets.batches import Column
+from trmt.training import heartbeat
+from trmt.training.learner import Learner
+from trmt.training.micro_batches import Pass
 
 
 def sentences(column: Column) -> list[list[int]]:
@@ -54,7 +54,7 @@ def watched(told: dict[str, Any]) -> Iterator[None]:
         return found
 
     with (
-        mock.patch.object(pulse, "SILENCE", told.get("silence", pulse.SILENCE)),
+        mock.patch.object(heartbeat, "SILENCE", told.get("silence", heartbeat.SILENCE)),
         mock.patch.object(Learner, "_gradients", gradients),
         mock.patch.object(Learner, "rehearse"),  # its batches are no step's
     ):

@@ -14,9 +14,9 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 _PUBLIC = {
     "TrmtError": "trmt.errors",
     "Tokenizer": "trmt.text.tokenizer",
-    "train_tokenizer": "trmt.tokenizing",
-    "prepare": "trmt.preparing",
-    "train": "trmt.training",
+    "train_tokenizer": "trmt.text.tokenizer_training",
+    "prepare": "trmt.sets.preparing",
+    "train": "trmt.training.run",
     "average": "trmt.averaging",
     "Translator": "trmt.translating",
     "score": "trmt.scoring",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trmt import console
+from trmt.bundles import bundles, checkpoints
+from trmt.bundles.checkpoints import AVERAGE, MODELS
 from trmt.errors import BundleError, ConfigError
-from trmt.saved import bundles, checkpoints
-from trmt.saved.checkpoints import AVERAGE, MODELS
 
 BEST = 5
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from trmt import console
+from trmt.bundles import bundles, checkpoints, quantised
+from trmt.bundles.bundles import Bundle, Manifest
+from trmt.bundles.checkpoints import TRAINING
 from trmt.errors import BundleError
-from trmt.saved import bundles, checkpoints, quantised
-from trmt.saved.bundles import Bundle, Manifest
-from trmt.saved.checkpoints import TRAINING
 from trmt.translating import TranslateOptions, Translator
 
 

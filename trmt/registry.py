@@ -10,48 +10,48 @@ from typing import Any
 from trmt.errors import ConfigError
 
 ARCHITECTURES: Mapping[str, str] = {
-    "transformer": "trmt.arch.transformer:Transformer",
-    "rnn": "trmt.arch.rnn:RNN",
-    "hierarchical": "trmt.arch.hierarchical:Hierarchical",
-    "conv": "trmt.arch.conv:ConvS2S",
-    "universal": "trmt.arch.universal:Universal",
+    "transformer": "trmt.nets.transformer:Transformer",
+    "rnn": "trmt.nets.rnn:RNN",
+    "hierarchical": "trmt.lab.hierarchical:Hierarchical",
+    "conv": "trmt.nets.conv:ConvS2S",
+    "universal": "trmt.lab.universal:Universal",
 }
 
 # Networks that read only: they are trained to be the encoder of another.
 ENCODERS: Mapping[str, str] = {
-    "masked-encoder": "trmt.arch.masked_encoder:MaskedEncoder",
+    "masked-encoder": "trmt.lab.masked_encoder:MaskedEncoder",
 }
 
 NETWORKS: Mapping[str, str] = {**ARCHITECTURES, **ENCODERS}
 
 OBJECTIVES: Mapping[str, str] = {
     "translation": "trmt.objectives.translation:Translation",
-    "divergence": "trmt.objectives.distances:Divergence",
-    "squared": "trmt.objectives.distances:SquaredDistance",
-    "masked": "trmt.objectives.masked:Masked",
-    "denoising": "trmt.objectives.denoising:Denoising",
+    "divergence": "trmt.lab.distances:Divergence",
+    "squared": "trmt.lab.distances:SquaredDistance",
+    "masked": "trmt.lab.masked:Masked",
+    "denoising": "trmt.lab.denoising:Denoising",
 }
 
 SEARCHES: Mapping[str, str] = {
-    "greedy": "trmt.decode.greedy:Greedy",
-    "beam": "trmt.decode.beam:Beam",
-    "sampling": "trmt.decode.sampling:Sampling",
+    "greedy": "trmt.decoding.greedy:Greedy",
+    "beam": "trmt.decoding.beam:Beam",
+    "sampling": "trmt.decoding.sampling:Sampling",
 }
 
 RANKERS: Mapping[str, str] = {
-    "best": "trmt.decode.best:Best",
+    "best": "trmt.decoding.best:Best",
 }
 
 ENGINES: Mapping[str, str] = {
-    "eager": "trmt.engines.eager:Eager",
-    "captured": "trmt.engines.captured:Captured",
+    "eager": "trmt.decoding.eager:Eager",
+    "captured": "trmt.decoding.captured:Captured",
 }
 
 # What `trmt export` writes.
 FORMATS: Mapping[str, str] = {
-    "ctranslate2": "trmt.moving.to_ctranslate2:CTranslate2",
-    "huggingface": "trmt.moving.to_huggingface:HuggingFace",
-    "onnx": "trmt.moving.to_onnx:ONNX",
+    "ctranslate2": "trmt.interop.to_ctranslate2:CTranslate2",
+    "huggingface": "trmt.interop.to_huggingface:HuggingFace",
+    "onnx": "trmt.interop.to_onnx:ONNX",
 }
 
 

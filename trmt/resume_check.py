@@ -27,17 +27,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trmt import console
+from trmt.bundles import bundles, checkpoints
+from trmt.bundles.checkpoints import CONFIG, STATE, TENSORS, TRAINING, Checkpoint, Damaged
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.files import only_one
-from trmt.runs.history import LOG
-from trmt.runs.planning import ORIGIN, TrainOptions
-from trmt.runs.spikes import ROLLBACKS, whole_points
-from trmt.runs.stopping import Interrupted
-from trmt.saved import bundles, checkpoints
-from trmt.saved.checkpoints import CONFIG, STATE, TENSORS, TRAINING, Checkpoint, Damaged
 from trmt.sets.batches import Examples
 from trmt.sets.unchanged import RECORD
-from trmt.training import Run
+from trmt.storage.files import only_one
+from trmt.training.history import LOG
+from trmt.training.planning import ORIGIN, TrainOptions
+from trmt.training.run import Run
+from trmt.training.spikes import ROLLBACKS, whole_points
+from trmt.training.stopping import Interrupted
 from trmt.validating import validate
 
 ORDER = "order.jsonl"  # in a copy: what each step saw

@@ -16,15 +16,15 @@ from typing import Literal, get_args
 import torch
 
 from trmt import console
-from trmt.arch.base import Seq2Seq
-from trmt.capacity import is_out_of_memory
-from trmt.decode.base import Hypothesis, Search
-from trmt.engines.base import Batching, Engine, Request
-from trmt.engines.device import choose_device
+from trmt.bundles import bundles, checkpoints, quantised
+from trmt.bundles.bundles import Bundle
+from trmt.decoding.base import Hypothesis, Search
+from trmt.decoding.engine import Batching, Engine, Request
+from trmt.devices.choice import choose_device
+from trmt.devices.memory import is_out_of_memory
 from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.nets.base import Seq2Seq
 from trmt.registry import ENGINES, RANKERS, SEARCHES, resolve
-from trmt.saved import bundles, checkpoints, quantised
-from trmt.saved.bundles import Bundle
 from trmt.text.splitting import joiner_for, split_text
 from trmt.text.tokenizer import Tokenizer
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from trmt.arch.base import Seq2Seq
-from trmt.engines.base import Batching
-from trmt.runs.looking import Validation
-from trmt.runs.recipe import Recipe
+from trmt.decoding.engine import Batching
+from trmt.nets.base import Seq2Seq
 from trmt.scoring import ScoreOptions, bleu_tokenizer, score
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
+from trmt.training.recipe import Recipe
+from trmt.training.validation import Validation
 from trmt.translating import TranslateOptions, Translator
 
 METRICS = ("chrf", "bleu")

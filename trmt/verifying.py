@@ -16,9 +16,9 @@ import torch
 
 import trmt
 from trmt import console
-from trmt.engines.device import choose_device
+from trmt.bundles import bundles, checkpoints
+from trmt.devices.choice import choose_device
 from trmt.errors import BundleError, TrmtError
-from trmt.saved import bundles, checkpoints
 from trmt.translating import TranslateOptions, Translator
 
 Sentences = Sequence[Mapping[str, Any]]

@@ -24,7 +24,7 @@ def shifts(width: int = 64) -> dict[str, float]:
     The matrix turns each pair of columns by k times their rate. For comparison, what the best matrix that
     least squares find leaves of trmt's own table and of one of chance.
     """
-    from trmt.arch.layers import sinusoids
+    from trmt.nets.layers import sinusoids
 
     exact = sines(width)
     table = sinusoids(POSITIONS, width).double()
@@ -73,8 +73,8 @@ def residual(table: Tensor, k: int) -> float:
 def convolutions() -> dict[str, float]:
     """How far the feed-forward layer of a Transformer is from two convolutions of width one."""
     from claims.scale import SCALES
-    from trmt.arch.transformer import Transformer, TransformerConfig
-    from trmt.arch.transformer_layers import feed
+    from trmt.nets.transformer import Transformer, TransformerConfig
+    from trmt.nets.transformer_layers import feed
 
     torch.manual_seed(1)
     tree: dict[str, Any] = recipe(BY_NAME["transformer"], SCALES["phrasebook"], seed=1, device="cpu")

@@ -16,9 +16,9 @@ def folder(work: Path, seed: int) -> Path:
 
 def prepare(work: Path, seed: int, scale: Scale, corpus: Path | None) -> None:
     """Make what is not there yet; it appears whole."""
-    from trmt.documents import DocumentOptions, prepare_documents
-    from trmt.preparing import PrepareOptions, prepare
-    from trmt.tokenizing import TokenizerOptions, train_tokenizer
+    from trmt.sets.documents import DocumentOptions, prepare_documents
+    from trmt.sets.preparing import PrepareOptions, prepare
+    from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
     out = folder(work, seed)
     if out.exists():
@@ -53,8 +53,8 @@ def prepare(work: Path, seed: int, scale: Scale, corpus: Path | None) -> None:
 
 def vectors(prepared: Path, width: int) -> Path:
     """A file of vectors of pieces, made from all of the text on both sides."""
-    from trmt.runs.vectors import TextPieces, train_vectors, write_vectors
     from trmt.text.tokenizer import Tokenizer
+    from trmt.training.word_vectors import TextPieces, train_vectors, write_vectors
 
     out = prepared / f"vectors-{width}.txt"
     if not out.exists():

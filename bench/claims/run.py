@@ -55,8 +55,8 @@ def run(work: Path, system: System, seed: int, scale: Scale, *, device: str) -> 
 def train(place: Path, prepared: Path, system: System, tree: dict[str, Any]) -> float:
     """Train to the end; the seconds that this call took."""
     from trmt.config import to_toml
-    from trmt.runs.planning import TrainOptions
-    from trmt.training import train
+    from trmt.training.planning import TrainOptions
+    from trmt.training.run import train
 
     place.mkdir(parents=True, exist_ok=True)
     if system.start == "vectors":
@@ -96,7 +96,7 @@ def learned(place: Path, seconds: float) -> dict[str, Any]:
 
 def tested(place: Path, prepared: Path, scale: Scale, *, device: str) -> dict[str, Any]:
     """Scores on the test set of each length, and on all of those that are no longer than training's."""
-    from trmt.saved import bundles, checkpoints
+    from trmt.bundles import bundles, checkpoints
 
     bundle = bundles.load_bundle(checkpoints.find_bundle(place / "run"), device=device)
     bundle.net.eval()
@@ -118,9 +118,9 @@ def tested(place: Path, prepared: Path, scale: Scale, *, device: str) -> dict[st
 
 def translated(bundle: Any, sources: Sequence[str], *, device: str) -> list[str]:
     """Greedy translations, of whatever length the network gives them, up to a limit that holds for all."""
-    from trmt.decode.greedy import Greedy
-    from trmt.engines.base import Batching, Request
-    from trmt.engines.eager import Eager
+    from trmt.decoding.eager import Eager
+    from trmt.decoding.engine import Batching, Request
+    from trmt.decoding.greedy import Greedy
 
     source, target = bundle.tokenizer.source, bundle.tokenizer.target
     engine = Eager(
@@ -153,7 +153,7 @@ def scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, An
 @torch.inference_mode()
 def likelihood(bundle: Any, sources: Sequence[str], references: Sequence[str], *, device: str) -> float:
     """Nats that the references cost, each piece of them and their ends."""
-    from trmt.arch.base import Ragged, Source
+    from trmt.nets.base import Ragged, Source
 
     source, target = bundle.tokenizer.source, bundle.tokenizer.target
     pairs = list(zip(source.encode(list(sources)), target.encode(list(references)), strict=True))
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     from trmt.cli.train import make_ready
-    from trmt.runs.stopping import Interrupted
+    from trmt.training.stopping import Interrupted
 
     make_ready(given.threads)
     try:

@@ -61,7 +61,7 @@ def read(work: Path, scale: Scale) -> dict[str, dict[int, float]]:
 
 def network(name: str, scale: Scale, device: str) -> Any:
     """A system's network with weights of chance."""
-    from trmt.saved.bundles import build_network
+    from trmt.bundles.bundles import build_network
 
     torch.manual_seed(1)
     tree = recipe(BY_NAME[name], scale, seed=1, device=device)
@@ -91,9 +91,9 @@ def loss(net: Any, source: Any, target: Any, after_N: Tensor) -> Tensor:
 
 def translating_rate(net: Any, length: int, device: str) -> float:
     """Target tokens a second, greedily, some sentences together."""
-    from trmt.decode.greedy import Greedy
-    from trmt.engines.base import Batching, Request
-    from trmt.engines.eager import Eager
+    from trmt.decoding.eager import Eager
+    from trmt.decoding.engine import Batching, Request
+    from trmt.decoding.greedy import Greedy
 
     net.eval()
     engine = Eager(net, Greedy(), bos=2, eos=3, batching=Batching(SENTENCES, SENTENCES * length))
@@ -153,7 +153,7 @@ def _kept(compute: Callable[[], Tensor], own: set[int]) -> float:
 
 def _sentences(net: Any, count: int, length: int, device: str) -> tuple[Any, Any, Tensor]:
     """Sources, targets and what is to be told, all of this length."""
-    from trmt.arch.base import Ragged, Source
+    from trmt.nets.base import Ragged, Source
 
     generator = torch.Generator().manual_seed(length)
     sides = torch.randint(

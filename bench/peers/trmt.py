@@ -76,8 +76,8 @@ def listen(probe: Probe) -> None:
     """Let the probe see every step, what its batches held, and how long the loop waited for them."""
     import torch
 
-    from trmt.runs.learner import Learner
     from trmt.sets.batches import Batches
+    from trmt.training.learner import Learner
 
     learn, steps = Learner.learn, Batches.steps
     waited, cells, seen = 0.0, [0, 0], [0, 0]

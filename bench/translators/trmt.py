@@ -17,7 +17,7 @@ class Trmt:
         import torch
 
         import trmt
-        from trmt.saved import bundles
+        from trmt.bundles import bundles
 
         torch.set_num_threads(threads)
         self.version = f"{trmt.__version__} on torch {torch.__version__}"
@@ -29,10 +29,10 @@ class Trmt:
         self.engine = cache(self._engine)
 
     def _engine(self, beam: int, batch: int, penalty: float) -> Any:
-        from trmt.decode.beam import Beam
-        from trmt.decode.greedy import Greedy
-        from trmt.engines.base import Batching
-        from trmt.engines.eager import Eager
+        from trmt.decoding.beam import Beam
+        from trmt.decoding.eager import Eager
+        from trmt.decoding.engine import Batching
+        from trmt.decoding.greedy import Greedy
 
         side = self.tokenizer.target
         return Eager(
@@ -46,7 +46,7 @@ class Trmt:
         )
 
     def translate(self, sentences: list[Pieces], how: How) -> Iterator[tuple[int, Pieces]]:
-        from trmt.engines.base import Request
+        from trmt.decoding.engine import Request
 
         eos = self.tokenizer.source.eos
         requests = [

@@ -21,8 +21,8 @@ class TrmtEngine:
 
         import trmt
         from trmt import console
-        from trmt.engines.device import choose_device
-        from trmt.saved import bundles
+        from trmt.bundles import bundles
+        from trmt.devices.choice import choose_device
         from trmt.translating import HALVES
 
         torch.set_num_threads(threads)
@@ -38,7 +38,7 @@ class TrmtEngine:
         self.graphs: int | None = None
 
     def translate(self, sentences: list[list[int]], how: How) -> Iterator[tuple[int, tuple[int, ...]]]:
-        from trmt.engines.base import Request
+        from trmt.decoding.engine import Request
 
         if how != self.meter.how:
             self.engine = None  # so that its memory is free
@@ -94,7 +94,7 @@ class TrmtEngine:
 
 def batching(how: How) -> Any:
     """That of `trmt translate` on a GPU."""
-    from trmt.engines.base import Batching
+    from trmt.decoding.engine import Batching
 
     return Batching.on("cuda", how.batch)
 

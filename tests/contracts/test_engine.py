@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tests.fakes import random_sentences, small_network
-from trmt.arch.base import Output, Ragged, Seq2Seq, Source, State, Stepper
-from trmt.decode.base import Hypothesis, Search
-from trmt.decode.beam import Beam
-from trmt.decode.greedy import Greedy
-from trmt.decode.sampling import Sampling
-from trmt.engines.base import Batching, Engine, Request
+from trmt.decoding.base import Hypothesis, Search
+from trmt.decoding.beam import Beam
+from trmt.decoding.engine import Batching, Engine, Request
+from trmt.decoding.greedy import Greedy
+from trmt.decoding.sampling import Sampling
+from trmt.nets.base import Output, Ragged, Seq2Seq, Source, State, Stepper
 from trmt.registry import ARCHITECTURES, ENGINES, resolve
 
 BOS, EOS, BANNED = 1, 2, (0, 1, 3)

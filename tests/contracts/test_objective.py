@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from tests.derivatives import needs_kernels
 from tests.fakes import VOCABULARY, random_sentences, small_network
-from trmt.arch import fused
 from trmt.config import build
 from trmt.errors import ConfigError
+from trmt.nets import fused
 from trmt.objectives import cross_entropy
 from trmt.objectives.base import Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trmt.decode.base import Hypothesis, Ranker
-from trmt.decode.best import Best
+from trmt.decoding.base import Hypothesis, Ranker
+from trmt.decoding.best import Best
 from trmt.registry import RANKERS, resolve
 
 SEVERAL = [Hypothesis((4, 5), -3.0, -1.5), Hypothesis((4,), -1.2, -1.2), Hypothesis((), -9.0, -9.0)]

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from tests.fakes import Table
-from trmt.decode.base import Hypothesis, Search
-from trmt.decode.beam import Beam, BeamState
-from trmt.decode.greedy import Greedy
-from trmt.decode.sampling import Sampling
-from trmt.engines.base import Batching, Request
-from trmt.engines.eager import Eager
+from trmt.decoding.base import Hypothesis, Search
+from trmt.decoding.beam import Beam, BeamState
+from trmt.decoding.eager import Eager
+from trmt.decoding.engine import Batching, Request
+from trmt.decoding.greedy import Greedy
+from trmt.decoding.sampling import Sampling
 from trmt.errors import BundleError, ConfigError
 from trmt.registry import SEARCHES, resolve
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.fakes import VOCABULARY, random_sentences, small_network
-from trmt.arch.base import Ragged, Seq2Seq, Source
-from trmt.arch.conv import ConvS2S
-from trmt.arch.rnn import RNN
-from trmt.engines.linear import choose, eager
+from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.conv import ConvS2S
+from trmt.nets.linear import choose, eager
+from trmt.nets.rnn import RNN
 from trmt.registry import ARCHITECTURES
 
 # Every way to look at a source, each in some combination with the rest.

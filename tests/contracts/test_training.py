@@ -14,9 +14,9 @@ import torch
 
 from tests import toy
 from tests.toy import options
+from trmt.bundles import checkpoints
 from trmt.registry import ARCHITECTURES
-from trmt.saved import checkpoints
-from trmt.training import train
+from trmt.training.run import train
 
 # Everything that could go astray at once.
 HARD: dict[str, Any] = {

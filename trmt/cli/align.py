@@ -14,8 +14,8 @@ from trmt.cli.translate import streams as standard_streams
 from trmt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trmt.alignment.aligning_streams import Report
-    from trmt.alignment.linking import Aligner, Look
+    from trmt.insight.alignment.aligning_streams import Report
+    from trmt.insight.alignment.linking import Aligner, Look
     from trmt.text.links import Agreement
 
 SHOWN = 5  # lines that a message names
@@ -73,8 +73,8 @@ def command(
         raise ConfigError(
             f"{'--choose' if choose else '--given'} needs gold to compare with; add --gold FILE"
         )
-    from trmt.alignment import aligning_streams as streams
-    from trmt.alignment.linking import AttentionAligner, LookOptions
+    from trmt.insight.alignment import aligning_streams as streams
+    from trmt.insight.alignment.linking import AttentionAligner, LookOptions
 
     if given and gold:
         typer.echo(_verdict(streams.judge_given(given, gold)))

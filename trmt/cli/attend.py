@@ -11,7 +11,7 @@ import typer
 from trmt.cli.options import Device, Model, TrustCode
 
 if TYPE_CHECKING:
-    from trmt.heatmaps.showing import Attender, Line
+    from trmt.insight.heatmaps.showing import Attender, Line
 
 
 def command(
@@ -50,7 +50,7 @@ def command(
 ) -> None:
     """Draw where a network looks while it writes: lines of a source, or of a source, a tab and a target."""
     from trmt.errors import ConfigError
-    from trmt.heatmaps.showing import Attender, AttendOptions, Line, write
+    from trmt.insight.heatmaps.showing import Attender, AttendOptions, Line, write
 
     if source is None and target is not None:
         raise ConfigError("--target is the translation of a --source; give both, or lines with a tab between")
@@ -80,7 +80,7 @@ def _stdin() -> Iterator[list[Line]]:
 
     from trmt import console
     from trmt.errors import DataError
-    from trmt.heatmaps.showing import Line
+    from trmt.insight.heatmaps.showing import Line
     from trmt.streaming import BOM, Reader
 
     if sys.stdin is None:
@@ -101,9 +101,9 @@ def _show(attender: Attender, lines: list[Line]) -> None:
     import shutil
     import sys
 
-    from trmt.heatmaps import text
-    from trmt.heatmaps.matrix import matrix
-    from trmt.runs import display
+    from trmt.insight.heatmaps import text
+    from trmt.insight.heatmaps.matrix import matrix
+    from trmt.training import display
 
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     width = shutil.get_terminal_size().columns

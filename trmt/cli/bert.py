@@ -24,7 +24,7 @@ def bring(
     ] = Path("data/tokenizer"),
 ) -> None:
     """Make a bundle of a BERT, for trmt train --init-from OUT:encoder."""
-    from trmt.moving.bert_folder import import_bert
+    from trmt.interop.bert_folder import import_bert
     from trmt.text.tokenizer import Tokenizer
 
     import_bert(folder, out, Tokenizer.load(tokenizer))
@@ -36,7 +36,7 @@ def take(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
     """Write a pretrained encoder as a folder that BertForPreTraining.from_pretrained loads."""
-    from trmt.moving.bert_folder import export_bert
-    from trmt.saved.checkpoints import find_bundle
+    from trmt.bundles.checkpoints import find_bundle
+    from trmt.interop.bert_folder import export_bert
 
     export_bert(find_bundle(model), out)

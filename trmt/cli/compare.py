@@ -12,7 +12,7 @@ from trmt.cli.plot import Across
 from trmt.cli.score import aligned, shown
 
 if TYPE_CHECKING:
-    from trmt.comparing import Comparison, Scores
+    from trmt.insight.comparing import Comparison, Scores
 
 WIDEST = 40  # columns of a cell
 
@@ -43,7 +43,7 @@ def command(
     """Compare runs: curves, data, settings that differ, speed, scores and whether they differ by chance."""
     import json
 
-    from trmt.comparing import CompareOptions, as_tree, compare
+    from trmt.insight.comparing import CompareOptions, as_tree, compare
 
     options = CompareOptions(
         runs=tuple(runs),
@@ -81,8 +81,8 @@ def _draw(runs: tuple[Path, ...], out: Path | None, across: Across) -> None:
     import shutil
     import sys
 
-    from trmt.plotting import ON_DARK, PlotOptions, plot, rows
-    from trmt.runs import display
+    from trmt.insight.plotting import ON_DARK, PlotOptions, plot, rows
+    from trmt.training import display
 
     histories, drawn = plot(PlotOptions(runs=runs, out=out, axis=across.value))
     if out is None:

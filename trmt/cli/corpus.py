@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trmt.preparing import PrepareOptions
     from trmt.scale.fleet import Fleets
+    from trmt.sets.preparing import PrepareOptions
     from trmt.translating import TranslateOptions
 
 
@@ -31,12 +31,7 @@ def translate(
     model: Path | None, options: TranslateOptions, files: TextFiles, *, ray: str | None, workers: str | None
 ) -> None:
     """Translate files in parts."""
-    from trmt.scale.corpus_translating import (
-        GPU_PART_MIB,
-        PART_MIB,
-        CorpusOptions,
-        translate_corpus,
-    )
+    from trmt.scale.corpus_translating import GPU_PART_MIB, PART_MIB, CorpusOptions, translate_corpus
 
     with _on_ray(ray, workers, options.device) if ray else _here(workers, options.device) as (fleets, device):
         usual = GPU_PART_MIB if device == "cuda" else PART_MIB
@@ -66,7 +61,7 @@ def prepare(options: PrepareOptions, *, ray: str, workers: int | None) -> None:
 @contextmanager
 def _here(workers: str | None, asked: str) -> Iterator[tuple[Fleets, str]]:
     """What makes workers on this machine, and the kind of device that each works with."""
-    from trmt.engines.several import devices_for
+    from trmt.scale.devices import devices_for
     from trmt.scale.fleet import LocalFleet
 
     devices = devices_for(asked, workers)
@@ -76,8 +71,8 @@ def _here(workers: str | None, asked: str) -> Iterator[tuple[Fleets, str]]:
 @contextmanager
 def _on_ray(address: str, workers: str | None, asked: str) -> Iterator[tuple[Fleets, str]]:
     """What makes workers on a Ray cluster, and the kind of device that each works with."""
-    from trmt.engines.several import ALL, number_of
     from trmt.errors import ConfigError
+    from trmt.scale.devices import ALL, number_of
     from trmt.scale.ray_fleet import connected
 
     if asked not in ("auto", "cpu", "cuda", ALL):

@@ -23,6 +23,6 @@ def command(
     ] = True,
 ) -> None:
     """Write a model for CTranslate2, for Hugging Face (Marian), or as ONNX."""
-    from trmt.exporting import ExportOptions, export
+    from trmt.interop.exporting import ExportOptions, export
 
     export(ExportOptions(model=model, to=to, out=out, check=check))

@@ -24,6 +24,6 @@ def command(
     ] = True,
 ) -> None:
     """Make a bundle of a Marian model: one that translates the same and can be trained on."""
-    from trmt.importing import ImportOptions, import_model
+    from trmt.interop.importing import ImportOptions, import_model
 
     import_model(ImportOptions(folder=folder, out=out, languages=(source, target), check=check))

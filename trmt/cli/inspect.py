@@ -18,7 +18,7 @@ def command(
     """Say what a model is: its parts, data, scores, where it came from, and what would run it here."""
     import json
 
-    from trmt.inspecting import inspect
+    from trmt.insight.inspecting import inspect
 
     facts = inspect(model)
     if as_json:

@@ -34,8 +34,8 @@ def command(
     import sys
 
     from trmt import console
-    from trmt.plotting import ON_DARK, PlotOptions, plot, rows, summary
-    from trmt.runs import display
+    from trmt.insight.plotting import ON_DARK, PlotOptions, plot, rows, summary
+    from trmt.training import display
 
     options = PlotOptions(runs=tuple(runs or ()), out=out, axis=across.value)
     histories, drawn = plot(options)

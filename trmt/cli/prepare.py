@@ -85,7 +85,7 @@ def command(
                 raise ConfigError(f"{name} is for pairs and --documents or --language is not; leave one out")
         _prepare_documents(documents, dev, out, tokenizer, language, max_length, force)
         return
-    from trmt.preparing import PrepareOptions, prepare
+    from trmt.sets.preparing import PrepareOptions, prepare
     from trmt.text.filters import Limits
 
     if ray and alignments:
@@ -120,7 +120,7 @@ def _prepare_documents(
     max_length: int,
     force: bool,
 ) -> None:
-    from trmt.documents import DocumentOptions, prepare_documents
+    from trmt.sets.documents import DocumentOptions, prepare_documents
 
     if not documents:
         raise ConfigError("--language is that of --documents, and there are none; name a file")

@@ -29,8 +29,8 @@ def command(
     trust_code: TrustCode = False,
 ) -> None:
     """Train on documents (trmt prepare --documents); trmt train --init-from RUN:encoder goes on with it."""
-    from trmt.runs.planning import TrainOptions
-    from trmt.training import train
+    from trmt.training.planning import TrainOptions
+    from trmt.training.run import train
 
     make_ready(threads)
     options = TrainOptions(

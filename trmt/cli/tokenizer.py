@@ -10,7 +10,7 @@ import typer
 from trmt import console
 
 if TYPE_CHECKING:
-    from trmt.tokenizing import Report
+    from trmt.text.tokenizer_training import Report
 
 CORPUS = (
     "Text to learn from, repeatable: train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix; "
@@ -56,7 +56,7 @@ def command(
     seed: Annotated[int, typer.Option(help="The seed of that sample.")] = 1,
 ) -> None:
     """Learn a sentencepiece tokenizer from pairs of sentences, and report how it fits them."""
-    from trmt.tokenizing import TokenizerOptions, train_tokenizer
+    from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
     options = TokenizerOptions(
         corpora=tuple(train or ()),

@@ -44,8 +44,8 @@ def command(
     trust_code: TrustCode = False,
 ) -> None:
     """Train a network. Run it again and it goes on exactly where it stopped."""
-    from trmt.runs.planning import TrainOptions
-    from trmt.training import train
+    from trmt.training.planning import TrainOptions
+    from trmt.training.run import train
     from trmt.validating import validate
 
     make_ready(threads)
@@ -65,7 +65,7 @@ def make_ready(threads: int) -> None:
     """What a process does before it trains."""
     import torch
 
-    from trmt.engines.device import keep_memory
+    from trmt.devices.choice import keep_memory
 
     if threads:
         torch.set_num_threads(threads)

@@ -114,11 +114,11 @@ def command(
     import torch
 
     from trmt import console
-    from trmt.engines.several import devices_for, window_for
     from trmt.errors import ConfigError
+    from trmt.scale.devices import devices_for, window_for
+    from trmt.scale.workers import Workers
     from trmt.streaming import translate_stream
     from trmt.translating import TranslateOptions, Translator, find_model
-    from trmt.workers import Workers
 
     if in_parts and threads:
         raise ConfigError("files are translated by workers of one thread each; leave out --threads")

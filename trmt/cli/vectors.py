@@ -23,8 +23,8 @@ def command(
 ) -> None:
     """Make vectors of the tokenizer's pieces, for --set vectors.source=FILE (pip install 'trmt[vectors]')."""
     from trmt import console
-    from trmt.runs.vectors import TextPieces, train_vectors, write_vectors
     from trmt.text.tokenizer import Tokenizer
+    from trmt.training.word_vectors import TextPieces, train_vectors, write_vectors
 
     loaded = Tokenizer.load(tokenizer)
     side = loaded.target if target else loaded.source

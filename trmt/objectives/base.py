@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trmt.arch.base import Network, Seq2Seq
+from trmt.nets.base import Network, Seq2Seq
 from trmt.sets.batches import Batches, Examples, Room
 from trmt.text.subwords import MARK
 from trmt.text.tokenizer import Side

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trmt.arch import fused
+from trmt.nets import fused
 
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of logits: what caches hold; what a GPU is busy with
 TENSOR_CORES = 64  # a GPU multiplies fastest where sizes are a multiple of this

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trmt.arch.base import place_of
+from trmt.nets.base import place_of
 from trmt.sets.batches import Column
 
 COLUMN = "alignment"  # of prepared sets: for each pair source piece, target piece, source piece, ...

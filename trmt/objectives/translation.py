@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trmt.arch.base import Output, Ragged, Seq2Seq, Source, one_head
 from trmt.errors import ConfigError
+from trmt.nets.base import Output, Ragged, Seq2Seq, Source, one_head
 from trmt.objectives.base import Loss, Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy, smoothed_cross_entropy
 from trmt.objectives.guidance import COLUMN, Guide, Place, guidance

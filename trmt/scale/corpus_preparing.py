@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trmt import places
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.preparing import Job, PrepareOptions, Results, id_type, prepare
 from trmt.scale.fleet import Fleets, work_through
 from trmt.scale.partition import Input, begun, measured, missing, part_name
 from trmt.sets.encoding import BLOCK_PAIRS, Encoded, Encoder, blocks
+from trmt.sets.preparing import Job, PrepareOptions, Results, id_type, prepare
 from trmt.sets.shards import PreparedSet, Ragged
+from trmt.storage import remote
 from trmt.text.corpus import STDIN, Corpus, settled
 from trmt.text.ranges import Range, Slice, cut, cut_after, whole
 
@@ -61,7 +61,7 @@ def prepare_in_parts(options: PrepareOptions, fleets: Fleets, *, part_bytes: int
 
     made = prepare(options, encode=encode)
     for folder in folders:
-        places.remove(str(folder))
+        remote.remove(str(folder))
     return made
 
 
@@ -70,8 +70,8 @@ def _encoded_in_parts(
 ) -> Results:
     corpora = [_cuttable(corpus) for corpus in job.train]
     where = str(folder)
-    with places.kept_to_one(where):
-        places.sweep(where)
+    with remote.kept_to_one(where):
+        remote.sweep(where)
         partition = begun(
             where,
             "prepare",
@@ -114,7 +114,7 @@ def _cuttable(corpus: Corpus) -> Corpus:
         raise ConfigError(
             f"{corpus.name} is no file, which many could read; write it to one, or leave --ray out"
         )
-    return settled(replace(corpus, paths=tuple(map(places.absolute, corpus.paths))))
+    return settled(replace(corpus, paths=tuple(map(remote.absolute, corpus.paths))))
 
 
 def _cut(corpus: Corpus, size: int) -> list[Input]:
@@ -137,17 +137,17 @@ def _cut(corpus: Corpus, size: int) -> list[Input]:
 
 
 def _whole(name: str) -> list[Range]:
-    with places.opened(name) as stream:
+    with remote.opened(name) as stream:
         return [whole(stream)]
 
 
 def _cut_by_size(name: str, *, size: int) -> list[Range]:
-    with places.opened(name) as stream:
+    with remote.opened(name) as stream:
         return cut(stream, size=size, every=BLOCK_PAIRS)
 
 
 def _cut_after(name: str, *, numbers: Sequence[int]) -> list[Range]:
-    with places.opened(name) as stream:
+    with remote.opened(name) as stream:
         return cut_after(stream, numbers)
 
 
@@ -161,7 +161,7 @@ def _parts(folder: str, corpora: Sequence[Corpus], inputs: Sequence[Input]) -> I
             slices.append((number, tuple(Slice(each.name, one) for each, one in pieces)))
     for at, (number, some) in enumerate(slices):
         name = part_name(at, len(slices))
-        yield PairPart(name, number, replace(corpora[number], slices=some), places.join(folder, name))
+        yield PairPart(name, number, replace(corpora[number], slices=some), remote.join(folder, name))
 
 
 # What a part holds: for each block six arrays, one after the other, and at last an array of nothing
@@ -169,7 +169,7 @@ def _parts(folder: str, corpora: Sequence[Corpus], inputs: Sequence[Input]) -> I
 
 def _encode(encoder: Encoder, part: PairPart) -> dict[str, Any]:
     began, worked, lines = time.perf_counter(), time.process_time(), 0
-    with places.published(part.out) as stream:
+    with remote.published(part.out) as stream:
         for block in blocks([part.corpus]):
             result = encoder(block)
             lines += len(result.verdicts)
@@ -189,7 +189,7 @@ def _encode(encoder: Encoder, part: PairPart) -> dict[str, Any]:
 def _collected(parts: Sequence[PairPart]) -> Iterator[Encoded]:
     """The blocks of all parts, in order."""
     for part in parts:
-        with places.opened(part.out) as stream:
+        with remote.opened(part.out) as stream:
             try:
                 yield from _blocks(part.number, stream)
             except (EOFError, OSError, ValueError) as error:

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from trmt import console, places
-from trmt.engines.several import window_for
+from trmt import console
+from trmt.bundles import bundles
+from trmt.bundles.bundles import Manifest
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
-from trmt.saved import bundles
-from trmt.saved.bundles import Manifest
+from trmt.scale.devices import window_for
 from trmt.scale.fleet import Fleets, Outcome, work_through
 from trmt.scale.partition import RESERVED, Input, begun, measured, missing, part_name
+from trmt.storage import remote
 from trmt.streaming import translate_stream
 from trmt.text.ranges import Range, Slice, cut, reading, whole
 from trmt.translating import TranslateOptions, Translator, find_model
@@ -92,7 +93,7 @@ class TranslateJob:
 def _translated(translator: Translator, options: CorpusOptions, part: TextPart) -> dict[str, Any]:
     """Translate a part, and say what is worth knowing of it."""
     began, worked = time.perf_counter(), time.process_time()
-    with places.published(part.out) as out, _text(part.slice) as source:
+    with remote.published(part.out) as out, _text(part.slice) as source:
         first = part.slice.range.first
         try:
             report = translate_stream(
@@ -120,7 +121,7 @@ def _translated(translator: Translator, options: CorpusOptions, part: TextPart) 
 
 
 def _text(place: Slice) -> BinaryIO:
-    raw = reading(places.opened(place.file), place)
+    raw = reading(remote.opened(place.file), place)
     return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if place.packed else raw
 
 
@@ -131,10 +132,10 @@ def translate_corpus(options: CorpusOptions, fleets: Fleets) -> Outcome:
     """
     model = find_model(options.model).absolute()
     manifest = bundles.read_manifest(model)
-    source, out = places.absolute(options.source), places.absolute(options.out)
+    source, out = remote.absolute(options.source), remote.absolute(options.out)
     names = _inputs(source, out)
-    with places.kept_to_one(out):
-        places.sweep(out)
+    with remote.kept_to_one(out):
+        remote.sweep(out)
         partition = begun(
             out,
             "translate",
@@ -160,19 +161,19 @@ def translate_corpus(options: CorpusOptions, fleets: Fleets) -> Outcome:
 
 def _inputs(source: str, out: str) -> list[str]:
     """The files to translate, in order."""
-    if places.is_file(source):
+    if remote.is_file(source):
         return [source]
-    if out == source or out.startswith(places.join(source, "")):
+    if out == source or out.startswith(remote.join(source, "")):
         raise ConfigError(f"{out} is in the folder that is translated; choose an output folder beside it")
-    found = [name for name in places.files_below(source) if not _hidden(name)]
+    found = [name for name in remote.files_below(source) if not _hidden(name)]
     if not found:
         raise DataError(f"there is no file {source}, and no folder of that name with files in it")
     for name in found:
         if name.partition("/")[0] in RESERVED:
             raise ConfigError(
-                f"{places.join(source, name)} is called like a file of ours; give it another name"
+                f"{remote.join(source, name)} is called like a file of ours; give it another name"
             )
-    return [places.join(source, name) for name in found]
+    return [remote.join(source, name) for name in found]
 
 
 def _hidden(name: str) -> bool:
@@ -203,7 +204,7 @@ def _cut_all(names: Sequence[str], size: int) -> list[Input]:
 
 
 def _cut(name: str, size: int) -> list[Range]:
-    with places.opened(name) as stream:
+    with remote.opened(name) as stream:
         return [whole(stream)] if _packed(name) else cut(stream, size=size)
 
 
@@ -215,10 +216,10 @@ def _parts(source: str, out: str, inputs: Sequence[Input]) -> list[TextPart]:
     """The parts of each file, in a folder called as it is; a single file has no folder of its own."""
     parts = []
     for each in inputs:
-        folder = "" if each.name == source else each.name[len(places.join(source, "x")) - 1 :] + "/"
+        folder = "" if each.name == source else each.name[len(remote.join(source, "x")) - 1 :] + "/"
         for number, one in enumerate(each.ranges):
             name = folder + part_name(number, len(each.ranges))
-            parts.append(TextPart(name, Slice(each.name, one, _packed(each.name)), places.join(out, name)))
+            parts.append(TextPart(name, Slice(each.name, one, _packed(each.name)), remote.join(out, name)))
     return parts
 
 

@@ -22,8 +22,8 @@ from typing import Any, Literal, Protocol, Self
 
 import trmt
 from trmt import console
-from trmt.engines.several import keep_to
 from trmt.errors import TrmtError
+from trmt.scale.devices import keep_to
 from trmt.sets.encoding import leave_with_parent
 
 TRIES = 3  # of a part, and of a worker to begin

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trmt import console, places
+from trmt import console
 from trmt.errors import ConfigError, DataError
-from trmt.files import LOCK, PARTIAL
+from trmt.storage import remote
+from trmt.storage.files import LOCK, PARTIAL
 from trmt.text.ranges import Range
 
 MANIFEST = "manifest.json"
@@ -49,7 +50,7 @@ def part_name(number: int, of: int) -> str:
 
 def measured(name: str, cut: Callable[[str], Sequence[Range]]) -> Input:
     """An input, cut."""
-    size, stamp = places.size_and_stamp(name)
+    size, stamp = remote.size_and_stamp(name)
     found = Input(name, size, stamp, tuple(cut(name)))
     if size != found.ranges[-1].end:
         raise DataError(f"{name} changes while it is read; wait until it is written")
@@ -68,10 +69,10 @@ def begun(
 
     `names` are those of the inputs, which `cut` reads through.
     """
-    path = places.join(folder, MANIFEST)
+    path = remote.join(folder, MANIFEST)
     before = _read(path)
     if before is None:
-        foreign = [name for name in places.files_below(folder) if not _harmless(name)]
+        foreign = [name for name in remote.files_below(folder) if not _harmless(name)]
         if foreign:
             raise ConfigError(
                 f"{folder} holds {foreign[0]} and no {MANIFEST}, so it is not of this command; choose an "
@@ -95,7 +96,7 @@ def begun(
 
 def missing(folder: str, names: Sequence[str]) -> list[str]:
     """Those of the names that are not yet there."""
-    there = set(places.files_below(folder))
+    there = set(remote.files_below(folder))
     return [name for name in names if name not in there]
 
 
@@ -104,9 +105,9 @@ def _harmless(name: str) -> bool:
 
 
 def _read(path: str) -> Partition | None:
-    if not places.is_file(path):
+    if not remote.is_file(path):
         return None
-    with places.opened(path) as stream:
+    with remote.opened(path) as stream:
         raw = stream.read()
     try:
         tree = json.loads(raw)
@@ -121,7 +122,7 @@ def _read(path: str) -> Partition | None:
 def _write(path: str, made: Partition) -> None:
     inputs = [{**asdict(each), "ranges": list(map(_line, each.ranges))} for each in made.inputs]
     tree = {"format": FORMAT, "job": made.job, "options": dict(made.options), "inputs": inputs}
-    with places.published(path) as stream:
+    with remote.published(path) as stream:
         stream.write(json.dumps(tree, indent=2).encode() + b"\n")
 
 
@@ -161,7 +162,7 @@ def _changed(
         yield f"{name} {'is gone' if name in known else 'is new'}"
     if known != list(names):
         return
-    if [places.size_and_stamp(name) for name in names] == [(each.bytes, each.stamp) for each in before]:
+    if [remote.size_and_stamp(name) for name in names] == [(each.bytes, each.stamp) for each in before]:
         return
     # Copied or touched: what is in them decides.
     console.say("an input was written since; comparing what is in all of them")

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trmt.errors import DataError
-from trmt.files import checksum, recover, write_json
+from trmt.storage.files import checksum, recover, write_json
 
 Array = NDArray[Any]
 

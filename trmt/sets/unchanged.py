@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trmt.files import write_json
 from trmt.sets.shards import INDEX, PreparedSet
+from trmt.storage.files import write_json
 
 RECORD = "data.json"  # in a run folder: what the index of its prepared set said at the beginning
 

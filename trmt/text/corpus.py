@@ -19,9 +19,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from trmt import places
 from trmt.errors import ConfigError, DataError
-from trmt.places import checksum
+from trmt.storage import remote
+from trmt.storage.remote import checksum
 from trmt.text.ranges import Slice, reading
 
 Kind = Literal["two files", "tsv", "jsonl", "parquet", "dataset"]
@@ -105,14 +105,14 @@ def _find(name: str, languages: Pair) -> tuple[Kind, tuple[str, ...]]:
         return kind, (_existing(name),)
     if "," in name:
         return "two files", _two_files(name)
-    if places.is_file(name):
+    if remote.is_file(name):
         raise DataError(f"{name} alone is one side of a corpus, or of a type that cannot be read; {FORMS}")
     return "two files", _with_prefix(name, languages)
 
 
 def _kind_of_file(name: str) -> Kind | None:
     # A comma is allowed inside the name of a file that is there; otherwise a.tsv,b.tsv are two files.
-    if "," in name and not places.is_file(name):
+    if "," in name and not remote.is_file(name):
         return None
     plain = name.lower().removesuffix(".gz")
     if plain.endswith(".tsv"):
@@ -123,7 +123,7 @@ def _kind_of_file(name: str) -> Kind | None:
 
 
 def _existing(name: str) -> str:
-    if not places.is_file(name):
+    if not remote.is_file(name):
         raise DataError(f"there is no file {name}; check the path")
     return name
 
@@ -141,7 +141,7 @@ def _with_prefix(prefix: str, languages: Pair) -> tuple[str, str]:
     found = []
     for language in languages:
         wanted = (f"{prefix}.{language}", f"{prefix}.{language}.gz")
-        there = [name for name in wanted if places.is_file(name)]
+        there = [name for name in wanted if remote.is_file(name)]
         if len(there) > 1:
             raise DataError(f"there are both {wanted[0]} and {wanted[1]}; name the two files you mean")
         if not there:
@@ -247,7 +247,7 @@ def _open(path: str | Path | Slice, stack: ExitStack) -> BinaryIO:
     if str(path) == STDIN:
         return sys.stdin.buffer
     name = path.file if isinstance(path, Slice) else str(path)
-    stream = stack.enter_context(places.opened(name))
+    stream = stack.enter_context(remote.opened(name))
     if isinstance(path, Slice):
         stream = stack.enter_context(reading(stream, path))
     if name.lower().endswith(".gz"):
@@ -387,7 +387,7 @@ def _open_dataset(corpus: Corpus) -> Any:
     (path,) = corpus.paths
     if corpus.kind == "parquet":
         # A glob character in the file's name must not be taken for a pattern.
-        whole = path if places.is_remote(path) else str(Path(path).resolve())
+        whole = path if remote.is_remote(path) else str(Path(path).resolve())
         found = re.sub(r"([\[\]*?])", r"[\1]", whole)
         return datasets.load_dataset("parquet", data_files=found, split="train", streaming=True)
     if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():

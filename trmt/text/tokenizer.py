@@ -23,8 +23,8 @@ import sentencepiece
 
 from trmt.config import build
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.files import atomic_folder, write_json
 from trmt.registry import suggestion
+from trmt.storage.files import atomic_folder, write_json
 from trmt.text.subwords import Sampler
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3

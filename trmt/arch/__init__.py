@@ -1,1 +1,0 @@
-"""The networks, one file each; `base.py` holds the contracts they fill."""

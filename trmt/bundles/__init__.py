@@ -1,0 +1,1 @@
+"""Networks as folders: bundles, checkpoints, int8 matrices."""

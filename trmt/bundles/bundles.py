@@ -1,0 +1,266 @@
+"""Bundles: a folder that holds a trained network and everything needed to translate with it.
+
+    manifest.json         what it is, where it came from, what it scored, and the checksum of the weights
+    weights.safetensors   each tensor once; the manifest says which names share one, and whether matrices
+                          are whole numbers beside their scales (trmt/bundles/quantised.py)
+    tokenizer/            text to ids and back
+
+A bundle is data: nothing in it is unpickled, and its manifest may name registered architectures only, so
+that a copied model cannot run code. Copy the folder and translate.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import trmt
+from trmt.bundles import quantised
+from trmt.config import build, tree_of
+from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.nets.base import Network, Seq2Seq
+from trmt.registry import NETWORKS, resolve
+from trmt.storage.files import atomic_folder, checksum, write_json
+from trmt.text.tokenizer import Tokenizer
+
+FORMATS = {"fp32": 1, "int8": 2}  # by precision: who knows only the first cannot read the second
+MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights.safetensors", "tokenizer"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself."""
+
+    architecture: str
+    network: dict[str, Any]  # the fields of the architecture's config
+    languages: tuple[str, str]
+    tokenizer: str  # its fingerprint
+    longest: dict[str, int]  # pieces of the longest source and target in training
+    tied: dict[str, str] = field(default_factory=dict)  # name of a tensor -> the name it is stored under
+    special: dict[str, int] = field(default_factory=dict)
+    normalisation: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # the prepared set it was trained on
+    training: dict[str, Any] = field(default_factory=dict)  # step, and what else describes the run
+    scores: tuple[dict[str, Any], ...] = ()  # each with its signature
+    golden: tuple[dict[str, Any], ...] = ()  # sentences and what these weights make of them
+    licences: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)  # size and checksum of the file
+    precision: Literal["fp32", "int8"] = "fp32"  # of the matrices in it
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle."""
+
+    folder: Path
+    manifest: Manifest
+    net: Seq2Seq
+    tokenizer: Tokenizer
+
+
+def build_network(architecture: str, options: Mapping[str, Any], *, trust_code: bool = False) -> Network:
+    """A network with fresh weights."""
+    network: type[Any] = resolve(NETWORKS, architecture, trust_code=trust_code)
+    config = build(network.config_class, dict(options), where="network")
+    try:
+        made: Network = network(config)
+        return made
+    except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        # Torch's own words for sizes that no machine could hold; they go on for lines.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"cannot make a network of architecture {architecture!r} with these sizes ({reason}); "
+            "choose smaller ones"
+        ) from error
+
+
+def describe(net: Network, architecture: str, tokenizer: Tokenizer, **rest: Any) -> Manifest:
+    """The manifest of a network and its tokenizer; `rest` are further fields."""
+    return Manifest(
+        architecture=architecture,
+        network=tree_of(net.config),
+        languages=tokenizer.languages,
+        tokenizer=tokenizer.fingerprint,
+        special={name: getattr(tokenizer.target, name) for name in ("pad", "unk", "bos", "eos")},
+        normalisation={
+            "source": tokenizer.settings.normalise_source,
+            "target": tokenizer.settings.normalise_target,
+        },
+        tied=_tied(net.state_dict(keep_vars=True)),
+        versions={"trmt": trmt.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        **rest,
+    )
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names that stand for a tensor which another name stands for already."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(tensor)]
+        for name, tensor in state.items()
+        if first.setdefault(id(tensor), name) != name
+    }
+
+
+def write_bundle(
+    folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> Manifest:
+    """Write a bundle into an existing folder, which its caller makes appear atomically."""
+    stored = {name: tensor for name, tensor in weights.items() if name not in manifest.tied}
+    write_tensors(folder / WEIGHTS, quantised.store(stored) if manifest.precision == "int8" else stored)
+    return seal(folder, manifest, tokenizer)
+
+
+def seal(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Manifest:
+    """Make a bundle of a folder in which the weights are already."""
+    tokenizer.save(folder / TOKENIZER)
+    size = (folder / WEIGHTS).stat().st_size
+    manifest = replace(manifest, weights={"bytes": size, "sha256": checksum(folder / WEIGHTS)})
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / MANIFEST, {"format": FORMATS[manifest.precision], **tree_of(manifest)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors; a disk that is full is an OSError."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(stored, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its own kind even where the system refused to write
+        raise OSError(str(error)) from error
+
+
+def save_bundle(
+    folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write a whole bundle, atomically."""
+    with atomic_folder(folder) as partial:
+        write_bundle(partial, manifest, weights, tokenizer)
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    """Change fields of a bundle's manifest, atomically."""
+    manifest = replace(read_manifest(folder), **changes)
+    _write_manifest(folder, manifest)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder looks like a bundle."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle in `folder`."""
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(
+            f"{folder} is not a bundle: cannot read {path} ({error.strerror}); "
+            "name a folder that trmt train or trmt average wrote"
+        ) from error
+    except ValueError as error:
+        raise BundleError(f"{path} is not valid JSON; copy the bundle again") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
+        raise BundleError(f"{path} is not a trmt manifest; name a folder that trmt train wrote")
+    if tree.pop("format") > max(FORMATS.values()):
+        raise BundleError(f"{folder} was written by a newer trmt; upgrade trmt to use it")
+    known = {f.name for f in fields(Manifest)}
+    try:
+        return build(Manifest, {k: v for k, v in tree.items() if k in known}, where=str(path))
+    except TrmtError as error:
+        what = str(error).partition(";")[0]  # what follows is advice about recipes
+        raise BundleError(f"{what}; copy the bundle again") from error
+
+
+def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> dict[str, Tensor]:
+    """The weights of a bundle by name, in floating point, tied names included; altered ones are an error."""
+    path = folder / WEIGHTS
+    try:
+        if verify and checksum(path) != manifest.weights.get("sha256"):
+            raise BundleError(
+                f"{path} is not as it was written: its checksum differs; copy it again, or remove {folder}"
+            )
+        stored = load_file(path)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}; copy the bundle again") from error
+    except SafetensorError as error:
+        raise BundleError(f"{path} is damaged: {error}; copy the bundle again") from error
+    if manifest.precision == "int8":
+        stored = quantised.restore(stored)
+    for alias, name in manifest.tied.items():
+        if name in stored:
+            stored[alias] = stored[name]
+    return stored
+
+
+def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code: bool = False) -> Bundle:
+    """A bundle ready to use: its network in eval mode on `device`."""
+    manifest = read_manifest(folder)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    if tokenizer.fingerprint != manifest.tokenizer:
+        raise BundleError(
+            f"{folder / TOKENIZER} is not the tokenizer this network was trained with; copy it again"
+        )
+    try:
+        with _Undrawn():
+            net = build_network(manifest.architecture, manifest.network, trust_code=trust_code)
+    except TrmtError as error:
+        raise BundleError(f"cannot build the network of {folder}: {error}") from error
+    if not isinstance(net, Seq2Seq):
+        raise BundleError(
+            f"{folder} holds a network that reads and cannot translate; train one that begins with it: "
+            f"trmt train --init-from {folder}:encoder"
+        )
+    weights = read_weights(folder, manifest)
+    check_weights(net, weights, where=str(folder))
+    # The tensors themselves and not copies: they are the file, mapped, which other processes share.
+    net.load_state_dict(weights, assign=True)
+    return Bundle(folder, manifest, net.to(device).eval(), tokenizer)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves fresh weights undrawn, for a network that is about to get others; drawing takes seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def load_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Put weights into a network; a difference in names or shapes is an error that names one."""
+    check_weights(net, weights, where=where)
+    net.load_state_dict(dict(weights))
+
+
+def check_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse weights that differ in names or shapes from a network's."""
+    expected = net.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise BundleError(f"{where} lacks the weights {name!r}; it belongs to another architecture")
+        if weights[name].shape != tensor.shape:
+            raise BundleError(
+                f"{where} has {name!r} of shape {list(weights[name].shape)}, "
+                f"the network wants {list(tensor.shape)}; the two do not fit together"
+            )
+    extra = sorted(set(weights) - set(expected))
+    if extra:
+        raise BundleError(f"{where} has weights {extra[0]!r} that the network has not; they do not fit")

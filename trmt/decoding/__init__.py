@@ -1,0 +1,1 @@
+"""How translations are searched for."""

@@ -1,1 +1,0 @@
-"""Who runs a network: the driver of search, and how matrix products are made."""

@@ -1,0 +1,1 @@
+"""What a network does, shown: word alignments, attention, curves, comparisons."""

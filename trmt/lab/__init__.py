@@ -1,0 +1,1 @@
+"""Networks and objectives for study; nothing else of the package imports them."""

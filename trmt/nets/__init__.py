@@ -1,0 +1,1 @@
+"""Networks: their contracts, the layers they share, and one file for each."""

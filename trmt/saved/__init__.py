@@ -1,1 +1,0 @@
-"""Networks as folders: bundles, checkpoints, and what lies in them."""
