@@ -11,13 +11,12 @@ from trmt.errors import ConfigError
 
 ARCHITECTURES: Mapping[str, str] = {
     "transformer": "trmt.nets.transformer:Transformer",
+    "ssru": "trmt.nets.ssru:SSRUDecoder",
     "rnn": "trmt.nets.rnn:RNN",
-    "hierarchical": "trmt.lab.hierarchical:Hierarchical",
     "conv": "trmt.nets.conv:ConvS2S",
-    "universal": "trmt.lab.universal:Universal",
 }
 
-# Networks that read only: they are trained to be the encoder of another.
+# Networks that only encode: they are trained to be the encoder of another.
 ENCODERS: Mapping[str, str] = {
     "masked-encoder": "trmt.lab.masked_encoder:MaskedEncoder",
 }
@@ -42,9 +41,21 @@ RANKERS: Mapping[str, str] = {
     "best": "trmt.decoding.best:Best",
 }
 
-ENGINES: Mapping[str, str] = {
-    "eager": "trmt.decoding.eager:Eager",
-    "captured": "trmt.decoding.captured:Captured",
+# What trmt/acceleration.py finds faster versions of: the plain ones are in trmt/nets and trmt/decoding.
+NATIVE: Mapping[str, str] = {
+    "linear": "trmt.native.training:linear",
+    "dropout": "trmt.native.training:dropout",
+    "add_norm": "trmt.native.training:add_norm",
+    "self_attention": "trmt.native.training:self_attention",
+    "cross_attention": "trmt.native.training:cross_attention",
+    "cross_entropy": "trmt.native.training:cross_entropy",
+    "stepper": "trmt.native.stepper:stepper",
+    "multi_step": "trmt.native.multi_step:multi_step",
+    "advance": "trmt.native.search:advance",
+    "top": "trmt.native.search:top",
+    "cached_attention": "trmt.native.gpu:cached_attention",
+    "serves_cached_attention": "trmt.native.gpu:serves_cached_attention",
+    "backend": "trmt.native.products:backend",
 }
 
 # What `trmt export` writes.

@@ -1,8 +1,8 @@
 """Translation of text: a network, a tokenizer and a search behind one call.
 
-A line that is longer than anything the network was trained on is cut at sentence ends and translated in
-pieces. Blank lines stay blank. What the network emits cannot break a line in two. No line can end the
-work on the others.
+A line that is longer than anything the network was trained on is split at sentence ends and translated in segments.
+Blank lines stay blank. Whatever the network outputs, one line of input becomes one line of output, and no line can
+stop the translation of the others.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from trmt import console
 from trmt.bundles import bundles, checkpoints, quantised
 from trmt.bundles.bundles import Bundle
 from trmt.decoding.base import Hypothesis, Search
-from trmt.decoding.engine import Batching, Engine, Request
+from trmt.decoding.engine import Engine, Runs
+from trmt.decoding.request import Batching, Request
 from trmt.devices.choice import choose_device
 from trmt.devices.memory import is_out_of_memory
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Seq2Seq
-from trmt.registry import ENGINES, RANKERS, SEARCHES, resolve
+from trmt.registry import RANKERS, SEARCHES, resolve
 from trmt.text.splitting import joiner_for, split_text
 from trmt.text.tokenizer import Tokenizer
 
@@ -49,7 +50,7 @@ class TranslateOptions:
     seed: int = 1
     max_length: int = 0  # tokens of a translation, a longer prefix aside; 0: 50 more than the source has
     batch: int = 0  # sentences translated together; 0: 64, on a GPU 512
-    engine: str = "auto"  # auto: captured on a GPU of CUDA, eager elsewhere
+    runs: Runs = "auto"  # decoding steps: auto takes CUDA graphs on a GPU, "direct" and "graphs" choose
     device: str = "auto"
     precision: Precision = "auto"  # auto: that of the bundle, on a GPU bf16 if it has that
 
@@ -87,27 +88,27 @@ class Candidate:
 
     text: str
     score: float  # natural logarithm of its probability
-    normalised: float  # what the search ranks by; for a line in pieces, their mean
+    normalised: float  # what the search ranks by; for a line in segments, their mean
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What became of a line."""
+    """The translation of a line."""
 
     text: str
-    status: Literal["ok", "blank", "split"]  # split: longer than in training, translated in pieces
+    status: Literal["ok", "blank", "split"]  # split: longer than in training, translated in segments
     candidates: tuple[Candidate, ...] = ()  # the best first
     prefix_cut: bool = False  # whether its prefix was longer than any translation can be
 
 
 @dataclass
 class _Line:
-    """A line on its way: the requests it became, and the answers that are there."""
+    """A line while it is translated: its segments, and their hypotheses that are there."""
 
     prefix_cut: bool
-    joiners: list[str] = field(default_factory=list)
-    answers: list[list[Hypothesis]] = field(default_factory=list)
-    missing: int = 0
+    joiners: list[str] = field(default_factory=list)  # what follows the translation of each segment
+    hypotheses: list[list[Hypothesis]] = field(default_factory=list)
+    missing: int = 0  # segments that are not translated yet
 
 
 class Translator:
@@ -120,26 +121,28 @@ class Translator:
         *,
         longest: int,
         options: TranslateOptions = TranslateOptions(),
-        weights: str = "",
+        checksum: str = "",
     ) -> None:
+        """`longest` is the most source tokens that a segment may have; `checksum` is that of the weights' file."""
         self.tokenizer, self.options = tokenizer, options
         device = next(net.parameters()).device
         source, target = tokenizer.source, tokenizer.target
-        # The network has so many positions; one is for the end-of-sentence token.
-        self.positions = net.most_tokens
-        self.longest = max(min(longest, self.positions - 1), 1)
+        # One position is for the end-of-sentence token.
+        self.max_positions = net.max_positions
+        self.longest = max(min(longest, self.max_positions - 1), 1)
         self.eos = source.eos
         self.ranker = resolve(RANKERS, "best")()
-        rows = int(getattr(net.config, "target_vocabulary", 0))  # those beyond the vocabulary fill it up
-        self.engine: Engine = resolve(ENGINES, engine_for(options, device))(
+        padding = range(target.vocabulary, int(getattr(net.config, "target_vocabulary", 0)))
+        self.engine = Engine(
             net,
             options.build_search(),
             bos=target.bos,
             eos=target.eos,
-            banned=target.never | set(range(target.vocabulary, rows)),
+            banned=target.never | set(padding),
             batching=Batching.on(device.type, options.batch),
             precision="int8" if options.precision == "int8" else "fp32",
-            weights=weights,
+            checksum=checksum,
+            runs=options.runs,
         )
 
     @classmethod
@@ -154,7 +157,7 @@ class Translator:
         folder = find_model(place)
         device = choose_device(options.device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # what is recorded and launched goes there
+            torch.cuda.set_device(device)  # where graphs are recorded and kernels launched
         bundle = bundles.load_bundle(folder, device=device, trust_code=trust_code)
         options = replace(options, precision=_precision(options.precision, bundle, device))
         if options.precision in HALVES:
@@ -162,8 +165,8 @@ class Translator:
         longest = bundle.manifest.longest.get("source")
         if not longest:
             raise BundleError(f"the manifest of {folder} does not say longest.source; copy the bundle again")
-        weights = str(bundle.manifest.weights.get("sha256", ""))
-        return cls(bundle.net, bundle.tokenizer, longest=longest, options=options, weights=weights)
+        checksum = str(bundle.manifest.weights.get("sha256", ""))
+        return cls(bundle.net, bundle.tokenizer, longest=longest, options=options, checksum=checksum)
 
     def translate(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0
@@ -180,38 +183,36 @@ class Translator:
         """(number of the line, its translation) as they become ready."""
         lines: list[_Line] = []
         requests: list[Request] = []
-        owners: list[tuple[int, int]] = []
         sources = self.tokenizer.source.encode(texts)
         forced = self.tokenizer.target.encode(prefixes or [""] * len(texts))
         for number, (text, ids, prefix) in enumerate(zip(texts, sources, forced, strict=True)):
-            line = _Line(prefix_cut=len(prefix) >= self.positions)
-            for piece, (piece_ids, joiner) in enumerate(self._pieces(text, ids)):
-                key = (first_key + number) << 32 | piece
-                owners.append((number, piece))
-                requests.append(self._request(piece_ids, prefix if piece == 0 else [], key=key))
+            line = _Line(prefix_cut=len(prefix) >= self.max_positions)
+            for segment, (segment_ids, joiner) in enumerate(self._segments(text, ids)):
+                # The key names line and segment.
+                key = (first_key + number) << 32 | segment
+                requests.append(self._request(segment_ids, prefix if segment == 0 else [], key=key))
                 line.joiners.append(joiner)
-                line.answers.append([])
+                line.hypotheses.append([])
                 line.missing += 1
             lines.append(line)
             if not line.missing:
                 yield number, Translation("", "blank")
-        for index, hypotheses in self._searched(requests):
-            number, piece = owners[index]
+        for request, hypotheses in self._searched(requests):
+            number, segment = (request.key >> 32) - first_key, request.key & 0xFFFFFFFF
             line = lines[number]
-            line.answers[piece] = self._ranked(hypotheses)
+            line.hypotheses[segment] = self._ranked(hypotheses)
             line.missing -= 1
             if not line.missing:
                 yield number, self._joined(line)
 
-    def _searched(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
-        """What the engine finds; should memory be short, with fewer sentences at a time."""
-        left = dict(enumerate(requests))
+    def _searched(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[Hypothesis]]]:
+        """The hypotheses of all requests; should memory be short, with fewer sentences at a time."""
+        left = {request.key: request for request in requests}
         while left:
-            numbers = [*left]
             try:
-                for place, hypotheses in self.engine.translate([*left.values()]):
-                    del left[numbers[place]]
-                    yield numbers[place], hypotheses
+                for request, hypotheses in self.engine.translate([*left.values()]):
+                    del left[request.key]
+                    yield request, hypotheses
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -222,51 +223,51 @@ class Translator:
                     ) from error
                 console.warn("memory is short: translating goes on with fewer sentences at a time")
 
-    def written(self, sources: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-        """The ids of translations; sources are ids too, none empty, none longer than the network takes."""
+    def translate_ids(self, sources: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """The ids of translations; sources are ids too, none empty, none longer than the network allows."""
         requests = [self._request(list(ids), [], key=number) for number, ids in enumerate(sources)]
-        found = dict(self.engine.translate(requests))
+        found = {request.key: hypotheses for request, hypotheses in self.engine.translate(requests)}
         return [self.ranker.pick(found[number]).ids for number in range(len(sources))]
 
-    def _pieces(self, text: str, ids: list[int]) -> Iterator[tuple[list[int], str]]:
-        """The ids of each piece of a line, and what goes between its translation and the next one's."""
+    def _segments(self, text: str, ids: list[int]) -> Iterator[tuple[list[int], str]]:
+        """The ids of each segment of a line, and what goes between its translation and the next one's."""
         if len(ids) <= self.longest:
             if ids:
                 yield ids, ""
             return
         lead, text = self.tokenizer.source.lead(self.tokenizer.source.normalise(text))
-        for piece in split_text(text, lambda part: len(self._encoded(lead + part)) <= self.longest):
-            ids = self._encoded(lead + piece.text)
+        for segment in split_text(text, lambda part: len(self._encoded(lead + part)) <= self.longest):
+            ids = self._encoded(lead + segment.text)
             # A single character can have more bytes than a very small network has positions.
             for begin in range(0, len(ids), self.longest):
                 last = begin + self.longest >= len(ids)
-                joiner = joiner_for(piece, self.tokenizer.languages[1]) if last else ""
+                joiner = joiner_for(segment, self.tokenizer.languages[1]) if last else ""
                 yield ids[begin : begin + self.longest], joiner
 
     def _encoded(self, text: str) -> list[int]:
         return self.tokenizer.source.encode([text])[0]
 
     def _request(self, ids: list[int], prefix: list[int], *, key: int) -> Request:
-        prefix = prefix[: self.positions - 1]
-        limit = max(self.options.max_length or len(ids) + EXTRA, len(prefix))
-        limit = max(min(limit, self.positions - 1), 1)
-        return Request(source=(*ids, self.eos), limit=limit, prefix=tuple(prefix[:limit]), key=key)
+        prefix = prefix[: self.max_positions - 1]
+        max_tokens = max(self.options.max_length or len(ids) + EXTRA, len(prefix))
+        max_tokens = max(min(max_tokens, self.max_positions - 1), 1)
+        return Request((*ids, self.eos), max_tokens, prefix=tuple(prefix[:max_tokens]), key=key)
 
     def _joined(self, line: _Line) -> Translation:
-        # The first candidate has the first choice of every piece, the second all the second ones.
+        # The first candidate has the best hypothesis of every segment, the second all the second ones.
         candidates = tuple(
             Candidate(
-                _join([self._text(part.ids) for part in parts], line.joiners),
-                sum(part.score for part in parts),
-                sum(part.normalised for part in parts) / len(parts),
+                _join([self._text(each.ids) for each in segments], line.joiners),
+                sum(each.score for each in segments),
+                sum(each.normalised for each in segments) / len(segments),
             )
-            for parts in zip(*line.answers, strict=False)
+            for segments in zip(*line.hypotheses, strict=False)
         )
-        status: Literal["ok", "split"] = "ok" if len(line.answers) == 1 else "split"
+        status: Literal["ok", "split"] = "ok" if len(line.hypotheses) == 1 else "split"
         return Translation(candidates[0].text, status, candidates, line.prefix_cut)
 
     def _ranked(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
-        """The ranker's choice, and behind it the others by their scores."""
+        """The ranker's choice, then the others by their scores."""
         best = self.ranker.pick(hypotheses)
         others = [hypothesis for hypothesis in hypotheses if hypothesis is not best]
         return [best, *sorted(others, key=lambda hypothesis: -hypothesis.normalised)]
@@ -276,7 +277,7 @@ class Translator:
 
 
 def find_model(place: Path | None) -> Path:
-    """The bundle that is meant by a bundle or run folder; without a name the default one, which is told."""
+    """The bundle that a bundle or run folder stands for; without a name the default one, which is printed."""
     if place:
         return checkpoints.find_bundle(place)
     folder = checkpoints.default_bundle()
@@ -284,15 +285,8 @@ def find_model(place: Path | None) -> Path:
     return folder
 
 
-def engine_for(options: TranslateOptions, device: torch.device) -> str:
-    """The name of the engine that runs on this device."""
-    if options.engine != "auto":
-        return options.engine
-    return "captured" if device.type == "cuda" else "eager"
-
-
 def _precision(asked: Precision, bundle: Bundle, device: torch.device) -> Precision:
-    """What to compute in; a network that is to run in int8 gets weights that int8 can hold."""
+    """The precision to compute in; for int8, the weights of the network are rounded to what int8 can hold."""
     if asked == "int8" and device.type != "cpu":
         raise ConfigError(
             f"int8 is for the CPU, not for {device.type}; add --device cpu or leave --precision out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trmt.decoding.engine import Batching
+from trmt.decoding.request import Batching
 from trmt.nets.base import Seq2Seq
 from trmt.scoring import ScoreOptions, bleu_tokenizer, score
 from trmt.sets.shards import PreparedSet
@@ -54,7 +54,7 @@ def _translated(
     """The translations."""
     # Training has filled the memory of a GPU: no room there for what `captured` wants.
     options = TranslateOptions(
-        search="beam" if beam > 1 else "greedy", beam=beam, engine="eager", batch=Batching().sentences
+        search="beam" if beam > 1 else "greedy", beam=beam, runs="direct", batch=Batching().sentences
     )
     with torch.inference_mode():
         translator = Translator(net, tokenizer, longest=longest, options=options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trmt.errors import BundleError
-from trmt.native import products
+from trmt.nets.linear import quantize
 
 SCALE = ".scale"  # what the name of a matrix's scales ends in
 
@@ -24,7 +24,7 @@ def store(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not _is_matrix(tensor):
             stored[name] = tensor
             continue
-        whole_NK, stored[name + SCALE] = products.quantised(tensor.detach().float().cpu())
+        whole_NK, stored[name + SCALE] = quantize(tensor.detach().float().cpu())
         if not stored[name + SCALE].isfinite().all():
             raise BundleError(f"{name!r} holds numbers that are not finite; quantise another checkpoint")
         stored[name] = whole_NK
@@ -45,7 +45,7 @@ def round_weights(net: nn.Module) -> None:
     """Give every matrix of a network the values that int8 can hold."""
     for parameter in net.parameters():
         if _is_matrix(parameter):
-            parameter.copy_(_product(*products.quantised(parameter)))
+            parameter.copy_(_product(*quantize(parameter)))
 
 
 def _is_matrix(tensor: Tensor) -> bool:

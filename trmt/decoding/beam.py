@@ -3,48 +3,34 @@
 Axes: S sentence, K hypothesis, R rows (S * K), C candidates of one of them, V vocabulary, T target
 position.
 
-A hypothesis that ends keeps its place in the beam, so the beam narrows as hypotheses finish, and a beam
-of one is greedy search. A sentence is done when every place is taken, or when no hypothesis that still
+A hypothesis that ends keeps its slot in the beam, so the beam narrows as hypotheses finish, and a beam
+of one is greedy search. A sentence is done when every slot is taken, or when no hypothesis that still
 lives could overtake the worst one asked for, whatever it went on with.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from trmt.decoding.base import Compiled, Hypothesis, Search, SearchState, Sentence
-from trmt.decoding.choosing import highest, library_for
+from trmt.acceleration import accelerated
+from trmt.decoding.base import Hypothesis, Search, SearchRequest, SearchState
+from trmt.decoding.top import top
 from trmt.devices.transfer import sent
 from trmt.errors import ConfigError
 
 ROUNDING = 1e-6  # what normalised scores are off by, at most, relative to themselves
 MAX_PENALTY = 10  # as an exponent; far larger ones overflow and make all hypotheses equal
-TENSORS = (  # in the kernel's order
-    *("limit_S", "eos_S", "length_S", "ended_S", "parents_STK", "tokens_STK"),
-    *("score_SK", "ended_score_SK", "ended_length_SK", "ended_place_SK", "done_S"),
-)
-
-
-class _Beams(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("sentences", "size", "room", "n_best")),
-        *((name, ctypes.c_double) for name in ("length_penalty", "rounding")),
-        *((name, ctypes.c_void_p) for name in TENSORS),
-    )
 
 
 @dataclass(frozen=True)
 class BeamState(SearchState):
     """The living hypotheses, the finished ones, and of each step who went on from where with what."""
 
-    limit_S: Tensor
+    max_tokens_S: Tensor
     eos_S: Tensor
     score_SK: Tensor  # minus infinity where no hypothesis lives
     parents_STK: Tensor
@@ -52,15 +38,7 @@ class BeamState(SearchState):
     ended_S: Tensor  # how many have finished
     ended_score_SK: Tensor
     ended_length_SK: Tensor  # with the end
-    ended_place_SK: Tensor  # where the last token before the end stands
-
-    @cached_property
-    def for_kernel(self) -> Any:
-        """These tensors as the kernel takes them, which writes to them in place."""
-        tensors = [getattr(self, name) for name in TENSORS]
-        assert all(tensor.is_contiguous() for tensor in tensors)
-        sentences, room, size = self.tokens_STK.shape
-        return _Beams(sentences, size, room, 0, 0, ROUNDING, *(tensor.data_ptr() for tensor in tensors))
+    ended_index_SK: Tensor  # of the last token before the end among the hypotheses
 
 
 @dataclass(frozen=True)
@@ -82,7 +60,7 @@ class Beam(Search):
 
     @property
     def hypotheses(self) -> int:  # type: ignore[override]
-        """The places of the beam."""
+        """The slots of the beam."""
         return self.size
 
     @property
@@ -90,16 +68,16 @@ class Beam(Search):
         """A beam of one never exchanges its hypothesis."""
         return self.size > 1
 
-    def start(self, sentences: Sequence[Sentence], *, room: int, eos: int, device: torch.device) -> BeamState:
-        limit_S = sent([sentence.limit for sentence in sentences], device)
-        zero_S = torch.zeros_like(limit_S)
-        score_SK = torch.full((len(sentences), self.size), -torch.inf, device=device)
-        score_SK[:, 0] = 0  # all places begin with the same prefix: only one may count
-        history_STK = torch.zeros((len(sentences), room, self.size), dtype=torch.long, device=device)
+    def start(self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device) -> BeamState:
+        max_tokens_S = sent([request.max_tokens for request in requests], device)
+        zero_S = torch.zeros_like(max_tokens_S)
+        score_SK = torch.full((len(requests), self.size), -torch.inf, device=device)
+        score_SK[:, 0] = 0  # all slots begin with the same prefix: only one may count
+        history_STK = torch.zeros((len(requests), max_tokens, self.size), dtype=torch.long, device=device)
         return BeamState(
             done_S=zero_S.bool(),
             length_S=zero_S.clone(),
-            limit_S=limit_S,
+            max_tokens_S=max_tokens_S,
             eos_S=zero_S + eos,
             score_SK=score_SK,
             parents_STK=history_STK,
@@ -107,60 +85,54 @@ class Beam(Search):
             ended_S=zero_S.clone(),
             ended_score_SK=torch.full_like(score_SK, -torch.inf),
             ended_length_SK=torch.ones_like(score_SK, dtype=torch.long),
-            ended_place_SK=torch.zeros_like(score_SK, dtype=torch.long),
+            ended_index_SK=torch.zeros_like(score_SK, dtype=torch.long),
         )
 
-    def advance(self, scores_SKV: Tensor, state: BeamState) -> tuple[Tensor, Tensor, BeamState]:
-        if compiled := self.compiled(state, scores_SKV.shape[2]):
-            return (*compiled.advance(scores_SKV), state)
-        scores_RV = scores_SKV.flatten(0, 1)
-        best_RC, ids_RC, sum_R1 = highest(scores_RV, self.size)
+    def advance(self, logits_SKV: Tensor, state: BeamState) -> tuple[Tensor, Tensor, BeamState]:
+        if fast := accelerated("advance"):
+            found: tuple[Tensor, Tensor, BeamState] | None = fast(self, logits_SKV, state)
+            if found:
+                return found
+        logits_RV = logits_SKV.flatten(0, 1)
+        best_RC, ids_RC, sum_R1 = top(logits_RV, self.size)
         log_RC = best_RC - sum_R1
         total = (state.score_SK.view(-1, 1) + log_RC).view(len(state.score_SK), -1)
         score_SK, flat_SK = total.topk(self.size, -1)
         parents_SK = flat_SK // log_RC.shape[1]
         tokens_SK = ids_RC.view(total.shape).gather(1, flat_SK)
 
-        # A sentence that waits to be taken away stays within its room.
+        # A finished sentence stays within its space until it is removed.
         at = state.length_S.clamp(max=state.tokens_STK.shape[1] - 1)[:, None, None].expand(-1, 1, self.size)
         state.parents_STK.scatter_(1, at, parents_SK[:, None])
         state.tokens_STK.scatter_(1, at, tokens_SK[:, None])
         length_S = state.length_S + 1
         ends_SK = tokens_SK == state.eos_S[:, None]
-        full_S = length_S >= state.limit_S
-        if _is_seen(tokens_SK) and not (ends_SK.any() or full_S.any() or state.ended_S.any()):
+        full_S = length_S >= state.max_tokens_S
+        if _on_host(tokens_SK) and not (ends_SK.any() or full_S.any() or state.ended_S.any()):
             return parents_SK, tokens_SK, replace(state, length_S=length_S, score_SK=score_SK)
-        place_K = torch.arange(self.size, device=score_SK.device)
-        taken = place_K >= (self.size - state.ended_S)[:, None]
+        index_K = torch.arange(self.size, device=score_SK.device)
+        taken = index_K >= (self.size - state.ended_S)[:, None]
         score_SK = score_SK.masked_fill(taken | state.done_S[:, None], -torch.inf)
         state = replace(state, length_S=length_S, score_SK=score_SK)
         return parents_SK, tokens_SK, self._with_ended(state, ends_SK, full_S, parents_SK)
 
-    def compiled(self, state: BeamState, vocabulary: int) -> Compiled | None:
-        library = library_for(state.score_SK, vocabulary, self.size)
-        if not library:
-            return None
-        beams = state.for_kernel
-        beams.n_best, beams.length_penalty = self.n_best, self.length_penalty
-        return Compiled(library.trmt_advance_beams, beams)
-
     def _with_ended(self, state: BeamState, ends_SK: Tensor, full_S: Tensor, parents_SK: Tensor) -> BeamState:
-        """Move what ended, and at the limit all, to the places behind those that ended before."""
+        """Move what ended, and at the limit all, to the slots behind those that ended before."""
         leaves_SK = (ends_SK | full_S[:, None]) & state.score_SK.isfinite()
-        place_SK = state.ended_S[:, None] + leaves_SK.cumsum(1) - 1
-        # A spare place at the end takes what is not meant to be kept.
-        place_SK = torch.where(leaves_SK, place_SK, self.size)
+        index_SK = state.ended_S[:, None] + leaves_SK.cumsum(1) - 1
+        # A spare slot at the end takes what is not meant to be kept.
+        index_SK = torch.where(leaves_SK, index_SK, self.size)
         # At the limit the end comes without having been chosen.
         length_SK = state.length_S[:, None] + ~ends_SK
-        own_SK = torch.arange(self.size, device=place_SK.device).expand_as(place_SK)
+        own_SK = torch.arange(self.size, device=index_SK.device).expand_as(index_SK)
         ended_S = state.ended_S + leaves_SK.sum(1)
-        ended_score_SK = _put(state.ended_score_SK, place_SK, state.score_SK)
-        ended_length_SK = _put(state.ended_length_SK, place_SK, length_SK)
+        ended_score_SK = _put(state.ended_score_SK, index_SK, state.score_SK)
+        ended_length_SK = _put(state.ended_length_SK, index_SK, length_SK)
         last_SK = torch.where(ends_SK, parents_SK, own_SK)
         living_SK = state.score_SK.masked_fill(leaves_SK, -torch.inf)
         worst_S = self._normalised(ended_score_SK, ended_length_SK).topk(self.n_best, 1).values[:, -1]
         # A log probability only falls and the penalty is largest at full length: more is out of reach.
-        hope_S = self._normalised(living_SK.amax(1), state.limit_S + 1)
+        hope_S = self._normalised(living_SK.amax(1), state.max_tokens_S + 1)
         hope_S = hope_S * (1 - ROUNDING)
         return replace(
             state,
@@ -169,7 +141,7 @@ class Beam(Search):
             ended_S=ended_S,
             ended_score_SK=ended_score_SK,
             ended_length_SK=ended_length_SK,
-            ended_place_SK=_put(state.ended_place_SK, place_SK, last_SK),
+            ended_index_SK=_put(state.ended_index_SK, index_SK, last_SK),
         )
 
     def _normalised(self, score: Tensor, length: Tensor) -> Tensor:
@@ -181,7 +153,7 @@ class Beam(Search):
             state.ended_S.tolist(),
             state.ended_score_SK.tolist(),
             state.ended_length_SK.tolist(),
-            state.ended_place_SK.tolist(),
+            state.ended_index_SK.tolist(),
             state.parents_STK[:, :steps].tolist(),
             state.tokens_STK[:, :steps].tolist(),
             strict=True,
@@ -193,37 +165,37 @@ class Beam(Search):
         ended: int,
         scores: list[float],
         lengths: list[int],
-        places: list[int],
+        indices: list[int],
         parents: list[list[int]],
         tokens: list[list[int]],
     ) -> list[Hypothesis]:
-        # In Python: a tensor's powers differ in the last bit with the place of a number in it.
+        # In Python: a tensor's powers differ in the last bit with the position of a number in it.
         found = [
-            (score / ((5 + length) / 6) ** self.length_penalty, score, length, place)
-            for score, length, place in zip(scores[:ended], lengths, places, strict=False)
+            (score / ((5 + length) / 6) ** self.length_penalty, score, length, index)
+            for score, length, index in zip(scores[:ended], lengths, indices, strict=False)
         ]
         best = sorted(found, key=lambda each: -each[0])[: self.n_best]
         return [
-            Hypothesis(_traced(length - 1, place, parents, tokens), score, normalised)
-            for normalised, score, length, place in best
+            Hypothesis(_traced(length - 1, index, parents, tokens), score, normalised)
+            for normalised, score, length, index in best
         ]
 
 
-def _traced(count: int, place: int, parents: list[list[int]], tokens: list[list[int]]) -> tuple[int, ...]:
-    """The first `count` tokens of the hypothesis that stands at `place` after them."""
+def _traced(count: int, index: int, parents: list[list[int]], tokens: list[list[int]]) -> tuple[int, ...]:
+    """The first `count` tokens of the hypothesis that has this index after them."""
     ids = []
     for step in range(count - 1, -1, -1):
-        ids.append(tokens[step][place])
-        place = parents[step][place]
+        ids.append(tokens[step][index])
+        index = parents[step][index]
     return tuple(reversed(ids))
 
 
-def _is_seen(tensor: Tensor) -> bool:
-    """Whether the host may look at it without waiting for a device."""
+def _on_host(tensor: Tensor) -> bool:
+    """Whether its values can be had without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
-def _put(kept: Tensor, place_SK: Tensor, new: Tensor) -> Tensor:
-    """`new` written to its places along axis 1; place K is thrown away."""
+def _put(kept: Tensor, index_SK: Tensor, new: Tensor) -> Tensor:
+    """`new` written to these indices along axis 1; index K is thrown away."""
     spare = torch.cat([kept, torch.zeros_like(kept[:, :1])], 1)
-    return spare.scatter_(1, place_SK, new)[:, :-1]
+    return spare.scatter_(1, index_SK, new)[:, :-1]

@@ -2,7 +2,7 @@
 
 Axes: S sentence, K hypothesis, V vocabulary, T target position.
 
-Every sentence draws its lots before the first token, from its own key and the seed, so that a sample
+Every sentence draws its random numbers before the first token, from its own key and the seed, so that a sample
 depends neither on the batch nor on the order in which sentences are translated.
 """
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trmt.decoding.base import Hypothesis, Search, Sentence
-from trmt.decoding.choosing import highest
+from trmt.decoding.base import Hypothesis, Search, SearchRequest
+from trmt.decoding.top import top
 from trmt.decoding.greedy import LineState
 from trmt.devices.transfer import carried
 from trmt.errors import ConfigError
@@ -24,9 +24,9 @@ from trmt.errors import ConfigError
 
 @dataclass(frozen=True)
 class SamplingState(LineState):
-    """The lines, and the lot in [0, 1) that decides each of their tokens."""
+    """The lines, and the random number in [0, 1) that decides each of their tokens."""
 
-    lot_SKT: Tensor
+    random_SKT: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,38 +53,38 @@ class Sampling(Search):
         return self.samples
 
     def start(
-        self, sentences: Sequence[Sentence], *, room: int, eos: int, device: torch.device
+        self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device
     ) -> SamplingState:
-        lines = LineState.empty(sentences, (self.samples, room), eos=eos, device=device)
-        lots = [
-            torch.rand(room, self.samples, generator=self._generator(sentence.key)).T
-            for sentence in sentences
+        lines = LineState.empty(requests, (self.samples, max_tokens), eos=eos, device=device)
+        numbers = [
+            torch.rand(max_tokens, self.samples, generator=self._generator(request.key)).T
+            for request in requests
         ]
-        return SamplingState(**vars(lines), lot_SKT=carried(torch.stack(lots), device))
+        return SamplingState(**vars(lines), random_SKT=carried(torch.stack(numbers), device))
 
     def _generator(self, key: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
-    def advance(self, scores_SKV: Tensor, state: SamplingState) -> tuple[Tensor, Tensor, SamplingState]:
-        # A sentence that waits to be taken away stays within its lots.
-        at = state.length_S.clamp(max=state.lot_SKT.shape[2] - 1)[:, None, None].expand(-1, self.samples, 1)
-        lot_SK1 = state.lot_SKT.gather(2, at)
-        scores_SKV = scores_SKV.float()  # in half precision, shares would not add up
-        tokens_SK = self._choose(scores_SKV, lot_SK1)
+    def advance(self, logits_SKV: Tensor, state: SamplingState) -> tuple[Tensor, Tensor, SamplingState]:
+        # A finished sentence stays within its random numbers until it is removed.
+        at = state.length_S.clamp(max=state.random_SKT.shape[2] - 1)[:, None, None].expand(-1, self.samples, 1)
+        random_SK1 = state.random_SKT.gather(2, at)
+        logits_SKV = logits_SKV.float()  # in half precision, shares would not add up
+        tokens_SK = self._choose(logits_SKV, random_SK1)
         # The score is the probability under the network, not under the sharpened distribution.
-        chosen_SK = scores_SKV.gather(2, tokens_SK[:, :, None])[:, :, 0]
+        chosen_SK = logits_SKV.gather(2, tokens_SK[:, :, None])[:, :, 0]
         # Last, because the scores may be lost in it.
-        log_SK = chosen_SK - highest(scores_SKV.flatten(0, 1), 1)[2].view_as(chosen_SK)
+        log_SK = chosen_SK - top(logits_SKV.flatten(0, 1), 1)[2].view_as(chosen_SK)
         lines = state.extended(tokens_SK, log_SK)
         parents_SK = torch.arange(self.samples, device=tokens_SK.device).expand_as(tokens_SK)
-        return parents_SK, tokens_SK, SamplingState(**vars(lines), lot_SKT=state.lot_SKT)
+        return parents_SK, tokens_SK, SamplingState(**vars(lines), random_SKT=state.random_SKT)
 
-    def _choose(self, scores_SKV: Tensor, lot_SK1: Tensor) -> Tensor:
-        """The token in whose share of the line from 0 to 1 the lot falls, the most probable lying first."""
+    def _choose(self, logits_SKV: Tensor, random_SK1: Tensor) -> Tensor:
+        """Inverse transform sampling: the token in whose share of [0, 1) the random number falls, the most probable first."""
         if self.temperature == 0:
-            return scores_SKV.argmax(-1)
-        ordered_SKV, ids_SKV = scores_SKV.sort(dim=-1, descending=True, stable=True)
+            return logits_SKV.argmax(-1)
+        ordered_SKV, ids_SKV = logits_SKV.sort(dim=-1, descending=True, stable=True)
         if self.top_k:
             ordered_SKV, ids_SKV = ordered_SKV[..., : self.top_k], ids_SKV[..., : self.top_k]
         # Relative to the first, so that no temperature is too low to divide by.
@@ -95,8 +95,8 @@ class Sampling(Search):
         # At least one, also where the scores are no numbers, which is the engine's to report.
         size_SK1 = inside_SKV.sum(-1, keepdim=True).clamp(min=1)
         whole_SK1 = upper_SKV.gather(-1, size_SK1 - 1)
-        index_SK1 = (upper_SKV <= lot_SK1 * whole_SK1).sum(-1, keepdim=True)
-        # Rounding can push a lot near 1 past the end; the last token that has any share takes it.
+        index_SK1 = (upper_SKV <= random_SK1 * whole_SK1).sum(-1, keepdim=True)
+        # Rounding can push a number near 1 past the end; the last token that has any share takes it.
         count_SK1 = ((share_SKV > 0) & inside_SKV).sum(-1, keepdim=True).clamp(min=1)
         return ids_SKV.gather(-1, index_SK1.minimum(count_SK1 - 1))[..., 0]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from trmt.bundles.bundles import Bundle
-from trmt.decoding.eager import Eager
-from trmt.decoding.engine import Request
+from trmt.decoding.engine import Engine
 from trmt.decoding.greedy import Greedy
+from trmt.decoding.request import Request
 from trmt.errors import BundleError
 from trmt.interop.base import Outcome, Probe
 from trmt.nets.base import Ragged, Seq2Seq, Source
@@ -60,7 +60,7 @@ def expected(net: Seq2Seq, tokenizer: Tokenizer, texts: Sequence[str], *, longes
     if not fitting:
         raise BundleError("no sentence is short enough for this network to compare it on; pass --no-check")
     sources = tuple(ids for _, ids in fitting)
-    limit = min(LIMIT, int(getattr(net.config, "longest", LIMIT + 1)) - 1)
+    limit = min(LIMIT, net.max_positions - 1)
     made = target.encode(_made_up(target, len(sources)))
     probe = Probe(
         tuple(text for text, _ in fitting), sources, tuple(tuple(ids[:limit]) for ids in made), limit
@@ -73,8 +73,9 @@ def expected(net: Seq2Seq, tokenizer: Tokenizer, texts: Sequence[str], *, longes
         hidden_ND = net(Source.of([(*ids, source.eos) for ids in sources]), before).hidden
         return net.readout(hidden_ND).float().index_fill(1, torch.tensor(banned), -torch.inf).log_softmax(-1)
 
-    engine = Eager(net, Greedy(), bos=target.bos, eos=target.eos, banned=banned)
-    found = dict(engine.translate([Request((*ids, source.eos), limit=limit) for ids in sources]))
+    engine = Engine(net, Greedy(), bos=target.bos, eos=target.eos, banned=banned)
+    requests = [Request((*ids, source.eos), limit, key=number) for number, ids in enumerate(sources)]
+    found = {request.key: hypotheses for request, hypotheses in engine.translate(requests)}
     translations = tuple(found[number][0].ids for number in range(len(sources)))
     scores, _ = _chosen(log_NV(probe.targets), probe.targets, target.eos)
     _, margins = _chosen(log_NV(translations), translations, target.eos)

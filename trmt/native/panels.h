@@ -17,7 +17,7 @@ typedef int8_t NAME(lane_bytes) __attribute__((vector_size(LANES), aligned(1)));
 
 /* Each row in whole numbers from -127 to 127, and what one of them stands for. */
 static TARGET void NAME(quantise)(const Quantised *q, const float *x, int64_t from, int64_t to, int flip) {
-  int64_t inner = q->inner, depth = q->depth, whole = inner / LANES * LANES;
+  int64_t inner = q->inputs, depth = q->depth, whole = inner / LANES * LANES;
   for (int64_t row = from; row < to; row++) {
     const float *restrict xr = x + row * inner;
     int8_t *restrict out = q->values + row * depth;
@@ -40,11 +40,11 @@ static TARGET void NAME(quantise)(const Quantised *q, const float *x, int64_t fr
 TARGET INLINE void NAME(put)(const Matrix *m, NAME(floats) v, float *y, int64_t row, int64_t column) {
   if (m->bias) v += *(const NAME(floats) *)(m->bias + column);
   if (m->relu) v = (NAME(floats))((NAME(ints))v & ~(NAME(ints))(v < 0)); /* keeps NaN */
-  y += row * m->outer;
-  if (column + LANES <= m->outer)
+  y += row * m->outputs;
+  if (column + LANES <= m->outputs)
     *(NAME(floats) *)(y + column) = v;
   else
-    for (int i = 0; i < LANES && column + i < m->outer; i++) y[column + i] = v[i];
+    for (int i = 0; i < LANES && column + i < m->outputs; i++) y[column + i] = v[i];
 }
 
 TARGET INLINE void NAME(put_sums)(const Matrix *m, NAME(ints) sums, float scale, float *y, int64_t row,
@@ -79,17 +79,17 @@ TARGET INLINE void NAME(int8_block)(const int rows, const int panels, const Matr
 /* Each output is one chain of additions over `inner`, so that a row never depends on its neighbours. */
 TARGET INLINE void NAME(fp32_block)(const int rows, const int panels, const Matrix *m, const float *x,
                                     float *y, int64_t row, int64_t panel) {
-  const float *w = (const float *)m->packed + panel * m->inner * PANEL;
+  const float *w = (const float *)m->packed + panel * m->inputs * PANEL;
   NAME(floats) sums[MOST_ROWS][MOST_PANELS * PARTS];
-  x += row * m->inner;
+  x += row * m->inputs;
   for (int r = 0; r < rows; r++)
     for (int v = 0; v < panels * PARTS; v++) sums[r][v] = (NAME(floats)){0};
-  for (int64_t k = 0; k < m->inner; k++) {
+  for (int64_t k = 0; k < m->inputs; k++) {
     NAME(floats) wv[MOST_PANELS * PARTS];
     for (int v = 0; v < panels * PARTS; v++)
-      wv[v] = *(const NAME(floats) *)(w + v / PARTS * m->inner * PANEL + k * PANEL + v % PARTS * LANES);
+      wv[v] = *(const NAME(floats) *)(w + v / PARTS * m->inputs * PANEL + k * PANEL + v % PARTS * LANES);
     for (int r = 0; r < rows; r++) {
-      NAME(floats) xr = ALL(x[r * m->inner + k]);
+      NAME(floats) xr = ALL(x[r * m->inputs + k]);
       for (int v = 0; v < panels * PARTS; v++) sums[r][v] = FMA(xr, wv[v], sums[r][v]);
     }
   }

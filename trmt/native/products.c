@@ -26,7 +26,7 @@ enum { CHUNK = 1 << 18 };                 /* bytes of weights that stay in the c
 enum { ON_STACK = 1 << 16 };              /* bytes that are not worth asking the system for */
 
 typedef struct {
-  int64_t inner, depth;
+  int64_t inputs, depth;
   int8_t *values; /* [rows, depth] */
   float *scale;
 } Quantised;
@@ -165,9 +165,9 @@ static void quantise_all(const Quantised *q, const float *x, int64_t rows, int p
 }
 
 void trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int processor) {
-  int64_t threads = threads_for(rows * m->outer * m->inner, WORTH_THREADS), chunk = chunk_of(m, threads);
+  int64_t threads = threads_for(rows * m->outputs * m->inputs, WORTH_THREADS), chunk = chunk_of(m, threads);
   if (processor == AMX && rows < TILES_FROM) processor = AVX512_VNNI;
-  Quantised q = {m->inner, m->depth, 0, 0};
+  Quantised q = {m->inputs, m->depth, 0, 0};
   int8_t small[ON_STACK] __attribute__((aligned(64)));
   if (m->is_int8) {
     int64_t room = (rows + 31) / 32 * 32, size = room * (m->depth + 64); /* whole tiles */

@@ -9,12 +9,12 @@
 
 enum { PANEL = 16 }; /* outputs whose weights lie together */
 
-/* The weights of one product, [panels][depth / 4][16][4] of int8 or [panels][inner][16] of float. What lies
-   beyond `outer` and `inner` is zero. */
+/* The weights of one product, [panels][depth / 4][16][4] of int8 or [panels][inputs][16] of float. What lies
+   beyond `outputs` and `inputs` is zero. */
 typedef struct {
-  int64_t outer, inner;
-  int64_t panels; /* outer / 16, rounded up */
-  int64_t depth;  /* of int8, inner rounded up to 64; of float, inner */
+  int64_t outputs, inputs;
+  int64_t panels; /* outputs / 16, rounded up */
+  int64_t depth;  /* of int8, inputs rounded up to 64; of float, inputs */
   int64_t is_int8, relu;
   const void *packed;
   const float *scale;   /* int8: what one unit of each output's weights stands for */

@@ -1,6 +1,6 @@
 /* Norms and attention, in double precision; included once for each kind of processor.
 
-   The one who includes it defines NAME, TARGET, WIDE (doubles of a vector), and
+   The file that includes it defines NAME, TARGET, WIDE (doubles of a vector), and
    WIDENED(p)      a vector of the WIDE floats at p
    NARROWED(v)     the same as floats
    FUSED(a, b, c)  a * b + c
@@ -67,29 +67,29 @@ INLINE TARGET double NAME(softmax)(double *scores, int64_t count) {
 
 /* All heads of one row. Keys are gone through once, and values, since they come from far: each is read whole
    while later ones are on their way. */
-INLINE TARGET void NAME(attend)(const Network *n, const float *query, const Seen *seen, const Seen *next,
-                                const Room *room, const int64_t part, float *out) {
-  int64_t width = n->width, count = seen->count;
-  double scale = 1.0 / sqrt((double)part), *sums = room->sums, factor[n->heads];
+INLINE TARGET void NAME(attend)(const Network *n, const float *query, const Keys *keys, const Keys *next,
+                                const Scratch *scratch, const int64_t part, float *out) {
+  int64_t width = n->width, count = keys->count;
+  double scale = 1.0 / sqrt((double)part), *sums = scratch->sums, factor[n->heads];
   for (int64_t i = 0; i < width; i += WIDE) *(NAME(wide) *)(sums + i) = WIDENED(query + i);
   for (int64_t j = 0; j < count; j++) {
-    const float *key = seen->keys + seen->offset[j];
-    fetch(seen, next, j, width);
+    const float *key = keys->keys + keys->offset[j];
+    fetch(keys, next, j, width);
     for (int64_t head = 0; head < n->heads; head++) {
       NAME(wide) dot = {0};
       for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
         dot = FUSED(*(NAME(wide) *)(sums + p), WIDENED(key + p), dot);
-      room->weights[head * room->keys + j] = TOTAL(dot) * scale;
+      scratch->weights[head * scratch->keys + j] = TOTAL(dot) * scale;
     }
   }
   for (int64_t head = 0; head < n->heads; head++)
-    factor[head] = NAME(softmax)(room->weights + head * room->keys, count);
+    factor[head] = NAME(softmax)(scratch->weights + head * scratch->keys, count);
   memset(sums, 0, width * sizeof(double));
   for (int64_t j = 0; j < count; j++) {
-    const float *value = seen->values + seen->offset[j];
-    fetch(seen, next, count + j, width);
+    const float *value = keys->values + keys->offset[j];
+    fetch(keys, next, count + j, width);
     for (int64_t head = 0; head < n->heads; head++) {
-      NAME(wide) weight = (NAME(wide)){0} + room->weights[head * room->keys + j];
+      NAME(wide) weight = (NAME(wide)){0} + scratch->weights[head * scratch->keys + j];
       for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
         *(NAME(wide) *)(sums + p) = FUSED(weight, WIDENED(value + p), *(NAME(wide) *)(sums + p));
     }
@@ -99,15 +99,32 @@ INLINE TARGET void NAME(attend)(const Network *n, const float *query, const Seen
       *(NAME(narrow) *)(out + p) = NARROWED(*(NAME(wide) *)(sums + p) * factor[head]);
 }
 
-static TARGET void NAME(attend_row)(const Network *n, const float *query, const Seen *seen, const Seen *next,
-                                    const Room *room, float *out) {
+static TARGET void NAME(attend_row)(const Network *n, const float *query, const Keys *keys, const Keys *next,
+                                    const Scratch *scratch, float *out) {
   int64_t part = n->width / n->heads;
   if (part == 64) /* the usual ones, with loops of known length */
-    NAME(attend)(n, query, seen, next, room, 64, out);
+    NAME(attend)(n, query, keys, next, scratch, 64, out);
   else if (part == 32)
-    NAME(attend)(n, query, seen, next, room, 32, out);
+    NAME(attend)(n, query, keys, next, scratch, 32, out);
   else
-    NAME(attend)(n, query, seen, next, room, part, out);
+    NAME(attend)(n, query, keys, next, scratch, part, out);
+}
+
+/* One row of an SSRU: c = f * c + (1 - f) * x with f = sigmoid(gate), and out = relu(c). */
+static TARGET void NAME(recur_row)(int64_t width, const float *gate_input, float *cell, float *out) {
+  for (int64_t i = 0; i < width; i += WIDE) {
+    NAME(wide) gate = WIDENED(gate_input + i), x = WIDENED(gate_input + width + i), c = WIDENED(cell + i);
+    NAME(wide_bits) negative = gate < 0.0;
+    NAME(wide) e = NAME(exponential)((NAME(wide))(((NAME(wide_bits))gate & negative) |
+                                                  ((NAME(wide_bits))(-gate) & ~negative)));
+    NAME(wide) one = (NAME(wide)){0} + 1.0, share = 1.0 / (1.0 + e);
+    NAME(wide) f = (NAME(wide))(((NAME(wide_bits))(e * share) & negative) |
+                                ((NAME(wide_bits))(one * share) & ~negative));
+    c = f * c + (one - f) * x;
+    NAME(narrow) rounded = NARROWED(c);
+    *(NAME(narrow) *)(cell + i) = rounded;
+    for (int lane = 0; lane < WIDE; lane++) out[i + lane] = rounded[lane] > 0 ? rounded[lane] : 0;
+  }
 }
 
 /* `vectors` columns of out = a @ rows, times scale; several at once, since each is one chain of additions. */
@@ -130,13 +147,13 @@ static TARGET void NAME(mix)(const double *a, int64_t count, const double *rows,
   for (; at < stride; at += WIDE) NAME(mix_columns)(1, a, count, rows + at, stride, scale, out + at);
 }
 
-/* One head of a sentence that looks at itself. Queries, keys and values of a token lie `width` apart, and those
-   of the next one behind them. There is room for (2 * part + 1) * space + part, where space is `count` up to
+/* Self-attention of one head over a sentence. Queries, keys and values of a token lie `width` apart, and those
+   of the next one behind them. There is space for (2 * part + 1) * space + part, where space is `count` up to
    a multiple of 8. */
 static TARGET void NAME(attend_sentence)(int64_t width, int64_t part, const float *merged, int64_t count,
-                                         double *room, float *out) {
+                                         double *scratch, float *out) {
   int64_t space = (count + 7) / 8 * 8;
-  double *keys = room, *values = keys + part * space, *weights = values + part * space, *one = weights + space;
+  double *keys = scratch, *values = keys + part * space, *weights = values + part * space, *one = weights + space;
   double scale = 1.0 / sqrt((double)part);
   for (int64_t p = 0; p < part; p++)
     for (int64_t j = 0; j < space; j++)

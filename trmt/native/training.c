@@ -288,7 +288,7 @@ int trmt_cross_entropy(float *logits, const int64_t *target, float *losses, int6
 }
 
 /* Attention over sentences that stand in a row without padding. Row i of the queries begins at
-   query + i * query_stride; head h takes columns h * part up to (h + 1) * part, and part is a multiple
+   query + i * query_stride; head h takes columns h * head_dim up to (h + 1) * head_dim, and head_dim is a multiple
    of LANES. Sentence s has the rows query_starts[s] up to query_starts[s + 1], and looks at the rows
    key_starts[s] up to key_starts[s + 1] of keys and values. */
 
@@ -296,7 +296,7 @@ typedef struct {
   const float *query, *key, *value;
   int64_t query_stride, key_stride, value_stride;
   const int64_t *query_starts, *key_starts;
-  int64_t sentences, heads, part;
+  int64_t sentences, heads, head_dim;
   int64_t causal;
   float scale;
 } Attention;
@@ -364,11 +364,11 @@ INLINE void turned_square(vec v[LANES]) {
 #undef EXCHANGE
 }
 
-/* out [part, width] = rows [length, part] turned, with zeros behind `length`. */
-INLINE void turned(const float *rows, int64_t stride, int64_t length, int64_t part, float *out,
+/* out [head_dim, width] = rows [length, head_dim] turned, with zeros behind `length`. */
+INLINE void turned(const float *rows, int64_t stride, int64_t length, int64_t head_dim, float *out,
                    int64_t width) {
   for (int64_t j = 0; j < width; j += LANES)
-    for (int64_t p = 0; p < part; p += LANES) {
+    for (int64_t p = 0; p < head_dim; p += LANES) {
       vec square[LANES];
       for (int i = 0; i < LANES; i++)
         square[i] = j + i < length ? load(rows + (j + i) * stride + p) : all(0);
@@ -409,16 +409,16 @@ static void attention_head(const Attention *a, int64_t sentence, int64_t head, f
                                   float *out, float *norms) {
   int64_t first = a->query_starts[sentence], rows = a->query_starts[sentence + 1] - first;
   int64_t first_key = a->key_starts[sentence], keys = a->key_starts[sentence + 1] - first_key;
-  int64_t part = a->part, width = whole_lanes(keys), out_stride = a->heads * part;
-  const float *query = a->query + first * a->query_stride + head * part;
-  const float *key = a->key + first_key * a->key_stride + head * part;
-  const float *value = a->value + first_key * a->value_stride + head * part;
-  float *keys_turned = space, *scores = space + part * width;
-  turned(key, a->key_stride, keys, part, keys_turned, width);
-  product(rows, width, part, query, a->query_stride, 1, keys_turned, width, scores, width);
+  int64_t head_dim = a->head_dim, width = whole_lanes(keys), out_stride = a->heads * head_dim;
+  const float *query = a->query + first * a->query_stride + head * head_dim;
+  const float *key = a->key + first_key * a->key_stride + head * head_dim;
+  const float *value = a->value + first_key * a->value_stride + head * head_dim;
+  float *keys_turned = space, *scores = space + head_dim * width;
+  turned(key, a->key_stride, keys, head_dim, keys_turned, width);
+  product(rows, width, head_dim, query, a->query_stride, 1, keys_turned, width, scores, width);
   softmax(scores, rows, keys, width, a, norms + first * a->heads + head, a->heads, 0);
-  product(rows, part, keys, scores, width, 1, value, a->value_stride,
-          out + first * out_stride + head * part, out_stride);
+  product(rows, head_dim, keys, scores, width, 1, value, a->value_stride,
+          out + first * out_stride + head * head_dim, out_stride);
 }
 
 static int64_t longest(const int64_t *starts, int64_t sentences) {
@@ -437,7 +437,7 @@ int trmt_attention(const Attention *a, float *out, float *norms) {
   int short_of_memory = 0;
 #pragma omp parallel
   {
-    float *space = room((a->part + rows) * width);
+    float *space = room((a->head_dim + rows) * width);
     if (!space) {
 #pragma omp atomic write
       short_of_memory = 1;
@@ -460,17 +460,17 @@ static void attention_head_backward(const Attention *a, int64_t sentence, int64_
                                            const Gradients *g) {
   int64_t first = a->query_starts[sentence], rows = a->query_starts[sentence + 1] - first;
   int64_t first_key = a->key_starts[sentence], keys = a->key_starts[sentence + 1] - first_key;
-  int64_t part = a->part, width = whole_lanes(keys), out_stride = a->heads * part;
-  const float *query = a->query + first * a->query_stride + head * part;
-  const float *key = a->key + first_key * a->key_stride + head * part;
-  const float *value = a->value + first_key * a->value_stride + head * part;
-  const float *grad = grad_out + first * out_stride + head * part;
-  float *flat = space, *weights = space + part * width, *grads = weights + rows * width;
-  turned(key, a->key_stride, keys, part, flat, width);
-  product(rows, width, part, query, a->query_stride, 1, flat, width, weights, width);
+  int64_t head_dim = a->head_dim, width = whole_lanes(keys), out_stride = a->heads * head_dim;
+  const float *query = a->query + first * a->query_stride + head * head_dim;
+  const float *key = a->key + first_key * a->key_stride + head * head_dim;
+  const float *value = a->value + first_key * a->value_stride + head * head_dim;
+  const float *grad = grad_out + first * out_stride + head * head_dim;
+  float *flat = space, *weights = space + head_dim * width, *grads = weights + rows * width;
+  turned(key, a->key_stride, keys, head_dim, flat, width);
+  product(rows, width, head_dim, query, a->query_stride, 1, flat, width, weights, width);
   softmax(weights, rows, keys, width, a, (float *)norms + first * a->heads + head, a->heads, 1);
-  turned(value, a->value_stride, keys, part, flat, width);
-  product(rows, width, part, grad, out_stride, 1, flat, width, grads, width);
+  turned(value, a->value_stride, keys, head_dim, flat, width);
+  product(rows, width, head_dim, grad, out_stride, 1, flat, width, grads, width);
   for (int64_t i = 0; i < rows; i++) {
     vec both = all(0);
     float *w = weights + i * width, *d = grads + i * width;
@@ -478,12 +478,12 @@ static void attention_head_backward(const Attention *a, int64_t sentence, int64_
     float mean = sum(both);
     for (int64_t j = 0; j < width; j++) d[j] = w[j] * (d[j] - mean) * a->scale;
   }
-  product(rows, part, keys, grads, width, 1, key, a->key_stride,
-          g->query + first * g->query_stride + head * part, g->query_stride);
-  product(keys, part, rows, grads, 1, width, query, a->query_stride,
-          g->key + first_key * g->key_stride + head * part, g->key_stride);
-  product(keys, part, rows, weights, 1, width, grad, out_stride,
-          g->value + first_key * g->value_stride + head * part, g->value_stride);
+  product(rows, head_dim, keys, grads, width, 1, key, a->key_stride,
+          g->query + first * g->query_stride + head * head_dim, g->query_stride);
+  product(keys, head_dim, rows, grads, 1, width, query, a->query_stride,
+          g->key + first_key * g->key_stride + head * head_dim, g->key_stride);
+  product(keys, head_dim, rows, weights, 1, width, grad, out_stride,
+          g->value + first_key * g->value_stride + head * head_dim, g->value_stride);
 }
 
 int trmt_attention_backward(const Attention *a, const float *grad_out, const float *norms,
@@ -493,7 +493,7 @@ int trmt_attention_backward(const Attention *a, const float *grad_out, const flo
   int short_of_memory = 0;
 #pragma omp parallel
   {
-    float *space = room((a->part + 2 * rows) * width);
+    float *space = room((a->head_dim + 2 * rows) * width);
     if (!space) {
 #pragma omp atomic write
       short_of_memory = 1;

@@ -1,33 +1,52 @@
-"""What every network promises; read this first.
+"""The contracts of networks; read this first.
 
 Axes: S sentence, K hypothesis, L source position, T target position, N all tokens of a batch in a row,
-D width, V vocabulary.
+D hidden size, V vocabulary.
 
-A network maps a `Source` and a target to hidden states (`forward`) and hidden states to logits
-(`readout`). For translating it is `frozen` into a `Stepper`, which starts a `State` from a source and
-takes it forward a few tokens at a time. Search sees only the state, and of it only `reorder`, `keep`,
-`replace`, `join` and `fork`; networks know nothing of search, text or special ids.
+Training calls `Seq2Seq.forward` (a source and a target prefix -> hidden states) and `readout` (hidden states ->
+logits). Decoding goes through a `Stepper`, a frozen copy of the network: `start` encodes the source and returns
+a `State`, `step` appends tokens to every hypothesis. A state has two halves. The encoder's belongs to a sentence
+and is shared by its hypotheses (encoder output, cross-attention keys and values); the decoder's belongs to each
+hypothesis (a KV cache, hidden vectors). Search calls `reorder`, `keep` and `replace` of a state and nothing
+else; networks know nothing of search, text or special ids.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trmt.devices.transfer import sent
+from trmt.errors import ConfigError
 
 Product = Callable[[Tensor], Tensor]  # x -> x @ weight.T + bias, on the last axis
-Linear = Callable[[Tensor, Tensor | None], Product]  # (weight, bias) -> product: fp32, int8, ...
+Precision = Literal["fp32", "int8"]
+UNLIMITED = 1 << 30  # positions
 
 
-def cells(lengths_S: Tensor, width: int, *, count: int) -> Tensor:
-    """Where each of `count` tokens in a row lies in a grid with rows of `width`; no device is waited for."""
+class Products(Protocol):
+    """Makes the matrix products of a frozen network from their weights; `relu` adds one behind the product.
+
+    int8 products declare `precision = "int8"`: what lies between them is then computed in double precision and
+    rounded once, so that every implementation rounds activations to the same int8 values.
+    """
+
+    precision: Precision
+
+    def __call__(self, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Product: ...
+
+
+# What goes in
+
+
+def grid_cells(lengths_S: Tensor, width: int, *, count: int) -> Tensor:
+    """The cell of each of `count` tokens in a padded grid with rows of `width`; needs no device sync."""
     starts_S = lengths_S.cumsum(0) - lengths_S
     shift_S = torch.arange(len(lengths_S), device=lengths_S.device) * width - starts_S
     shift_N = torch.repeat_interleave(shift_S, lengths_S, output_size=count)
@@ -40,18 +59,14 @@ class Ragged:
 
     ids_N: Tensor
     lengths_S: Tensor
-    longest: int  # kept on the host, so that asking for shapes never waits for a device
+    longest: int  # kept on the host, so that asking for shapes needs no device sync
 
     @classmethod
     def of(cls, sentences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Self:
         """The sentences, given as lists of ids."""
         lengths = [len(sentence) for sentence in sentences]
         flat = [token for sentence in sentences for token in sentence]
-        return cls(
-            sent(flat, device),
-            sent(lengths, device),
-            max(lengths, default=0),
-        )
+        return cls(sent(flat, device), sent(lengths, device), max(lengths, default=0))
 
     def __len__(self) -> int:
         return self.lengths_S.shape[0]
@@ -69,15 +84,15 @@ class Ragged:
         return -(-self.longest // multiple) * multiple
 
     def cells_N(self, width: int) -> Tensor:
-        """Where each token lies in the padded [S, width] grid, counted row by row."""
-        return cells(self.lengths_S, width, count=self.ids_N.shape[0])
+        """The cell of each token in the padded [S, width] grid, counted row by row."""
+        return grid_cells(self.lengths_S, width, count=self.ids_N.shape[0])
 
     def positions_N(self) -> Tensor:
-        """Which token of its sentence each one is, counted from 0."""
+        """The position of each token in its sentence, counted from 0."""
         return self.cells_N(0)
 
     def padded(self, multiple: int = 1) -> tuple[Tensor, Tensor]:
-        """The ids as a grid with zeros behind each sentence, and which cells are real."""
+        """The ids as a grid padded with zeros, and the mask of its real tokens."""
         width = self.width(multiple)
         ids = self.ids_N.new_zeros(len(self) * width)
         ids[self.cells_N(width)] = self.ids_N
@@ -91,7 +106,7 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Source(Ragged):
-    """What a network reads: ids, and by name whatever else belongs to them (tags, segments, factors)."""
+    """The input of the encoder: ids, and by name what else belongs to them (segments, tags, factors)."""
 
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -101,294 +116,345 @@ class Source(Ragged):
         return replace(moved, extras=extras)
 
 
+# What comes out
+
+
 @dataclass(frozen=True)
-class Output:
-    """What a network returns.
+class WantedWeights:
+    """The attention weights that a caller wants in the `Output`, which are computed for it alone."""
 
-    `hidden` has one row for each target token: [N, D] from `forward`, [S, K, T, D] from `step`.
-    `aux` holds named losses of the network's own as (sum, count), weighted already: an objective adds the
-    sums to its own, and all are divided by its tokens. `attention` is there only when asked for, and where a
-    network has it, as the weights of each layer over the source: [layers, S, heads, T, L] from `forward`,
-    with K * T for T from `step`. So are the weights of both sides over themselves, but from `forward` only:
-    `encoder_attention` [layers, S, heads, L, L] and `decoder_attention` [layers, S, heads, T, T]. A network
-    may take `one_head` for what it says, or give them all.
-    """
+    cross: bool = False
+    encoder: bool = False  # self-attention of the encoder
+    decoder: bool = False  # self-attention of the decoder
+    layer: int | None = None  # of cross-attention only this layer, if negative counted from the last,
+    head: int | None = None  # and of it only this head
 
-    hidden: Tensor
-    aux: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    attention: Tensor | None = None
-    encoder_attention: Tensor | None = None
-    decoder_attention: Tensor | None = None
+    def cross_layers(self, layers: int) -> range:
+        """The layers whose cross-attention is wanted."""
+        if self.layer is None:
+            return range(layers if self.cross else 0)
+        layer = layer_index(self.layer, layers)
+        return range(layer, layer + 1)
 
-
-def one_head(layer: int, head: int) -> frozenset[str]:
-    """What to want for the attention of one head of one layer alone; the layer may be counted from the last.
-
-    Whoever asks has to see from the result whether there are more.
-    """
-    return frozenset({"attention", f"layer {layer}", f"head {head}"})
+    @property
+    def heads(self) -> slice:
+        """The heads whose cross-attention is wanted."""
+        return slice(None) if self.head is None else slice(self.head, self.head + 1)
 
 
-def narrowed(want: Collection[str], layers: int) -> tuple[range, slice]:
-    """The layers and the heads whose attention is wanted."""
-    numbers = {kind: int(number) for kind, _, number in (each.partition(" ") for each in want) if number}
-    if not numbers:
-        return range(layers if "attention" in want else 0), slice(None)
-    layer = place_of(numbers["layer"], layers)
-    return range(layer, layer + 1), slice(numbers["head"], numbers["head"] + 1)
+NO_WEIGHTS = WantedWeights()
 
 
-def place_of(layer: int, layers: int) -> int:
-    """A layer counted from 0, whether it was counted from the first or, below 0, from the last."""
+def layer_index(layer: int, layers: int) -> int:
+    """A layer counted from 0, whether it was counted from the first or, if negative, from the last."""
     return min(layer, layers - 1) if layer >= 0 else max(layers + layer, 0)
 
 
-def stacked(weights: Sequence[Tensor]) -> Tensor | None:
-    """The weights of all layers as `Output` has them; None where nobody asked."""
+def stack_weights(weights: Sequence[Tensor]) -> Tensor | None:
+    """The weights of all layers as `Output` has them; None if there are none."""
     return torch.stack(list(weights)) if weights else None
 
 
-class Own(Protocol):
-    """The part of a state that belongs to each hypothesis.
+@dataclass(frozen=True)
+class Output:
+    """What a network computes for a batch.
 
-    That of a fixed state also has `front(sentences, columns)`: a view of the first sentences, in which only
-    the first columns along the target are looked at.
+    `hidden` has one row for each target token. `aux` holds named losses of the network's own, weighted sums over the
+    batch, which an objective adds to its own. Attention weights are there if wanted and if the network has them; it
+    may return more layers and heads than were wanted.
     """
 
-    def reorder(self, parents_SK: Tensor) -> Own: ...
-    def keep(self, sentences: Tensor) -> Own: ...
-    def replace(self, places: Tensor, other: Any) -> Own: ...
-    def join(self, other: Any) -> Own: ...
-    def fork(self) -> Own: ...
+    hidden: Tensor  # [N, D]
+    aux: Mapping[str, Tensor] = field(default_factory=dict)
+    cross_attention: Tensor | None = None  # [layers, S, heads, T, L]
+    encoder_attention: Tensor | None = None  # [layers, S, heads, L, L]
+    decoder_attention: Tensor | None = None  # [layers, S, heads, T, T]
+
+
+# The state of decoding
 
 
 @dataclass(frozen=True)
-class Memory:
-    """The part of a state that the source left; it belongs to a sentence and changes only with it.
+class EncoderMemory:
+    """The encoder's half of a state: tensors that begin with the sentence axis.
 
-    `along_source` gives, for each tensor that runs along the source, the axis that does and the value
-    that stands where there is no source.
+    `source_axes` gives, for each tensor that has one, its source axis and the value of padding on it.
     """
 
     tensors: Mapping[str, Tensor]
-    along_source: Mapping[str, tuple[int, float]]
+    source_axes: Mapping[str, tuple[int, float]]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def keep(self, sentences: Tensor) -> Memory:
-        """The memory of these sentences only."""
+    def keep(self, sentences: Tensor) -> EncoderMemory:
+        """Only these sentences, in this order."""
         kept = {name: tensor.index_select(0, sentences) for name, tensor in self.tensors.items()}
-        return Memory(kept, self.along_source)
+        return EncoderMemory(kept, self.source_axes)
 
-    def front(self, sentences: int, width: int) -> Memory:
-        """A view of the first sentences, and no more than `width` along the source."""
+    def view(self, sentences: int, source_length: int) -> EncoderMemory:
+        """A view of the first sentences and the first source positions."""
 
         def cut(name: str, tensor: Tensor) -> Tensor:
-            axis = self.along_source[name][0] if name in self.along_source else None
-            front = tensor[:sentences]
-            return front if axis is None else front.narrow(axis, 0, min(width, tensor.shape[axis]))
+            tensor = tensor[:sentences]
+            if name not in self.source_axes:
+                return tensor
+            axis = self.source_axes[name][0]
+            return tensor.narrow(axis, 0, min(source_length, tensor.shape[axis]))
 
-        return Memory({name: cut(name, tensor) for name, tensor in self.tensors.items()}, self.along_source)
+        return EncoderMemory({name: cut(name, x) for name, x in self.tensors.items()}, self.source_axes)
 
-    def join(self, other: Memory) -> Memory:
-        """Both memories, padded to the longer source."""
-        joined = {
-            name: torch.cat(self._same_width(name, tensor, other[name]))
-            for name, tensor in self.tensors.items()
-        }
-        return Memory(joined, self.along_source)
+    def replace(self, slots: Tensor, other: EncoderMemory) -> EncoderMemory:
+        """The other's sentences in these slots; in place, unless the other's sources are longer."""
+        pairs = {name: self._same_length(name, mine, other[name]) for name, mine in self.tensors.items()}
+        replaced = {name: mine.index_copy_(0, slots, theirs) for name, (mine, theirs) in pairs.items()}
+        return EncoderMemory(replaced, self.source_axes)
 
-    def replace(self, places: Tensor, other: Memory) -> Memory:
-        """The other's sentences instead of those at `places`; written in place, unless they are longer."""
-        pairs = {name: self._same_width(name, tensor, other[name]) for name, tensor in self.tensors.items()}
-        replaced = {name: mine.index_copy_(0, places, theirs) for name, (mine, theirs) in pairs.items()}
-        return Memory(replaced, self.along_source)
-
-    def fork(self) -> Memory:
-        """A copy."""
-        return Memory({name: tensor.clone() for name, tensor in self.tensors.items()}, self.along_source)
-
-    def _same_width(self, name: str, mine: Tensor, theirs: Tensor) -> list[Tensor]:
-        if name not in self.along_source:
-            return [mine, theirs]
-        axis, absent = self.along_source[name]
-        width = max(mine.shape[axis], theirs.shape[axis])
-        if mine.shape[axis] == theirs.shape[axis]:
-            return [mine, theirs]
+    def _same_length(self, name: str, *both: Tensor) -> list[Tensor]:
+        if name not in self.source_axes:
+            return list(both)
+        axis, padding = self.source_axes[name]
+        length = max(tensor.shape[axis] for tensor in both)
         # F.pad counts axes from the last one, two numbers for each.
-        before = [0, 0] * (mine.dim() - 1 - axis)
+        before = [0, 0] * (both[0].dim() - 1 - axis)
         return [
-            F.pad(each, [*before, 0, width - each.shape[axis]], value=absent)
-            if each.shape[axis] < width
-            else each
-            for each in (mine, theirs)
+            F.pad(tensor, [*before, 0, length - tensor.shape[axis]], value=padding)
+            if tensor.shape[axis] < length
+            else tensor
+            for tensor in both
         ]
 
 
+class DecoderState(Protocol):
+    """The decoder's half of a state: a KV cache, hidden vectors, whatever a hypothesis carries along."""
+
+    def reorder(self, parents_SK: Tensor) -> DecoderState:
+        """Each hypothesis continues the one that its entry names."""
+
+    def keep(self, sentences: Tensor) -> DecoderState:
+        """Only these sentences, in this order."""
+
+    def replace(self, slots: Tensor, other: Any) -> DecoderState:
+        """The sentences of another state of the same class in these slots."""
+
+    def view(self, sentences: int, columns: int) -> DecoderState:
+        """A view of the first sentences, of which attention covers the first target positions only."""
+
+
 @dataclass(frozen=True)
-class Rows:
-    """An `Own` of plain tensors [S, K, ...]: hidden vectors, windows of inputs."""
+class HiddenVectors:
+    """A decoder state of plain tensors [S, K, ...]: hidden and cell vectors, windows of inputs."""
 
     tensors: tuple[Tensor, ...]
 
-    def reorder(self, parents_SK: Tensor) -> Rows:
+    def reorder(self, parents_SK: Tensor) -> HiddenVectors:
         sentence_S1 = torch.arange(parents_SK.shape[0], device=parents_SK.device)[:, None]
-        return Rows(tuple(tensor[sentence_S1, parents_SK] for tensor in self.tensors))
+        return HiddenVectors(tuple(tensor[sentence_S1, parents_SK] for tensor in self.tensors))
 
-    def front(self, sentences: int, columns: int) -> Rows:
-        return Rows(tuple(tensor[:sentences] for tensor in self.tensors))
+    def keep(self, sentences: Tensor) -> HiddenVectors:
+        return HiddenVectors(tuple(tensor.index_select(0, sentences) for tensor in self.tensors))
 
-    def keep(self, sentences: Tensor) -> Rows:
-        return Rows(tuple(tensor.index_select(0, sentences) for tensor in self.tensors))
-
-    def replace(self, places: Tensor, other: Rows) -> Rows:
+    def replace(self, slots: Tensor, other: HiddenVectors) -> HiddenVectors:
         pairs = zip(self.tensors, other.tensors, strict=True)
-        return Rows(tuple(mine.index_copy(0, places, theirs) for mine, theirs in pairs))
+        return HiddenVectors(tuple(mine.index_copy(0, slots, theirs) for mine, theirs in pairs))
 
-    def join(self, other: Rows) -> Rows:
-        return Rows(tuple(torch.cat(both) for both in zip(self.tensors, other.tensors, strict=True)))
-
-    def fork(self) -> Rows:
-        return Rows(tuple(tensor.clone() for tensor in self.tensors))
+    def view(self, sentences: int, columns: int) -> HiddenVectors:
+        return HiddenVectors(tuple(tensor[:sentences] for tensor in self.tensors))
 
 
 class State:
-    """Where decoding stands: the memory of each sentence and what each hypothesis has seen.
+    """The state of decoding some sentences: both halves, and how many tokens each sentence has.
 
-    Whatever takes a state consumes it, because its tensors may be written in place; using it again
-    raises. `fork` copies, and leaves the original usable. Positions are counted per sentence, so that
-    sentences that joined later stand beside older ones.
+    Whatever takes a state consumes it, because tensors may be written in place; using it again raises. Positions
+    are counted per sentence, so that sentences that were added later decode beside older ones.
     """
 
-    def __init__(self, memory: Memory, own: Own, position_S: Tensor) -> None:
-        self._memory, self._own, self._position_S = memory, own, position_S
+    def __init__(self, memory: EncoderMemory, decoder: Any, position_S: Tensor) -> None:
+        self._memory, self._decoder, self._position_S = memory, decoder, position_S
         self._consumed = False
 
-    def take(self) -> tuple[Memory, Any, Tensor]:
-        """The three parts, for the one who consumes this state."""
+    def take(self) -> tuple[EncoderMemory, Any, Tensor]:
+        """The parts of the state, for whoever consumes it."""
         if self._consumed:
-            raise RuntimeError("this decoding state was consumed before; fork() it to use it twice")
+            raise RuntimeError("this decoding state was consumed before")
         self._consumed = True
-        return self._memory, self._own, self._position_S
+        return self._memory, self._decoder, self._position_S
 
     def __len__(self) -> int:
         return self._position_S.shape[0]
 
     def reorder(self, parents_SK: Tensor) -> State:
-        """Each hypothesis continues the one its entry in `parents_SK` names."""
-        memory, own, position_S = self.take()
-        return State(memory, own.reorder(parents_SK), position_S)
+        """Each hypothesis continues the one that its entry in `parents_SK` names."""
+        memory, decoder, position_S = self.take()
+        return State(memory, decoder.reorder(parents_SK), position_S)
 
     def keep(self, sentences: Tensor) -> State:
         """Only these sentences, in this order."""
-        memory, own, position_S = self.take()
-        return State(memory.keep(sentences), own.keep(sentences), position_S.index_select(0, sentences))
+        memory, decoder, position_S = self.take()
+        return State(memory.keep(sentences), decoder.keep(sentences), position_S.index_select(0, sentences))
 
-    def replace(self, places: Tensor, other: State) -> State:
-        """The sentences of `other` instead of those at `places`; both must hold as many hypotheses."""
-        memory, own, position_S = self.take()
-        their_memory, their_own, their_position_S = other.take()
-        positions = position_S.index_copy(0, places, their_position_S)
-        return State(memory.replace(places, their_memory), own.replace(places, their_own), positions)
-
-    def join(self, other: State) -> State:
-        """The sentences of both states, these first; both must hold as many hypotheses."""
-        memory, own, position_S = self.take()
-        their_memory, their_own, their_position_S = other.take()
-        positions = torch.cat([position_S, their_position_S])
-        return State(memory.join(their_memory), own.join(their_own), positions)
-
-    def fork(self) -> State:
-        """A copy that can go another way."""
-        memory, own, position_S = self.take()
-        self._consumed = False
-        return State(memory.fork(), own.fork(), position_S.clone())
+    def replace(self, slots: Tensor, other: State) -> State:
+        """The sentences of `other` in these slots; both must hold as many hypotheses."""
+        memory, decoder, position_S = self.take()
+        their_memory, their_decoder, their_position_S = other.take()
+        positions = position_S.index_copy(0, slots, their_position_S)
+        return State(memory.replace(slots, their_memory), decoder.replace(slots, their_decoder), positions)
 
 
-class Stepper(ABC):
-    """A network frozen for inference: it advances states and reads out logits."""
+@dataclass(frozen=True)
+class Decoding:
+    """What a decoder state has to hold."""
 
-    # Where both are the C kernels' own, the product of `readout` and what makes a step of one token.
-    product: Any = None
-    kernel: Any = None
-    fixes: bool = False  # whether `start` can make states that are fixed
+    hypotheses: int
+    max_tokens: int
+    reorders: bool = True  # False: the caller promises not to reorder, and the state may be laid out for that
+    static: bool = False  # tensors keep their shapes and no step needs a device sync, so steps can be replayed
 
-    @abstractmethod
-    def start(
-        self,
-        source: Source,
-        *,
-        hypotheses: int,
-        room: int,
-        reorders: bool = True,
-        fixed: bool = False,
-    ) -> State:
-        """A state for `hypotheses` continuations of each sentence, with space for `room` tokens.
 
-        Without `reorders` the caller promises not to reorder, and the state may be laid out for that. A state
-        that is `fixed` goes on with tensors of the same shapes, by steps that read no value from the device;
-        so a device can replay them.
-        """
-
-    @abstractmethod
-    def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
-        """Take every hypothesis T tokens further."""
-
-    @abstractmethod
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        """The logits of the whole vocabulary, or of the ids in `only`."""
-
-    def narrowed(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
-        """What reads out the logits of these ids alone, with the bits they have among all; for many steps."""
-        return lambda hidden: self.readout(hidden).index_select(-1, ids)
-
-    def mixes_ages(self, hypotheses: int, room: int) -> bool:
-        """Whether a sentence has the same bits beside others that are up to `room` tokens old."""
-        return True
+# Networks
 
 
 class Network(nn.Module):
-    """What every network says of itself, whether it translates or only reads."""
+    """What every network says of itself, whether it translates or only encodes."""
 
-    config: Any
-    config_class: ClassVar[type]  # the dataclass its constructor takes
-    begins_with_encoder: ClassVar[bool] = False  # True where it can take the encoder of `trmt pretrain`
-    in_row: ClassVar[bool] = False  # True where `forward` computes no padding: a batch may hold any lengths
-    # True where `forward` calls each module that is in a ModuleList, and has a matrix, exactly once.
+    config: Any  # an instance of config_class
+    config_class: ClassVar[type]
+    takes_encoder: ClassVar[bool] = False  # whether it can start from the encoder that `trmt pretrain` trains
+    packs_tokens: ClassVar[bool] = False  # whether `forward` computes no padding: batches may mix lengths
+    # Whether `forward` calls each module inside a ModuleList that has a matrix exactly once (for sharding).
     layers_called_once: ClassVar[bool] = False
-
-    @property
-    def couples_batch(self) -> bool:
-        """Whether in training a sentence's output depends on its neighbours; in eval mode it never may."""
-        return False
+    couples_batch: bool = False  # whether in training a sentence's output depends on its neighbours
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether in training it counts all tokens it is given, so that no batch may be filled up."""
+        """Whether training counts all tokens it is given, so that no batch may be filled up to a shape."""
         return self.couples_batch
 
     @property
-    def most_tokens(self) -> int:
+    def max_positions(self) -> int:
         """The most tokens a sentence may have."""
-        return int(getattr(getattr(self, "config", None), "longest", 1 << 30))
+        return int(getattr(getattr(self, "config", None), "max_positions", UNLIMITED))
+
+    def check_length(self, source: Ragged) -> None:
+        """Refuse a source that has more tokens than there are positions."""
+        if source.longest > self.max_positions:
+            raise ConfigError(
+                f"a source has {source.longest} tokens, the network has {self.max_positions} positions; split it"
+            )
 
 
 class Seq2Seq(Network, ABC):
-    """A network that maps a source and a target prefix to the next target token."""
+    """A network that maps a source and a target prefix to the next target token.
+
+    `output` is the module whose `weight` [V, D] makes logits of hidden states; `output_bias`, if there is one, is
+    added to them.
+    """
+
+    output: nn.Embedding
+    output_bias: nn.Parameter | None = None
 
     @abstractmethod
-    def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
+    def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
         """Teacher forcing: hidden states [N, D], one row for each token of `target`, in its order."""
 
     @abstractmethod
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        """The logits of the whole vocabulary, or of the ids in `only`."""
+    def start(self, source: Source, decoding: Decoding) -> tuple[EncoderMemory, DecoderState]:
+        """Encode the source; both halves of the state before the first target token."""
+
+    @abstractmethod
+    def step(
+        self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: Any, position_S: Tensor
+    ) -> tuple[Tensor, DecoderState]:
+        """Append T tokens to every hypothesis of sentences that have `position_S`: hidden states [S, K, T, D]."""
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """The logits of the vocabulary."""
+        return F.linear(hidden, self.output.weight, self.output_bias)
 
     def readout_matrix(self) -> Tensor | None:
         """The matrix [V, D] if `readout` is nothing but the product with it; a loss then goes in chunks."""
-        return None
+        return self.output.weight if self.output_bias is None else None
 
-    @abstractmethod
-    def frozen(self, linear: Linear) -> Stepper:
-        """A stepper with today's weights, whose matrix products are made by `linear`."""
+    def same_beside_others(self, decoding: Decoding) -> bool:
+        """Whether a sentence gets the same bits whatever the lengths of those decoded beside it are."""
+        return True
+
+    def frozen(self, products: Products) -> Stepper:
+        """A stepper with today's weights, whose matrix products are made by `products`."""
+        return Stepper(self, products)
+
+
+class Stepper:
+    """A network frozen for inference: it starts and advances states, and reads out logits."""
+
+    static: bool = True  # whether `start` can make static states
+
+    def __init__(self, net: Seq2Seq, products: Products) -> None:
+        self.net = freeze(net, products)
+        bias = None if net.output_bias is None else net.output_bias.detach()
+        self.readout: Product = products(net.output.weight.detach(), bias)  # hidden states -> logits
+
+    def start(self, source: Source, decoding: Decoding) -> State:
+        """The state of these sentences before their first token."""
+        if decoding.max_tokens > self.net.max_positions:
+            raise ConfigError(
+                f"{decoding.max_tokens} target positions are asked for, the network has "
+                f"{self.net.max_positions}; lower --max-length"
+            )
+        return State(*self.encoded(source, decoding), torch.zeros_like(source.lengths_S))
+
+    def encoded(self, source: Source, decoding: Decoding) -> tuple[EncoderMemory, DecoderState]:
+        """Both halves of that state."""
+        return self.net.start(source, decoding)
+
+    def step(self, tokens_SKT: Tensor, state: State) -> tuple[Tensor, State]:
+        """Append T tokens to every hypothesis: their hidden states [S, K, T, D], and the new state."""
+        memory, decoder, position_S = state.take()
+        hidden_SKTD, decoder = self.net.step(tokens_SKT, memory, decoder, position_S)
+        return hidden_SKTD, State(memory, decoder, position_S + tokens_SKT.shape[2])
+
+    def same_beside_others(self, decoding: Decoding) -> bool:
+        """Whether a sentence gets the same bits whatever the lengths of those decoded beside it are."""
+        return self.net.same_beside_others(decoding)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(module: M, products: Products) -> M:
+    """A copy of a module for inference, whose linear layers are made by `products`; parameters are shared.
+
+    A module with a method `frozen_as` says itself what becomes of it.
+    """
+    if hasattr(module, "frozen_as"):
+        return cast(M, module.frozen_as(products))
+    if isinstance(module, nn.Linear):
+        bias = None if module.bias is None else module.bias.detach()
+        return cast(M, FrozenLinear(products(module.weight.detach(), bias)))
+    return frozen_copy(module, products)
+
+
+def frozen_copy(module: M, products: Products) -> M:
+    """The same class in eval mode, its parameters without gradients, its children frozen."""
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.training = False
+    copy.__dict__["_parameters"] = {
+        name: None if parameter is None else parameter.detach()
+        for name, parameter in module._parameters.items()
+    }
+    copy.__dict__["_modules"] = {
+        name: None if child is None else freeze(child, products) for name, child in module._modules.items()
+    }
+    return copy
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer in inference."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)

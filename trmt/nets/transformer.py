@@ -1,417 +1,424 @@
-"""The Transformer of "Attention Is All You Need" (arXiv 1706.03762) and the options people use today.
+"""The Transformer of "Attention Is All You Need" (arXiv 1706.03762), with what people change about it today.
 
-Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when
-decoding), N target tokens of a batch in a row, M source tokens in a row, H heads, P width of one head,
-D width, V vocabulary, A layers, C columns and J slots of what is cached.
+Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when decoding),
+N target tokens of a batch in a row, M source tokens in a row, H heads, P head dimension, D hidden size (d_model),
+A layers.
 
-Its layers are in transformer_layers.py; here they are put together, for training and for translating.
+The layers are written once, for any layout of the tokens, and get their attention as functions (layer index,
+queries...) -> output. `forward` trains on packed tokens; `start` encodes sources in a padded grid and makes the KV
+cache; `step` decodes the next tokens with it.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trmt.errors import ConfigError
-from trmt.lab import hard
-from trmt.lab.hard import FocusConfig
-from trmt.native import reading, stepping
-from trmt.nets import attention, fixed_stores, fused, layers, positions, stores
-from trmt.nets.attention import Spans
-from trmt.nets.base import Linear, Memory, Output, Ragged, Seq2Seq, Source, State, Stepper, narrowed, stacked
-from trmt.nets.positions import PositionConfig
-from trmt.nets.transformer_layers import (
-    Encoder,
-    Layer,
-    attend_around,
-    attend_in_row,
-    check_length,
-    cross_query,
-    decode,
-    embed,
-    feed,
-    make_memories,
-    memorised,
-    own_parts,
-    piece_vectors,
+from trmt.nets import kv_cache, layers
+from trmt.nets.base import (
+    NO_WEIGHTS,
+    UNLIMITED,
+    Decoding,
+    EncoderMemory,
+    Network,
+    Output,
+    Products,
+    Ragged,
+    Seq2Seq,
+    Source,
+    WantedWeights,
+    frozen_copy,
+    stack_weights,
 )
+from trmt.nets.kv_cache import KVCache
+from trmt.nets.layers import FeedForward, Linear, Spans, Sublayer, split_heads
+
+SelfAttention = Callable[[int, Tensor], Tensor]  # (layer, merged queries, keys, values [.., 3D]) -> [.., D]
+CrossAttention = Callable[[int, Tensor], Tensor]  # (layer, queries [.., D]) -> [.., D]
+Weights = list[Tensor] | None  # where attention weights are collected, if anybody wants them
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(PositionConfig, FocusConfig):
+class TransformerConfig:
     """The sizes and options of a Transformer; the defaults are the paper's base model."""
 
-    source_vocabulary: int
-    target_vocabulary: int
-    feed_forward: int = 2048
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    dropout: float = 0.1
-    norm_place: Literal["post", "pre"] = "post"
-    norm: Literal["layer", "rms", "batch"] = "layer"
-    epsilon: float = 0.0  # of the norms; 0 takes what is usual for them
-    residual: bool = True  # whether what goes into a sublayer is added to what comes out of it
-    score_scale: bool = True  # whether scores of attention are divided by the square root of a head's width
-    cross_source: Literal["last", "same"] = "last"  # the encoder's layer that a decoder's layer looks at
-    embedding_norm: bool = False  # a norm behind the embeddings, as BERT has it
-    embedding_scale: bool = True  # embeddings are multiplied by the square root of the width
-    segments: int = 1  # kinds of source tokens, each of which adds a vector of its own if there are several
-    activation: Literal["relu", "gelu", "swish", "swiglu"] = "relu"
+    source_vocabulary: int  # source tokens, set from the tokenizer
+    target_vocabulary: int  # target tokens, set from the tokenizer
+    d_model: int = 512  # the hidden size
+    feed_forward: int = 2048  # the inner size of the feed-forward layers
+    heads: int = 8  # attention heads of each layer
+    encoder_layers: int = 6  # layers of the encoder
+    decoder_layers: int = 6  # layers of the decoder
+    dropout: float = 0.1  # of embeddings and of the output of each sublayer
+    attention_dropout: float = 0.0  # of attention weights
+    norm_position: Literal["post", "pre"] = "post"  # norms after the residual connection, or before each sublayer
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm or RMSNorm
+    norm_epsilon: float = 0.0  # added to the variance; 0 takes what is usual for the norm
+    embedding_norm: bool = False  # a norm behind the embeddings, as BERT and BART have it
+    embedding_scale: bool = True  # embeddings are multiplied by the square root of d_model
+    activation: Literal["relu", "gelu", "swish", "swiglu"] = "relu"  # of the feed-forward layers
+    positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"  # how tokens know their positions
+    position_offset: int = 0  # rows of the sinusoidal table that come before position 0, as imported models have it
+    max_positions: int = 1024  # the longest sentence in tokens; rotary positions have no limit
     tied: Literal["all", "target", "none"] = "all"  # which embeddings share the output's matrix
-    output_bias: bool = False  # a bias for each piece of the vocabulary, as Marian has it
+    output_bias: bool = False  # a bias for each token of the vocabulary, as Marian has it
 
     def __post_init__(self) -> None:
-        layers.check_sizes(self, but=("temperature", "entropy"))
-        self.check_positions()
-        self.check_focus()
+        layers.check_sizes(self, except_for=("position_offset",))
+        if self.d_model % self.heads:
+            raise ConfigError(
+                f"d_model = {self.d_model} cannot be divided into heads = {self.heads}; change one"
+            )
+        if self.positions == "rotary" and self.d_model // self.heads % 2:
+            raise ConfigError('positions = "rotary" rotates pairs of columns: d_model / heads must be even')
         if self.tied == "all" and self.source_vocabulary != self.target_vocabulary:
             raise ConfigError(
                 'tied = "all" needs a joint tokenizer; set network.tied = "target" or train one'
             )
-        if self.cross_source == "same" and self.encoder_layers != self.decoder_layers:
-            raise ConfigError(
-                f'cross_source = "same" needs as many layers on both sides, and encoder_layers = '
-                f"{self.encoder_layers}, decoder_layers = {self.decoder_layers}; change one"
-            )
 
     @property
-    def usual(self) -> bool:
-        """Whether the layers are those of the paper, but for what stands where and the kind of norm."""
-        return (
-            self.norm in ("layer", "rms")
-            and self.residual
-            and self.score_scale
-            and self.cross_source == "last"
-            and self.cross_focus == "soft"
-            and self.position_join == "add"
-        )
+    def head_dim(self) -> int:
+        """The head dimension."""
+        return self.d_model // self.heads
+
+    def make_norm(self) -> nn.Module:
+        """A norm as all layers have it."""
+        return layers.norm_layer(self.norm, self.d_model, self.norm_epsilon)
 
 
-class Transformer(Encoder, Seq2Seq):
-    """The network as it is trained."""
+class TokenEmbedding(nn.Module):
+    """Scaled embeddings of tokens, with their positions added."""
+
+    positions: Tensor | None
+
+    def __init__(self, config: TransformerConfig, tokens: nn.Embedding) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.dropout = config.dropout
+        self.scale = math.sqrt(config.d_model) if config.embedding_scale else 1.0
+        self.norm = config.make_norm() if config.embedding_norm else None
+        table = None
+        if config.positions == "sinusoidal":
+            table = layers.sinusoids(config.max_positions, config.d_model, offset=config.position_offset)[None]
+        if config.positions == "learned":
+            # An axis more than needed: int8 quantises matrices, which would be too coarse for positions.
+            learned = torch.randn(1, config.max_positions, config.d_model) * config.d_model**-0.5
+            self.positions = nn.Parameter(learned)
+        else:
+            self.register_buffer("positions", table, persistent=False)
+
+    def forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        x = F.embedding(ids, self.tokens.weight) * self.scale
+        if self.positions is not None:
+            x = x + self.positions[0, position]
+        if self.norm is not None:
+            x = self.norm(x)
+        return layers.dropout(x, self.dropout if self.training else 0.0)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d_model = config.d_model
+        self.self_qkv = Linear(d_model, 3 * d_model, merged=3)
+        self.self_out = Linear(d_model, d_model)
+        self.self_norm = config.make_norm()
+        self.feed_forward = FeedForward(d_model, config.feed_forward, config.activation)
+        self.feed_forward_norm = config.make_norm()
+
+    def self_sublayer(self, attention: Callable[[Tensor], Tensor]) -> Sublayer:
+        """Self-attention with its projections."""
+        return self.self_norm, lambda x: self.self_out(attention(self.self_qkv(x)))
+
+    def feed_forward_sublayer(self) -> Sublayer:
+        """The feed-forward layer."""
+        return self.feed_forward_norm, self.feed_forward
+
+
+class DecoderLayer(EncoderLayer):
+    """Self-attention, cross-attention and a feed-forward layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.cross_query = Linear(config.d_model, config.d_model)
+        self.cross_out = Linear(config.d_model, config.d_model)
+        self.cross_norm = config.make_norm()
+
+    def cross_sublayer(self, attention: Callable[[Tensor], Tensor]) -> Sublayer:
+        """Cross-attention with its projections; keys and values are projected for all layers at once."""
+        return self.cross_norm, lambda x: self.cross_out(attention(self.cross_query(x)))
+
+
+class Encoder(nn.Module):
+    """From source tokens to the encoder output, on any layout."""
+
+    def __init__(self, config: TransformerConfig, embedding: TokenEmbedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.norm = config.make_norm() if config.norm_position == "pre" else None
+        self.dropout = config.dropout
+
+    def forward(self, ids: Tensor, position: Tensor, self_attention: SelfAttention) -> Tensor:
+        sublayers: list[Sublayer] = []
+        for index, layer in enumerate(self.layers):
+            sublayers.append(layer.self_sublayer(partial(self_attention, index)))
+            sublayers.append(layer.feed_forward_sublayer())
+        x = self.embedding(ids, position)
+        return layers.residual(x, sublayers, self.norm, self.dropout if self.training else 0.0)
+
+
+class Decoder(nn.Module):
+    """From target tokens to hidden states, on any layout."""
+
+    def __init__(
+        self, config: TransformerConfig, embedding: TokenEmbedding, layer: type[DecoderLayer]
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.decoder_layers))
+        self.norm = config.make_norm() if config.norm_position == "pre" else None
+        self.dropout = config.dropout
+
+    def forward(
+        self, ids: Tensor, position: Tensor, self_attention: SelfAttention, cross_attention: CrossAttention
+    ) -> Tensor:
+        sublayers: list[Sublayer] = []
+        for index, layer in enumerate(self.layers):
+            sublayers.append(layer.self_sublayer(partial(self_attention, index)))
+            sublayers.append(layer.cross_sublayer(partial(cross_attention, index)))
+            sublayers.append(layer.feed_forward_sublayer())
+        x = self.embedding(ids, position)
+        return layers.residual(x, sublayers, self.norm, self.dropout if self.training else 0.0)
+
+
+class TransformerEncoder(Network):
+    """A network with a Transformer's encoder, whether a decoder follows or not (BERT)."""
+
+    config: TransformerConfig
+    encoder: Encoder
+    rotary_table: Tensor | None
+    packs_tokens = True
+    layers_called_once = True
+
+    def make_rotary_table(self, config: TransformerConfig) -> None:
+        """The sines and cosines of rotary positions, if the config asks for them."""
+        rotary = config.positions == "rotary"
+        table = layers.sinusoids(config.max_positions, config.head_dim) if rotary else None
+        self.register_buffer("rotary_table", table, persistent=False)
+
+    @property
+    def max_positions(self) -> int:
+        return UNLIMITED if self.config.positions == "rotary" else self.config.max_positions
+
+    def encode_packed(self, source: Source, *, weights: Weights = None) -> Tensor:
+        """The encoder output of packed tokens [M, D]."""
+        self.check_length(source)
+        position_M, spans = source.positions_N(), Spans.of(source)
+
+        def self_attention(layer: int, qkv_M3D: Tensor) -> Tensor:
+            return self.packed_self_attention(
+                layer, qkv_M3D, position_M, spans, causal=False, weights=weights
+            )
+
+        return self.encoder(source.ids_N, position_M, self_attention)
+
+    def packed_self_attention(
+        self,
+        layer: int,
+        qkv_N3D: Tensor,
+        position_N: Tensor,
+        spans: Spans,
+        *,
+        causal: bool,
+        weights: Weights,
+    ) -> Tensor:
+        """Self-attention of packed tokens: of a layer of the encoder or, causal, of the decoder."""
+        heads, dropout = self.config.heads, self.config.attention_dropout if self.training else 0.0
+        qkv_N3D = self.rotate(qkv_N3D, position_N, longest=spans.longest)
+        if weights is not None:
+            query_ND, key_ND, _ = qkv_N3D.chunk(3, -1)
+            weights.append(layers.packed_weights(query_ND, key_ND, spans, spans, heads, causal=causal))
+        return layers.packed_self_attention(qkv_N3D, spans, heads, causal=causal, dropout=dropout)
+
+    def rotate(self, qkv: Tensor, position: Tensor, *, longest: int) -> Tensor:
+        """Queries and keys with rotary positions, if the network has these; no position exceeds `longest`."""
+        table = self.rotary_table
+        if table is None:
+            return qkv
+        if longest <= len(table):
+            rows = table[position.clamp(max=len(table) - 1)]
+        else:
+            rows = layers.sinusoids_at(position, table.shape[1]).to(table.dtype)
+        query, key, value = qkv.unflatten(-1, (3, self.config.heads, -1)).unbind(-3)
+        rows = rows[..., None, :]  # the same for all heads
+        return torch.stack([layers.rotary(query, rows), layers.rotary(key, rows), value], -3).flatten(-3)
+
+
+class Transformer(TransformerEncoder, Seq2Seq):
+    """The Transformer, for training and decoding."""
 
     config_class = TransformerConfig
-    begins_with_encoder = True
-    in_row = True
-    layers_called_once = True
+    decoder_layer = DecoderLayer
+    takes_encoder = True
+    exact = False  # whether a frozen copy computes attention in double precision, rounded once (for int8)
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.width
-        # Where positions have columns of their own, only the output has a use for the others of a piece.
-        written = config.piece_width if config.tied == "none" else width
-        self.target_embedding = piece_vectors(config.target_vocabulary, written)
-        source_embedding = (
-            self.target_embedding
-            if config.tied == "all"
-            else piece_vectors(config.source_vocabulary, config.piece_width)
+        d_model, width = config.d_model, 2 * config.decoder_layers
+        target_tokens = layers.embedding(config.target_vocabulary, d_model)
+        source_tokens = (
+            target_tokens if config.tied == "all" else layers.embedding(config.source_vocabulary, d_model)
         )
-        self.source_embedding = source_embedding  # the second of the names, whatever is made next
         self.output = (
-            piece_vectors(config.target_vocabulary, width) if config.tied == "none" else self.target_embedding
+            layers.embedding(config.target_vocabulary, d_model) if config.tied == "none" else target_tokens
         )
-        self.output_bias = nn.Parameter(torch.zeros(config.target_vocabulary)) if config.output_bias else None
-        self.make_encoder(config, source_embedding, sides=2)
-        self.decoder = nn.ModuleList(Layer(config, cross=True) for _ in range(config.decoder_layers))
-        if config.cross_source == "last":
-            # Keys and values of the source for every decoder layer, from one product.
-            parts = 2 * config.decoder_layers
-            self.memory = layers.xavier(fused.Linear(width, parts * width), parts)
-        else:
-            make_memories(self, config)
-        if config.cross_focus == "sampled":
-            self.baseline = nn.Linear(width, 1)
-        if config.norm_place == "pre":
-            self.decoder_norm = layers.norm(config.norm, width, config.epsilon)
+        if config.output_bias:
+            self.output_bias = nn.Parameter(torch.zeros(config.target_vocabulary))
+        self.encoder = Encoder(config, self.make_embedding(config, source_tokens, decoder=False))
+        target_embedding = self.make_embedding(config, target_tokens, decoder=True)
+        self.decoder = Decoder(config, target_embedding, self.decoder_layer)
+        # Cross-attention keys and values of all decoder layers, from one product.
+        self.cross_kv = Linear(d_model, width * d_model, merged=width)
+        self.make_rotary_table(config)
 
-    @property
-    def counts_tokens(self) -> bool:
-        return self.couples_batch or self.config.cross_focus == "sampled"
+    def make_embedding(
+        self, config: TransformerConfig, tokens: nn.Embedding, *, decoder: bool
+    ) -> TokenEmbedding:
+        """The embedding of one side."""
+        return TokenEmbedding(config, tokens)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
-        # What `to` and its kind come down to.
-        net: Transformer = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.target_embedding.weight.is_cuda:
-            attention.load_varlen()
-        return net
+    def frozen_as(self, products: Products) -> Self:
+        """For inference."""
+        copy = frozen_copy(self, products)
+        copy.exact = products.precision == "int8"
+        return copy
 
-    def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
-        config = self.config
-        spans, over = Spans.of(target), Spans.of(source)
-        position_N = target.positions_N()
-        dropout = config.attention_dropout if self.training else 0.0
-        weights: list[Tensor] = []
-        shown, heads = narrowed(want, config.decoder_layers)
-        around: list[Tensor] | None = [] if "encoder_attention" in want else None
-        back: list[Tensor] | None = [] if "decoder_attention" in want else None
-        glances = hard.Glances(self, spans, over) if config.cross_focus != "soft" else None
+    # Training
 
-        def look_back(index: int, merged_N3D: Tensor) -> Tensor:
-            return attend_in_row(self, index, merged_N3D, position_N, spans, side=1, weights=back)
+    def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
+        spans, source_spans, position_N = Spans.of(target), Spans.of(source), target.positions_N()
+        cross: list[Tensor] = []
+        encoder: Weights = [] if want.encoder else None
+        decoder: Weights = [] if want.decoder else None
+        wanted = want.cross_layers(self.config.decoder_layers)
+        encoded_MD = self.encode_packed(source, weights=encoder)
+        kv_M2D = self.cross_kv(encoded_MD).chunk(self.config.decoder_layers, -1)
 
-        def look_over(index: int, query_ND: Tensor) -> Tensor:
-            if glances:
-                return glances.over_row(query_ND, memory_M2D[index])
-            if index in shown:
-                key_MD = memory_M2D[index].chunk(2, -1)[0]
-                weights.append(
-                    attention.attention_weights(query_ND, key_MD, spans, over, config.heads, only=heads)
-                )
-            return attention.attend_over(
-                query_ND, memory_M2D[index], spans, over, config.heads, dropout=dropout
+        def self_attention(layer: int, qkv_N3D: Tensor) -> Tensor:
+            return self.packed_self_attention(layer, qkv_N3D, position_N, spans, causal=True, weights=decoder)
+
+        def cross_attention(layer: int, query_ND: Tensor) -> Tensor:
+            heads, dropout = self.config.heads, self.config.attention_dropout if self.training else 0.0
+            if layer in wanted:
+                key_MD = kv_M2D[layer].chunk(2, -1)[0]
+                both = spans, source_spans
+                cross.append(layers.packed_weights(query_ND, key_MD, *both, heads, only=want.heads))
+            return layers.packed_cross_attention(
+                query_ND, kv_M2D[layer], spans, source_spans, heads, dropout=dropout
             )
 
-        read = self.read(source, through=memorised, weights=around)
-        memory_M2D = read.chunk(config.decoder_layers, -1)
-        x_ND = embed(self, config, target.ids_N, position_N, side=1)
-        hidden_ND = decode(self, config, x_ND, look_back, look_over)
-        aux = glances.losses(self.readout, hidden_ND, target) if glances else {}
-        weights = glances.weights if glances and "attention" in want else weights
-        return Output(hidden_ND, aux, stacked(weights), stacked(around or ()), stacked(back or ()))
+        hidden_ND = self.decoder(target.ids_N, position_N, self_attention, cross_attention)
+        weights = (stack_weights(each or ()) for each in (cross, encoder, decoder))
+        return Output(hidden_ND, {}, *weights)
 
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        return _readout(hidden, self.output.weight, self.output_bias, only)
+    # Decoding
 
-    def readout_matrix(self) -> Tensor | None:
-        return self.output.weight if self.output_bias is None else None
+    def start(self, source: Source, decoding: Decoding) -> tuple[EncoderMemory, KVCache]:
+        memory = self.encode(source)
+        sizes = (self.config.decoder_layers, self.config.heads, self.config.head_dim)
+        return memory, kv_cache.make_cache(memory["key0"], len(source), decoding, sizes)
 
-    def frozen(self, linear: Linear) -> Stepper:
-        return TransformerStepper(self, linear)
+    def encode(self, source: Source) -> EncoderMemory:
+        """Cross-attention keys and values of every decoder layer [S, H, L, P], and the mask of the source."""
+        self.check_length(source)
+        ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)  # for the same bits in any batch
+        mask = layers.additive_mask(real_SL, self.output.weight.dtype)[:, None, None]
+        position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=self.max_positions - 1)
 
+        def self_attention(layer: int, qkv_SL3D: Tensor) -> Tensor:
+            return self.grid_self_attention(layer, qkv_SL3D, position_L, mask)
 
-def _readout(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, only: Tensor | None) -> Tensor:
-    if only is not None:
-        weight_VD, bias_V = weight_VD[only], None if bias_V is None else bias_V[only]
-    return F.linear(hidden, weight_VD, bias_V)
+        kv_SLD = self.grid_cross_kv(ids_SL, position_L, self_attention)
+        kv_SLAHP = kv_SLD.unflatten(-1, (2 * self.config.decoder_layers, self.config.heads, -1))
+        # Each contiguous: attention walks along the source.
+        names = [f"{name}{layer}" for layer in range(self.config.decoder_layers) for name in ("key", "value")]
+        tensors = {
+            name: kv_SLHP.transpose(1, 2).contiguous()
+            for name, kv_SLHP in zip(names, kv_SLAHP.unbind(2), strict=True)
+        }
+        axes = dict.fromkeys(tensors, (2, 0.0))
+        return EncoderMemory({**tensors, "mask": mask}, {**axes, "mask": (3, -math.inf)})
 
+    def grid_cross_kv(self, ids_SL: Tensor, position_L: Tensor, self_attention: SelfAttention) -> Tensor:
+        """Cross-attention keys and values of all decoder layers, side by side [S, L, ..]."""
+        return self.cross_kv(self.encoder(ids_SL, position_L, self_attention))
 
-def remember(net: Any, config: TransformerConfig, source: Source) -> Memory:
-    """Read the source for decoding: keys and values for every decoder layer, and the mask over them."""
-    check_length(config, source)
-    ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
-    mask = layers.blocked(real_SL, net.source_embedding.weight.dtype)[:, None, None]
-    position_L = positions.grid(config, ids_SL)
+    def step(
+        self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: KVCache, position_S: Tensor
+    ) -> tuple[Tensor, KVCache]:
+        decoder.advance(position_S, tokens_SKT.shape[2])
 
-    def look_around(index: int, merged_SLD: Tensor) -> Tensor:
-        return attend_around(net, config, index, merged_SLD, mask)
+        def self_attention(layer: int, qkv_SQ3D: Tensor, position_SQ: Tensor) -> Tensor:
+            return self.cached_self_attention(layer, qkv_SQ3D, position_SQ, decoder)
 
-    x_SLD = embed(net, config, ids_SL, position_L, side=0)
-    both_SLAHP = memorised(net, config, x_SLD, look_around).unflatten(
-        -1, (2 * config.decoder_layers, config.heads, -1)
-    )
-    # Each contiguous: attention walks along the source.
-    tensors = {
-        name: part_SLHP.transpose(1, 2).contiguous()
-        for name, part_SLHP in zip(_memory_names(config), both_SLAHP.unbind(2), strict=True)
-    }
-    along = dict.fromkeys(tensors, (2, 0.0))
-    return Memory({**tensors, "mask": mask}, {**along, "mask": (3, -math.inf)})
+        return self.decode(tokens_SKT, memory, position_S, self_attention), decoder
 
-
-def _memory_names(config: TransformerConfig) -> list[str]:
-    return [f"{part}{layer}" for layer in range(config.decoder_layers) for part in ("key", "value")]
-
-
-# What the frozen network has from the other one as it is; names that are tied would be there once otherwise.
-SHARED = ("source_embedding", "target_embedding", "source_turns", "target_turns", "table")
-
-
-class TransformerStepper(Stepper):
-    """The Transformer for translating: cached keys and values, one call for any number of new tokens.
-
-    A step does what `decode` does, once more in other words: at a few rows a time, every call that is saved
-    counts.
-    """
-
-    def __init__(self, net: Transformer, linear: Linear) -> None:
-        self.config = config = net.config
-        self.net = layers.freeze(net, linear)
-        for name in SHARED:
-            setattr(self.net, name, getattr(net, name, None))
-        self.weight_VD = net.output.weight.detach()
-        self.bias_V = None if net.output_bias is None else net.output_bias.detach()
-        self.product = linear(self.weight_VD, self.bias_V)
-        self.stepwise = stepping.suits(self.config, self.product)
-        self.fixes = not self.stepwise
-        self.reader: reading.Reader | None = None
-        if self.stepwise:
-            stepping.round_once(net, self.net)
-            self.kernel = stepping.kernel_for(net, self.net)
-            self.reader = reading.reader_for(net, self.net)
-        self.embedding_VD = net.target_embedding.weight.detach()
-        self.scale = math.sqrt(config.width) if config.embedding_scale else 1.0
-        self.post = config.norm_place == "post"
-        hard_look = functools.partial(hard.over_grid, config)
-        self.look_over = layers.attend if config.cross_focus == "soft" else hard_look
-        norms = [
-            norm for layer in self.net.decoder for norm in (layer.own_norm, layer.cross_norm, layer.feed_norm)
-        ]
-        if not self.post:
-            norms.append(self.net.decoder_norm)
-        self.first_norm = None if self.post else norms.pop(0)
-        self.norms = [norms[3 * index : 3 * index + 3] for index in range(config.decoder_layers)]
-        names = _memory_names(config)
-        self.names = list(zip(names[::2], names[1::2], strict=True))
-
-    def start(
+    def decode(
         self,
-        source: Source,
-        *,
-        hypotheses: int,
-        room: int,
-        reorders: bool = True,
-        fixed: bool = False,
-    ) -> State:
-        if room > self.config.limit:
-            raise ConfigError(
-                f"{room} target positions are asked for, the network has {self.config.limit}; "
-                "lower --max-length"
-            )
-        position_S = torch.zeros_like(source.lengths_S)
-        if self.stepwise:
-            read = self.reader.read if self.reader else partial(reading.remember, self.net, self.config)
-            cache = stepping.Cache.empty(
-                (len(source), hypotheses), layers=self.config.decoder_layers, width=self.config.width
-            )
-            return State(read(source), cache, position_S)
-        memory = remember(self.net, self.config, source)
-        store = (fixed_stores if fixed else stores).key_value_store(
-            memory["key0"],
-            (len(source), hypotheses),
-            reorders=reorders,
-            layers=self.config.decoder_layers,
-            heads=self.config.heads,
-            width=self.config.width,
-            room=room,
-        )
-        return State(memory, store, position_S)
-
-    def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
-        if self.stepwise:
-            return self._stepwise(tokens_SKT, state, want=want)
-        memory, store, position_S = state.take()
-        config = self.config
-        sentences, hypotheses, count = tokens_SKT.shape
-        position = self._positions(store, position_S, tokens_SKT)
-        mask, over = store.advance(count), memory["mask"]
-        looks = self._looks(store, mask)
-        x_SQD = self._embedded(tokens_SKT.view(sentences, -1), position)
-        inner_SQD = x_SQD if self.first_norm is None else self.first_norm(x_SQD)
-        weights: list[Tensor] = []
-        for index, layer in enumerate(self.net.decoder):
-            own_norm, cross_norm, feed_norm = self.norms[index]
-            key_SHLP, value_SHLP = (memory[name] for name in self.names[index])
-            query_SHQP, both_2SHQP = self._split(own_parts(layer, config, inner_SQD), position, store)
-            found_SQD = store.attend(index, query_SHQP, both_2SHQP, mask, looks(index))
-            x_SQD, inner_SQD = self._add(x_SQD, layer.own_out(found_SQD), own_norm)
-            query_SHQP = layers.heads(cross_query(layer, config, inner_SQD), config.heads)
-            if "attention" in want:
-                weights.append(hard.weights_over(config, query_SHQP, key_SHLP, over))
-            found_SQD = self.look_over(query_SHQP, key_SHLP, value_SHLP, over)
-            x_SQD, inner_SQD = self._add(x_SQD, layer.cross_out(found_SQD), cross_norm)
-            x_SQD, inner_SQD = self._add(x_SQD, feed(layer, config, inner_SQD), feed_norm)
-        hidden_SKTD = inner_SQD.view(sentences, hypotheses, count, -1)
-        attention = torch.stack(weights) if weights else None
-        return Output(hidden_SKTD, attention=attention), State(memory, store, position_S + count)
-
-    def _stepwise(
-        self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()
-    ) -> tuple[Output, State]:
-        """The same one token after the other, in the arithmetic of `stepping`."""
-        memory, cache, position_S = state.take()
-        assert isinstance(memory, stepping.Remembered)
-        count = tokens_SKT.shape[2]
-        cache.go_on(position_S, count)
-        hidden, weights = [], []
-        for tokens_SK in tokens_SKT.unbind(2):
-            if self.kernel and "attention" not in want:
-                one_SKD = self.kernel.step(tokens_SK, position_S, cache, memory)
-            else:
-                memory = memory.gathered()
-                one_SKD, looked = self._one_token(tokens_SK, position_S, cache, memory)
-                weights.append(torch.stack(looked))  # [A, S, H, K, L]
-            hidden.append(one_SKD)
-            position_S.add_(1)  # in place: the kernel knows where it lies
-        attention = torch.stack(weights, 4).flatten(3, 4) if "attention" in want else None
-        hidden_SKTD = hidden[0][:, :, None] if count == 1 else torch.stack(hidden, 2)
-        return Output(hidden_SKTD, attention=attention), State(memory, cache, position_S)
-
-    def _one_token(
-        self, tokens_SK: Tensor, position_S: Tensor, cache: stepping.Cache, memory: Memory
-    ) -> tuple[Tensor, list[Tensor]]:
-        """What the kernel does, in plain PyTorch, and the weights of attention over the source."""
-        config, both_SALD = self.config, memory["both"]
-        columns = int(position_S.max()) + 1
-        past_SC = torch.arange(columns) <= position_S[:, None]
-        past = layers.blocked(past_SC)[:, None, None]
-        cache.mark(position_S)
-        weights: list[Tensor] = []
-
-        def look_back(index: int, merged_SKD: Tensor) -> Tensor:
-            query_SKD, key_SKD, value_SKD = merged_SKD.chunk(3, -1)
-            cache.put(index, key_SKD, value_SKD, position_S)
-            return stepping.attend(query_SKD, *cache.histories(index, columns), past, config.heads)
-
-        def look_over(index: int, query_SKD: Tensor) -> Tensor:
-            key, value = both_SALD[:, 2 * index, None], both_SALD[:, 2 * index + 1, None]
-            query_SHKP, key_SHLP = (layers.heads(x, config.heads) for x in (query_SKD, key[:, 0]))
-            weights.append(layers.attention_weights(query_SHKP, key_SHLP, memory["mask"]))
-            return stepping.attend(query_SKD, key, value, memory["mask"], config.heads)
-
-        position_SK = position_S[:, None].expand(tokens_SK.shape)
-        x_SKD = embed(self.net, config, tokens_SK, position_SK, side=1)
-        return decode(self.net, config, x_SKD, look_back, look_over), weights
-
-    def _looks(self, store: Any, mask: Tensor) -> Callable[[int], layers.Look]:
-        """How each layer looks at what went before."""
-        if not positions.by_distance(self.config):
-            return lambda _: layers.attend
-        distance_SQJ = store.distances(mask)
-        return lambda index: positions.look(self.net, self.config, index, distance_SQJ, side=1, steady=True)
-
-    def _positions(self, store: Any, position_S: Tensor, tokens_SKT: Tensor) -> Any:
-        """Of each query: a number if it is the same for all, or a tensor [S or 1, Q]."""
-        _, hypotheses, count = tokens_SKT.shape
-        if store.even and count == 1:
-            return store.columns
+        tokens_SKT: Tensor,
+        memory: EncoderMemory,
+        position_S: Tensor,
+        self_attention: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The hidden states [S, K, T, D] of tokens in a grid, with cross-attention to the memory."""
+        hypotheses, count = tokens_SKT.shape[1:]
         step_T = torch.arange(count, device=position_S.device)
-        return (position_S[:, None] + step_T).repeat(1, hypotheses)
+        position_SQ = (position_S[:, None] + step_T).repeat(1, hypotheses)
 
-    def _embedded(self, ids_SQ: Tensor, position: Any) -> Tensor:
-        x_SQD = F.embedding(ids_SQ, self.embedding_VD).mul_(self.scale)
-        x_SQD = positions.placed(self.net, self.config, x_SQD, ids_SQ, position, side=1)
-        return self.net.embedding_norms[1](x_SQD) if self.config.embedding_norm else x_SQD
+        def self_sublayer(layer: int, qkv_SQ3D: Tensor) -> Tensor:
+            return self_attention(layer, qkv_SQ3D, position_SQ)
 
-    def _add(self, x_SQD: Tensor, y_SQD: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        added_SQD = y_SQD.add_(x_SQD) if self.config.residual else y_SQD
-        inner_SQD = norm(added_SQD)
-        return (inner_SQD if self.post else added_SQD), inner_SQD
+        def cross_attention(layer: int, query_SQD: Tensor) -> Tensor:
+            query_SHQP = split_heads(query_SQD, self.config.heads)
+            kv = memory[f"key{layer}"], memory[f"value{layer}"]
+            return self.grid_cross_attention(query_SHQP, *kv, memory["mask"])
 
-    def _split(self, merged_SQD: Tensor, position: Any, store: Any) -> tuple[Tensor, Tensor]:
-        """Queries [S, H, Q, P] from their merged product, and keys and values [2, S, H, Q, P]."""
-        sentences, queries, _ = merged_SQD.shape
-        parts = merged_SQD.view(sentences, queries, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
-        if self.config.positions != "rotary":
-            return parts[0], parts[1:]
-        angle = positions.angles(self.net, position, upto=store.columns)
-        angle = angle[:, None] if angle.dim() == 3 else angle
-        query, key = layers.rotated(parts[0], angle), layers.rotated(parts[1], angle)
-        return query, torch.stack([key, parts[2]])
+        hidden_SQD = self.decoder(tokens_SKT.flatten(1), position_SQ, self_sublayer, cross_attention)
+        return hidden_SQD.view(*tokens_SKT.shape, -1)
 
-    def mixes_ages(self, hypotheses: int, room: int) -> bool:
-        return self.stepwise or stores.mixes_ages(hypotheses, room)
+    def grid_attention(self) -> layers.GridAttention:
+        """Scaled dot-product attention in a grid."""
+        return layers.attend_exactly if self.exact else layers.attend
 
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        return layers.readout(self.product, self.weight_VD, hidden, only, self.bias_V)
+    def grid_self_attention(self, layer: int, qkv_SL3D: Tensor, position_L: Tensor, mask: Tensor) -> Tensor:
+        """Self-attention of the encoder over padded sources."""
+        qkv_SL3D = self.rotate(qkv_SL3D, position_L, longest=qkv_SL3D.shape[1])
+        qkv = (split_heads(x, self.config.heads) for x in qkv_SL3D.chunk(3, -1))
+        return self.grid_attention()(*qkv, mask)
 
-    def narrowed(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
-        return layers.narrowed(self.product, ids)
+    def cached_self_attention(
+        self, layer: int, qkv_SQ3D: Tensor, position_SQ: Tensor, cache: KVCache
+    ) -> Tensor:
+        """Self-attention of the decoder over the KV cache, to which the newest tokens are added."""
+        qkv_SQ3D = self.rotate(qkv_SQ3D, position_SQ, longest=cache.columns)
+        qkv_3SHQP = qkv_SQ3D.unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+        return cache.attend(layer, qkv_3SHQP[0], qkv_3SHQP[1:], self.grid_attention())
+
+    def grid_cross_attention(self, query_SHQP: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Cross-attention of the decoder."""
+        return self.grid_attention()(query_SHQP, key, value, mask)
+
+    def same_beside_others(self, decoding: Decoding) -> bool:
+        return self.exact or kv_cache.same_beside_others(decoding)

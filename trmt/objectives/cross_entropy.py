@@ -6,14 +6,13 @@ The loss of a token with label smoothing e (arXiv 1512.00567) is
 
     (1 - e) * -log p(y)  +  e / V * sum over the vocabulary of -log p(v)
 
-Its gradient is known as soon as the logits are, so each chunk of tokens goes all the way: logits, loss,
-gradients of the hidden states and of the matrix. What is kept for the backward pass is these gradients,
-which then are only multiplied by a number. Tokens with a negative id are padding and count for nothing.
+Its gradient is known as soon as the logits are, so each chunk of tokens goes all the way: logits, loss, gradients
+of the hidden states and of the matrix. Only these gradients are kept for the backward pass, which multiplies them by
+a number. Tokens with a negative id are padding and count for nothing.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any
 
@@ -21,23 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trmt.nets import fused
+from trmt.acceleration import accelerated
 
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of logits: what caches hold; what a GPU is busy with
-TENSOR_CORES = 64  # a GPU multiplies fastest where sizes are a multiple of this
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of logits: what fits in caches; what keeps a GPU busy
+TENSOR_CORES = 64  # a GPU multiplies fastest when sizes are a multiple of this
 HALF_SCALE = 1024.0  # keeps small probabilities above what fp16 can tell from zero
 
 
 def smoothed_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of the file's head and the plain negative log likelihood, both summed over the tokens."""
-    wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    kind = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+    """The loss above and the negative log likelihood without smoothing, both summed over the tokens."""
+    needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    device_type = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_ND.dtype
     apply: Any = _LinearCrossEntropy.apply  # torch leaves it untyped
-    with torch.autocast(kind, enabled=False):
-        total, nll = apply(hidden_ND, weight_VD, target_N, smoothing, dtype, wanted)
+    with torch.autocast(device_type, enabled=False):
+        total, nll = apply(hidden_ND, weight_VD, target_N, smoothing, dtype, needs_grad)
     return total, nll.detach()
 
 
@@ -50,13 +49,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_N: Tensor,
         smoothing: float,
         dtype: torch.dtype,
-        wanted: bool,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         vocabulary = weight_VD.shape[0]
-        weight = _widened(weight_VD.to(dtype))
-        grad_hidden = torch.empty_like(hidden_ND) if wanted else None
-        # Turned, because that way round the products that it is a sum of are faster on the CPU.
-        grad_weight = weight_VD.new_zeros(weight.shape[1], weight.shape[0]) if wanted else None
+        weight = _padded(weight_VD.to(dtype))
+        grad_hidden = torch.empty_like(hidden_ND) if needs_grad else None
+        # Transposed, because in that order the products that it is a sum of are faster on the CPU.
+        grad_weight = weight_VD.new_zeros(weight.shape[1], weight.shape[0]) if needs_grad else None
         factor = HALF_SCALE if dtype == torch.float16 else 1.0
         sums = []
         size = _chunk(hidden_ND.device, weight.shape[0] * 4)
@@ -89,8 +88,8 @@ def _chunk(device: torch.device, row_bytes: int) -> int:
     return max(CHUNK_BYTES.get(device.type, 1 << 26) // row_bytes // 8 * 8, 8)
 
 
-def _widened(weight: Tensor) -> Tensor:
-    """On a GPU, rows of zeros are added up to a size that its tensor cores like."""
+def _padded(weight: Tensor) -> Tensor:
+    """On a GPU, with rows of zeros up to a multiple of TENSOR_CORES."""
     missing = -weight.shape[0] % TENSOR_CORES if weight.is_cuda else 0
     return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 
@@ -109,37 +108,21 @@ def _chunk_loss(
     logits_CV: Tensor, target_C: Tensor, vocabulary: int, smoothing: float, factor: float
 ) -> tuple[Tensor, Tensor]:
     """(negative log likelihood, its mean over the vocabulary), summed; the gradient of the logits."""
-    if logits_CV.device.type == "cpu" and logits_CV.dtype == torch.bfloat16:
-        scores_CV = logits_CV.float()
-        if fused.kernels_serve(scores_CV):
-            return _by_kernel(scores_CV, target_C, smoothing), scores_CV.to(logits_CV.dtype)
-    if fused.kernels_serve(logits_CV):
-        return _by_kernel(logits_CV, target_C, smoothing), logits_CV
+    if vocabulary == logits_CV.shape[1] and (fast := accelerated("cross_entropy")):
+        scores_CV = logits_CV.float() if logits_CV.dtype == torch.bfloat16 else logits_CV
+        losses = fast(scores_CV, target_C, smoothing)  # which writes the gradient over the scores
+        if losses is not None:
+            return losses, scores_CV.to(logits_CV.dtype)
     compute = _compiled() if logits_CV.is_cuda else _by_torch
     losses, grad_CV = compute(logits_CV, target_C, vocabulary, smoothing, factor)
     return losses, grad_CV
-
-
-def _by_kernel(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tensor:
-    """By a kernel of the CPU, which writes the gradient over the logits."""
-    target_C = target_C.contiguous()
-    losses_C2 = logits_CV.new_empty(logits_CV.shape[0], 2)
-    rows, width = logits_CV.shape
-    out_of_range = fused.library().trmt_cross_entropy(
-        *(ctypes.c_void_p(x.data_ptr()) for x in (logits_CV, target_C, losses_C2)),
-        *(ctypes.c_int64(size) for size in (rows, width)),
-        ctypes.c_float(smoothing),
-    )
-    if out_of_range:
-        raise IndexError(f"a target is not among the {width} ids that the network has logits for")
-    return losses_C2.sum(0)
 
 
 def _by_torch(
     logits_CV: Tensor, target_C: Tensor, vocabulary: int, smoothing: float, factor: float
 ) -> tuple[Tensor, Tensor]:
     scores_CV = logits_CV.float() if logits_CV.element_size() < 4 else logits_CV
-    if vocabulary < scores_CV.shape[1]:  # columns that stand for nothing
+    if vocabulary < scores_CV.shape[1]:  # columns that were only added for size
         column_V = torch.arange(scores_CV.shape[1], device=scores_CV.device)
         scores_CV = scores_CV.masked_fill(column_V >= vocabulary, -torch.inf)
     real_C = (target_C >= 0).to(scores_CV.dtype)
@@ -156,7 +139,7 @@ def _by_torch(
 
 @functools.cache
 def _compiled() -> Any:
-    """On a GPU the operations between the products are merged into a few kernels, where it has a compiler."""
+    """The same, its operations fused by torch.compile."""
     import torch._dynamo
 
     torch._dynamo.config.suppress_errors = True

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trmt.errors import ConfigError
-from trmt.nets.base import Output, Ragged, Seq2Seq, Source, one_head
+from trmt.nets.base import NO_WEIGHTS, Output, Ragged, Seq2Seq, Source, WantedWeights
 from trmt.objectives.base import Loss, Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy, smoothed_cross_entropy
-from trmt.objectives.guidance import COLUMN, Guide, Place, guidance
+from trmt.objectives.guided_alignment import COLUMN, BatchLinks, GuidedHead, alignment_loss
 from trmt.sets.batches import Batches, Column, Examples, Room
 
 PADDING = -1  # a target that counts for nothing
@@ -28,13 +28,11 @@ PADDING = -1  # a target that counts for nothing
 class TranslationConfig:
     """The options of the translation loss."""
 
-    label_smoothing: float = 0.1
-    # Attention is taught the links of words in the prepared set, if this is more than 0: the lambda by which
-    # that loss is multiplied.
-    alignment_weight: float = 0.0
-    alignment_layer: int = -2  # whose attention: from 1, or from the last one, which is -1
-    alignment_head: int = 1
-    alignment_shift: bool = False  # the attention one step later, when the target piece goes in
+    label_smoothing: float = 0.1  # the share of probability that is spread evenly over the vocabulary
+    alignment_weight: float = 0.0  # of the guided alignment loss, for sets prepared with --alignments; 0 is off
+    alignment_layer: int = -2  # whose cross-attention is guided: from 1, or from the last one, which is -1
+    alignment_head: int = 1  # which head of it is guided, from 1
+    alignment_shift: bool = False  # guide the attention one step later, when the target token is the input
 
     def __post_init__(self) -> None:
         if self.alignment_weight < 0 or self.alignment_layer == 0 or self.alignment_head < 1:
@@ -50,13 +48,13 @@ class TranslationConfig:
 
 @dataclass(frozen=True)
 class TranslationBatch:
-    """A batch as the network wants it: the target twice, shifted by one."""
+    """A batch as tensors: the target twice, shifted by one."""
 
     source: Source
-    before: Ragged  # begins with bos
-    after_N: Tensor  # ends with eos; PADDING where the batch was only filled up
-    tokens: int  # that count
-    guide: Guide | None = None
+    before: Ragged  # the decoder's input, which begins with bos
+    after_N: Tensor  # the tokens to predict, which end with eos; PADDING where the batch was filled up
+    tokens: int  # without padding
+    links: BatchLinks | None = None  # of words, if attention is guided by them
 
 
 class Translation(Objective):
@@ -67,14 +65,14 @@ class Translation(Objective):
     def __init__(self, config: TranslationConfig, specials: Specials) -> None:
         self.config, self.specials = config, specials
         layer = config.alignment_layer
-        self.place = Place(layer - (layer > 0), config.alignment_head - 1, int(config.alignment_shift))
+        self.head = GuidedHead(layer - (layer > 0), config.alignment_head - 1, int(config.alignment_shift))
 
     @classmethod
     def batches(cls, config: Any) -> Callable[..., Batches]:
         return partial(Batches, also=(COLUMN,)) if config.alignment_weight else Batches
 
     def told(self) -> dict[str, Any]:
-        return {COLUMN: vars(self.place)} if self.config.alignment_weight else {}
+        return {COLUMN: vars(self.head)} if self.config.alignment_weight else {}
 
     def tokens(self, examples: Examples) -> int:
         column = examples.columns["target.ids"]
@@ -99,30 +97,30 @@ class Translation(Objective):
             Ragged(*_tensors(before, device, longest)),
             _moved(after.ids, device),
             tokens,
-            Guide.of(examples.columns[COLUMN], device) if COLUMN in examples.columns else None,
+            BatchLinks.of(examples.columns[COLUMN], device) if COLUMN in examples.columns else None,
         )
 
     def loss(self, net: Seq2Seq, batch: TranslationBatch) -> Loss:
-        if batch.guide is None:
-            output = net(batch.source, batch.before)
-        else:
-            output = net(batch.source, batch.before, want=one_head(self.place.layer, self.place.head))
+        want = NO_WEIGHTS
+        if batch.links is not None:
+            want = WantedWeights(cross=True, layer=self.head.layer, head=self.head.head)
+        output = net(batch.source, batch.before, want=want)
         total, nll = self.distance(net, output.hidden, batch.after_N)
-        total = total + sum(weighted for weighted, _ in output.aux.values())
-        if batch.guide is not None:
-            total = total + self.config.alignment_weight * self._guidance(output, batch.guide)
+        total = total + sum(output.aux.values())
+        if batch.links is not None:
+            total = total + self.config.alignment_weight * self._alignment_loss(output, batch.links)
         return Loss(total, nll.detach(), batch.tokens)
 
-    def _guidance(self, output: Output, guide: Guide) -> Tensor:
-        if output.attention is None:
+    def _alignment_loss(self, output: Output, links: BatchLinks) -> Tensor:
+        if output.cross_attention is None:
             raise ConfigError(
-                "loss.alignment_weight teaches attention, and this network has none; set it to 0 or choose "
+                "loss.alignment_weight guides cross-attention, and this network has none; set it to 0 or choose "
                 "another architecture"
             )
-        return guidance(output.attention, guide, self.place)
+        return alignment_loss(output.cross_attention, links, self.head)
 
     def distance(self, net: Seq2Seq, hidden_ND: Tensor, after_N: Tensor) -> tuple[Tensor, Tensor]:
-        """How far the network is from the target, and the negative log likelihood: two sums over tokens."""
+        """The loss and the negative log likelihood, two sums over tokens; other objectives replace it."""
         weight_VD, smoothing = net.readout_matrix(), self.config.label_smoothing
         if weight_VD is not None:
             return smoothed_cross_entropy(hidden_ND, weight_VD, after_N, smoothing)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trmt.decoding.engine import Batching
+from trmt.decoding.request import Batching
 from trmt.devices.choice import choose_device
 from trmt.errors import ConfigError
 from trmt.sets.encoding import available_cores

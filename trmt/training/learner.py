@@ -77,7 +77,7 @@ class Learner:
         else:
             self.net.to(self.device)
         self.net.train()
-        width = int(getattr(self.net.config, "width", 512))
+        width = int(getattr(self.net.config, "d_model", 512))
         self.rate = optim.learning_rate(recipe.optim, width=width, steps=steps)
         objective = resolve(OBJECTIVES, recipe.objective, trust_code=True)
         loss = build(objective.config_class, recipe.loss, where="loss")

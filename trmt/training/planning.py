@@ -141,7 +141,7 @@ def resolved_recipe(
     network = resolve(NETWORKS, recipe.architecture, trust_code=trusted)
     resolve(OBJECTIVES, recipe.objective, trust_code=trusted)
     if from_encoder:
-        if not network.begins_with_encoder:
+        if not network.takes_encoder:
             raise ConfigError(
                 f"architecture = {recipe.architecture!r} has no encoder that --init-from {options.init_from} "
                 "could be; choose the recipe of a transformer"

@@ -111,7 +111,7 @@ class Run:
         self.team = team = team or Team()
         self.folder, self.recipe, self.data, self.tokenizer = folder, recipe, data, tokenizer
         self.options = options
-        in_row = bool(resolve(NETWORKS, recipe.architecture, trust_code=True).in_row)
+        in_row = bool(resolve(NETWORKS, recipe.architecture, trust_code=True).packs_tokens)
         objective = resolve(OBJECTIVES, recipe.objective, trust_code=True)
         read = objective.batches(build(objective.config_class, recipe.loss, where="loss"))
         self.batches = read(data, recipe.batches, seed=recipe.training.seed, in_row=in_row)
@@ -119,7 +119,7 @@ class Run:
         self.steps_per_epoch = len(self.batches.plan(0))
         specials = Specials.of(tokenizer.target)
         self.learner = Learner(recipe, steps=self.last_step or 0, team=team, specials=specials)
-        self.positions = self.learner.net.most_tokens
+        self.positions = self.learner.net.max_positions
         if alpha := recipe.batches.subword_alpha:
             self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
         if room := self.batches.room:

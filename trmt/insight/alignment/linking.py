@@ -24,7 +24,7 @@ from trmt.errors import ConfigError
 from trmt.insight.alignment.counting import Counts
 from trmt.insight.alignment.symmetrising import METHODS
 from trmt.insight.heatmaps import attending
-from trmt.nets.base import Seq2Seq, place_of
+from trmt.nets.base import Seq2Seq, layer_index
 from trmt.text.links import NOTHING, Links, turned
 from trmt.text.tokenizer import Side, Tokenizer
 from trmt.text.wording import NO_WORD, words_of_pieces
@@ -150,7 +150,7 @@ class AttentionAligner:
     def _chosen(self, layers: int, heads: int) -> Look:
         options = self._options
         # The last but one, which was nearer to gold than the last in both directions (docs/aligning.md).
-        look = Look(place_of(-2, layers))
+        look = Look(layer_index(-2, layers))
         if self._guided:
             look = _guided_look(self._guided, layers)
         for name, asked, count in (("layer", options.layer, layers), ("head", options.head, heads)):
@@ -168,7 +168,7 @@ class AttentionAligner:
 def _guided_look(known: Mapping[str, Any], layers: int) -> Look:
     """Where a network was taught to look; its layer may be counted from the last one, as -1."""
     layer, head = int(known["layer"]), known["head"]
-    return Look(place_of(layer, layers), head, int(known["shift"]))
+    return Look(layer_index(layer, layers), head, int(known["shift"]))
 
 
 def all_looks(layers: int, heads: int) -> list[Look]:

@@ -18,17 +18,11 @@ import torch
 from torch import Tensor
 
 from trmt.errors import ConfigError, DataError
-from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.base import Ragged, Seq2Seq, Source, WantedWeights
 from trmt.text.tokenizer import Side, Tokenizer
 
 Kind = Literal["cross", "encoder", "decoder"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# What a network is asked for, and where in its output it is.
-NAMES: Mapping[str, str] = {
-    "cross": "attention",
-    "encoder": "encoder_attention",
-    "decoder": "decoder_attention",
-}
 TOGETHER = 64  # pairs in a batch
 CELLS = 1 << 20  # of the matrices of one head and layer in a batch, unless a single pair has more
 SPACE = "\u2581"  # how sentencepiece writes white space
@@ -83,7 +77,7 @@ def sizes(net: Seq2Seq, tokenizer: Tokenizer) -> dict[Kind, tuple[int, int]]:
 
 def positions(net: Seq2Seq) -> int:
     """How many pieces a sentence can have, its end among them."""
-    return int(getattr(net.config, "longest", 1 << 30))
+    return net.max_positions
 
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -107,8 +101,8 @@ def _attended(net: Seq2Seq, batch: Sequence[Pair], kinds: Sequence[Kind], bos: i
     device = next(net.parameters()).device
     source = Source.of([source for source, _ in batch], device)
     target = Ragged.of([(bos, *target[:-1]) for _, target in batch], device)
-    output = net(source, target, want={NAMES[kind] for kind in kinds})
-    found = {kind: _checked(getattr(output, NAMES[kind]), kind) for kind in kinds}
+    output = net(source, target, want=WantedWeights(**dict.fromkeys(kinds, True)))
+    found = {kind: _checked(getattr(output, f"{kind}_attention"), kind) for kind in kinds}
     for number, (pieces, written) in enumerate(batch):
         rows = {"cross": len(written), "encoder": len(pieces), "decoder": len(written)}
         columns = {**rows, "cross": len(pieces)}

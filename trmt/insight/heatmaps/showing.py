@@ -129,7 +129,7 @@ class Attender:
         targets = [self._given(line) for line in lines]
         shown = [at for at, line in enumerate(lines) if self._is_shown(line, sources[at], targets[at])]
         open_ = [at for at in shown if targets[at] is None]
-        for at, ids in zip(open_, self.translator.written([sources[at] for at in open_]), strict=True):
+        for at, ids in zip(open_, self.translator.translate_ids([sources[at] for at in open_]), strict=True):
             targets[at] = list(ids)
         pairs = [(sources[at], targets[at] or []) for at in shown]
         for at, attended in zip(

@@ -1,8 +1,8 @@
 """The highest scores of a vocabulary, in one pass over the scores, in Triton.
 
 The scores are read once, in chunks, of each of which the maximum and the sum of exponentials are kept. The
-highest scores can lie only in the chunks with the highest maxima; those few are read again. What is computed
-is told in trmt/decoding/choosing.py.
+highest scores can lie only in the chunks with the highest maxima; those few are read again. The same in
+plain PyTorch is in trmt/decoding/top.py.
 
 A score and its id make one whole number, in whose order higher scores come first, and of equal ones the lower
 id: so no two are equal, and nothing that is no number can lead astray.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trmt import native
+from trmt.native import build
 from trmt.errors import TrmtError
 from trmt.storage.files import atomic_file
 
@@ -31,47 +31,47 @@ ALIGNED = 64
 SAMPLE = 4096  # numbers of a matrix by which it is known again
 HEADER = 64  # digits of the checksum of all that follows
 
-Parts = tuple[Tensor, Tensor | None, Tensor | None]  # packed weights, scales, shifts
+Packed = tuple[Tensor, Tensor | None, Tensor | None]  # packed weights, scales, shifts
 _KINDS = {"int8": torch.int8, "int32": torch.int32, "float32": torch.float32}
 
 
-class Shelf:
+class PackedWeightCache:
     """The packed weights of one network, in the order in which it asks for them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._found = _read(path)
-        self._taken: list[tuple[str, Parts]] = []
+        self._used: list[tuple[str, Packed]] = []
         self._complete = True  # whether all that was asked for was there
 
     @classmethod
-    def of(cls, weights: str, precision: str) -> Shelf:
-        """The shelf for the weights with this checksum."""
+    def of(cls, weights: str, precision: str) -> PackedWeightCache:
+        """The cache of the weights with this checksum."""
         name = hashlib.sha256(f"{weights} {precision} {LAYOUT}".encode()).hexdigest()[:32]
-        return cls(native.cache() / "packed" / name)
+        return cls(build.cache_folder() / "packed" / name)
 
-    def take(self, weight_NK: Tensor, pack: Callable[[], Parts]) -> Parts:
+    def take(self, weight_NK: Tensor, pack: Callable[[], Packed]) -> Packed:
         """The parts of the next matrix; packed by `pack` unless they are there."""
         known = _known_by(weight_NK)
-        place = len(self._taken)
+        place = len(self._used)
         if place < len(self._found) and self._found[place][0] == known:
             parts = self._found[place][1]
         else:
             parts, self._complete = pack(), False
-        self._taken.append((known, parts))
+        self._used.append((known, parts))
         return parts
 
-    def keep(self) -> None:
-        """Write what was not there; a cache that cannot be written is done without."""
-        size = sum(part.nbytes for _, parts in self._taken for part in parts if part is not None)
+    def save(self) -> None:
+        """Write what was not there; a cache that cannot be written is left out."""
+        size = sum(part.nbytes for _, parts in self._used for part in parts if part is not None)
         if size < WORTH:
             return
         with suppress(OSError, TrmtError):
-            if self._complete and len(self._taken) == len(self._found):
+            if self._complete and len(self._used) == len(self._found):
                 os.utime(self.path)  # for the order in which files go
                 return
-            _write(self.path, self._taken)
-            _make_room(self.path.parent, keep=self.path)
+            _write(self.path, self._used)
+            _evict(self.path.parent, keep=self.path)
 
 
 def _known_by(weight_NK: Tensor) -> str:
@@ -82,7 +82,7 @@ def _known_by(weight_NK: Tensor) -> str:
     return made.hexdigest()[:32]
 
 
-def _write(path: Path, taken: Sequence[tuple[str, Parts]]) -> None:
+def _write(path: Path, taken: Sequence[tuple[str, Packed]]) -> None:
     """A checksum, the length of a table, the table, and the parts on whole cache lines."""
     entries: list[dict[str, Any]] = []
     at = 0
@@ -111,7 +111,7 @@ def _write(path: Path, taken: Sequence[tuple[str, Parts]]) -> None:
             stream.write(piece)
 
 
-def _read(path: Path) -> list[tuple[str, Parts]]:
+def _read(path: Path) -> list[tuple[str, Packed]]:
     """What is in a file, mapped; nothing if it is not there, damaged or not one of ours."""
     try:
         # Copied on write, which never happens, since torch does not want memory that cannot be written.
@@ -122,12 +122,12 @@ def _read(path: Path) -> list[tuple[str, Parts]]:
         begin = HEADER + ALIGNED
         entries = json.loads(whole[begin : begin + length].tobytes())
         begin += -(-length // ALIGNED) * ALIGNED
-        return [(entry["known"], _parts(whole, begin, entry["parts"])) for entry in entries]
+        return [(entry["known"], _tensors(whole, begin, entry["parts"])) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
-def _parts(whole: Any, begin: int, described: list[dict[str, Any]]) -> Parts:
+def _tensors(whole: Any, begin: int, described: list[dict[str, Any]]) -> Packed:
     tensors: list[Tensor | None] = []
     for part in described:
         kind = _KINDS[part["kind"]]
@@ -139,7 +139,7 @@ def _parts(whole: Any, begin: int, described: list[dict[str, Any]]) -> Parts:
     return packed, scale, shift
 
 
-def _make_room(folder: Path, *, keep: Path) -> None:
+def _evict(folder: Path, *, keep: Path) -> None:
     files = [(file.stat(), file) for file in folder.iterdir() if file != keep]
     total = keep.stat().st_size
     for facts, file in sorted(files, key=lambda pair: -pair[0].st_mtime):

@@ -1,0 +1,329 @@
+"""What networks compute in training beside their matrix products, by C kernels on the CPU in fp32 (training.c).
+
+Each function takes the arguments of the plain one in trmt/nets/layers.py and returns None where the kernels cannot
+serve. A result differs from PyTorch's by rounding, and in which elements dropout draws.
+
+Axes: N tokens in a row, M tokens of the other side in a row, D hidden size, V columns of a product, B blocks of rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trmt.native import build
+from trmt.native.products import pointer
+from trmt.nets.layers import Spans
+
+BLOCK = 64  # rows whose sums a kernel returns together; ROWS in the C file
+LANES = 16  # floats that a kernel takes at a time
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+        ("threshold", ctypes.c_uint32),
+        ("scale", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, ctypes.c_void_p) for name in ("query_starts", "key_starts")),
+        *((name, ctypes.c_int64) for name in ("sentences", "heads", "head_dim", "causal")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")),
+    )
+
+
+@functools.cache
+def library() -> Any | None:
+    """The kernels for training, if they can be built."""
+    found = build.load("training")
+    if found:
+        for name in ("dropout", "add_norm", "add_norm_backward", "add_bias", "bias_backward"):
+            getattr(found, f"trmt_{name}").restype = None
+    return found
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these: rows of fp32 on the CPU."""
+    if not all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors):
+        return False
+    return library() is not None
+
+
+def _call(kernel: str, *arguments: Any) -> int:
+    """Call a kernel: tensors as pointers, structures by reference, ints in 64 bits."""
+    given = []
+    for each in arguments:
+        if each is None or isinstance(each, Tensor):
+            given.append(ctypes.c_void_p(pointer(each)))
+        elif isinstance(each, ctypes.Structure):
+            given.append(ctypes.byref(each))
+        else:
+            given.append(ctypes.c_int64(each) if isinstance(each, int) else each)
+    return int(getattr(library(), f"trmt_{kernel}")(*given) or 0)
+
+
+# Dropout
+
+
+def _dropout_fields(p: float) -> dict[str, Any]:
+    """A seed for one call, drawn from torch's generator, and the threshold that keeps 1 - p of the elements."""
+    if not p:
+        return {"seed": 0, "threshold": 0, "scale": 1.0}
+    seed = int(torch.randint(0, 1 << 62, ()))
+    return {"seed": seed, "threshold": min(round(p * 2**32), 2**32 - 1), "scale": 1 / (1 - p)}
+
+
+def dropout(x: Tensor, p: float) -> Tensor | None:
+    """Each element set to 0 with probability p, the others scaled by 1 / (1 - p)."""
+    if not (x.is_contiguous() and serves(x)):
+        return None
+    out: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        ctx.fields = _dropout_fields(p)
+        return _dropped(x, ctx.fields)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _dropped(grad.contiguous(), ctx.fields), None
+
+
+def _dropped(x: Tensor, fields: dict[str, Any]) -> Tensor:
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    drawn = ctypes.c_uint64(fields["seed"]), ctypes.c_uint32(fields["threshold"]), ctypes.c_float(fields["scale"])
+    _call("dropout", x, out, x.numel() // max(width, 1), width, *drawn)
+    return out
+
+
+# Products
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor | None:
+    """x @ weight.T + bias, and relu behind it if wanted."""
+    if x.dim() != 2 or not torch.is_grad_enabled() or not serves(x, weight):
+        return None
+    low = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if low else x.dtype
+    with torch.autocast("cpu", enabled=False) if low else nullcontext():
+        out: Tensor = _Linear.apply(x, weight, bias, relu, dtype)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    """Whatever precision the product is made in, inputs and outputs are fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, dtype: torch.dtype) -> Tensor:
+        x, weight = x.to(dtype), weight.to(dtype)
+        out = (x @ weight.t()).float()
+        _call("add_bias", out, bias, *out.shape, ctypes.c_int(relu))
+        ctx.save_for_backward(x, weight, out if relu else None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        grad = grad.contiguous()
+        masked = torch.empty_like(grad) if out is not None else grad
+        partial = grad.new_empty(-(-grad.shape[0] // BLOCK), grad.shape[1])
+        _call("bias_backward", grad, out, masked, *grad.shape, partial)
+        masked = masked.to(x.dtype)
+        grad_x = (masked @ weight).float() if ctx.needs_input_grad[0] else None
+        return grad_x, outer_product(masked, x).float(), partial.sum(0), None, None
+
+
+def outer_product(grad_NV: Tensor, x_ND: Tensor) -> Tensor:
+    """grad.T @ x, the gradient of a matrix, in the order that the CPU's library is faster at."""
+    if grad_NV.shape[1] > x_ND.shape[1]:
+        return (x_ND.t() @ grad_NV).t()
+    return grad_NV.t() @ x_ND
+
+
+# Residual connection, dropout, norm
+
+
+def add_norm(x: Tensor, y: Tensor, norm: nn.Module, p: float) -> tuple[Tensor, Tensor] | None:
+    """x + dropout(y), and the norm of that."""
+    if not torch.is_grad_enabled() or not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+        return None
+    if not serves(x, y, norm.weight) or not (x.shape == y.shape and x.is_contiguous() and y.is_contiguous()):
+        return None
+    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    epsilon = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    added, out = _AddNorm.apply(x, y, norm.weight, bias, p, epsilon)  # type: ignore[no-untyped-call]
+    return added, out
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, p: float, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        width = x.shape[-1]
+        rows = x.numel() // width
+        shape = _Shape(rows=rows, width=width, epsilon=epsilon, **_dropout_fields(p))
+        added, out, statistics = torch.empty_like(x), torch.empty_like(x), x.new_empty(rows, 2)
+        _call("add_norm", shape, x, y, weight, bias, added, out, statistics)
+        ctx.shape, ctx.centred = shape, bias is not None
+        ctx.save_for_backward(added, weight, statistics)
+        ctx.set_materialize_grads(False)
+        return added, out
+
+    @staticmethod
+    def backward(ctx: Any, grad_added: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        added, weight, statistics = ctx.saved_tensors
+        shape: _Shape = ctx.shape
+        if grad_out is None:  # the norm was not used
+            grad_out = torch.zeros_like(added)
+        grad_x = torch.empty_like(added)
+        grad_y = torch.empty_like(added) if shape.threshold else grad_x
+        partial_B2D = added.new_empty(-(-shape.rows // BLOCK), 2, shape.width)
+        # Under names, so that copies live until the kernel is done with them.
+        grad_out, grad_added = grad_out.contiguous(), None if grad_added is None else grad_added.contiguous()
+        inputs = grad_out, grad_added, added, weight, statistics
+        _call("add_norm_backward", shape, *inputs, ctypes.c_int(ctx.centred), grad_x, grad_y, partial_B2D)
+        grad_weight, grad_bias = partial_B2D.sum(0).unbind(0)
+        return grad_x, grad_y, grad_weight, grad_bias if ctx.centred else None, None, None
+
+
+# Attention
+
+
+def self_attention(qkv_N3D: Tensor, spans: Spans, heads: int, causal: bool) -> Tensor | None:
+    """Self-attention within each sentence; queries, keys and values stand side by side: [N, D]."""
+    if not _serves_attention(qkv_N3D, spans, heads, 3):
+        return None
+    out: Tensor = _SelfAttention.apply(qkv_N3D, spans, heads, causal)  # type: ignore[no-untyped-call]
+    return out
+
+
+def cross_attention(
+    query_ND: Tensor, kv_M2D: Tensor, spans: Spans, source: Spans, heads: int
+) -> Tensor | None:
+    """Attention of each target sentence to its source; keys and values stand side by side: [N, D]."""
+    if not (_serves_attention(query_ND, spans, heads, 1) and _serves_attention(kv_M2D, source, heads, 2)):
+        return None
+    out: Tensor = _CrossAttention.apply(query_ND, kv_M2D, spans, source, heads)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _serves_attention(x: Tensor, spans: Spans, heads: int, merged: int) -> bool:
+    head_dim = x.shape[-1] // merged // heads
+    return head_dim % LANES == 0 and not spans.starts_S.is_cuda and serves(x)
+
+
+def _forward(attention: _Attention, tokens: int) -> tuple[Tensor, Tensor]:
+    """The output, and for each token and head the logarithm of the normaliser of its softmax."""
+    out_ND = torch.empty(tokens, attention.heads * attention.head_dim, dtype=torch.float32)
+    log_sums_NH = torch.empty(tokens, attention.heads, dtype=torch.float32)
+    _call_attention("attention", attention, out_ND, log_sums_NH)
+    return out_ND, log_sums_NH
+
+
+def _backward(attention: _Attention, grad_ND: Tensor, log_sums_NH: Tensor, *gradients: Tensor) -> None:
+    """Writes the gradients of queries, keys and values."""
+    targets = _Gradients(*(x.data_ptr() for x in gradients), *(x.stride(0) for x in gradients))
+    _call_attention("attention_backward", attention, grad_ND.contiguous(), log_sums_NH, targets)
+
+
+def _call_attention(kernel: str, *arguments: Any) -> None:
+    if _call(kernel, *arguments):
+        raise MemoryError("out of memory in attention")
+
+
+def _described(
+    qkv: tuple[Tensor, ...], spans: Spans, keys: Spans, heads: int, *, causal: bool
+) -> _Attention:
+    head_dim = qkv[0].shape[-1] // heads
+    return _Attention(
+        *(x.data_ptr() for x in qkv),
+        *(x.stride(0) for x in qkv),
+        spans.starts_S.data_ptr(),
+        keys.starts_S.data_ptr(),
+        len(spans.starts_S) - 1,
+        heads,
+        head_dim,
+        causal,
+        head_dim**-0.5,
+    )
+
+
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_N3D: Tensor, spans: Spans, heads: int, causal: bool) -> Tensor:
+        attention = _described(qkv_N3D.chunk(3, -1), spans, spans, heads, causal=causal)
+        out_ND, log_sums_NH = _forward(attention, len(qkv_N3D))
+        ctx.save_for_backward(qkv_N3D, log_sums_NH)
+        ctx.spans, ctx.heads, ctx.causal = spans, heads, causal
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_N3D, log_sums_NH = ctx.saved_tensors
+        attention = _described(qkv_N3D.chunk(3, -1), ctx.spans, ctx.spans, ctx.heads, causal=ctx.causal)
+        grads_N3D = torch.empty_like(qkv_N3D)
+        _backward(attention, grad_ND, log_sums_NH, *grads_N3D.chunk(3, -1))
+        return grads_N3D, None, None, None
+
+
+class _CrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query_ND: Tensor, kv_M2D: Tensor, spans: Spans, source: Spans, heads: int
+    ) -> Tensor:
+        attention = _described((query_ND, *kv_M2D.chunk(2, -1)), spans, source, heads, causal=False)
+        out_ND, log_sums_NH = _forward(attention, len(query_ND))
+        ctx.save_for_backward(query_ND, kv_M2D, log_sums_NH)
+        ctx.spans, ctx.source, ctx.heads = spans, source, heads
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        query_ND, kv_M2D, log_sums_NH = ctx.saved_tensors
+        qkv = query_ND, *kv_M2D.chunk(2, -1)
+        attention = _described(qkv, ctx.spans, ctx.source, ctx.heads, causal=False)
+        grad_query_ND, grad_kv_M2D = query_ND.new_empty(query_ND.shape), torch.empty_like(kv_M2D)
+        _backward(attention, grad_ND, log_sums_NH, grad_query_ND, *grad_kv_M2D.chunk(2, -1))
+        return grad_query_ND, grad_kv_M2D, None, None, None
+
+
+# Cross-entropy
+
+
+def cross_entropy(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tensor | None:
+    """(negative log likelihood, its mean over the vocabulary), summed; writes the gradient over the logits."""
+    if not serves(logits_CV):
+        return None
+    target_C = target_C.contiguous()
+    losses_C2 = logits_CV.new_empty(logits_CV.shape[0], 2)
+    out_of_range = _call(
+        "cross_entropy", logits_CV, target_C, losses_C2, *logits_CV.shape, ctypes.c_float(smoothing)
+    )
+    if out_of_range:
+        raise IndexError(f"a target is not among the {logits_CV.shape[1]} ids that the network has logits for")
+    return losses_C2.sum(0)
