@@ -1,4 +1,4 @@
-"""The lineage's table of what each option of the Transformer learns at first."""
+"""The table of short trainings with each option of the Transformer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 PATH = Path(__file__).resolve().parent / "results" / "options.json"
 HEAD = ("option", "BLEU", "loss, nats per token")
 NAMES = {
-    "base": "none: sinusoidal positions, layer norm before, 4 heads",
+    "base": "none (sinusoidal positions, pre-norm LayerNorm, 4 heads)",
     "none": '`positions = "none"`',
     "learned": '`positions = "learned"`',
     "complex": '`positions = "complex"`',

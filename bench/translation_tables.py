@@ -1,4 +1,4 @@
-"""README's table of how fast translation is, beside other engines with the same weights."""
+"""The table of translation speed on a CPU, compared with other programs with the same weights."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {
     "trained": "trained, tiny (4+4 layers of 128), real sentences",
-    "base": "base (6+6 layers of 512), random weights, 30 pieces into 30",
-    "deep": "deep (12+1 layers of 512), random weights, 30 pieces into 30",
+    "base": "base (6+6 layers of 512), random weights, 30 source and 30 target pieces",
+    "deep": "deep (12+1 layers of 512), random weights, 30 source and 30 target pieces",
 }
 HEAD = (
     "network",
-    "products",
+    "precision",
     "batch",
     "search",
     "threads",
     "trmt, target tokens/s",
-    "times CTranslate2",
-    "times Hugging Face",
+    "relative to CTranslate2",
+    "relative to Hugging Face",
     "chrF2: trmt, CTranslate2",
 )
 Row = tuple[str, ...]
