@@ -142,6 +142,11 @@ def command(*words: str) -> str:
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A table in Markdown."""
-    escaped = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
-    lines = [head, tuple("---" for _ in head), *escaped]
+    lines = [head, tuple("---" for _ in head), *(tuple(map(escaped, row)) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def escaped(cell: str) -> str:
+    """A cell in which neither bars nor, outside of code, angle brackets mean anything."""
+    parts = cell.replace("|", "\\|").split("`")
+    return "`".join(part.replace("<", "&lt;") if index % 2 == 0 else part for index, part in enumerate(parts))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from typing import Any, get_args, get_type_hints
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 from generate_commands import table
 from generate_recipes import comments
@@ -21,20 +23,19 @@ def names() -> list[str]:
 
 
 def public_name(name: str) -> str:
-    """Signature and docstring of one public name; of a class, also of its public methods."""
+    """Signature and docstring of one public name; of a class, its public methods and properties."""
     found = getattr(trmt, name)
     if not inspect.isclass(found):
         return described(name, found)
-    parts = [described(name, found)]
+    parts = [f"`{name}`: {text_of(found)}"]
     for attribute, raw in vars(found).items():
         if attribute.startswith("_") or not inspect.getdoc(raw):
             continue
-        method = getattr(found, attribute)
-        if callable(method):
-            prefix = name if isinstance(raw, classmethod | staticmethod) else name.lower()
-            parts.append(described(f"{prefix}.{attribute}", method))
-        elif isinstance(raw, property):
-            parts.append(f"`{name.lower()}.{attribute}`: {text_of(raw)}")
+        prefix = name if isinstance(raw, classmethod | staticmethod) else name.lower()
+        if isinstance(raw, property):
+            parts.append(f"`{prefix}.{attribute}`: {text_of(raw)}")
+        elif callable(getattr(found, attribute)):
+            parts.append(described(f"{prefix}.{attribute}", getattr(found, attribute)))
     return "\n\n".join(parts)
 
 
@@ -49,40 +50,35 @@ def text_of(found: Any) -> str:
     return "\n\n".join(" ".join(each.split()) for each in paragraphs)
 
 
-def signature(name: str, found: Any) -> str:
+def signature(name: str, function: Any) -> str:
     """The signature in one line, or with one line for each parameter."""
-    if inspect.isclass(found) and issubclass(found, BaseException):
-        return name
-    known = inspect.signature(found)
-    given = [each for each in known.parameters.values() if each.name not in ("self", "cls")]
-    shown = [shorter(str(each.replace(default=Default(each.default)))) for each in given]
-    keywords = [each.kind is each.KEYWORD_ONLY for each in given]
-    if True in keywords:
-        shown.insert(keywords.index(True), "*")
-    result = known.return_annotation
-    returns = "" if result in (known.empty, "None", None) else f" -> {result}"
-    one_line = f"{name}({', '.join(shown)}){shorter(returns)}"
+    known = inspect.signature(function)
+    shown = []
+    for each in known.parameters.values():
+        if each.kind is each.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        default = "" if each.default is each.empty else f" = {value(each.default)}"
+        shown.append(f"{each.name}: {annotation(each.annotation)}{default}")
+    shown = [each for each in shown if not each.startswith(("self:", "cls:"))]
+    returns = "" if known.return_annotation is known.empty else f" -> {annotation(known.return_annotation)}"
+    one_line = f"{name}({', '.join(shown)}){returns}"
     if len(one_line) <= WIDTH:
         return one_line
-    return "\n".join([f"{name}(", *(f"    {each}," for each in shown), f"){shorter(returns)}"])
+    return "\n".join([f"{name}(", *(f"    {each}," for each in shown), f"){returns}"])
 
 
-class Default:
-    """A default as a reader wants to see it."""
-
-    def __new__(cls, value: Any) -> Any:
-        return super().__new__(cls) if dataclasses.is_dataclass(value) else value
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return f"{type(self.value).__name__}()"
+def annotation(hint: Any) -> str:
+    """An annotation without module names; most are text, because of `from __future__ import annotations`."""
+    return re.sub(
+        r"\b(?:[a-z_]\w*\.)+(\w+)", r"\1", hint if isinstance(hint, str) else inspect.formatannotation(hint)
+    )
 
 
-def shorter(text: str) -> str:
-    """An annotation without quotes and module names."""
-    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text).replace("'", "")
+def value(default: Any) -> str:
+    """A default as code."""
+    if isinstance(default, Path):
+        return f'Path("{default}")'
+    return f"{type(default).__name__}()" if dataclasses.is_dataclass(default) else repr(default)
 
 
 def types() -> str:
@@ -90,21 +86,20 @@ def types() -> str:
     found: dict[type, None] = {}
     for name in names():
         public = getattr(trmt, name)
-        callables = [public]
-        if inspect.isclass(public):
-            callables = [getattr(public, each) for each in vars(public) if not each.startswith("_")]
-            callables += [public.__init__]
-        for each in callables:
+        known = vars(public) if inspect.isclass(public) else {}
+        methods = [getattr(public, each) for each in known if not each.startswith("_")]
+        for each in methods or [public]:
             if inspect.isroutine(each):
                 collect(get_type_hints(each).values(), found)
     return "\n\n".join(described_type(each) for each in found)
 
 
 def collect(hints: Any, found: dict[type, None]) -> None:
-    """Add the dataclasses of trmt in these annotations, and those in their fields."""
+    """Add the dataclasses in these annotations and in their fields, but not those of callbacks."""
     for hint in hints:
-        collect(get_args(hint), found)
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type) and hint not in found:
+        if get_origin(hint) is not Callable:
+            collect(get_args(hint), found)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in found:
             found[hint] = None
             collect(get_type_hints(hint).values(), found)
 
@@ -113,7 +108,7 @@ def described_type(cls: type) -> str:
     """The fields of a dataclass."""
     meanings = comments(cls)
     rows = [
-        (f"`{each.name}`", f"`{shorter(str(each.type))}`", default(each), meanings.get(each.name, ""))
+        (f"`{each.name}`", f"`{annotation(each.type)}`", default_of(each), meanings.get(each.name, ""))
         for each in dataclasses.fields(cls)
         if not each.name.startswith("_")
     ]
@@ -121,8 +116,8 @@ def described_type(cls: type) -> str:
     return "\n\n".join([title, text_of(cls), table(("field", "type", "default", "meaning"), rows)])
 
 
-def default(field: Any) -> str:
+def default_of(field: Any) -> str:
     """The default of a field."""
     if field.default is not dataclasses.MISSING:
-        return f"`{Default(field.default)!r}`"
-    return "empty" if field.default_factory is not dataclasses.MISSING else ""
+        return f"`{value(field.default)}`"
+    return "" if field.default_factory is dataclasses.MISSING else f"`{value(field.default_factory())}`"
