@@ -4,8 +4,8 @@
 
 Both ways are captured in CUDA graphs and replayed in turn, so launches cost nothing. The calls of a graph
 have data of their own, more in all than a cache holds. What is read and written counts once, however often it
-is needed; copying shows what the memory does at best. In plain PyTorch, attention has a mask that is made once for
-all layers: its time is given apart. --smoke interprets kernels on the CPU: times say nothing.
+is needed; copying shows what the memory does at best. In plain PyTorch, attention has a mask that is made
+once for all layers: its time is given apart. --smoke interprets kernels on the CPU: times say nothing.
 
 Axes as in trmt/nets/kv_cache.py.
 """

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from trmt.nets.transformer_layers import embed
 
 from tests import toy
 from tests.contracts.test_training import HARD, final
@@ -19,7 +20,6 @@ from trmt.errors import ConfigError, TrmtError
 from trmt.nets import layers
 from trmt.nets.base import Ragged, Source
 from trmt.nets.linear import eager
-from trmt.nets.transformer_layers import embed
 from trmt.quantizing import quantize
 from trmt.sets.batches import BatchConfig, Batches
 from trmt.sets.shards import PreparedSet

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from trmt.objectives.guidance import Guide, Place, guidance
 
 from tests import toy
 from tests.fakes import random_sentences, small_network
@@ -19,7 +20,6 @@ from trmt.errors import ConfigError, DataError
 from trmt.lab.denoising import DenoisingConfig
 from trmt.nets.base import Ragged, Source, narrowed, one_head, place_of
 from trmt.objectives.base import Specials
-from trmt.objectives.guidance import Guide, Place, guidance
 from trmt.objectives.translation import Translation, TranslationConfig
 from trmt.registry import ARCHITECTURES
 from trmt.sets.batches import BatchConfig, Batches, Column, Examples

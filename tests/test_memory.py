@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.eager import Eager
 
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import validating
 from trmt.bundles import checkpoints
-from trmt.decoding.eager import Eager
 from trmt.nets.transformer import Transformer
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation

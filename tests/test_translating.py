@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.eager import Eager
 
 from tests import texts
 from tests.scripted import Script, Scripted, random_bundle, small_tokenizer
 from trmt import streaming
 from trmt.decoding.base import Hypothesis
-from trmt.decoding.eager import Eager
 from trmt.decoding.engine import Engine, Request
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Ragged, Seq2Seq, Source

@@ -1,8 +1,8 @@
 """Translation of text: a network, a tokenizer and a search behind one call.
 
-A line that is longer than anything the network was trained on is split at sentence ends and translated in segments.
-Blank lines stay blank. Whatever the network outputs, one line of input becomes one line of output, and no line can
-stop the translation of the others.
+A line that is longer than anything the network was trained on is split at sentence ends and translated in
+segments. Blank lines stay blank. Whatever the network outputs, one line of input becomes one line of output,
+and no line can stop the translation of the others.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Translator:
         options: TranslateOptions = TranslateOptions(),
         checksum: str = "",
     ) -> None:
-        """`longest` is the most source tokens that a segment may have; `checksum` is that of the weights' file."""
+        """`longest`: the most source tokens of a segment; `checksum`: that of the weights' file."""
         self.tokenizer, self.options = tokenizer, options
         device = next(net.parameters()).device
         source, target = tokenizer.source, tokenizer.target

@@ -1,4 +1,5 @@
-"""trmt's engine on any device, its steps run directly or as CUDA graphs, given ids and giving ids: nothing of a tokenizer is in it.
+"""trmt's engine on any device, its steps run directly or as CUDA graphs, given ids and giving ids: nothing of
+a tokenizer is in it.
 
 `python -m translators.trmt_engine BUNDLE PRECISION THREADS DEVICE direct|graphs`
 """

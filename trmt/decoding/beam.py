@@ -68,7 +68,9 @@ class Beam(Search):
         """A beam of one never exchanges its hypothesis."""
         return self.size > 1
 
-    def start(self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device) -> BeamState:
+    def start(
+        self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device
+    ) -> BeamState:
         max_tokens_S = sent([request.max_tokens for request in requests], device)
         zero_S = torch.zeros_like(max_tokens_S)
         score_SK = torch.full((len(requests), self.size), -torch.inf, device=device)

@@ -1,4 +1,5 @@
-"""Runs the steps of a batch directly: PyTorch operation by operation, or several steps in one call of a kernel.
+"""Runs the steps of a batch directly: PyTorch operation by operation, or several steps in one call of a
+kernel.
 
 Axes: S sentence, K hypothesis.
 """
@@ -9,8 +10,6 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-
-import torch
 
 from trmt.acceleration import accelerated
 from trmt.decoding.base import Hypothesis
@@ -47,8 +46,8 @@ class DirectRunner:
     def admit(self, queue: deque[Request]) -> bool:
         """Give free slots to requests of the queue, or drop them; False when there is nothing left to decode.
 
-        Requests that join are as long as those beside them, or little shorter: what is much shorter would be padded, and
-        waits for the next batch.
+        Requests that join are as long as those beside them, or little shorter: what is much shorter would be
+        padded, and waits for the next batch.
         """
         free = [slot for slot, request in enumerate(self.slots) if request is None]
         if len(free) == len(self.slots):
@@ -56,9 +55,7 @@ class DirectRunner:
         if free and self.refills and queue and len(queue[0].source) >= REFILL_LENGTH * self.longest_source:
             joining = self.decoder.take(queue, len(free))
             taken, free = free[: len(joining)], free[len(joining) :]
-            self.batch.replace(
-                sent(taken, self.decoder.device), self.decoder.start(joining, self.max_tokens)
-            )
+            self.batch.replace(sent(taken, self.decoder.device), self.decoder.start(joining, self.max_tokens))
             for slot, request in zip(taken, joining, strict=True):
                 self.slots[slot] = request
         if free:

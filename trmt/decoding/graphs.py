@@ -1,14 +1,14 @@
 """Runs the steps of a batch on a GPU without its host: steps are recorded once as CUDA graphs, and replayed.
 
-A step of a small network is some two hundred kernels of microseconds, and launching each takes the host longer than
-that. A graph is launched at once. It works on memory that stays where it is: slots for so many sentences with space
-for so many tokens, all that a step reads and writes. Requests come into free slots and leave them when they are done;
-the host synchronises every few steps.
+A step of a small network is some two hundred kernels of microseconds, and launching each takes the host
+longer than that. A graph is launched at once. It works on memory that stays where it is: slots for so many
+sentences with space for so many tokens, all that a step reads and writes. Requests come into free slots and
+leave them when they are done; the host synchronises every few steps.
 
-How much of the slots a step computes is recorded with it: the first so many sentences, the first so many target
-and source positions. So there is a graph for each combination of these, rounded up to a few sizes. The first time
-one is needed its steps run one by one, since it may never be needed again; the second time it is recorded. On other
-devices the same works without graphs, which is for tests.
+How much of the slots a step computes is recorded with it: the first so many sentences, the first so many
+target and source positions. So there is a graph for each combination of these, rounded up to a few sizes. The
+first time one is needed its steps run one by one, since it may never be needed again; the second time it is
+recorded. On other devices the same works without graphs, which is for tests.
 
 Axes: S sentence, K hypothesis, T target position.
 """
@@ -39,7 +39,9 @@ SMALLEST = 32  # tokens that the slots with the least space have
 KEPT = 4  # slots of so many different sizes are kept
 # What masks exclude beside what is banned.
 NOTHING, ENDS, ALL_BUT_PREFIXES = range(3)
-Size = tuple[int, int, int, int]  # of a graph: sentences, target positions, source positions, what masks exclude
+Size = tuple[
+    int, int, int, int
+]  # of a graph: sentences, target positions, source positions, what masks exclude
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,9 @@ class StaticSlots:
             slot.tokens += steps
         self.done = Fetched([self.tensors.search_state.done_S])
 
-    def _replay(self, size: Size, steps: int, step: Callable[[Batch], None], record: Callable[..., Any]) -> None:
+    def _replay(
+        self, size: Size, steps: int, step: Callable[[Batch], None], record: Callable[..., Any]
+    ) -> None:
         sentences, columns, source_length, excluded = size
         tensors = self.tensors.view(sentences, columns, source_length)
 
@@ -263,7 +267,7 @@ def rounded(count: int) -> int:
 
 
 class GraphRunner:
-    """Static slots whose steps are replayed; what cannot be recorded runs directly from then on, and says so."""
+    """Static slots whose steps are replayed; what cannot be recorded runs directly from then on."""
 
     def __init__(self, decoder: BatchDecoder, max_positions: int) -> None:
         self.decoder, self.max_positions = decoder, max_positions

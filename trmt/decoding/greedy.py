@@ -85,7 +85,9 @@ class Greedy(Search):
     hypotheses: int = 1
     reorders: bool = False
 
-    def start(self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device) -> LineState:
+    def start(
+        self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device
+    ) -> LineState:
         return LineState.empty(requests, (1, max_tokens), eos=eos, device=device)
 
     def advance(self, logits_SKV: Tensor, state: LineState) -> tuple[Tensor, Tensor, LineState]:

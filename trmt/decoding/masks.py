@@ -28,7 +28,9 @@ class Masks:
     steps_left: int  # so many steps more there is something to mask beside what is banned
 
     @classmethod
-    def of(cls, requests: Sequence[Request], *, banned: Collection[int], eos: int, device: torch.device) -> Masks:
+    def of(
+        cls, requests: Sequence[Request], *, banned: Collection[int], eos: int, device: torch.device
+    ) -> Masks:
         """The masks of these requests."""
         ids = sorted(banned)
         longest = max(len(request.prefix) for request in requests)

@@ -1,8 +1,9 @@
 """Guided alignment: the cross-entropy of one attention head with the links of words.
 
-Chen et al. (arXiv 1607.01628) guide all of a recurrent network's attention, Garg et al. (arXiv 1909.02074) one head of
-a Transformer's last layer but one, so that the others stay free. The loss of a target token with links is the mean of
--log weight over the source tokens it is linked to; other target tokens count for nothing.
+Chen et al. (arXiv 1607.01628) guide all of a recurrent network's attention, Garg et al. (arXiv 1909.02074)
+one head of a Transformer's last layer but one, so that the others stay free. The loss of a target token with
+links is the mean of -log weight over the source tokens it is linked to; other target tokens count for
+nothing.
 
 Axes: A layers, S sentence, H heads, T target position, L source position, N links of a batch in a row.
 """

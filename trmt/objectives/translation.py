@@ -29,7 +29,9 @@ class TranslationConfig:
     """The options of the translation loss."""
 
     label_smoothing: float = 0.1  # the share of probability that is spread evenly over the vocabulary
-    alignment_weight: float = 0.0  # of the guided alignment loss, for sets prepared with --alignments; 0 is off
+    alignment_weight: float = (
+        0.0  # of the guided alignment loss, for sets prepared with --alignments; 0 is off
+    )
     alignment_layer: int = -2  # whose cross-attention is guided: from 1, or from the last one, which is -1
     alignment_head: int = 1  # which head of it is guided, from 1
     alignment_shift: bool = False  # guide the attention one step later, when the target token is the input
@@ -114,8 +116,8 @@ class Translation(Objective):
     def _alignment_loss(self, output: Output, links: BatchLinks) -> Tensor:
         if output.cross_attention is None:
             raise ConfigError(
-                "loss.alignment_weight guides cross-attention, and this network has none; set it to 0 or choose "
-                "another architecture"
+                "loss.alignment_weight guides cross-attention, and this network has none; set it to 0 or "
+                "choose another architecture"
             )
         return alignment_loss(output.cross_attention, links, self.head)
 
