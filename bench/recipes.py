@@ -49,6 +49,7 @@ class Row:
 
 ROWS = (
     Row(recipe="transformer-tiny", steps=400, settings=(*SHORT, "optim.warmup=100")),
+    Row(recipe="ssru-tiny", steps=400, settings=(*SHORT, "optim.warmup=100")),
     Row(recipe="rnn-fixed", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
     Row(recipe="rnnsearch", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
     Row(recipe="luong", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
