@@ -136,7 +136,7 @@ class Translator:
             options.build_search(),
             bos=target.bos,
             eos=target.eos,
-            banned=target.never | set(range(target.vocabulary, rows)),
+            banned=target.banned_ids | set(range(target.vocabulary, rows)),
             batching=Batching.on(device.type, options.batch),
             precision="int8" if options.precision == "int8" else "fp32",
             weights=weights,
@@ -234,13 +234,13 @@ class Translator:
             if ids:
                 yield ids, ""
             return
-        lead, text = self.tokenizer.source.lead(self.tokenizer.source.normalise(text))
-        for piece in split_text(text, lambda part: len(self._encoded(lead + part)) <= self.longest):
-            ids = self._encoded(lead + piece.text)
+        tag, text = self.tokenizer.source.split_tag(self.tokenizer.source.normalise(text))
+        for segment in split_text(text, lambda part: len(self._encoded(tag + part)) <= self.longest):
+            ids = self._encoded(tag + segment.text)
             # A single character can have more bytes than a very small network has positions.
             for begin in range(0, len(ids), self.longest):
                 last = begin + self.longest >= len(ids)
-                joiner = joiner_for(piece, self.tokenizer.languages[1]) if last else ""
+                joiner = joiner_for(segment, self.tokenizer.languages[1]) if last else ""
                 yield ids[begin : begin + self.longest], joiner
 
     def _encoded(self, text: str) -> list[int]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from trmt.devices.transfer import Fetched
+from trmt.devices.transfer import HostCopy
 
 CHUNK = 128  # of the vocabulary, in the first stage of `top`
 BLOCK = 16  # rows whose exponentials stay in a processor's cache
@@ -62,8 +62,8 @@ class SearchState:
 
     def fetched(self) -> Callable[[], Self]:
         """Begin to fetch it from its device; the state on the host, for whoever waits for it."""
-        way = Fetched([getattr(self, field.name) for field in fields(self)])
-        return lambda: self._with(way.there())
+        way = HostCopy([getattr(self, field.name) for field in fields(self)])
+        return lambda: self._with(way.wait())
 
     def join(self, other: Self) -> Self:
         """The sentences of both, these first; both must have the same room."""

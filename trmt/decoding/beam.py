@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trmt.decoding.base import Compiled, Hypothesis, Search, SearchState, Sentence
 from trmt.decoding.choosing import highest, library_for
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 
 ROUNDING = 1e-6  # what normalised scores are off by, at most, relative to themselves
@@ -91,7 +91,7 @@ class Beam(Search):
         return self.size > 1
 
     def start(self, sentences: Sequence[Sentence], *, room: int, eos: int, device: torch.device) -> BeamState:
-        limit_S = sent([sentence.limit for sentence in sentences], device)
+        limit_S = to_device([sentence.limit for sentence in sentences], device)
         zero_S = torch.zeros_like(limit_S)
         score_SK = torch.full((len(sentences), self.size), -torch.inf, device=device)
         score_SK[:, 0] = 0  # all places begin with the same prefix: only one may count

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.engine import Batching, Engine, Request
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 from trmt.errors import BundleError
 from trmt.native.chain import Chain
 from trmt.native.products import Precision
@@ -155,7 +155,7 @@ class Eager(Engine):
         return results
 
     def _places(self, places: list[int]) -> Tensor:
-        return sent(places, self.device)
+        return to_device(places, self.device)
 
 
 @dataclass
@@ -186,7 +186,7 @@ class Underway:
 
     def keep(self, places: list[int]) -> None:
         """Only these sentences."""
-        sentences = sent(places, self.tokens_SK.device)
+        sentences = to_device(places, self.tokens_SK.device)
         self.indices = [self.indices[place] for place in places]
         self.tokens_SK = self.tokens_SK.index_select(0, sentences)
         self.state = self.state.keep(sentences)
@@ -197,7 +197,7 @@ class Underway:
         """The sentences of `other` instead of those at these places."""
         for place, index in zip(at, other.indices, strict=True):
             self.indices[place] = index
-        places = sent(at, self.tokens_SK.device)
+        places = to_device(at, self.tokens_SK.device)
         self.tokens_SK = self.tokens_SK.index_copy(0, places, other.tokens_SK)
         self.state = self.state.replace(places, other.state)
         self.search_state = self.search_state.replace(places, other.search_state)
@@ -225,8 +225,8 @@ class Masks:
             banned,
             block,
             eos,
-            sent(rows, device).view(len(requests), longest),
-            sent([request.least for request in requests], device),
+            to_device(rows, device).view(len(requests), longest),
+            to_device([request.least for request in requests], device),
             max(max(len(request.prefix), request.least) for request in requests),
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trmt.decoding.base import Compiled, Hypothesis, Search, SearchState, Sentence
 from trmt.decoding.choosing import highest, library_for
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 
 
 class _Lines(ctypes.Structure):
@@ -45,7 +45,7 @@ class LineState(SearchState):
         cls, sentences: Sequence[Sentence], sizes: tuple[int, int], *, eos: int, device: torch.device
     ) -> LineState:
         """Room for `sizes` = (hypotheses, tokens) of each sentence."""
-        limit_S = sent([sentence.limit for sentence in sentences], device)
+        limit_S = to_device([sentence.limit for sentence in sentences], device)
         zero_S = torch.zeros_like(limit_S)
         zero_SK = torch.zeros((len(sentences), sizes[0]), dtype=torch.long, device=device)
         return cls(

@@ -18,7 +18,7 @@ from torch import Tensor
 from trmt.decoding.base import Hypothesis, Search, Sentence
 from trmt.decoding.choosing import highest
 from trmt.decoding.greedy import LineState
-from trmt.devices.transfer import carried
+from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 
 
@@ -60,7 +60,7 @@ class Sampling(Search):
             torch.rand(room, self.samples, generator=self._generator(sentence.key)).T
             for sentence in sentences
         ]
-        return SamplingState(**vars(lines), lot_SKT=carried(torch.stack(lots), device))
+        return SamplingState(**vars(lines), lot_SKT=to_device(torch.stack(lots), device))
 
     def _generator(self, key: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()

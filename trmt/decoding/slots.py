@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trmt.decoding.eager import LOOK_EVERY, Masks, Underway
 from trmt.decoding.engine import Request
-from trmt.devices.transfer import Fetched, sent
+from trmt.devices.transfer import HostCopy, to_device
 from trmt.nets.base import Memory, State
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Slots:
     guests: list[_Guest | None]
     seen: set[Key] = field(default_factory=set)
     graphs: dict[Key, Any] = field(default_factory=dict)
-    done: Fetched | None = None  # who is, after the steps that were run last
+    done: HostCopy | None = None  # who is, after the steps that were run last
 
     @classmethod
     def of(cls, under: Underway, room: int) -> Slots:
@@ -224,7 +224,7 @@ class Slots:
         self._replay(engine, key, steps)
         for guest in guests:
             guest.age += steps
-        self.done = Fetched([self.parts.search_state.done_S])
+        self.done = HostCopy([self.parts.search_state.done_S])
 
     def _replay(self, engine: Captured, key: Key, steps: int) -> None:
         sentences, columns, width, masking = key
@@ -249,7 +249,7 @@ class Slots:
     def let_out(self) -> tuple[list[int], Callable[[], Any]] | None:
         """Wait for the steps that run; who is done leaves, with what the search has found."""
         assert self.done, "nothing was run"
-        (done_S,) = self.done.there()
+        (done_S,) = self.done.wait()
         done = done_S.tolist()
         places = [place for place in self.taken if done[place]]
         late = [guest for guest in self.guests if guest and guest.age >= guest.limit]
@@ -262,7 +262,7 @@ class Slots:
             assert guest, "who is done was there"
             indices.append(guest.index)
             self.guests[place] = None
-        found = self.parts.search_state.keep(sent(places, self.parts.tokens_SK.device))
+        found = self.parts.search_state.keep(to_device(places, self.parts.tokens_SK.device))
         return indices, found.fetched()
 
 

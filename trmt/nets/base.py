@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 
 Product = Callable[[Tensor], Tensor]  # x -> x @ weight.T + bias, on the last axis
 Linear = Callable[[Tensor, Tensor | None], Product]  # (weight, bias) -> product: fp32, int8, ...
@@ -48,8 +48,8 @@ class Ragged:
         lengths = [len(sentence) for sentence in sentences]
         flat = [token for sentence in sentences for token in sentence]
         return cls(
-            sent(flat, device),
-            sent(lengths, device),
+            to_device(flat, device),
+            to_device(lengths, device),
             max(lengths, default=0),
         )
 

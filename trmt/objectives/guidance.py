@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trmt.nets.base import place_of
-from trmt.sets.batches import Column
+from trmt.sets.shards import RaggedArray
 
 COLUMN = "alignment"  # of prepared sets: for each pair source piece, target piece, source piece, ...
 LEAST = 1e-9  # below what a weight counts as: one that a network cannot give would make the loss infinite
@@ -33,9 +33,9 @@ class Guide:
     share_N: Tensor  # the links of a target piece add up to 1
 
     @classmethod
-    def of(cls, column: Column, device: torch.device) -> Self:
+    def of(cls, column: RaggedArray, device: torch.device) -> Self:
         """The links in a column of a prepared set."""
-        links = column.ids.astype(np.int64).reshape(-1, 2)
+        links = column.values.astype(np.int64).reshape(-1, 2)
         sentence = np.repeat(np.arange(len(column.lengths)), column.lengths // 2)
         piece = sentence * (int(links[:, 1].max(initial=0)) + 1) + links[:, 1]
         _, kind, counts = np.unique(piece, return_inverse=True, return_counts=True)
