@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests import texts
-from trmt.text.splitting import Segment, split_text
+from trmt.text.splitting import TextSegment, split_text
 
 
 def at_most(characters: int) -> Callable[[str], bool]:
@@ -23,7 +23,7 @@ def split(text: str, fits: Callable[[str], bool]) -> list[str]:
     return [segment.text for segment in segments]
 
 
-def joined(segments: list[Segment]) -> str:
+def joined(segments: list[TextSegment]) -> str:
     return "".join(segment.text + segment.space for segment in segments)
 
 
@@ -63,10 +63,10 @@ def test_a_fit_that_is_not_monotone_works(seed: int) -> None:
 
 
 def test_a_text_that_fits_is_one_segment() -> None:
-    assert split_text("One. Two.", at_most(9)) == [Segment("One. Two.", "", "")]
-    assert split_text("One. Two. \r", at_most(9)) == [Segment("One. Two.", " \r", "")]
-    assert split_text("", at_most(9)) == [Segment("", "", "")]
-    assert split_text("  ", at_most(1)) == [Segment("", "  ", "")]
+    assert split_text("One. Two.", at_most(9)) == [TextSegment("One. Two.", "", "")]
+    assert split_text("One. Two. \r", at_most(9)) == [TextSegment("One. Two.", " \r", "")]
+    assert split_text("", at_most(9)) == [TextSegment("", "", "")]
+    assert split_text("  ", at_most(1)) == [TextSegment("", "  ", "")]
 
 
 def test_a_segment_has_as_many_sentences_as_fit() -> None:

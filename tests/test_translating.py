@@ -19,7 +19,7 @@ from trmt.decoding.engine import Engine, Request
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Ragged, Seq2Seq, Source
 from trmt.streaming import Report, translate_stream
-from trmt.text.splitting import Segment, joiner_for
+from trmt.text.splitting import TextSegment, joiner_for
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
@@ -281,25 +281,25 @@ def test_pieces_are_joined_as_the_target_is_written(
 @pytest.mark.parametrize(
     ("segment", "language", "joiner"),
     [
-        (Segment("One.", " ", " "), "de", " "),
-        (Segment("One.", " ", " "), "zh", ""),
-        (Segment("One.", " ", " "), "zh-Hant-TW", ""),
-        (Segment("One.", " ", " "), "JA_jp", ""),
-        (Segment("One.", " ", " "), "jpn", ""),
-        (Segment("One.", " ", " "), "ko", " "),
-        (Segment("One.", " ", " "), "th", " "),
-        (Segment("一。", "", ""), "en", " "),
-        (Segment("一", "", ""), "en", " "),
-        (Segment("カ", "", ""), "en", " "),
-        (Segment("หนึ่ง", "", ""), "en", " "),
-        (Segment("一。", "", ""), "ja", ""),
-        (Segment("一。", "", ""), "", ""),
-        (Segment("abc", "", ""), "en", ""),  # the middle of a long word
-        (Segment("एक।", "", " "), "en", " "),
-        (Segment("", " ", " "), "en", " "),
+        (TextSegment("One.", " ", " "), "de", " "),
+        (TextSegment("One.", " ", " "), "zh", ""),
+        (TextSegment("One.", " ", " "), "zh-Hant-TW", ""),
+        (TextSegment("One.", " ", " "), "JA_jp", ""),
+        (TextSegment("One.", " ", " "), "jpn", ""),
+        (TextSegment("One.", " ", " "), "ko", " "),
+        (TextSegment("One.", " ", " "), "th", " "),
+        (TextSegment("一。", "", ""), "en", " "),
+        (TextSegment("一", "", ""), "en", " "),
+        (TextSegment("カ", "", ""), "en", " "),
+        (TextSegment("หนึ่ง", "", ""), "en", " "),
+        (TextSegment("一。", "", ""), "ja", ""),
+        (TextSegment("一。", "", ""), "", ""),
+        (TextSegment("abc", "", ""), "en", ""),  # the middle of a long word
+        (TextSegment("एक।", "", " "), "en", " "),
+        (TextSegment("", " ", " "), "en", " "),
     ],
 )
-def test_the_joiner_suits_the_target(segment: Segment, language: str, joiner: str) -> None:
+def test_the_joiner_suits_the_target(segment: TextSegment, language: str, joiner: str) -> None:
     assert joiner_for(segment, language) == joiner
 
 

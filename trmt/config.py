@@ -89,7 +89,7 @@ def build(cls: type[T], tree: Tree, *, where: str) -> T:
     for key, value in rename_keys(cls, tree).items():
         if key not in fields:
             raise ConfigError(f"{where} has an unknown key {key!r}; {suggestion(key, list(fields))}")
-        values[key] = _checked(hints[key], value, where=f"{where}.{key}")
+        values[key] = _convert(hints[key], value, where=f"{where}.{key}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -97,7 +97,7 @@ def build(cls: type[T], tree: Tree, *, where: str) -> T:
     return cls(**values)
 
 
-def _checked(hint: Any, value: Any, *, where: str) -> Any:
+def _convert(hint: Any, value: Any, *, where: str) -> Any:
     """`value` converted to the annotated type `hint`, or an error with the expected type."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -113,17 +113,17 @@ def _checked(hint: Any, value: Any, *, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _checked(next(arg for arg in args if arg is not type(None)), value, where=where)
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where=where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} is a list, not {value!r}")
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise ConfigError(f"{where} = {value!r}: expected {len(args)} values")
-        return tuple(_checked(args[0], item, where=where) for item in value)
+        return tuple(_convert(args[0], item, where=where) for item in value)
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where} is a table, not {value!r}")
-        return {key: _checked(args[1], item, where=f"{where}.{key}") for key, item in value.items()}
+        return {key: _convert(args[1], item, where=f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -176,8 +176,8 @@ def _encode(encoder: BlockEncoder, part: PairPart) -> dict[str, Any]:
     with files.atomic_file(part.out) as stream:
         for block in read_blocks([part.corpus]):
             result = encoder(block)
-            lines += len(result.filtered)
-            for array in (result.filtered, result.hashes):
+            lines += len(result.dropped_by)
+            for array in (result.dropped_by, result.hashes):
                 np.save(stream, array)
             for side, run in (("source", result.source), ("target", result.target)):
                 np.save(stream, run.values.astype(id_dtype(getattr(encoder.tokenizer, side).vocabulary)))
@@ -203,13 +203,13 @@ def _collected(parts: Sequence[PairPart]) -> Iterator[EncodedBlock]:
 
 
 def _blocks(corpus: int, stream: BinaryIO) -> Iterator[EncodedBlock]:
-    while len(filtered := _array(stream)):
+    while len(dropped_by := _array(stream)):
         hashes, *sides = (_array(stream) for _ in range(5))
         source, target = (
             RaggedArray(values, lengths.astype(np.int64))
             for values, lengths in zip(sides[::2], sides[1::2], strict=True)
         )
-        yield EncodedBlock(corpus=corpus, filtered=filtered, source=source, target=target, hashes=hashes)
+        yield EncodedBlock(corpus=corpus, dropped_by=dropped_by, source=source, target=target, hashes=hashes)
 
 
 def _array(stream: BinaryIO) -> Any:

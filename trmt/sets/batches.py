@@ -25,7 +25,7 @@ PREFETCH = 4  # steps that are loaded ahead
 WINDOW = 1 << 20  # pairs that are divided into batches at a time
 PROBE_SEED = (0,)  # for batches that are loaded outside training, to measure memory and time
 SAMPLED_PAIRS = 2000  # pairs from which the effect of subword sampling on lengths is estimated
-SPARE_SENTENCES = 8  # of a batch shape: they hold the padding
+SPARE_SENTENCES = 8  # sentences of a batch shape that are left for padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class DataPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The one shape that all batches are padded to, for networks that are compiled for a shape."""
+    """The one shape that batches are padded to, for networks that are compiled for a shape."""
 
     source_tokens: int
     target_tokens: int
@@ -186,7 +186,7 @@ class Batches:
     def _epoch_pairs(self, epoch: int) -> PairNumbers:
         """The pairs of an epoch in the order of batches; corpus weights repeat pairs or leave some out."""
         generator = np.random.default_rng([self.seed, epoch])
-        # Every byte here is needed once for each pair of the corpus.
+        # A narrow dtype, since the array has an entry for each pair of the corpus.
         dtype = np.int32 if len(self.source_lengths) < 1 << 31 else np.int64
         if (self.corpus_weights == 1).all():
             pairs = np.arange(len(self.source_lengths), dtype=dtype)

@@ -149,7 +149,7 @@ def _write_dev(
             counts += result.counts
             hashes.append(result.hashes)
             writer.write({"source.ids": result.source, "target.ids": result.target})
-            for number in np.flatnonzero(result.filtered == KEPT).tolist():
+            for number in np.flatnonzero(result.dropped_by == KEPT).tolist():
                 source_file.write(block.sources[number].encode() + b"\n")
                 target_file.write(block.targets[number].encode() + b"\n")
     if not counts[KEPT]:
@@ -197,7 +197,7 @@ def _write_encoded(
             sides = {"source.ids": block.source, "target.ids": block.target}
             writer.write({**sides, "corpus": corpora, **links})
             hash_file.write(block.hashes.tobytes())
-            progress.advance(len(block.filtered))
+            progress.advance(len(block.dropped_by))
 
 
 def _copy_without_duplicates(

@@ -55,7 +55,7 @@ class EncodedBlock:
     """The result for a block: which filter dropped which pair, and the ids of the others in order."""
 
     corpus: int
-    filtered: NDArray[np.uint8]  # for each pair the index of the filter that dropped it, or KEPT
+    dropped_by: NDArray[np.uint8]  # for each pair the index of the filter that dropped it, or KEPT
     source: RaggedArray
     target: RaggedArray
     hashes: NDArray[np.uint64]
@@ -64,7 +64,7 @@ class EncodedBlock:
     @property
     def counts(self) -> NDArray[np.int64]:
         """How many pairs each filter dropped, and last how many were kept."""
-        return np.bincount(self.filtered, minlength=KEPT + 1)
+        return np.bincount(self.dropped_by, minlength=KEPT + 1)
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class BlockEncoder:
             [self.tokenizer.source.normalise(text) for text in block.sources],
             [self.tokenizer.target.normalise(text) for text in block.targets],
         )
-        filtered = filter_by_length(source.lengths, target.lengths, limits=self.limits)
-        filtered[(filtered == KEPT) & np.isin(hashes, self.dev_hashes)] = FILTERS.index("in dev set")
-        kept = filtered == KEPT
+        dropped_by = filter_by_length(source.lengths, target.lengths, limits=self.limits)
+        dropped_by[(dropped_by == KEPT) & np.isin(hashes, self.dev_hashes)] = FILTERS.index("in dev set")
+        kept = dropped_by == KEPT
         sides = source.select(kept), target.select(kept)
         return EncodedBlock(
             corpus=block.corpus,
-            filtered=filtered,
+            dropped_by=dropped_by,
             source=sides[0],
             target=sides[1],
             hashes=hashes[kept],

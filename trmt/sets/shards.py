@@ -64,7 +64,7 @@ class RaggedArray(NamedTuple):
         return RaggedArray(self.values[np.repeat(mask, self.lengths.astype(np.int64))], self.lengths[mask])
 
     def split(self) -> list[Array]:
-        """Each sequence as an array of its own; at least one must be there."""
+        """Each sequence as an array of its own; there must be at least one."""
         return np.split(self.values, np.cumsum(self.lengths)[:-1])
 
 
@@ -79,16 +79,16 @@ class _ColumnFile:
     """A file that is being written, with its size and checksum."""
 
     path: Path
-    file: BinaryIO = field(init=False)
+    stream: BinaryIO = field(init=False)
     size: int = 0
 
     def __post_init__(self) -> None:
-        self.file = self.path.open("wb")
+        self.stream = self.path.open("wb")
         self._digest = hashlib.sha256()
 
     def write(self, array: Array) -> None:
         data = array.tobytes()
-        self.file.write(data)
+        self.stream.write(data)
         self._digest.update(data)
         self.size += len(data)
 
@@ -180,7 +180,7 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         for name, file in self._open_files.items():
-            file.file.close()
+            file.stream.close()
             self.files[name] = file.entry()
         self._open_files = {}
 

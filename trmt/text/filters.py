@@ -36,9 +36,7 @@ class LengthLimits:
     """The limits of the length filters."""
 
     max_length: int = 250  # pieces of either side
-    max_ratio: float = (
-        3.0  # pieces of the longer side per piece of the shorter one, beyond RATIO_SLACK; 0: any
-    )
+    max_ratio: float = 3.0  # pieces of the longer side per piece of the shorter, beyond RATIO_SLACK; 0: any
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
@@ -98,8 +96,7 @@ def first_occurrences(
     _distribute(hashes, paths, chunk)
     for path in paths:
         numbered = np.fromfile(path, _NUMBERED)
-        # A bucket is in the order of the chunks and has a hash at most once per chunk: the first is the
-        # earliest.
+        # A bucket is in the order of the chunks and has a hash at most once per chunk.
         _, at = np.unique(numbered["hash"], return_index=True)
         first[numbered["number"][at]] = True
         path.unlink()

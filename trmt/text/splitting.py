@@ -43,7 +43,7 @@ _UNSPACED_LETTER = re.compile(
 # ISO 639 codes, of two letters and of three: Chinese languages and Japanese.
 _UNSPACED_LANGUAGES = frozenset(("zh", "zho", "chi", "cmn", "yue", "wuu", "hak", "nan", "lzh", "ja", "jpn"))
 
-_LONGEST_ABBREVIATION = 24
+_MAX_ABBREVIATION = 24
 _ABBREVIATIONS = frozenset(
     word
     for words in (
@@ -57,7 +57,7 @@ _ABBREVIATIONS = frozenset(
 
 
 @dataclass(frozen=True)
-class Segment:
+class TextSegment:
     """A part of a text: the `text` to translate, the `space` after it, and the `joiner` to put there instead.
 
     The texts and spaces of all segments are the original. The joiner suits a language in the script of the
@@ -69,7 +69,7 @@ class Segment:
     joiner: str
 
 
-def split_text(text: str, fits: Fits) -> list[Segment]:
+def split_text(text: str, fits: Fits) -> list[TextSegment]:
     """Split `text` into segments that fit, as few as the best split points allow.
 
     A segment has as many whole sentences as fit. Only a sentence that does not fit by itself is split at
@@ -77,20 +77,20 @@ def split_text(text: str, fits: Fits) -> list[Segment]:
     """
     end = len(text.rstrip())
     points = _SplitPoints.find(text, end)
-    segments: list[Segment] = []
+    segments: list[TextSegment] = []
     start, guess = 0, FIRST_GUESS
     while True:
         cut, marked = _next_cut(text, start, end, guess=guess, points=points, fits=fits)
         after = _SPACES.match(text, cut)
         space = after[0] if after else ""
-        segments.append(Segment(text[start:cut], space, _joiner(text, cut, space=space, marked=marked)))
+        segments.append(TextSegment(text[start:cut], space, _joiner(text, cut, space=space, marked=marked)))
         if cut >= end:
             return segments
         guess = max(cut - start, FIRST_GUESS)
         start = cut + len(space)
 
 
-def joiner_for(segment: Segment, language: str) -> str:
+def joiner_for(segment: TextSegment, language: str) -> str:
     """What to put between the translations of this segment and of the next one into `language`.
 
     Only Chinese and Japanese have no space between sentences. An unknown language is taken for one in the
@@ -126,22 +126,22 @@ def _next_cut(
     text: str, start: int, end: int, *, guess: int, points: _SplitPoints, fits: Fits
 ) -> tuple[int, bool]:
     """Where the segment that begins at `start` ends, and whether it ends in a punctuation mark."""
-    too_far = _too_far(text, start, end, guess=guess, fits=fits)
-    if too_far is None:
+    failing = _first_failing(text, start, end, guess=guess, fits=fits)
+    if failing is None:
         return end, False
     for positions, marked in ((points.sentences, True), (points.clauses, True), (points.spaces, False)):
-        window = positions[bisect_right(positions, start) : bisect_left(positions, too_far)]
-        cut = _last_that_fits(text, start, window, fits)
+        window = positions[bisect_right(positions, start) : bisect_left(positions, failing)]
+        cut = _last_fitting(text, start, window, fits)
         if cut is not None:
             return cut, marked
-    cut = _last_that_fits(text, start, range(start + 1, too_far), fits)
+    cut = _last_fitting(text, start, range(start + 1, failing), fits)
     if cut is None:
         return start + 1, False
-    whole = _before_cluster(text, start, cut)
-    return (whole if fits(text[start:whole]) else cut), False
+    boundary = _cluster_boundary(text, start, cut)
+    return (boundary if fits(text[start:boundary]) else cut), False
 
 
-def _too_far(text: str, start: int, end: int, *, guess: int, fits: Fits) -> int | None:
+def _first_failing(text: str, start: int, end: int, *, guess: int, fits: Fits) -> int | None:
     """A position up to which the text does not fit, or None if all the rest fits."""
     length = guess
     while start + length < end:
@@ -151,7 +151,7 @@ def _too_far(text: str, start: int, end: int, *, guess: int, fits: Fits) -> int 
     return None if fits(text[start:end]) else end
 
 
-def _last_that_fits(text: str, start: int, cuts: Sequence[int], fits: Fits) -> int | None:
+def _last_fitting(text: str, start: int, cuts: Sequence[int], fits: Fits) -> int | None:
     """The last of the ascending `cuts` up to which the text fits, by bisection."""
     fitting, failing = -1, len(cuts)
     while failing - fitting > 1:
@@ -190,7 +190,7 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
 
 def _word_before(text: str, position: int) -> str:
     # One character more than the longest abbreviation: a word that fills the slice is none.
-    near = text[max(position - _LONGEST_ABBREVIATION - 1, 0) : position]
+    near = text[max(position - _MAX_ABBREVIATION - 1, 0) : position]
     return near[-1:].strip() and near.split()[-1].lstrip(_OPENING)
 
 
@@ -208,7 +208,7 @@ def _clause_ends(text: str, end: int) -> Iterator[int]:
             yield position
 
 
-def _before_cluster(text: str, start: int, cut: int) -> int:
+def _cluster_boundary(text: str, start: int, cut: int) -> int:
     """The last position up to `cut` that splits no grapheme cluster; `cut` itself if there is none."""
     for position in range(cut, start, -1):
         if not _inside_cluster(text, start, position):

@@ -62,7 +62,7 @@ class TokenizerOptions:
     placeholders: tuple[str, ...] = ()  # symbols that are never split in text
     source_column: str | None = None  # the column of the source text, for corpora with columns
     target_column: str | None = None  # the column of the target text
-    # Sentences to learn from at most, both sides together; each takes about 1 kB for bpe, 4 kB for unigram.
+    # Sentences to train on at most, both sides together; each takes about 1 kB for bpe, 4 kB for unigram.
     sample: int = 2_000_000
     seed: int = 1  # of the random sample
 
