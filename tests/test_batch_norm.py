@@ -159,9 +159,9 @@ def test_a_batch_that_does_not_fit_is_not_cut(
 
 
 def test_batches_are_not_filled_up_with_what_would_count(toy_set: Path, tmp_path: Path) -> None:
-    room = Batches(PreparedSet.open(toy_set), BatchConfig(tokens=150), seed=1, in_row=True).room
-    assert room
+    shape = Batches(PreparedSet.open(toy_set), BatchConfig(tokens=150), seed=1, padding_free=True).shape
+    assert shape
     for network, filled in (({"norm": "batch"}, False), ({"cross_focus": "sampled"}, False), ({}, True)):
         made = learner(tmp_path, network={"norm": "layer", **network})
-        made.room, made.compiles = replace(room), True
-        assert (made._room() is not None) == filled
+        made.batch_shape, made.compiles = replace(shape), True
+        assert (made._shape() is not None) == filled

@@ -123,7 +123,7 @@ def test_the_tokenizer_survives_writing_and_pickling(folder: Path, tmp_path: Pat
     for copy in copies:
         assert copy.fingerprint == tokenizer.fingerprint
         assert copy.source.encode(TEXTS) == tokenizer.source.encode(TEXTS)
-        assert (copy.target.bos, copy.target.never) == (tokenizer.target.pad, {tokenizer.target.pad})
+        assert (copy.target.bos, copy.target.banned_ids) == (tokenizer.target.pad, {tokenizer.target.pad})
     words = tmp_path / "tokenizer" / "vocabulary.json"
     words.write_text(words.read_text().replace('"▁the"', '"▁then"'))
     with pytest.raises(BundleError, match="fingerprint differs"):

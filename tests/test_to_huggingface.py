@@ -18,7 +18,7 @@ from trmt.interop.importing import ImportOptions, import_model
 from trmt.interop.pieces import normalising_model
 from trmt.nets.base import Ragged, Source
 from trmt.nets.transformer import Transformer
-from trmt.text.tokenizer import Tokenizer, _any_processor
+from trmt.text.tokenizer import Tokenizer, load_model
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 from trmt.translating import TranslateOptions, Translator
 
@@ -98,7 +98,7 @@ def test_models_normalise_as_their_side_does(tmp_path: Path) -> None:
     """All characters and their decompositions, which no corpus holds."""
     tokenizer, _ = train_tokenizer(TokenizerOptions(corpora=(corpus(tmp_path),), size=400))
     side = tokenizer.source
-    model = _any_processor(normalising_model(side))
+    model = load_model(normalising_model(side))
     for code in range(0x20, 0x20000):
         character = chr(code)
         if unicodedata.category(character) in ("Cs", "Co", "Cn") or character in "\u2581\0":

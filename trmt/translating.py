@@ -138,7 +138,7 @@ class Translator:
             options.build_search(),
             bos=target.bos,
             eos=target.eos,
-            banned=target.never | set(padding),
+            banned=target.banned_ids | set(padding),
             batching=Batching.on(device.type, options.batch),
             precision="int8" if options.precision == "int8" else "fp32",
             checksum=checksum,
@@ -235,9 +235,9 @@ class Translator:
             if ids:
                 yield ids, ""
             return
-        lead, text = self.tokenizer.source.lead(self.tokenizer.source.normalise(text))
-        for segment in split_text(text, lambda part: len(self._encoded(lead + part)) <= self.longest):
-            ids = self._encoded(lead + segment.text)
+        tag, text = self.tokenizer.source.split_tag(self.tokenizer.source.normalise(text))
+        for segment in split_text(text, lambda part: len(self._encoded(tag + part)) <= self.longest):
+            ids = self._encoded(tag + segment.text)
             # A single character can have more bytes than a very small network has positions.
             for begin in range(0, len(ids), self.longest):
                 last = begin + self.longest >= len(ids)

@@ -128,7 +128,7 @@ def translated(bundle: Any, sources: Sequence[str], *, device: str) -> list[str]
         Greedy(),
         bos=target.bos,
         eos=target.eos,
-        banned=target.never,
+        banned=target.banned_ids,
         batching=Batching(sentences=64, tokens=1 << 15),
     )
     requests = [

@@ -67,7 +67,7 @@ class TrmtEngine:
             options.build_search(),
             bos=target.bos,
             eos=target.eos,
-            banned=target.never | set(range(target.vocabulary, rows)),
+            banned=target.banned_ids | set(range(target.vocabulary, rows)),
             batching=batching(how),
             runs=self.name,
         )

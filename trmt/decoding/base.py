@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from trmt.devices.transfer import Fetched
+from trmt.devices.transfer import HostCopy
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class SearchState:
 
     def fetched(self) -> Callable[[], Self]:
         """Start copying it to the host; what is returned waits for the copy."""
-        copy = Fetched([getattr(self, field.name) for field in fields(self)])
-        return lambda: self._with(copy.there())
+        copy = HostCopy([getattr(self, field.name) for field in fields(self)])
+        return lambda: self._with(copy.wait())
 
     def replace(self, slots: Tensor, other: Self) -> Self:
         """The sentences of `other` in these slots; both must have space for as many tokens."""

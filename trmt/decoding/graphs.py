@@ -32,7 +32,7 @@ from trmt.decoding.batch import Batch, BatchDecoder
 from trmt.decoding.direct import COMPACT_AT, SYNC_EVERY, DirectRunner
 from trmt.decoding.masks import Masks
 from trmt.decoding.request import Request
-from trmt.devices.transfer import Fetched, sent
+from trmt.devices.transfer import HostCopy, to_device
 from trmt.nets.base import EncoderMemory, State
 
 SMALLEST = 32  # tokens that the slots with the least space have
@@ -149,7 +149,7 @@ class StaticSlots:
     slots: list[Slot | None]
     seen: set[Size] = field(default_factory=set)
     graphs: dict[Size, Any] = field(default_factory=dict)
-    done: Fetched | None = None  # which sentences are done, after the newest steps
+    done: HostCopy | None = None  # which sentences are done, after the newest steps
 
     @classmethod
     def of(cls, batch: Batch, count: int, max_tokens: int) -> StaticSlots:
@@ -180,7 +180,7 @@ class StaticSlots:
 
     def _write(self, slots: list[int], batch: Batch) -> None:
         mine = self.tensors.batch(self.masks, max_tokens=self.max_tokens)
-        mine.replace(sent(slots, mine.tokens_SK.device), batch)
+        mine.replace(to_device(slots, mine.tokens_SK.device), batch)
         replaced = BatchTensors.of(mine)
         if not self.tensors.copy_from(replaced):
             # Longer sources than ever before: other memory, for which nothing is recorded.
@@ -197,7 +197,7 @@ class StaticSlots:
         movers = [index for index in taken if index >= enough]
         holes = [index for index in range(enough) if self.slots[index] is None][: len(movers)]
         moving = self.tensors.batch(self.masks, max_tokens=self.max_tokens)
-        moving.keep(sent(movers, moving.tokens_SK.device))
+        moving.keep(to_device(movers, moving.tokens_SK.device))
         self._write(holes, moving)
         for hole, mover in zip(holes, movers, strict=True):
             self.slots[hole], self.slots[mover] = self.slots[mover], None
@@ -219,7 +219,7 @@ class StaticSlots:
         self._replay(size, steps, step, record)
         for slot in slots:
             slot.tokens += steps
-        self.done = Fetched([self.tensors.search_state.done_S])
+        self.done = HostCopy([self.tensors.search_state.done_S])
 
     def _replay(
         self, size: Size, steps: int, step: Callable[[Batch], None], record: Callable[..., Any]
@@ -246,7 +246,7 @@ class StaticSlots:
     def release(self) -> tuple[list[Request], Callable[[], Any]] | None:
         """Wait for the steps that run; the requests that are done, and what the search has found for them."""
         assert self.done, "nothing was run"
-        (done_S,) = self.done.there()
+        (done_S,) = self.done.wait()
         done = done_S.tolist()
         finished = [index for index in self.taken if done[index]]
         late = [slot for slot in self.slots if slot and slot.tokens >= slot.request.max_tokens]
@@ -256,7 +256,7 @@ class StaticSlots:
         requests = [slot.request for index in finished if (slot := self.slots[index])]
         for index in finished:
             self.slots[index] = None
-        found = self.tensors.search_state.keep(sent(finished, self.tensors.tokens_SK.device))
+        found = self.tensors.search_state.keep(to_device(finished, self.tensors.tokens_SK.device))
         return requests, found.fetched()
 
 

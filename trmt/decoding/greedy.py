@@ -14,7 +14,7 @@ from torch import Tensor
 from trmt.acceleration import accelerated
 from trmt.decoding.base import Hypothesis, Search, SearchRequest, SearchState
 from trmt.decoding.top import top
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LineState(SearchState):
         cls, requests: Sequence[SearchRequest], sizes: tuple[int, int], *, eos: int, device: torch.device
     ) -> LineState:
         """Space for `sizes` = (hypotheses, tokens) of each sentence."""
-        max_tokens_S = sent([request.max_tokens for request in requests], device)
+        max_tokens_S = to_device([request.max_tokens for request in requests], device)
         zero_S = torch.zeros_like(max_tokens_S)
         zero_SK = torch.zeros((len(requests), sizes[0]), dtype=torch.long, device=device)
         return cls(

@@ -18,7 +18,7 @@ from torch import Tensor
 from trmt.decoding.base import Hypothesis, Search, SearchRequest
 from trmt.decoding.greedy import LineState
 from trmt.decoding.top import top
-from trmt.devices.transfer import carried
+from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 
 
@@ -60,7 +60,7 @@ class Sampling(Search):
             torch.rand(max_tokens, self.samples, generator=self._generator(request.key)).T
             for request in requests
         ]
-        return SamplingState(**vars(lines), random_SKT=carried(torch.stack(numbers), device))
+        return SamplingState(**vars(lines), random_SKT=to_device(torch.stack(numbers), device))
 
     def _generator(self, key: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()

@@ -18,7 +18,7 @@ from trmt.interop.marian import halves, layers_from_marian, turns
 from trmt.interop.pieces import SOURCE, TARGET
 from trmt.nets.layers import sinusoids
 from trmt.nets.transformer import Transformer, TransformerConfig
-from trmt.text.tokenizer import Settings, Tokenizer
+from trmt.text.tokenizer import Tokenizer, TokenizerSettings
 
 Json = dict[str, Any]
 
@@ -76,7 +76,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     languages = (str(settings.get("source_lang") or ""), str(settings.get("target_lang") or ""))
     tokenizer = Tokenizer(
         # Marian's sentencepiece models normalise by themselves.
-        Settings(languages, normalise_source="none", normalise_target="none"),
+        TokenizerSettings(languages, normalise_source="none", normalise_target="none"),
         models,
         lists,
     )

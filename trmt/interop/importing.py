@@ -59,7 +59,7 @@ def _named(found: Imported, languages: tuple[str, str]) -> Imported:
     old = found.tokenizer
     source, target = (told or known for told, known in zip(languages, old.languages, strict=True))
     settings = replace(old.settings, languages=(source, target))
-    return replace(found, tokenizer=Tokenizer(settings, old.models, old.listed))
+    return replace(found, tokenizer=Tokenizer(settings, old.models, old.vocabularies))
 
 
 def _manifest(found: Imported, folder: Path) -> Manifest:

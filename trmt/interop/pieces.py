@@ -16,7 +16,7 @@ from pathlib import Path
 import sentencepiece
 
 from trmt.storage.files import atomic_file
-from trmt.text.tokenizer import ListedSide, Side, Tokenizer
+from trmt.text.tokenizer import Side, Tokenizer, VocabularySide
 
 SOURCE, TARGET = "source.spm", "target.spm"
 
@@ -30,7 +30,7 @@ def write_models(folder: Path, tokenizer: Tokenizer) -> None:
 
 def normalising_model(side: Side) -> bytes:
     """The side's sentencepiece model, made to normalise as the side does."""
-    if isinstance(side, ListedSide) or side.normalisation == "none":
+    if isinstance(side, VocabularySide) or side.normalisation == "none":
         return side.model
     # Of a message that is there twice, the later fields count: this is how protocol buffers are merged.
     return side.model + _rules(side.normalisation)

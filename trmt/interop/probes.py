@@ -47,7 +47,7 @@ def sentences(bundle: Bundle) -> list[str]:
 
 def _made_up(side: Side, count: int) -> list[str]:
     chooser = random.Random(1)
-    usable = [token for token in range(side.vocabulary) if token not in side.never and token != side.eos]
+    usable = [token for token in range(side.vocabulary) if token not in side.banned_ids and token != side.eos]
     return [side.decode(chooser.choices(usable, k=2 + 2 * number)) for number in range(count)]
 
 
@@ -66,7 +66,7 @@ def expected(net: Seq2Seq, tokenizer: Tokenizer, texts: Sequence[str], *, longes
         tuple(text for text, _ in fitting), sources, tuple(tuple(ids[:limit]) for ids in made), limit
     )
     filling = range(target.vocabulary, int(getattr(net.config, "target_vocabulary", 0)))
-    banned = sorted({*target.never, *filling})
+    banned = sorted({*target.banned_ids, *filling})
 
     def log_NV(targets: Sequence[tuple[int, ...]]) -> Tensor:
         before = Ragged.of([(target.bos, *ids) for ids in targets])

@@ -116,7 +116,7 @@ def _output_bias(net: Transformer, side: Side) -> Tensor:
     bias = torch.zeros(side.vocabulary)
     if net.output_bias is not None:
         bias += rows(net.output_bias, side)
-    bias[sorted(side.never)] = NEVER
+    bias[sorted(side.banned_ids)] = NEVER
     return bias
 
 

@@ -100,7 +100,7 @@ def generation(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
         "pad_token_id": target.pad,
         "eos_token_id": target.eos,
         "decoder_start_token_id": target.pad,
-        "bad_words_ids": [[token] for token in sorted(target.never)],
+        "bad_words_ids": [[token] for token in sorted(target.banned_ids)],
         "forced_eos_token_id": target.eos,
         "max_length": longest,
         "num_beams": 4,
@@ -162,7 +162,7 @@ def hugging_outcome(
 ) -> Outcome:
     """What a model with Hugging Face's way of translating makes of a probe."""
     start, eos = tokenizer.target.pad, tokenizer.target.eos
-    never = sorted(tokenizer.target.never)
+    never = sorted(tokenizer.target.banned_ids)
     scores, translations = [], []
     for ids, target in zip(probe.sources, probe.targets, strict=True):
         source = torch.tensor([[*ids, tokenizer.source.eos]])

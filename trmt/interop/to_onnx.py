@@ -79,7 +79,7 @@ class _Model:
             for name in (ENCODER, DECODER)
         )
         self.tokenizer = tokenizer
-        self.never = sorted(tokenizer.target.never)
+        self.banned_ids = sorted(tokenizer.target.banned_ids)
         self.past = {
             value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
             for value in self.decoder.get_inputs()
@@ -98,7 +98,7 @@ class _Model:
         given["use_cache_branch"] = np.array([past is not None])
         logits, *present = self.decoder.run(None, given)
         logits = logits[0].astype(np.float64)
-        logits[:, self.never] = -np.inf
+        logits[:, self.banned_ids] = -np.inf
         top = logits.max(-1, keepdims=True)
         log = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
         return log, dict(zip(self.past, present, strict=True))

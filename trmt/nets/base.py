@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 
 Product = Callable[[Tensor], Tensor]  # x -> x @ weight.T + bias, on the last axis
@@ -66,7 +66,7 @@ class Ragged:
         """The sentences, given as lists of ids."""
         lengths = [len(sentence) for sentence in sentences]
         flat = [token for sentence in sentences for token in sentence]
-        return cls(sent(flat, device), sent(lengths, device), max(lengths, default=0))
+        return cls(to_device(flat, device), to_device(lengths, device), max(lengths, default=0))
 
     def __len__(self) -> int:
         return self.lengths_S.shape[0]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trmt.nets.base import layer_index
-from trmt.sets.batches import Column
+from trmt.sets.shards import RaggedArray
 
 COLUMN = "alignment"  # of prepared sets: for each pair source token, target token, source token, ...
 SMALLEST = 1e-9  # weights count as at least this: one that a network cannot give would make the loss infinite
@@ -34,9 +34,9 @@ class BatchLinks:
     share_N: Tensor  # the links of a target token add up to 1
 
     @classmethod
-    def of(cls, column: Column, device: torch.device) -> Self:
+    def of(cls, column: RaggedArray, device: torch.device) -> Self:
         """The links in a column of a prepared set."""
-        links = column.ids.astype(np.int64).reshape(-1, 2)
+        links = column.values.astype(np.int64).reshape(-1, 2)
         sentence = np.repeat(np.arange(len(column.lengths)), column.lengths // 2)
         token = sentence * (int(links[:, 1].max(initial=0)) + 1) + links[:, 1]
         _, index, counts = np.unique(token, return_inverse=True, return_counts=True)
