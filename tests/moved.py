@@ -45,6 +45,8 @@ def bundle(folder: Path, tokenizer: Tokenizer, **options: Any) -> Path:
         "target_vocabulary": tokenizer.target.vocabulary + PADDING,
     }
     net = randomise(build_network("transformer", {**vocabularies, **SIZES, **options}))
+    if net.output_bias is not None:
+        net.output_bias.data[:3] -= 9  # padding, unknown and beginning: improbable, as if it was trained
     manifest = describe(net, "transformer", tokenizer, longest={"source": 40, "target": 40})
     bundles.save_bundle(folder, manifest, net.state_dict(), tokenizer)
     return folder

@@ -18,7 +18,7 @@ from trmt.interop.to_ctranslate2 import CTranslate2
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
-KINDS: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"norm_position": "pre"},
     {"norm_position": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"},
@@ -38,7 +38,7 @@ def exported(model: Path, **options: Any) -> Path:
     return export(ExportOptions(model=model, to="ctranslate2", out=model.parent / "out", **options))
 
 
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())) or "base")
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())) or "base")
 def test_ctranslate2_computes_the_same(options: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = moved.bundle(tmp_path / "bundle", tokenizer, **options)
     out = exported(folder, check=False)

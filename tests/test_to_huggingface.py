@@ -22,7 +22,7 @@ from trmt.text.tokenizer import Tokenizer, _any_processor
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 from trmt.translating import TranslateOptions, Translator
 
-KINDS: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"activation": "gelu", "output_bias": True},
     {"activation": "swish", "tied": "none"},
@@ -45,7 +45,7 @@ def exported(model: Path, **options: Any) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())) or "base")
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())) or "base")
 def test_logits_are_those_of_trmt(
     options: dict[str, Any], separate_set: Path, toy_set: Path, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from trmt.interop.to_onnx import ONNX
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
-KINDS: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"norm_position": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"},
     {"norm": "rms", "activation": "gelu", "positions": "learned", "output_bias": True},
@@ -34,7 +34,7 @@ def exported(model: Path, **options: Any) -> Path:
     return export(ExportOptions(model=model, to="onnx", out=model.parent / "out", **options))
 
 
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())) or "base")
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())) or "base")
 def test_onnx_runtime_computes_the_same(
     options: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -45,7 +45,7 @@ def test_onnx_runtime_computes_the_same(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("options", KINDS[:2], ids=["marian", "other"])
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=["marian", "other"])
 def test_optimum_loads_and_translates_it(
     options: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -53,7 +53,9 @@ class CTranslate2(Format):
         translator = ctranslate2.Translator(str(folder), compute_type="float32", intra_threads=1)
         sources = [tokenizer.source.pieces(ids) for ids in inputs.sources]
         targets = [tokenizer.target.pieces(ids) for ids in inputs.targets]
-        translated = translator.translate_batch(sources, beam_size=1, max_decoding_length=inputs.max_tokens)
+        # By default a translation has at least one token; trmt allows empty ones.
+        limits = {"min_decoding_length": 0, "max_decoding_length": inputs.max_tokens}
+        translated = translator.translate_batch(sources, beam_size=1, **limits)
         scored = translator.score_batch(sources, targets)
         ids = {token: number for number, token in enumerate(_vocabulary(tokenizer.target))}
         return CheckResults(
