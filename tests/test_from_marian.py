@@ -226,7 +226,7 @@ def test_weights_cannot_run_code(folder: Path, tmp_path: Path) -> None:
         ({"scale_embedding": False}, "scale_embedding = false and ties"),
         ({"decoder_ffn_dim": 32}, "encoder_ffn_dim and decoder_ffn_dim"),
         ({"activation_function": "tanh"}, "activation_function = 'tanh'"),
-        ({"encoder_layers": 3}, "does not hold a whole Marian model"),
+        ({"encoder_layers": 3}, "does not hold a complete Marian model"),
         ({"d_model": "wide"}, "expected a value of type int"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The contract of an export format, and what another program is given and returns when it is checked."""
+"""The contract of an export format, and the inputs and results of comparing another program with trmt."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from trmt.errors import ConfigError
 from trmt.nets.transformer import Transformer, TransformerConfig
 from trmt.text.tokenizer import Side, Tokenizer
 
-BANNED_BIAS = -1e4  # an output bias that rules a token out; fits into fp16
+BANNED_BIAS = -1e4  # the output bias of a token that is never to be generated; fits into fp16
 
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """What two programs are compared on; ids are without beginning and end of sentence."""
+    """The inputs on which programs are compared; ids are without beginning and end of sentence."""
 
     texts: tuple[str, ...]
     sources: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[int, ...], ...]  # the translation of each source that is to be scored
-    max_tokens: int  # of a translation that the program finds itself
+    max_tokens: int  # of a translation
 
 
 @dataclass(frozen=True)
 class CheckResults:
-    """What a program makes of these inputs."""
+    """What a program computes from them."""
 
     translations: tuple[tuple[int, ...], ...]  # by greedy search, without the end of sentence
     scores: tuple[tuple[float, ...], ...]  # log probabilities of each token of the targets, and of the end
@@ -46,15 +46,15 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, bundle: Bundle, folder: Path) -> None:
-        """Write the bundle's model into an existing folder; refuse what the format cannot express."""
+        """Write the bundle's model into an existing folder; a ConfigError if the format cannot express it."""
 
     @abstractmethod
     def run(self, folder: Path, tokenizer: Tokenizer, inputs: CheckInputs) -> CheckResults:
-        """What the other program makes of the inputs with the model that `write` wrote."""
+        """Run the other program on the inputs, with the model that `write` wrote."""
 
 
 def transformer_of(bundle: Bundle, program: str) -> Transformer:
-    """The network of a bundle, which has to be a Transformer as other programs have it."""
+    """The network of a bundle; a ConfigError if it is not a Transformer as other programs have it."""
     net = bundle.net
     if type(net) is not Transformer:  # subclasses compute something else
         raise ConfigError(
@@ -66,7 +66,7 @@ def transformer_of(bundle: Bundle, program: str) -> Transformer:
 
 
 def check_options(program: str, config: TransformerConfig, **supported: Sequence[Any]) -> None:
-    """Refuse a Transformer with an option that a program does not support."""
+    """Raise a ConfigError if a Transformer has an option that a program does not support."""
     for option, values in supported.items():
         value = getattr(config, option)
         if value not in values:
@@ -82,7 +82,7 @@ def token_rows(tensor: Tensor, side: Side) -> Tensor:
 
 
 def import_package(name: str) -> Any:
-    """A package that is not always installed."""
+    """Import an optional package."""
     try:
         return import_module(name)
     except ImportError as error:

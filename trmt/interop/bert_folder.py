@@ -6,27 +6,25 @@ as vocab.txt and the tokenizer order tokens differently.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trmt import console
 from trmt.bundles import bundles
 from trmt.bundles.bundles import write_tensors
 from trmt.errors import BundleError, ConfigError
+from trmt.interop.huggingface_folder import WEIGHTS, read_json, read_weights
 from trmt.nets.base import Network
 from trmt.registry import NETWORKS, resolve
 from trmt.storage.files import atomic_folder, write_json
 from trmt.text.tokenizer import Side, Tokenizer
 
-CONFIG, VOCABULARY, WEIGHTS, PICKLED = "config.json", "vocab.txt", "model.safetensors", "pytorch_model.bin"
+CONFIG, VOCABULARY = "config.json", "vocab.txt"
 ARCHITECTURE = "masked-encoder"
 # The options of a masked encoder that is a BERT.
 FIXED: Mapping[str, Any] = {
@@ -52,7 +50,7 @@ OPTIONS: Mapping[str, str] = {
 }
 # Their special tokens, and the ids of ours with the same role: padding, unknown, beginning and end.
 SPECIAL_TOKENS = (("[PAD]", 0), ("[UNK]", 1), ("[CLS]", 2), ("[SEP]", 3))
-# Our tensors and modules outside the layers, and theirs.
+# Tensors and modules outside the layers: our name and theirs.
 EMBEDDING, THEIR_EMBEDDING = "encoder.embedding.tokens.weight", "bert.embeddings.word_embeddings.weight"
 POSITIONS, THEIR_POSITIONS = "encoder.embedding.positions", "bert.embeddings.position_embeddings.weight"
 SEGMENTS, THEIR_SEGMENTS = "encoder.embedding.segments", "bert.embeddings.token_type_embeddings.weight"
@@ -65,7 +63,7 @@ MODULES: Mapping[str, str] = {
     "summary": "bert.pooler.dense",
     "follows": "cls.seq_relationship",
 }
-# Modules of a layer.
+# Modules of a layer: our name -> theirs.
 LAYER_MODULES: Mapping[str, str] = {
     "self_out": "attention.output.dense",
     "self_norm": "attention.output.LayerNorm",
@@ -85,7 +83,7 @@ class BertFolder:
 
 
 def masked_encoder() -> Any:
-    """The class of the network."""
+    """The class MaskedEncoder, which is imported only here: it belongs to trmt.lab."""
     return resolve(NETWORKS, ARCHITECTURE)
 
 
@@ -151,7 +149,7 @@ def to_our_names(layers: int, theirs: Mapping[str, Tensor], *, where: Path) -> d
 
 def read_bert(folder: Path) -> BertFolder:
     """The contents of a folder that `save_pretrained` or `write_bert` wrote."""
-    options = _json(folder / CONFIG)
+    options = read_json(folder / CONFIG, model="BERT")
     missing = [name for name in OPTIONS if name not in options]
     if options.get("model_type") != "bert" or missing:
         raise BundleError(
@@ -170,36 +168,8 @@ def read_bert(folder: Path) -> BertFolder:
         raise BundleError(
             f"{path} has {len(tokens):,} tokens, {CONFIG} says {config.source_vocabulary:,}; copy it again"
         )
-    weights = to_our_names(config.encoder_layers, _weights(folder), where=folder)
+    weights = to_our_names(config.encoder_layers, read_weights(folder), where=folder)
     return BertFolder(config, weights, tokens)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror}; name a folder of a BERT") from error
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON; copy it again") from error
-    if not isinstance(tree, dict):
-        raise BundleError(f"{path} does not hold a JSON object; copy it again")
-    return tree
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    try:
-        if path.is_file():
-            return load_file(path)
-        path = folder / PICKLED
-        # Only tensors are unpickled.
-        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return loaded
-    except FileNotFoundError as error:
-        raise BundleError(f"{folder} has neither {WEIGHTS} nor {PICKLED}; copy it again") from error
-    except Exception as error:  # what torch.load raises is not documented
-        problem = "damaged" if isinstance(error, SafetensorError) else "not a file of tensors alone"
-        raise BundleError(f"{path} is {problem}: {error}; copy it again") from error
 
 
 def import_bert(folder: Path, out: Path, tokenizer: Tokenizer) -> Path:

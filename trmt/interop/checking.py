@@ -25,13 +25,13 @@ from trmt.text.tokenizer import Side, Tokenizer
 PerToken = tuple[tuple[float, ...], ...]  # a number for each token of each sentence, the end included
 
 SENTENCES = 6  # at least; random ones are added if the bundle has fewer golden sentences
-MAX_TOKENS = 40  # of a translation, as an untrained network may never end one
+MAX_TOKENS = 40  # of a translation, because an untrained network may never end it
 TOLERANCE = 1e-3  # of a log probability; rounding in fp32 makes a hundredth of that
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What our network makes of the inputs."""
+    """What our network computes from the inputs."""
 
     inputs: CheckInputs
     results: CheckResults
@@ -41,8 +41,8 @@ class Reference:
 def check_sentences(bundle: Bundle) -> list[str]:
     """The bundle's golden sentences, and random ones if these are few."""
     golden = [str(each["source"]) for each in bundle.manifest.golden]
-    made = _random_texts(bundle.tokenizer.source, SENTENCES)
-    return golden + made[: max(SENTENCES - len(golden), 2)]
+    random_texts = _random_texts(bundle.tokenizer.source, SENTENCES)
+    return golden + random_texts[: max(SENTENCES - len(golden), 2)]
 
 
 def _random_texts(side: Side, count: int) -> list[str]:
@@ -56,7 +56,7 @@ def _random_texts(side: Side, count: int) -> list[str]:
 def reference(
     net: Seq2Seq, tokenizer: Tokenizer, texts: Sequence[str], *, max_source_length: int
 ) -> Reference:
-    """What our network makes of the texts that are not longer; the targets to score are random."""
+    """Run our network on the texts that are not longer; the targets that are scored are random."""
     source, target = tokenizer.source, tokenizer.target
     encoded = zip(texts, map(tuple, source.encode(texts)), strict=True)
     fitting = [(text, ids) for text, ids in encoded if 0 < len(ids) <= max_source_length]
@@ -103,7 +103,7 @@ def _by_sentence(values_N: Tensor, lengths: list[int]) -> PerToken:
 
 
 def compare(ours: Reference, theirs: CheckResults, *, name: str) -> float:
-    """The largest difference of a log probability; differences that rounding cannot explain are an error."""
+    """The largest difference of a log probability; an error if rounding cannot explain it."""
     inputs = ours.inputs
     for text, our_ids, their_ids in zip(inputs.texts, inputs.sources, theirs.sources or (), strict=False):
         if our_ids != their_ids:

@@ -1,4 +1,4 @@
-"""`trmt export`: a bundle as another program's model, compared with ours before it appears."""
+"""`trmt export`: a bundle as another program's model, compared with trmt before it appears."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ExportOptions:
 def export(options: ExportOptions) -> Path:
     """Write a bundle as another program's model and return the folder.
 
-    With `check`, that program loads it first and has to score and translate some sentences as ours does;
-    the folder appears only if it does.
+    With `check`, that program first loads it and scores and translates some sentences. The folder appears
+    only if the results are those of trmt.
     """
     model = options.model or checkpoints.default_bundle()
     folder = checkpoints.find_bundle(model)
@@ -51,7 +51,7 @@ def export(options: ExportOptions) -> Path:
 
 
 def _check(target: Format, bundle: Bundle, folder: Path) -> str:
-    """Compare the exported model with ours; what was found, in words."""
+    """Compare the exported model with the bundle; returns the result in words."""
     max_length = bundle.manifest.longest.get("source", 0) or 1
     ours = reference(bundle.net, bundle.tokenizer, check_sentences(bundle), max_source_length=max_length)
     difference = compare(ours, target.run(folder, bundle.tokenizer, ours.inputs), name=target.name)

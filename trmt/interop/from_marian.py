@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trmt.config import build
 from trmt.errors import BundleError, ConfigError
+from trmt.interop.huggingface_folder import Json, read_json, read_weights
 from trmt.interop.marian import columns_from_marian, columns_to_marian, layers_from_marian
 from trmt.interop.sentencepiece_files import SOURCE, TARGET
 from trmt.nets.layers import sinusoids
 from trmt.nets.transformer import Transformer, TransformerConfig
 from trmt.text.tokenizer import Settings, Tokenizer
-
-Json = dict[str, Any]
 
 ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",
@@ -28,7 +24,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "swish": "swish",
     "silu": "swish",
 }
-# Options whose other values make networks that ours cannot be.
+# Options with the only value for which our Transformer computes the same.
 REQUIRED = {"normalize_before": False, "add_final_layer_norm": False, "normalize_embedding": False}
 
 
@@ -43,7 +39,7 @@ class MarianModel:
 
 def read_marian(folder: Path) -> MarianModel:
     """The Marian model in a folder."""
-    options = _json(folder / "config.json")
+    options = _read_json(folder / "config.json")
     if options.get("model_type") != "marian":
         model_type = options.get("model_type")
         raise ConfigError(
@@ -57,13 +53,20 @@ def read_marian(folder: Path) -> MarianModel:
         net.load_state_dict(_our_weights(weights, config, options, tokenizer))
     except (KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise BundleError(f"{folder} does not hold a whole Marian model ({reason}); copy it again") from error
+        raise BundleError(
+            f"{folder} does not hold a complete Marian model ({reason}); copy it again"
+        ) from error
     return MarianModel(net.eval(), tokenizer, config.max_positions - 1)
+
+
+def _read_json(path: Path) -> Json:
+    return read_json(path, model="Marian")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The files of a MarianTokenizer as a tokenizer of ours."""
-    settings = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    path = folder / "tokenizer_config.json"
+    settings = _read_json(path) if path.exists() else {}
     lists = [_vocabulary(folder / "vocab.json")]
     if settings.get("separate_vocabs"):
         lists.append(_vocabulary(folder / "target_vocab.json"))
@@ -89,33 +92,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def _vocabulary(path: Path) -> tuple[str, ...]:
     """The tokens of a vocab.json in the order of their ids."""
-    ids = _json(path)
+    ids = _read_json(path)
     tokens = tuple(sorted(ids, key=lambda token: ids[token]))
     if [ids[token] for token in tokens] != list(range(len(tokens))):
         raise BundleError(f"the ids in {path} are not 0 to {len(tokens) - 1}; copy the model again")
     return tokens
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder by name; pickled files cannot run code."""
-    index, single, pickled = (
-        folder / name for name in ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
-    )
-    try:
-        if index.exists():
-            files = sorted(set(_json(index)["weight_map"].values()))
-            return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
-        if single.exists():
-            return load_file(single)
-        loaded: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise BundleError(
-            f"there are no weights in {folder}; it needs model.safetensors or pytorch_model.bin"
-        ) from error
-    except Exception as error:  # torch.load fails in as many ways as a file can be damaged
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"cannot read the weights in {folder}: {reason}; copy the model again") from error
-    return loaded
 
 
 def _config(
@@ -208,22 +189,8 @@ def _embedding_scale(options: Json, config: TransformerConfig) -> float:
 
 
 def _first(weights: Mapping[str, Tensor], *names: str) -> Tensor:
-    """The first of these tensors that there is."""
+    """The first of these tensors that exists."""
     for name in names:
         if name in weights:
             return weights[name]
     raise KeyError(names[-1])
-
-
-def _json(path: Path) -> Json:
-    try:
-        tree = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BundleError(
-            f"cannot read {path}: {error.strerror}; name a folder with a Marian model of Hugging Face"
-        ) from error
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON; copy the model again") from error
-    if not isinstance(tree, dict):
-        raise BundleError(f"{path} does not hold a JSON object; copy the model again")
-    return tree

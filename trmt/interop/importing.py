@@ -1,4 +1,4 @@
-"""`trmt import`: another program's model as a bundle, compared with what that program makes of it."""
+"""`trmt import`: another program's model as a bundle, compared with that program."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _licences(card: Path) -> tuple[str, ...]:
 
 
 def _check(bundle: Bundle, folder: Path, texts: list[str]) -> str:
-    """Compare the bundle with the original model; what was found, in words."""
+    """Compare the bundle with the original model; returns the result in words."""
     if find_spec("transformers") is None:
         return "not compared, as transformers is not installed"
     ours = reference(bundle.net, bundle.tokenizer, texts, max_source_length=bundle.manifest.longest["source"])

@@ -18,17 +18,15 @@ from torch import Tensor
 
 from trmt.nets.transformer import TransformerConfig
 
-Weights = Mapping[str, Tensor]
-
 
 @dataclass(frozen=True)
 class MarianModule:
-    """A linear layer or norm of Marian, and which chunk of which module of ours it is."""
+    """A linear layer or norm of Marian, and the chunk of our module that corresponds to it."""
 
-    ours: str
+    name: str  # of our module
     chunk: int
     chunks: int  # equal chunks of outputs that our module has
-    theirs: str
+    marian_name: str
     hidden: Literal["inputs", "outputs"]  # which of them are columns of hidden states
 
 
@@ -38,24 +36,24 @@ def marian_modules(config: TransformerConfig) -> Iterator[MarianModule]:
         yield from _layer("encoder", index)
     for index in range(config.decoder_layers):
         yield from _layer("decoder", index)
-        ours, theirs = f"decoder.layers.{index}.", f"model.decoder.layers.{index}.encoder_attn"
-        yield MarianModule(ours + "cross_query", 0, 1, f"{theirs}.q_proj", "inputs")
+        prefix, marian = f"decoder.layers.{index}.", f"model.decoder.layers.{index}.encoder_attn"
+        yield MarianModule(prefix + "cross_query", 0, 1, f"{marian}.q_proj", "inputs")
         for number, name in enumerate("kv"):
             chunk, chunks = 2 * index + number, 2 * config.decoder_layers
-            yield MarianModule("cross_kv", chunk, chunks, f"{theirs}.{name}_proj", "inputs")
-        yield MarianModule(ours + "cross_out", 0, 1, f"{theirs}.out_proj", "outputs")
-        yield MarianModule(ours + "cross_norm", 0, 1, f"{theirs}_layer_norm", "outputs")
+            yield MarianModule("cross_kv", chunk, chunks, f"{marian}.{name}_proj", "inputs")
+        yield MarianModule(prefix + "cross_out", 0, 1, f"{marian}.out_proj", "outputs")
+        yield MarianModule(prefix + "cross_norm", 0, 1, f"{marian}_layer_norm", "outputs")
 
 
 def _layer(side: str, index: int) -> Iterator[MarianModule]:
-    ours, theirs = f"{side}.layers.{index}.", f"model.{side}.layers.{index}."
+    prefix, marian = f"{side}.layers.{index}.", f"model.{side}.layers.{index}."
     for number, name in enumerate("qkv"):
-        yield MarianModule(ours + "self_qkv", number, 3, f"{theirs}self_attn.{name}_proj", "inputs")
-    yield MarianModule(ours + "self_out", 0, 1, f"{theirs}self_attn.out_proj", "outputs")
-    yield MarianModule(ours + "self_norm", 0, 1, f"{theirs}self_attn_layer_norm", "outputs")
-    yield MarianModule(ours + "feed_forward.inner", 0, 1, f"{theirs}fc1", "inputs")
-    yield MarianModule(ours + "feed_forward.outer", 0, 1, f"{theirs}fc2", "outputs")
-    yield MarianModule(ours + "feed_forward_norm", 0, 1, f"{theirs}final_layer_norm", "outputs")
+        yield MarianModule(prefix + "self_qkv", number, 3, f"{marian}self_attn.{name}_proj", "inputs")
+    yield MarianModule(prefix + "self_out", 0, 1, f"{marian}self_attn.out_proj", "outputs")
+    yield MarianModule(prefix + "self_norm", 0, 1, f"{marian}self_attn_layer_norm", "outputs")
+    yield MarianModule(prefix + "feed_forward.inner", 0, 1, f"{marian}fc1", "inputs")
+    yield MarianModule(prefix + "feed_forward.outer", 0, 1, f"{marian}fc2", "outputs")
+    yield MarianModule(prefix + "feed_forward_norm", 0, 1, f"{marian}final_layer_norm", "outputs")
 
 
 def columns_to_marian(d_model: int) -> Tensor:
@@ -68,25 +66,25 @@ def columns_from_marian(d_model: int) -> Tensor:
     return columns_to_marian(d_model).argsort()
 
 
-def layers_to_marian(weights: Weights, config: TransformerConfig) -> dict[str, Tensor]:
+def layers_to_marian(weights: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """The weights of our layers under Marian's names."""
     order = columns_to_marian(config.d_model)
-    theirs: dict[str, Tensor] = {}
+    marian: dict[str, Tensor] = {}
     for module in marian_modules(config):
         for name in ("weight", "bias"):
-            tensor = weights[f"{module.ours}.{name}"].detach().chunk(module.chunks)[module.chunk]
-            theirs[f"{module.theirs}.{name}"] = _permuted(tensor, module, order, name)
-    return theirs
+            tensor = weights[f"{module.name}.{name}"].detach().chunk(module.chunks)[module.chunk]
+            marian[f"{module.marian_name}.{name}"] = _permuted(tensor, module, order, name)
+    return marian
 
 
-def layers_from_marian(weights: Weights, config: TransformerConfig) -> dict[str, Tensor]:
+def layers_from_marian(weights: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     """The weights of Marian's layers under our names."""
     order = columns_from_marian(config.d_model)
     ours: dict[str, list[Tensor]] = {}
     for module in sorted(marian_modules(config), key=lambda module: module.chunk):
         for name in ("weight", "bias"):
-            tensor = weights[f"{module.theirs}.{name}"]
-            ours.setdefault(f"{module.ours}.{name}", []).append(_permuted(tensor, module, order, name))
+            tensor = weights[f"{module.marian_name}.{name}"]
+            ours.setdefault(f"{module.name}.{name}", []).append(_permuted(tensor, module, order, name))
     return {name: torch.cat(chunks) for name, chunks in ours.items()}
 
 

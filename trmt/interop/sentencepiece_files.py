@@ -29,10 +29,10 @@ def write_models(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def normalising_model(side: Side) -> bytes:
-    """The side's sentencepiece model, made to normalise as the side does."""
+    """The side's sentencepiece model with the side's normalisation in it."""
     if isinstance(side, ListedSide) or side.normalisation == "none":
         return side.model
-    # Concatenated protocol buffers are merged, and of a field that is there twice the later one counts.
+    # Concatenated protocol buffers are merged; if a field is set twice, the later value counts.
     return side.model + _normaliser_model(side.normalisation)
 
 

@@ -1,4 +1,4 @@
-"""Exports to CTranslate2, by means of CTranslate2's own specifications.
+"""Exports to CTranslate2 with CTranslate2's own specifications.
 
 Nothing is left to its defaults: positional encodings are the network's own table, the epsilon of norms is
 written, and tokens that must never be generated get an output bias that rules them out.

@@ -173,7 +173,7 @@ def _vocabulary(side: Side) -> dict[str, int]:
 def run_model(
     model: Any, tokenizer: Tokenizer, inputs: CheckInputs, sources: tuple[tuple[int, ...], ...]
 ) -> CheckResults:
-    """What a model of transformers makes of the inputs; `sources` are the ids of its own tokenizer."""
+    """Run a model of transformers on the inputs; `sources` are the ids of its own tokenizer."""
     start, eos = tokenizer.target.pad, tokenizer.target.eos
     banned = torch.tensor(sorted(tokenizer.target.never))
     scores, translations = [], []
