@@ -25,6 +25,11 @@ PADDING = 3  # rows of the vocabulary that belong to no token
 TEXTS = [source for source, _ in toy.pairs(8, seed=9)]
 
 
+def option_id(options: dict[str, Any]) -> str:
+    """The name of a test's parameters."""
+    return "-".join(f"{name}={value}" for name, value in options.items()) or "base"
+
+
 def randomise(net: Seq2Seq, *, seed: int = 5) -> Seq2Seq:
     """The network with larger weights, and with random ones where it is initialised with zeros and ones."""
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests import marians, toy
+from tests import marians, moved, toy
 from tests.marians import TAG, TEXTS, SentencePieceModels
 from tests.texts import ENGLISH, GERMAN
 from trmt.bundles import bundles
@@ -35,10 +35,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"separate": True, "activation_function": "relu", "bias": True},
     {"activation_function": "gelu", "decoder_layers": 1},
 ]
-
-
-def option_id(options: dict[str, Any]) -> str:
-    return "-".join(f"{key}={value}" for key, value in options.items()) or "base"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +62,7 @@ def theirs(folder: Path, texts: list[str], **options: Any) -> list[str]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
+@pytest.mark.parametrize("options", OPTIONS, ids=moved.option_id)
 def test_logits_are_those_of_transformers(
     options: dict[str, Any], models: SentencePieceModels, tmp_path: Path
 ) -> None:
@@ -84,7 +80,7 @@ def test_logits_are_those_of_transformers(
         torch.testing.assert_close(found.net.readout(hidden), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2], OPTIONS[4]], ids=option_id)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2], OPTIONS[4]], ids=moved.option_id)
 def test_it_translates_as_transformers_does(
     options: dict[str, Any], models: SentencePieceModels, tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ def exported(model: Path, **options: Any) -> Path:
     return export(ExportOptions(model=model, to="ctranslate2", out=model.parent / "out", **options))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())) or "base")
+@pytest.mark.parametrize("options", OPTIONS, ids=moved.option_id)
 def test_ctranslate2_computes_the_same(options: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = moved.bundle(tmp_path / "bundle", tokenizer, **options)
     out = exported(folder, check=False)

@@ -45,7 +45,7 @@ def exported(model: Path, **options: Any) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())) or "base")
+@pytest.mark.parametrize("options", OPTIONS, ids=moved.option_id)
 def test_logits_are_those_of_trmt(
     options: dict[str, Any], separate_set: Path, toy_set: Path, tmp_path: Path
 ) -> None:

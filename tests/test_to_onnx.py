@@ -34,7 +34,7 @@ def exported(model: Path, **options: Any) -> Path:
     return export(ExportOptions(model=model, to="onnx", out=model.parent / "out", **options))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())) or "base")
+@pytest.mark.parametrize("options", OPTIONS, ids=moved.option_id)
 def test_onnx_runtime_computes_the_same(
     options: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
