@@ -35,8 +35,8 @@ from trmt.scoring import ScoreOptions, score
 from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
 from trmt.storage.files import atomic_file
-from trmt.text.corpus import lines
-from trmt.text.links import Agreement, judged, parsed_gold, turned, written
+from trmt.text.lines import read_lines
+from trmt.text.links import AlignmentScore, format_links, parse_gold, reverse_links, score_corpus
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 from trmt.training.planning import TrainOptions
 from trmt.training.run import train
@@ -62,7 +62,7 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
 
 def corpus_lines(prefix: Path, language: str) -> list[str]:
     found = prefix.with_name(f"{prefix.name}.{language}")
-    return [*lines(found if found.exists() else Path(f"{found}.gz"))]
+    return [*read_lines(found if found.exists() else Path(f"{found}.gz"))]
 
 
 def write_lines(path: Path, text: Iterable[str]) -> None:
@@ -130,7 +130,7 @@ def networks() -> dict[str, list[str]]:
     return {"plain": [], "guided": guided}
 
 
-def figures_of(seen: Agreement) -> Figures:
+def figures_of(seen: AlignmentScore) -> Figures:
     return {
         "aer": round(seen.error_rate, 4),
         "precision": round(seen.precision, 4),
@@ -160,7 +160,7 @@ def directions(given: argparse.Namespace, counting: BothWays) -> dict[str, Direc
     """The gold text, its words written as those of the corpus are, and the test, from both sides."""
     languages = (given.source, given.target)
     named = [given.gold.with_name(f"{given.gold.name}.{name}.gz") for name in languages]
-    some = list(zip(*(map(escaped, lines(side)) for side in named), strict=True))
+    some = list(zip(*(map(escaped, read_lines(side)) for side in named), strict=True))
     cut = [tokenised(corpus_lines(given.test, name)[:TESTED], name) for name in languages]
     test = list(zip(*cut, strict=True))
     gold = given.gold.with_name(f"{given.gold.name}.align.gz")
@@ -172,7 +172,7 @@ def directions(given: argparse.Namespace, counting: BothWays) -> dict[str, Direc
         for name, pairs in (("counted", some), ("counted-test", test)):
             path = given.work / f"{name}-{way}.align"
             found = counting.links(pairs)
-            write_lines(path, map(written, found if step == 1 else map(turned, found)))
+            write_lines(path, map(format_links, found if step == 1 else map(reverse_links, found)))
             counted.append(Compared([pair[::step] for pair in pairs], path))
         made[way] = Direction(Compared(counted[0].pairs, links), *counted)
     return made
@@ -180,21 +180,23 @@ def directions(given: argparse.Namespace, counting: BothWays) -> dict[str, Direc
 
 def turned_gold(gold: Path, out: Path) -> Path:
     """The same links seen from the other side, in a file of their own."""
-    known = [parsed_gold(line, where=str(gold)) for line in lines(gold)]
-    both = ((written(turned(each.sure)), written(turned(each.possible))) for each in known)
+    known = [parse_gold(line, where=str(gold)) for line in read_lines(gold)]
+    both = (
+        (format_links(reverse_links(each.sure)), format_links(reverse_links(each.possible))) for each in known
+    )
     write_lines(out, (f"{sure} {possible.replace('-', 'p')}" for sure, possible in both))
     return out
 
 
 def rates(aligners: dict[str, Aligner], ways: dict[str, Direction]) -> Figures:
     """The figures of one direction, or of two and of both made one."""
-    known = [parsed_gold(line, where="gold") for line in lines(ways["there"].gold.links)]
+    known = [parse_gold(line, where="gold") for line in read_lines(ways["there"].gold.links)]
     found = {way: aligner.links(ways[way].gold.pairs) for way, aligner in aligners.items()}
     if "back" in found:
-        found["back"] = [turned(each) for each in found["back"]]
+        found["back"] = [reverse_links(each) for each in found["back"]]
         for name, join in METHODS.items():
             found[name] = [join(*pair) for pair in zip(found["there"], found["back"], strict=True)]
-    return {name: figures_of(judged(links, known)) for name, links in found.items()}
+    return {name: figures_of(score_corpus(links, known)) for name, links in found.items()}
 
 
 def looks(aligner: AttentionAligner, way: Direction) -> list[Figures]:

@@ -204,7 +204,7 @@ def prepare(folder: Path, fleets: Any, workers: int) -> None:
 
 def cutting(folder: Path) -> dict[str, Any]:
     """Ranges and their digests, of text that is in memory as far as the system keeps it there."""
-    from trmt.text.ranges import cut
+    from trmt.text.ranges import split_by_size
 
     text = (folder / "text").read_bytes()
     with (folder / "long").open("wb") as stream:
@@ -212,7 +212,7 @@ def cutting(folder: Path) -> dict[str, Any]:
             stream.write(text)
     began = time.process_time()
     with (folder / "long").open("rb") as stream:
-        ranges = cut(stream, size=1 << 20)
+        ranges = split_by_size(stream, size=1 << 20)
     return {"mb_per_cpu_second": round(ranges[-1].end / 1e6 / (time.process_time() - began))}
 
 

@@ -22,7 +22,7 @@ from trmt.errors import TrmtError
 from trmt.nets.base import Seq2Seq
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation, TranslationBatch
-from trmt.sets.batches import BatchConfig, Batches, Examples
+from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.shards import PreparedSet
 from trmt.training import distributed, sharding
 from trmt.training.distributed import Team, TeamError
@@ -48,7 +48,7 @@ def batches(folder: Path) -> Batches:
     return Batches(data, BatchConfig(tokens=150), seed=1)
 
 
-def some(folder: Path) -> list[Examples]:
+def some(folder: Path) -> list[RaggedBatch]:
     """Three batches: many pairs, two, and one, so that not every rank has some of each."""
     found = batches(folder)
     return [

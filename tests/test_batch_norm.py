@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from trmt.nets.transformer_layers import embed
 
 from tests import toy
 from tests.contracts.test_training import HARD, final
@@ -19,7 +20,6 @@ from trmt.errors import ConfigError, TrmtError
 from trmt.nets import layers
 from trmt.nets.base import Ragged, Source
 from trmt.nets.linear import eager
-from trmt.nets.transformer_layers import embed
 from trmt.quantizing import quantize
 from trmt.sets.batches import BatchConfig, Batches
 from trmt.sets.shards import PreparedSet
@@ -159,9 +159,9 @@ def test_a_batch_that_does_not_fit_is_not_cut(
 
 
 def test_batches_are_not_filled_up_with_what_would_count(toy_set: Path, tmp_path: Path) -> None:
-    room = Batches(PreparedSet.open(toy_set), BatchConfig(tokens=150), seed=1, in_row=True).room
-    assert room
+    shape = Batches(PreparedSet.open(toy_set), BatchConfig(tokens=150), seed=1, padding_free=True).shape
+    assert shape
     for network, filled in (({"norm": "batch"}, False), ({"cross_focus": "sampled"}, False), ({}, True)):
         made = learner(tmp_path, network={"norm": "layer", **network})
-        made.room, made.compiles = replace(room), True
-        assert (made._room() is not None) == filled
+        made.batch_shape, made.compiles = replace(shape), True
+        assert (made._shape() is not None) == filled

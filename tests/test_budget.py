@@ -94,7 +94,7 @@ def test_typical_steps_stand_for_the_epoch_and_the_largest_batches_are_tried(
     monkeypatch.setattr(budget, "_timed", timed)
     found = measure(run.learner, run.batches, largest=True)
     assert (found.seconds, found.tokens) == (0.5, 10)
-    largest = run.batches.largest()
+    largest = run.batches.largest_batches()
     assert [id(step[0]) for step in taken[-len(largest) :]] == list(map(id, largest))
     costs = [cost(step) for step in run.batches.plan(0)]
     timed_costs = [cost(step) for step in taken[1 : -len(largest)]]

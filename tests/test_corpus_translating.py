@@ -19,8 +19,8 @@ from trmt import cli
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.scale.corpus_translating import CorpusOptions, TextPart, translate_corpus
 from trmt.scale.fleet import Job
-from trmt.storage import remote
-from trmt.storage.files import only_one
+from trmt.storage import files
+from trmt.storage.locks import exclusive
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator
 
@@ -124,14 +124,14 @@ def test_going_on_does_what_is_missing_only(run: Callable[..., list[str]], tmp_p
 
 def test_from_store_to_store(bundle: Path, run: Callable[..., list[str]], tmp_path: Path) -> None:
     place, data = f"memory://{uuid.uuid4().hex}", hostile(60, seed=5)
-    with remote.published(f"{place}/in/a.txt") as stream:
+    with files.atomic_file(f"{place}/in/a.txt") as stream:
         stream.write(data)
     run(f"{place}/in", f"{place}/out")
-    names = [name for name in remote.files_below(f"{place}/out/a.txt") if name.startswith("part-")]
+    names = [name for name in files.list_files(f"{place}/out/a.txt") if name.startswith("part-")]
     assert len(names) > 1
-    found = b"".join(remote.opened(f"{place}/out/a.txt/{name}").read() for name in names)
+    found = b"".join(files.open_file(f"{place}/out/a.txt/{name}").read() for name in names)
     assert found == streamed(bundle, data)
-    remote.remove(f"{place}/out/a.txt/{names[1]}")
+    files.remove(f"{place}/out/a.txt/{names[1]}")
     assert run(f"{place}/in", f"{place}/out") == [f"a.txt/{names[1]}"]
 
 
@@ -163,7 +163,7 @@ def test_text_that_changes_after_the_cut_is_not_translated(
     def changes(part: TextPart) -> None:
         (tmp_path / "text").write_bytes(b"It shone.\n" * 300)
 
-    with pytest.raises(TrmtError, match=r"3 parts are missing .* has changed since it was cut"):
+    with pytest.raises(TrmtError, match=r"3 parts are missing .* has changed since it was split"):
         run(tmp_path / "text", tmp_path / "out", accident=changes)
     assert parts(tmp_path / "out") == []
 
@@ -226,7 +226,7 @@ def test_another_model_is_refused_and_so_is_one_that_changes(
 
 def test_two_at_once_are_refused(run: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"It rains.\n")
-    with only_one(tmp_path / "out"), pytest.raises(TrmtError, match="is at work in"):
+    with exclusive(tmp_path / "out"), pytest.raises(TrmtError, match="is at work in"):
         run(tmp_path / "text", tmp_path / "out")
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.captured import Captured
+from trmt.decoding.eager import Eager
 
 from tests import toy
 from tests.contracts.test_engine import requests_of
@@ -15,8 +17,6 @@ from tests.fakes import random_sentences, small_network
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from trmt.decoding.base import Search
 from trmt.decoding.beam import Beam
-from trmt.decoding.captured import Captured
-from trmt.decoding.eager import Eager
 from trmt.decoding.engine import Batching, Request
 from trmt.decoding.greedy import Greedy
 from trmt.decoding.sampling import Sampling

@@ -30,9 +30,9 @@ from trmt.insight.alignment.linking import AttentionAligner, Look, LookOptions, 
 from trmt.insight.alignment.symmetrising import METHODS
 from trmt.nets.base import Ragged, Source
 from trmt.sets.shards import PreparedSet
-from trmt.text.links import NOTHING, parsed, parsed_gold, turned, written
+from trmt.text.links import NO_LINKS, format_links, parse_gold, parse_links, reverse_links
 from trmt.text.tokenizer import Side, Tokenizer
-from trmt.text.wording import NO_WORD, linked_pieces, words_of_pieces
+from trmt.text.words import NO_WORD, link_pieces, word_indices
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_pieces_of_a_word_spell_it(tokenizer: Tokenizer) -> None:
     for text in [*sentences, *(hostile_line(chooser).decode(errors="replace") for _ in range(300))]:
         given = text.split()
         [ids] = side.encode([text])
-        places = words_of_pieces(side, text, ids)
+        places = word_indices(side, text, ids)
         assert len(places) == len(ids)
         while places and places[-1] == NO_WORD:  # white space at the end
             assert not spelled(side, [ids[len(places) - 1]])
@@ -110,21 +110,21 @@ def test_words_are_those_of_the_text_as_given(
     settings = replace(tokenizer.settings, normalise_source="nmt_nfkc", normalise_target="nmt_nfkc")
     side = Tokenizer(settings, tokenizer.models).source
     [ids] = side.encode([text])
-    places = words_of_pieces(side, text, ids)
+    places = word_indices(side, text, ids)
     for number, word in enumerate(expected):
         own = [token for token, place in zip(ids, places, strict=True) if place == number]
         assert spelled(side, own) == (side.normalise(word) if word else "")
 
 
 def test_every_piece_of_a_word_is_linked_to_every_piece_of_the_other() -> None:
-    assert linked_pieces(parsed("0-1 1-0", where=""), [0, 0, 1], [0, 1, 1]) == [
+    assert link_pieces(parse_links("0-1 1-0", where=""), [0, 0, 1], [0, 1, 1]) == [
         (0, 1),
         (1, 1),
         (0, 2),
         (1, 2),
         (2, 0),
     ]
-    assert linked_pieces(parsed("5-0", where=""), [0, NO_WORD], [0]) == []
+    assert link_pieces(parse_links("5-0", where=""), [0, NO_WORD], [0]) == []
 
 
 # Attention
@@ -139,8 +139,8 @@ def test_links_are_where_the_weights_are_greatest() -> None:
     pieces = Pieces([1, 2, 3], [4, 5, 6], [0, 0, 1], [0, 1, 1], cut=False)
     weights = matrix([[0.5, 0.1, 0.3, 0.9], [0.1, 0.2, 0.6, 0.1], [0.1, 0.6, 0.2, 0.1], [0.0, 0.0, 0.9, 0.1]])
     # The end of the source is never linked to, though the first row weighs it most.
-    assert linked(pieces, weights, Look(0)) == parsed("0-0 1-1 0-1", where="")
-    assert linked(pieces, weights, Look(0, shift=1)) == parsed("1-0 0-1 1-1", where="")
+    assert linked(pieces, weights, Look(0)) == parse_links("0-0 1-1 0-1", where="")
+    assert linked(pieces, weights, Look(0, shift=1)) == parse_links("1-0 0-1 1-1", where="")
     two = torch.cat([weights, weights.roll(1, -1)], 1)
     assert linked(pieces, two, Look(0, head=0)) == linked(pieces, weights, Look(0))
     assert linked(pieces, two, Look(0, head=1)) != linked(pieces, weights, Look(0))
@@ -164,7 +164,7 @@ PAIRS = [*zip(texts.ENGLISH, texts.GERMAN, strict=True)][:12]
 def test_links_are_those_of_the_network_by_itself(tokenizer: Tokenizer, architecture: str) -> None:
     aligner = aligner_of(tokenizer, architecture, options=LookOptions(layer=1, head=1, shift=False))
     found = aligner.links([("", "x"), *PAIRS, (" ", "\t")])
-    assert found[0] == found[-1] == NOTHING
+    assert found[0] == found[-1] == NO_LINKS
     side = tokenizer.source
     for (source, target), links in zip(PAIRS, found[1:-1], strict=True):
         ids = [side.encode([text])[0] for text in (source, target)]
@@ -172,7 +172,7 @@ def test_links_are_those_of_the_network_by_itself(tokenizer: Tokenizer, architec
             before = Ragged.of([[side.bos, *ids[1]]])
             output = aligner.net(Source.of([[*ids[0], side.eos]]), before, want={"attention"})
         weights = output.attention[0, 0, 0, : len(ids[1]), : len(ids[0])]
-        words = [words_of_pieces(side, text, each) for text, each in zip((source, target), ids, strict=True)]
+        words = [word_indices(side, text, each) for text, each in zip((source, target), ids, strict=True)]
         chosen = weights.argmax(1).tolist()
         expected = {(words[0][place], words[1][row]) for row, place in enumerate(chosen)}
         assert links == expected
@@ -213,7 +213,7 @@ def test_the_best_look_comes_first(tokenizer: Tokenizer, tmp_path: Path) -> None
     true = Look(1, head=1, shift=1)
     options = LookOptions(layer=true.layer + 1, head=2, shift=True)
     gold = aligner_of(tokenizer, options=options).links(PAIRS)
-    (tmp_path / "gold").write_text("".join(f"{written(links)}\n" for links in gold))
+    (tmp_path / "gold").write_text("".join(f"{format_links(links)}\n" for links in gold))
     verdicts = judge_looks(aligner, PAIRS, tmp_path / "gold")
     assert verdicts[0][0] == true and verdicts[0][1].error_rate == 0 < verdicts[1][1].error_rate
     assert {look for look, _ in verdicts} == {*all_looks(2, 2)} and len(verdicts) == 12
@@ -288,7 +288,9 @@ def test_two_directions_are_made_one(models: tuple[Path, Path]) -> None:
     backward = AttentionAligner.load(back).links([(target, source) for source, target in PAIRS])
     for method in METHODS:
         aligner = build_aligner(AlignOptions(model=there, reverse=back, method=method))
-        expected = [METHODS[method](*both) for both in zip(forward, map(turned, backward), strict=True)]
+        expected = [
+            METHODS[method](*both) for both in zip(forward, map(reverse_links, backward), strict=True)
+        ]
         assert aligner.links(PAIRS) == expected
     assert len({*map(len, forward)}) > 2
 
@@ -307,7 +309,7 @@ def test_a_line_out_for_each_line_in_whatever_the_bytes(models: tuple[Path, Path
             line.removesuffix(b"\r").decode(errors="replace").removeprefix("\ufeff").partition("\t")
         )
         words = len(source.split()), len(target.split())
-        for one, other in parsed(links.decode(), where=""):
+        for one, other in parse_links(links.decode(), where=""):
             assert one < words[0] and other < words[1]
         if not all(words):
             assert not links.strip()
@@ -318,7 +320,7 @@ def test_a_line_out_for_each_line_in_whatever_the_bytes(models: tuple[Path, Path
 def test_streams_and_corpora_give_the_same(models: tuple[Path, Path], tmp_path: Path, trmt: Command) -> None:
     corpus = toy.write_tsv(tmp_path / "pairs.tsv", PAIRS)
     expected = "".join(
-        f"{written(links)}\n" for links in AttentionAligner.load(models[0]).links(PAIRS)
+        f"{format_links(links)}\n" for links in AttentionAligner.load(models[0]).links(PAIRS)
     ).encode()
     assert trmt("align", models[0], stdin=Path(corpus).read_bytes())[:2] == (0, expected)
     code, out, _ = trmt("align", models[0], "--pairs", corpus)
@@ -338,7 +340,7 @@ def test_gold_is_compared_with(models: tuple[Path, Path], tmp_path: Path, trmt: 
     gold.write_text("0p0 1-1\n" * len(PAIRS))
     expected = sum(
         (len(links & {(1, 1)}) + len(links & {(1, 1), (0, 0)}))
-        for links in (parsed(line, where="") for line in out.decode().splitlines())
+        for links in (parse_links(line, where="") for line in out.decode().splitlines())
     )
     total = len(out.split()) + len(PAIRS)
     code, verdict, _ = trmt("align", "--given", found, "--gold", gold)
@@ -401,4 +403,4 @@ def test_found_links_are_what_prepare_takes(counted: Path, tmp_path: Path) -> No
     )
     values, lengths = made.split("train").gather("alignment", np.arange(len(made.split("train"))))
     assert len(values) == lengths.sum() and (lengths > 0).mean() > 0.9
-    assert parsed_gold((tmp_path / "half.align").read_text().splitlines()[0], where="").sure
+    assert parse_gold((tmp_path / "half.align").read_text().splitlines()[0], where="").sure

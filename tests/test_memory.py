@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.eager import Eager
 
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import validating
 from trmt.bundles import checkpoints
-from trmt.decoding.eager import Eager
 from trmt.nets.transformer import Transformer
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.sets.batches import BatchConfig, Batches, Position
+from trmt.sets.batches import BatchConfig, Batches, DataPosition
 from trmt.sets.shards import PreparedSet
 from trmt.training.learner import Learner
 from trmt.training.planning import TrainOptions
@@ -98,7 +98,9 @@ def test_what_is_rehearsed_has_its_subwords_drawn(toy_set: Path, tmp_path: Path)
     """They are more than those that are stored, and take more memory."""
     recipe = toy.recipe(tmp_path)
     made = Run.planned(options(tmp_path / "run", toy_set, recipe, "batches.subword_alpha=0.3"), None)
-    stored = max(made.learner.objective.tokens(made.batches.load(pairs)) for pairs in made.batches.largest())
+    stored = max(
+        made.learner.objective.tokens(made.batches.load(pairs)) for pairs in made.batches.largest_batches()
+    )
     rehearsed, loss = [], Translation.loss
 
     def noted(self: Translation, net: Any, batch: Any) -> Loss:
@@ -109,7 +111,7 @@ def test_what_is_rehearsed_has_its_subwords_drawn(toy_set: Path, tmp_path: Path)
         patch.setattr(Translation, "loss", noted)
         made.learner.rehearse(made.batches)
         most = max(rehearsed)
-        for position, step in made.batches.steps(Position(0, 0)):
+        for position, step in made.batches.steps(DataPosition(0, 0)):
             made.learner.learn(step, position.step)
             if position.epoch:
                 break
@@ -265,18 +267,18 @@ def test_largest_batches_are_those_of_the_plan(toy_set: Path, tmp_path: Path) ->
     made = Run.planned(TrainOptions(data=toy_set, recipe=toy.recipe(tmp_path), run=tmp_path / "run"), None)
     batches: Batches = made.batches
     plan = [pairs for step in batches.plan(0) for pairs in step]
-    largest = batches.largest()
+    largest = batches.largest_batches()
     assert all(any(pairs is planned for planned in plan) for pairs in largest)
     assert len({id(pairs) for pairs in largest}) == len(largest) <= 3
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch's compiler, about torch
-def test_parts_of_batches_are_of_one_shape_too(toy_set: Path, tmp_path: Path) -> None:
-    """For a network that is compiled: each new shape would be compiled anew."""
+def test_micro_batches_have_one_shape_too(toy_set: Path, tmp_path: Path) -> None:
+    """For a compiled network: each new shape would be compiled again."""
     recipe = toy.recipe(tmp_path)
     made = Run.planned(options(tmp_path / "run", toy_set, recipe, "training.compile=on"), None)
     made.learner._forward = made.learner.net  # the shapes are the same without the compiler
-    assert made.learner.room
+    assert made.learner.batch_shape
     shapes, loss = set(), Translation.loss
 
     def noted(self: Translation, net: Any, batch: Any) -> Loss:
@@ -290,14 +292,14 @@ def test_parts_of_batches_are_of_one_shape_too(toy_set: Path, tmp_path: Path) ->
         for halvings in (0, 1):
             made.learner.parts.halvings = halvings
             made.learner.learn([made.batches.load(made.batches.plan(0)[0][0])], 0)
-            room = made.learner.room.part(2**halvings)
-            assert shapes == {(room.source, room.target, room.sentences, room.longest)}
+            shape = made.learner.batch_shape.micro_batch(2**halvings)
+            assert shapes == {(shape.source_tokens, shape.target_tokens, shape.sentences, shape.max_length)}
             shapes.clear()
 
 
-def test_room_is_no_longer_than_the_network_has_positions(toy_set: Path, tmp_path: Path) -> None:
+def test_the_batch_shape_has_no_more_positions_than_the_network(toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path)
     longest = int(Batches(PreparedSet.open(toy_set), BatchConfig(), seed=1).lengths.max())
     changes = (f"network.longest={longest + 1}", "batches.subword_alpha=0.4")
     made = Run.planned(options(tmp_path / "run", toy_set, recipe, *changes), None)
-    assert made.learner.room and made.learner.room.longest == longest + 1
+    assert made.learner.batch_shape and made.learner.batch_shape.max_length == longest + 1

@@ -11,8 +11,8 @@ import pytest
 
 from trmt.errors import ConfigError, DataError
 from trmt.scale.partition import MANIFEST, Input, Partition, begun, measured, missing, part_name
-from trmt.storage import remote
-from trmt.text.ranges import Range, cut
+from trmt.storage import files
+from trmt.text.ranges import LineRange, split_by_size
 
 OPTIONS: dict[str, Any] = {"search": {"beam": 4, "penalty": 0.6}, "model": "abc", "languages": ["en", "de"]}
 
@@ -26,9 +26,9 @@ def names(tmp_path: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def ranges_of(name: str) -> Sequence[Range]:
-    with remote.opened(name) as stream:
-        return cut(stream, size=20)
+def ranges_of(name: str) -> Sequence[LineRange]:
+    with files.open_file(name) as stream:
+        return split_by_size(stream, size=20)
 
 
 def cutting(names: Sequence[str]) -> Callable[[], list[Input]]:
@@ -125,7 +125,7 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, names: list[str], da
 
 
 def test_an_input_that_grows_while_it_is_cut_is_refused(names: list[str]) -> None:
-    def slowly(name: str) -> Sequence[Range]:
+    def slowly(name: str) -> Sequence[LineRange]:
         with open(name, "ab") as stream:
             stream.write(b"more\n")
         return ranges_of(name)

@@ -8,7 +8,7 @@ import torch
 
 from tests.fakes import VOCABULARY
 from trmt.bundles.bundles import build_network
-from trmt.config import build, read_toml, to_toml, tree_of
+from trmt.config import build, read_toml, to_toml, to_tree
 from trmt.errors import ConfigError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.training.optim import learning_rate
@@ -41,7 +41,7 @@ def test_every_recipe_loads_and_builds(name: str, tmp_path: Path) -> None:
     build(objective.config_class, recipe.loss, where="loss")
     assert issubclass(resolve(NETWORKS, recipe.architecture), objective.networks)
     assert learning_rate(recipe.optim, width=512, steps=recipe.training.steps)(1) > 0
-    (tmp_path / "config.toml").write_bytes(to_toml(tree_of(recipe)).encode())
+    (tmp_path / "config.toml").write_bytes(to_toml(to_tree(recipe)).encode())
     assert build(Recipe, read_toml(tmp_path / "config.toml"), where="config") == recipe
 
 
@@ -114,7 +114,7 @@ def test_differences_are_named_by_their_path() -> None:
 
 
 def test_what_may_change_is_there() -> None:
-    assert set(flat(tree_of(load_recipe("transformer-tiny")))) >= MAY_CHANGE
+    assert set(flat(to_tree(load_recipe("transformer-tiny")))) >= MAY_CHANGE
 
 
 def test_the_recipe_fits_the_data() -> None:

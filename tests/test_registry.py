@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from torch import nn
+from trmt.nets.transformer_layers import Encoder
 
 from trmt import registry
 from trmt.decoding.base import Ranker, Search
@@ -14,7 +15,6 @@ from trmt.decoding.engine import Engine
 from trmt.errors import ConfigError
 from trmt.interop.base import Format
 from trmt.nets.base import Seq2Seq
-from trmt.nets.transformer_layers import Encoder
 from trmt.objectives.base import Objective
 from trmt.registry import (
     ARCHITECTURES,

@@ -21,7 +21,7 @@ from trmt.bundles.checkpoints import Checkpoint
 from trmt.errors import BundleError, TrmtError
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.sets.batches import Examples
+from trmt.sets.batches import RaggedBatch
 from trmt.training.checkpointer import Keeper, Progress
 from trmt.training.distributed import Team
 from trmt.training.guard import ENOUGH, HIGH, NOT_FINITE, Verdict
@@ -59,7 +59,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: Collection[int], change: Chan
     learn, loss = Learner.learn, Translation.loss
     now: list[int] = []
 
-    def learned(self: Learner, examples: list[Examples], step: int) -> Any:
+    def learned(self: Learner, examples: list[RaggedBatch], step: int) -> Any:
         now[:] = [step + 1]
         try:
             return learn(self, examples, step)

@@ -10,7 +10,17 @@ import pytest
 
 from trmt.errors import DataError
 from trmt.insight.alignment.symmetrising import METHODS
-from trmt.text.links import Agreement, Gold, Links, agreement, judged, parsed, parsed_gold, turned, written
+from trmt.text.links import (
+    AlignmentScore,
+    GoldAlignment,
+    Links,
+    format_links,
+    parse_gold,
+    parse_links,
+    reverse_links,
+    score_corpus,
+    score_links,
+)
 
 
 def random_links(chooser: random.Random) -> Links:
@@ -70,50 +80,55 @@ def test_growing_is_as_in_the_book() -> None:
 
 
 def test_a_known_case() -> None:
-    forward, backward = parsed("0-0 1-1 2-3 4-4", where=""), parsed("0-0 1-2 2-3 3-3 5-6", where="")
+    forward, backward = parse_links("0-0 1-1 2-3 4-4", where=""), parse_links("0-0 1-2 2-3 3-3 5-6", where="")
     # 1-1 and 1-2 lie beside 0-0 and 2-3, 3-3 beside 2-3 reaches a word without a link; the others lie apart.
-    assert written(METHODS["grow-diag"](forward, backward)) == "0-0 1-1 1-2 2-3 3-3 4-4"
-    assert written(METHODS["grow-diag-final-and"](forward, backward)) == "0-0 1-1 1-2 2-3 3-3 4-4 5-6"
-    assert written(METHODS["intersection"](forward, backward)) == "0-0 2-3"
-    assert turned(turned(forward)) == forward != turned(forward)
+    assert format_links(METHODS["grow-diag"](forward, backward)) == "0-0 1-1 1-2 2-3 3-3 4-4"
+    assert format_links(METHODS["grow-diag-final-and"](forward, backward)) == "0-0 1-1 1-2 2-3 3-3 4-4 5-6"
+    assert format_links(METHODS["intersection"](forward, backward)) == "0-0 2-3"
+    assert reverse_links(reverse_links(forward)) == forward != reverse_links(forward)
 
 
 def test_lines_come_back() -> None:
     chooser = random.Random(1)
     for _ in range(50):
         links = random_links(chooser)
-        assert parsed(written(links), where="") == links
-    assert parsed("  3-1\t0p0 0-0 ", where="") == {(3, 1), (0, 0)}
-    assert written([(10, 2), (2, 10), (2, 9)]) == "2-9 2-10 10-2"
-    assert parsed_gold("0-0 1p2 0p0", where="") == Gold(frozenset({(0, 0)}), frozenset({(0, 0), (1, 2)}))
+        assert parse_links(format_links(links), where="") == links
+    assert parse_links("  3-1\t0p0 0-0 ", where="") == {(3, 1), (0, 0)}
+    assert format_links([(10, 2), (2, 10), (2, 9)]) == "2-9 2-10 10-2"
+    assert parse_gold("0-0 1p2 0p0", where="") == GoldAlignment(
+        frozenset({(0, 0)}), frozenset({(0, 0), (1, 2)})
+    )
 
 
 @pytest.mark.parametrize("line", ["0-", "a-b", "1-2-3", "1,2", "-1-2", "0-0 x", "٣-٤", "1" * 50 + "-1"])
 def test_what_is_no_link_is_named(line: str) -> None:
     with pytest.raises(DataError, match=r"file\.align, line 7.*is no link"):
-        parsed(line, where="file.align, line 7")
+        parse_links(line, where="file.align, line 7")
 
 
 def test_the_error_rate_is_that_of_the_definition() -> None:
     # Och and Ney (2003): A = found, S = sure, P = possible.
-    gold = parsed_gold("0-0 1-1 2p2 1p2", where="")
-    found = parsed("0-0 2-2 3-3", where="")
-    seen = agreement(found, gold)
-    assert seen == Agreement(found=3, sure=2, found_sure=1, found_possible=2)
+    gold = parse_gold("0-0 1-1 2p2 1p2", where="")
+    found = parse_links("0-0 2-2 3-3", where="")
+    seen = score_links(found, gold)
+    assert seen == AlignmentScore(found=3, sure=2, found_sure=1, found_possible=2)
     assert seen.precision == pytest.approx(2 / 3) and seen.recall == pytest.approx(1 / 2)
     assert seen.error_rate == pytest.approx(1 - (1 + 2) / (3 + 2))
 
 
 def test_counts_add_up_over_pairs() -> None:
     chooser = random.Random(2)
-    gold = [Gold(links, links | random_links(chooser)) for links in (random_links(chooser) for _ in range(9))]
+    gold = [
+        GoldAlignment(links, links | random_links(chooser))
+        for links in (random_links(chooser) for _ in range(9))
+    ]
     found = [random_links(chooser) for _ in gold]
-    whole = judged(found, gold)
-    assert whole == judged(found[:4], gold[:4]) + judged(found[4:], gold[4:])
+    whole = score_corpus(found, gold)
+    assert whole == score_corpus(found[:4], gold[:4]) + score_corpus(found[4:], gold[4:])
     assert 0 < whole.error_rate < 1
-    assert judged([each.sure for each in gold], gold).error_rate == 0
-    assert judged([frozenset()] * 9, gold).error_rate == 1
-    only_sure = [Gold(each.sure, each.sure) for each in gold]
-    seen = judged(found, only_sure)
+    assert score_corpus([each.sure for each in gold], gold).error_rate == 0
+    assert score_corpus([frozenset()] * 9, gold).error_rate == 1
+    only_sure = [GoldAlignment(each.sure, each.sure) for each in gold]
+    seen = score_corpus(found, only_sure)
     harmonic = 2 * seen.precision * seen.recall / (seen.precision + seen.recall)
     assert seen.error_rate == pytest.approx(1 - harmonic)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests import crew_work, crews, toy
 from trmt.bundles import bundles, checkpoints, slices
-from trmt.config import to_toml, tree_of
+from trmt.config import to_toml, to_tree
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
 from trmt.training.distributed import Team, assembled, buckets, reason
@@ -50,7 +50,7 @@ class Teams:
             "target_vocabulary": tokenizer.target.vocabulary,
         }
         recipe = load_recipe(toy.recipe(place, changes), network=sizes)
-        (place / "recipe.toml").write_text(to_toml(tree_of(recipe)))
+        (place / "recipe.toml").write_text(to_toml(to_tree(recipe)))
         (place / "data").write_text(str(self.data))
         one = alone(place)
         for step in range(3):
@@ -157,7 +157,7 @@ def test_a_step_that_is_no_number_on_one_rank_is_left_out_by_all(
 @pytest.mark.parametrize("size", SIZES)
 def test_ranks_draw_differently(folders: Teams, size: int) -> None:
     seeds = [seed for mine in answers(folders[size], "draws", "seeds") for seed in mine]
-    shares = [len(batch.share(rank, size)) for batch in crew_work.some(folders[size]) for rank in range(size)]
+    shares = [len(batch.shard(rank, size)) for batch in crew_work.some(folders[size]) for rank in range(size)]
     assert len(seeds) == sum(share > 0 for share in shares)
     assert len(set(seeds)) == len(seeds)
 

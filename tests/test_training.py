@@ -23,14 +23,14 @@ from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.checkpoints import find_bundle
-from trmt.config import tree_of
+from trmt.config import to_tree
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.nets import fused
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.sets.batches import BatchConfig, Batches, Examples, halves
+from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.shards import PreparedSet
-from trmt.storage.files import only_one
+from trmt.storage.locks import exclusive
 from trmt.training.learner import Learner
 from trmt.training.planning import TrainOptions
 from trmt.training.recipe import load_recipe
@@ -157,7 +157,7 @@ def test_a_signal_saves_and_ends(
     train(options(tmp_path / "whole", toy_set, recipe))
     learn = Learner.learn
 
-    def signalled(self: Learner, examples: list[Examples], step: int) -> Any:
+    def signalled(self: Learner, examples: list[RaggedBatch], step: int) -> Any:
         if step == at - 1:
             os.kill(os.getpid(), number)
         return learn(self, examples, step)
@@ -330,7 +330,7 @@ def nan_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     learn, loss = Learner.learn, Translation.loss
     now: list[int] = []
 
-    def learned(self: Learner, examples: list[Examples], step: int) -> Any:
+    def learned(self: Learner, examples: list[RaggedBatch], step: int) -> Any:
         now[:] = [step]
         return learn(self, examples, step)
 
@@ -388,7 +388,7 @@ def memory_for(
         yield fitted
 
 
-def learner_and_batches(data: Path, recipe_file: str) -> tuple[Learner, list[Examples]]:
+def learner_and_batches(data: Path, recipe_file: str) -> tuple[Learner, list[RaggedBatch]]:
     vocabulary = {"source_vocabulary": 60, "target_vocabulary": 60}
     recipe = load_recipe(recipe_file, ["network.dropout=0.0"], network=vocabulary)
     made = Run(
@@ -610,7 +610,7 @@ def test_fine_tuning_that_stopped_early_starts_from_its_weights_again(
 
 
 def test_a_run_belongs_to_one_at_a_time(toy_set: Path, tmp_path: Path, run: Path) -> None:
-    with only_one(run), pytest.raises(TrmtError, match=r"process \d+ .* is at work in .*; wait for it"):
+    with exclusive(run), pytest.raises(TrmtError, match=r"process \d+ .* is at work in .*; wait for it"):
         train(options(run, toy_set, toy.recipe(tmp_path)))
     assert not checkpoints.steps(run)
     train(options(run, toy_set, toy.recipe(tmp_path)))
@@ -805,7 +805,7 @@ def test_accumulated_batches_are_one_batch(toy_set: Path, tmp_path: Path) -> Non
     one, batches = learner_and_batches(toy_set, toy.recipe(tmp_path))
     two, _ = learner_and_batches(toy_set, toy.recipe(tmp_path))
     whole = one.learn([batches[0]], 0)
-    parts = two.learn(halves(batches[0]), 0)
+    parts = two.learn(batches[0].halve(), 0)
     assert whole.tokens == parts.tokens
     assert float(whole.nll) == pytest.approx(float(parts.nll), rel=1e-5)
     for ours, theirs in zip(gradients(two), gradients(one), strict=True):
@@ -847,7 +847,7 @@ def test_half_precision_learns(toy_set: Path, tmp_path: Path, run: Path) -> None
 def test_the_config_says_everything(toy_set: Path, tmp_path: Path, run: Path) -> None:
     train(options(run, toy_set, toy.recipe(tmp_path), "training.steps=1"))
     again = load_recipe(str(run / "config.toml"))
-    assert tree_of(again)["network"]["source_vocabulary"] == 60
+    assert to_tree(again)["network"]["source_vocabulary"] == 60
     assert again.training.steps == 1
 
 

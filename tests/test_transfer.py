@@ -29,7 +29,7 @@ BERT: dict[str, Any] = {
     "architecture": "masked-encoder",
     "objective": "masked",
     "network": {**NETWORK, "dropout": 0.1, "attention_dropout": 0.0},
-    "batches": {"tokens": 200, "passage": 40},
+    "batches": {"tokens": 200, "passage_tokens": 40},
 }
 BART = {**BERT, "architecture": "transformer", "objective": "denoising"}
 BART["network"] = {**NETWORK, "decoder_layers": 1}
@@ -129,7 +129,7 @@ def test_what_follows_is_told_where_topics_last(toy_set: Path, tmp_path: Path) -
     dev = topical(tmp_path / "dev.txt", count=150, seed=2)
     data = prepare_documents(DocumentOptions((train_file,), dev, tmp_path / "set", tokenizer)).folder
     network = {**BERT["network"], "width": 32, "encoder_layers": 2, "norm_place": "pre", "dropout": 0.0}
-    tree = {**BERT, "network": network, "batches": {"tokens": 1000, "passage": 60}}
+    tree = {**BERT, "network": network, "batches": {"tokens": 1000, "passage_tokens": 60}}
     settings = ("optim.lr=5e-3", "optim.warmup=20", "training.steps=80", "validation.every=80")
     run = pretrain(tmp_path / "run", data, recipe(tmp_path, tree), *settings)
     assert told(run)[-1] > 70
@@ -220,7 +220,7 @@ def test_what_does_not_go_together_is_refused(
     refused("trmt pretrain", lambda: train(options(at, documents, plain)))
     file = recipe(tmp_path, BERT)
     refused("objective = 'masked'", lambda: pretrain(at, documents, file, "architecture=transformer"))
-    refused("batches.passage", lambda: pretrain(at, documents, file, "network.longest=20"))
+    refused("batches.passage_tokens", lambda: pretrain(at, documents, file, "network.longest=20"))
     rnn_run = train(options(tmp_path / "rnn", toy_set, rnn))
     refused(
         "no encoder",

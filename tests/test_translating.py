@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.eager import Eager
 
 from tests import texts
 from tests.scripted import Script, Scripted, random_bundle, small_tokenizer
 from trmt import streaming
 from trmt.decoding.base import Hypothesis
-from trmt.decoding.eager import Eager
 from trmt.decoding.engine import Engine, Request
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Ragged, Seq2Seq, Source
 from trmt.streaming import Report, translate_stream
-from trmt.text.splitting import Piece, joiner_for
+from trmt.text.splitting import TextSegment, joiner_for
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
@@ -279,28 +279,28 @@ def test_pieces_are_joined_as_the_target_is_written(
 
 
 @pytest.mark.parametrize(
-    ("piece", "language", "joiner"),
+    ("segment", "language", "joiner"),
     [
-        (Piece("One.", " ", " "), "de", " "),
-        (Piece("One.", " ", " "), "zh", ""),
-        (Piece("One.", " ", " "), "zh-Hant-TW", ""),
-        (Piece("One.", " ", " "), "JA_jp", ""),
-        (Piece("One.", " ", " "), "jpn", ""),
-        (Piece("One.", " ", " "), "ko", " "),
-        (Piece("One.", " ", " "), "th", " "),
-        (Piece("一。", "", ""), "en", " "),
-        (Piece("一", "", ""), "en", " "),
-        (Piece("カ", "", ""), "en", " "),
-        (Piece("หนึ่ง", "", ""), "en", " "),
-        (Piece("一。", "", ""), "ja", ""),
-        (Piece("一。", "", ""), "", ""),
-        (Piece("abc", "", ""), "en", ""),  # the middle of a long word
-        (Piece("एक।", "", " "), "en", " "),
-        (Piece("", " ", " "), "en", " "),
+        (TextSegment("One.", " ", " "), "de", " "),
+        (TextSegment("One.", " ", " "), "zh", ""),
+        (TextSegment("One.", " ", " "), "zh-Hant-TW", ""),
+        (TextSegment("One.", " ", " "), "JA_jp", ""),
+        (TextSegment("One.", " ", " "), "jpn", ""),
+        (TextSegment("One.", " ", " "), "ko", " "),
+        (TextSegment("One.", " ", " "), "th", " "),
+        (TextSegment("一。", "", ""), "en", " "),
+        (TextSegment("一", "", ""), "en", " "),
+        (TextSegment("カ", "", ""), "en", " "),
+        (TextSegment("หนึ่ง", "", ""), "en", " "),
+        (TextSegment("一。", "", ""), "ja", ""),
+        (TextSegment("一。", "", ""), "", ""),
+        (TextSegment("abc", "", ""), "en", ""),  # the middle of a long word
+        (TextSegment("एक।", "", " "), "en", " "),
+        (TextSegment("", " ", " "), "en", " "),
     ],
 )
-def test_the_joiner_suits_the_target(piece: Piece, language: str, joiner: str) -> None:
-    assert joiner_for(piece, language) == joiner
+def test_the_joiner_suits_the_target(segment: TextSegment, language: str, joiner: str) -> None:
+    assert joiner_for(segment, language) == joiner
 
 
 def test_scores_of_pieces_add_up(bundle: Path) -> None:

@@ -16,16 +16,16 @@ from unittest import mock
 import torch
 
 from trmt.cli import main
-from trmt.sets.batches import Column
+from trmt.sets.shards import RaggedArray
 from trmt.training import heartbeat
 from trmt.training.learner import Learner
 from trmt.training.micro_batches import Pass
 
 
-def sentences(column: Column) -> list[list[int]]:
+def sentences(column: RaggedArray) -> list[list[int]]:
     begin, found = 0, []
     for length in column.lengths.tolist():
-        found.append(column.ids[begin : begin + length].tolist())
+        found.append(column.values[begin : begin + length].tolist())
         begin += length
     return found
 

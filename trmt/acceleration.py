@@ -1,9 +1,9 @@
 """The seam for speed: what `trmt.native` computes faster than plain PyTorch, asked for by name.
 
-The core computes everything in plain PyTorch. Where speed matters, it first asks here for a faster version. There
-is none while PyTorch traces (`torch.compile`), with TRMT_KERNELS=0, or where the package trmt.native was left out. A
-faster version takes the same arguments as the plain one and returns its result, or None where it cannot serve:
-another device or dtype, no C compiler.
+The core computes everything in plain PyTorch. Where speed matters, it first asks here for a faster version.
+There is none while PyTorch traces (`torch.compile`), with TRMT_KERNELS=0, or where the package trmt.native
+was left out. A faster version takes the same arguments as the plain one and returns its result, or None where
+it cannot serve: another device or dtype, no C compiler.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of what can be chosen by name; an entry is imported only when it is asked for."""
+"""Tables of the classes that can be chosen by name; a class is imported only when it is resolved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARCHITECTURES: Mapping[str, str] = {
     "conv": "trmt.nets.conv:ConvS2S",
 }
 
-# Networks that only encode: they are trained to be the encoder of another.
+# Encoders without a decoder: they are pretrained to initialise the encoder of another network.
 ENCODERS: Mapping[str, str] = {
     "masked-encoder": "trmt.lab.masked_encoder:MaskedEncoder",
 }
@@ -58,7 +58,7 @@ NATIVE: Mapping[str, str] = {
     "backend": "trmt.native.products:backend",
 }
 
-# What `trmt export` writes.
+# The formats of `trmt export`.
 FORMATS: Mapping[str, str] = {
     "ctranslate2": "trmt.interop.to_ctranslate2:CTranslate2",
     "huggingface": "trmt.interop.to_huggingface:HuggingFace",
@@ -67,16 +67,16 @@ FORMATS: Mapping[str, str] = {
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """The tail of an error message: the nearest known name, or all of them."""
+    """The end of an error message about an unknown name: the closest known name, or all of them."""
     close = get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 
 def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) -> Any:
-    """The class that `name` stands for in `table`.
+    """The class that `table` has under `name`.
 
-    A full `module:Class` is imported only with `trust_code`: recipes are the user's own and pass it,
-    bundles come from elsewhere and must not be able to run code.
+    A full `module:Class` is imported only with `trust_code`: recipes are the user's own and may name code,
+    bundles come from elsewhere and must not run any.
     """
     if name in table:
         path = table[name]
@@ -87,7 +87,7 @@ def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) ->
             f"{name!r} names code outside trmt; pass --trust-code if you trust where it came from"
         )
     else:
-        raise ConfigError(f"there is nothing called {name!r} here; {suggestion(name, list(table))}")
+        raise ConfigError(f"unknown name {name!r}; {suggestion(name, list(table))}")
     module, _, attribute = path.partition(":")
     try:
         return getattr(import_module(module), attribute)

@@ -30,9 +30,9 @@ from trmt import console
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.checkpoints import CONFIG, STATE, TENSORS, TRAINING, Checkpoint, Damaged
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.sets.batches import Examples
-from trmt.sets.unchanged import RECORD
-from trmt.storage.files import only_one
+from trmt.sets.batches import RaggedBatch
+from trmt.sets.record import RECORD
+from trmt.storage.locks import exclusive
 from trmt.training.history import LOG
 from trmt.training.planning import ORIGIN, TrainOptions
 from trmt.training.run import Run
@@ -148,7 +148,7 @@ class _Watched(Run):
     until = 0
     killed = False
 
-    def _learn(self, examples: list[Examples]) -> None:
+    def _learn(self, examples: list[RaggedBatch]) -> None:
         super()._learn(examples)
         with (self.folder / ORDER).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps([self.progress.step, _digest(examples)]) + "\n")
@@ -161,12 +161,12 @@ class _Watched(Run):
         super()._stop(number)
 
 
-def _digest(examples: Sequence[Examples]) -> str:
+def _digest(examples: Sequence[RaggedBatch]) -> str:
     digest = hashlib.sha256()
     for batch in examples:
         for name, column in sorted(batch.columns.items()):
             digest.update(name.encode())
-            digest.update(column.ids.tobytes())
+            digest.update(column.values.tobytes())
             digest.update(column.lengths.tobytes())
     return digest.hexdigest()
 
@@ -186,7 +186,7 @@ def _work(part: _Part) -> None:
     if longer:
         run = _Watched.planned(replace(options, settings=[*options.settings, *longer]), validate)
     run.until, run.killed = part.until, part.killed
-    with only_one(run.folder):
+    with exclusive(run.folder):
         run.begin()
         run.loop()
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trmt import console
 from trmt.errors import ConfigError, DataError
 from trmt.registry import suggestion
-from trmt.text.corpus import lines
+from trmt.text.lines import read_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,7 +208,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def read_sentences(path: str | Path) -> list[str]:
     """The lines of a file, or of standard input for `-`, without white space at the end, as in sacreBLEU."""
-    return [line.rstrip() for line in lines(path)]
+    return [line.rstrip() for line in read_lines(path)]
 
 
 def check_aligned(systems: Mapping[str, Sentences], references: Mapping[str, Sentences]) -> None:

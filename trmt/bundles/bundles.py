@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 import trmt
 from trmt.bundles import quantised
-from trmt.config import build, tree_of
+from trmt.config import build, to_tree
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Network, Seq2Seq
 from trmt.registry import NETWORKS, resolve
@@ -89,7 +89,7 @@ def describe(net: Network, architecture: str, tokenizer: Tokenizer, **rest: Any)
     """The manifest of a network and its tokenizer; `rest` are further fields."""
     return Manifest(
         architecture=architecture,
-        network=tree_of(net.config),
+        network=to_tree(net.config),
         languages=tokenizer.languages,
         tokenizer=tokenizer.fingerprint,
         special={name: getattr(tokenizer.target, name) for name in ("pad", "unk", "bos", "eos")},
@@ -132,7 +132,7 @@ def seal(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Manifest:
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_json(folder / MANIFEST, {"format": FORMATS[manifest.precision], **tree_of(manifest)})
+    write_json(folder / MANIFEST, {"format": FORMATS[manifest.precision], **to_tree(manifest)})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -34,7 +34,7 @@ from trmt.bundles.bundles import Manifest
 from trmt.bundles.slices import INDEX, Slice, Slices, write_index
 from trmt.bundles.slices import write as write_slices
 from trmt.errors import BundleError
-from trmt.storage.files import PARTIAL, atomic_folder, checksum, recover, write_json
+from trmt.storage.files import PARTIAL, atomic_folder, checksum, recover_folder, write_json
 from trmt.text.tokenizer import Tokenizer
 from trmt.training.distributed import Team
 
@@ -245,7 +245,7 @@ def find_bundle(place: Path) -> Path:
     """The bundle that a path stands for: itself, or the best of the run folder it names."""
     if bundles.is_bundle(place):
         return place
-    recover(place / AVERAGE)
+    recover_folder(place / AVERAGE)
     found = steps(place)
     if bundles.is_bundle(place / AVERAGE):
         averaged = bundles.read_manifest(place / AVERAGE).training.get("averaged", [])

@@ -16,7 +16,7 @@ from trmt.errors import ConfigError
 if TYPE_CHECKING:
     from trmt.insight.alignment.aligning_streams import Report
     from trmt.insight.alignment.linking import Aligner, Look
-    from trmt.text.links import Agreement
+    from trmt.text.links import AlignmentScore
 
 SHOWN = 5  # lines that a message names
 
@@ -132,14 +132,14 @@ def _explain(report: Report, aligner: Aligner) -> None:
         console.say(_verdict(report.agreement))
 
 
-def _verdict(seen: Agreement) -> str:
+def _verdict(seen: AlignmentScore) -> str:
     return (
         f"alignment error rate {seen.error_rate:.4f}, precision {seen.precision:.4f}, "
         f"recall {seen.recall:.4f} ({seen.found:,} links, {seen.sure:,} sure ones in gold)"
     )
 
 
-def _looks(verdicts: list[tuple[Look, Agreement]]) -> str:
+def _looks(verdicts: list[tuple[Look, AlignmentScore]]) -> str:
     rows = [["layer", "head", "shift", "AER", "precision", "recall"]]
     for look, seen in verdicts:
         head = "mean" if look.head is None else str(look.head + 1)

@@ -1,4 +1,4 @@
-"""`trmt prepare`: turn text into a set to train on."""
+"""`trmt prepare`: encode and filter text for training."""
 
 from __future__ import annotations
 
@@ -23,47 +23,57 @@ def command(
     train: Annotated[
         list[str] | None,
         typer.Option(
-            "--train", metavar="CORPUS", help=f"Pairs to train on, repeatable: {CORPUS}. @2.5 is a weight."
+            "--train",
+            metavar="CORPUS",
+            help=f"Pairs to train on, repeatable: {CORPUS}. A suffix @2.5 is a weight.",
         ),
     ] = None,
     dev: Annotated[
-        str | None, typer.Option("--dev", metavar="CORPUS", help="Pairs to validate on, never filtered.")
+        str | None,
+        typer.Option("--dev", metavar="CORPUS", help="Pairs to validate on; only empty ones are dropped."),
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", metavar="LANGUAGE", help="By itself the tokenizer's source.")
+        str | None,
+        typer.Option("--from", metavar="LANGUAGE", help="The source language; the tokenizer's by default."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--to", metavar="LANGUAGE", help="By itself the tokenizer's target.")
+        str | None,
+        typer.Option("--to", metavar="LANGUAGE", help="The target language; the tokenizer's by default."),
     ] = None,
     documents: Annotated[
         list[str] | None,
         typer.Option(
             "--documents",
             metavar="FILE",
-            help="For pretraining, instead of --train: one sentence a line, blank lines between documents; "
+            help="For pretraining, instead of --train: one sentence per line, blank lines between documents; "
             "--dev is such a file too. Repeatable.",
         ),
     ] = None,
     language: Annotated[
-        str | None, typer.Option("--language", help="Of the documents. By itself the tokenizer's source.")
+        str | None,
+        typer.Option("--language", help="The language of the documents; the tokenizer's source by default."),
     ] = None,
     tokenizer: Annotated[Path, typer.Option(help="The folder of the tokenizer.")] = Path("data/tokenizer"),
-    max_length: Annotated[int, typer.Option(help="The most pieces that a side of a pair may have.")] = 250,
+    max_length: Annotated[int, typer.Option(help="Drop pairs with more pieces on either side.")] = 250,
     max_ratio: Annotated[
         float,
-        typer.Option(help="How many times longer one side may be, in pieces beyond the first few; 0: any."),
+        typer.Option(help="Drop pairs with more pieces of one side per piece of the other; 0: keep them."),
     ] = 3.0,
     keep_duplicates: Annotated[
-        bool, typer.Option("--keep-duplicates", help="Keep pairs that come more than once.")
+        bool, typer.Option("--keep-duplicates", help="Keep pairs that occur more than once.")
     ] = False,
     alignments: Annotated[
         list[str] | None,
         typer.Option(
-            "--alignments", metavar="FILE", help="Links of words (trmt align), one file for each --train."
+            "--alignments", metavar="FILE", help="Word alignments (trmt align), one file for each --train."
         ),
     ] = None,
-    source_column: Annotated[str | None, typer.Option(help="The column of the source text.")] = None,
-    target_column: Annotated[str | None, typer.Option(help="The column of the target text.")] = None,
+    source_column: Annotated[
+        str | None, typer.Option(help="The column of the source text, by name or number.")
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option(help="The column of the target text, by name or number.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Worker processes.", show_default="one for each core")
     ] = None,
@@ -72,24 +82,26 @@ def command(
         typer.Option(
             "--ray",
             metavar="ADDRESS",
-            help="Have the workers of a Ray cluster encode: host:port, auto, or local for one here.",
+            help="Encode on the workers of a Ray cluster: host:port, auto, or local to start one here.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Prepare again even what is up to date.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Prepare again even if the set is up to date.")
+    ] = False,
 ) -> None:
-    """Encode and filter pairs of sentences, or documents, into a checksummed set of shards."""
+    """Encode and filter sentence pairs, or documents, for training."""
     if documents or language:
         for_pairs = {"--train": train, "--from": source, "--to": target, "--workers": workers}
         for name, value in {**for_pairs, "--alignments": alignments, "--ray": ray}.items():
             if value:
-                raise ConfigError(f"{name} is for pairs and --documents or --language is not; leave one out")
+                raise ConfigError(f"{name} is for pairs, --documents and --language are not; leave one out")
         _prepare_documents(documents, dev, out, tokenizer, language, max_length, force)
         return
     from trmt.sets.preparing import PrepareOptions, prepare
-    from trmt.text.filters import Limits
+    from trmt.text.filters import LengthLimits
 
     if ray and alignments:
-        raise ConfigError("--alignments cannot be cut into the parts that --ray makes; leave one out")
+        raise ConfigError("--alignments does not work with --ray; leave one out")
     options = PrepareOptions(
         train=tuple(train or ()),
         dev=dev,
@@ -97,7 +109,7 @@ def command(
         tokenizer=tokenizer,
         languages=(source, target),
         columns=(source_column, target_column),
-        limits=Limits(max_length, max_ratio),
+        limits=LengthLimits(max_length, max_ratio),
         keep_duplicates=keep_duplicates,
         alignments=tuple(alignments or ()),
         workers=workers,
@@ -123,7 +135,7 @@ def _prepare_documents(
     from trmt.sets.documents import DocumentOptions, prepare_documents
 
     if not documents:
-        raise ConfigError("--language is that of --documents, and there are none; name a file")
+        raise ConfigError("--language needs --documents; name a file")
     prepare_documents(
         DocumentOptions(tuple(documents), dev, out, tokenizer, language, max_length, force=force)
     )

@@ -1,4 +1,4 @@
-"""`trmt tokenizer`: learn how to cut text into pieces."""
+"""`trmt tokenizer`: train a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 from trmt import console
 
 if TYPE_CHECKING:
-    from trmt.text.tokenizer_training import Report
+    from trmt.text.tokenizer_training import TokenizerReport
 
 CORPUS = (
-    "Text to learn from, repeatable: train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix; "
+    "Text to train on, repeatable: train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix; "
     "hf:NAME; - for TSV on standard input."
 )
 RULE = "nfc, nfkc, nmt_nfkc, nmt_nfkc_cf or none; stored with the tokenizer."
@@ -28,19 +28,18 @@ def command(
     source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="The source language.")] = "",
     target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="The target language.")] = "",
     size: Annotated[int, typer.Option(help="Pieces in each model, special ids and bytes included.")] = 8000,
-    kind: Annotated[str, typer.Option(help="How pieces are found: bpe or unigram.")] = "bpe",
+    kind: Annotated[str, typer.Option(help="The type of the sentencepiece model: bpe or unigram.")] = "bpe",
     joint: Annotated[
-        bool, typer.Option("--joint/--separate", help="One model for both sides, or two.")
+        bool, typer.Option("--joint/--separate", help="One model for both languages, or one for each.")
     ] = True,
     coverage: Annotated[
         float | None,
         typer.Option(
-            help="Share of running characters that get pieces of their own; "
-            "by itself 1 for small alphabets, 0.9995 for others.",
-            show_default=False,
+            help="Share of running characters that have a piece of their own.",
+            show_default="1 for small alphabets, 0.9995 for others",
         ),
     ] = None,
-    byte_fallback: Annotated[bool, typer.Option(help="Spell other characters in bytes.")] = True,
+    byte_fallback: Annotated[bool, typer.Option(help="Spell characters without a piece in bytes.")] = True,
     split_digits: Annotated[bool, typer.Option(help="Make every digit a piece of its own.")] = True,
     normalise_source: Annotated[str, typer.Option(metavar="RULE", help=f"For source text: {RULE}")] = "nfc",
     normalise_target: Annotated[str, typer.Option(metavar="RULE", help=f"For target text: {RULE}")] = "nfc",
@@ -48,14 +47,20 @@ def command(
         list[str] | None, typer.Option(help="A symbol that text cannot spell, such as <2de>; repeatable.")
     ] = None,
     placeholder: Annotated[
-        list[str] | None, typer.Option(help="A symbol that stays whole in text; repeatable.")
+        list[str] | None, typer.Option(help="A symbol that is never split in text; repeatable.")
     ] = None,
-    source_column: Annotated[str | None, typer.Option(help="The column of the source text.")] = None,
-    target_column: Annotated[str | None, typer.Option(help="The column of the target text.")] = None,
-    sample: Annotated[int, typer.Option(help="Sentences to learn from at most.")] = 2_000_000,
-    seed: Annotated[int, typer.Option(help="The seed of that sample.")] = 1,
+    source_column: Annotated[
+        str | None, typer.Option(help="The column of the source text, by name or number.")
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option(help="The column of the target text, by name or number.")
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(help="Sentences to train on at most, of both languages together.")
+    ] = 2_000_000,
+    seed: Annotated[int, typer.Option(help="The seed of the sample.")] = 1,
 ) -> None:
-    """Learn a sentencepiece tokenizer from pairs of sentences, and report how it fits them."""
+    """Train a sentencepiece tokenizer on sentence pairs, and print statistics of its pieces."""
     from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
     options = TokenizerOptions(
@@ -77,13 +82,13 @@ def command(
         seed=seed,
     )
     tokenizer, report = train_tokenizer(options, out=out)
-    _show(report)
+    _print_report(report)
     sides = [tokenizer.source] if joint else [tokenizer.source, tokenizer.target]
     sizes = " and ".join(f"{side.vocabulary:,}" for side in sides)
     console.say(f"wrote {out}: {'joint' if joint else 'separate'} {kind}, {sizes} pieces")
 
 
-def _show(report: Report) -> None:
+def _print_report(report: TokenizerReport) -> None:
     sides = (("source", report.source), ("target", report.target))
     rows = [
         [
@@ -97,8 +102,8 @@ def _show(report: Report) -> None:
         ]
         for name, side in sides
     ]
-    columns = ["side", "language", "sentences", "tokens/word", "tokens/char", "unknown", "bytes"]
-    console.table("Tokens in a sample of the training text", columns, rows)
+    columns = ["side", "language", "sentences", "pieces/word", "pieces/char", "unknown", "bytes"]
+    console.table("Pieces in a sample of the training text", columns, rows)
     for name, side in sides:
         if side.lost:
-            console.say(f"{name} characters that do not survive: {'; '.join(map(str, side.lost))}")
+            console.say(f"{name} characters lost in encoding and decoding: {'; '.join(map(str, side.lost))}")

@@ -65,11 +65,11 @@ def make_ready(threads: int) -> None:
     """What a process does before it trains."""
     import torch
 
-    from trmt.devices.choice import keep_memory
+    from trmt.devices.choice import keep_freed_memory
 
     if threads:
         torch.set_num_threads(threads)
-    keep_memory()
+    keep_freed_memory()
 
 
 def with_device(settings: list[str] | None, device: str | None) -> list[str]:

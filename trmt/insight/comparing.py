@@ -18,7 +18,8 @@ from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.insight.plotting import read_runs
 from trmt.scoring import MetricScore, ScoreOptions, bleu_tokenizer
 from trmt.sets.shards import PreparedSet
-from trmt.text.corpus import pairs, parse_corpus
+from trmt.text.corpus import parse_corpus
+from trmt.text.pairs import read_corpus
 from trmt.training import describing
 from trmt.training.history import History
 from trmt.translating import TranslateOptions, Translator
@@ -178,7 +179,7 @@ def _dev_text(run: RunFacts) -> tuple[list[str], list[str]]:
 
 def _test_text(corpus: str, run: RunFacts) -> tuple[list[str], list[str]]:
     """Source and reference of the sentences of a corpus."""
-    both = list(pairs(parse_corpus(corpus, *run.languages)))
+    both = list(read_corpus(parse_corpus(corpus, *run.languages)))
     if not both:
         raise DataError(f"{corpus} is empty; there is nothing to translate")
     return [source for source, _ in both], [target for _, target in both]

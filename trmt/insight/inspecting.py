@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trmt.bundles import bundles, checkpoints
-from trmt.config import tree_of
+from trmt.config import to_tree
 from trmt.devices.choice import choose_device
 from trmt.native import products
 from trmt.nets import linear
@@ -31,7 +31,7 @@ def inspect(place: Path | None = None) -> dict[str, Any]:
 def _bundle(folder: Path) -> dict[str, Any]:
     manifest = bundles.read_manifest(folder)
     parts = describing.parts(bundles.read_weights(folder, manifest), manifest)
-    tree = tree_of(manifest)
+    tree = to_tree(manifest)
     return {
         "folder": str(folder),
         "architecture": manifest.architecture,

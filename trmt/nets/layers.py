@@ -3,18 +3,18 @@
 Axes: S sentence, L source position, T target position, Q queries, J keys, N tokens in a row, M tokens of the
 other side in a row, H heads, P head dimension, D hidden size.
 
-In training, the tokens of a batch stand in a row without padding, [N, D] ("packed"); `Spans` say where sentences
-begin. In decoding they stand in a grid [S, Q, D].
+In training, the tokens of a batch stand in a row without padding, [N, D] ("packed"); `Spans` say where
+sentences begin. In decoding they stand in a grid [S, Q, D].
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -138,18 +138,28 @@ def norm_layer(name: Literal["layer", "rms"], d_model: int, epsilon: float = 0.0
     return RMSNorm(d_model, eps=epsilon or 1e-6)
 
 
+L = TypeVar("L", bound=nn.Module)
+
+
+class LayerList(nn.ModuleList, Generic[L]):
+    """A ModuleList whose modules are of one class."""
+
+    def __init__(self, modules: Iterable[L]) -> None:
+        super().__init__(modules)
+
+    def __iter__(self) -> Iterator[L]:
+        return cast(Iterator[L], super().__iter__())
+
+
 Sublayer = tuple[nn.Module, Callable[[Tensor], Tensor]]  # the norm that belongs to it, and its function
 
 
-def residual(
-    x: Tensor, sublayers: Sequence[Sublayer], last_norm: nn.Module | None, p: float
-) -> Tensor:
+def residual(x: Tensor, sublayers: Sequence[Sublayer], last_norm: nn.Module | None, p: float) -> Tensor:
     """The sublayers f one after another, each with dropout, a residual connection and its norm.
 
-    Post-norm, without a `last_norm`:  x = norm(x + f(x)).
-    Pre-norm, with one:                x = x + f(norm(x)), and in the end last_norm(x).
-    Both are chains of the same step, a sum and the norm of it, which a kernel makes in one pass: in pre-norm the norm
-    is the next sublayer's.
+    Post-norm, without a `last_norm`:  x = norm(x + f(x)). Pre-norm, with one:                x = x +
+    f(norm(x)), and in the end last_norm(x). Both are chains of the same step, a sum and the norm of it, which
+    a kernel makes in one pass: in pre-norm the norm is the next sublayer's.
     """
     norms = [norm for norm, _ in sublayers]
     if last_norm is None:
@@ -272,8 +282,8 @@ def packed_self_attention(
         out = fast(qkv_N3D, spans, heads, causal)
         if out is not None:
             return out
-    qkv = qkv_N3D.unflatten(-1, (3, heads, -1)).unbind(1)
-    return attend_packed(*qkv, spans, spans, causal=causal, dropout=dropout)
+    query, key, value = qkv_N3D.unflatten(-1, (3, heads, -1)).unbind(1)
+    return attend_packed(query, key, value, spans, spans, causal=causal, dropout=dropout)
 
 
 def packed_cross_attention(
@@ -285,8 +295,8 @@ def packed_cross_attention(
         if out is not None:
             return out
     query_NHP = query_ND.unflatten(-1, (heads, -1))
-    kv = kv_M2D.unflatten(-1, (2, heads, -1)).unbind(1)
-    return attend_packed(query_NHP, *kv, spans, source, causal=False, dropout=dropout)
+    key, value = kv_M2D.unflatten(-1, (2, heads, -1)).unbind(1)
+    return attend_packed(query_NHP, key, value, spans, source, causal=False, dropout=dropout)
 
 
 def attend_packed(
@@ -378,7 +388,7 @@ def packed_weights(
     causal: bool = False,
     only: slice = slice(None),
 ) -> Tensor:
-    """The attention weights of packed queries and keys: [S, H, T, L], zero beyond sentences; `only` some heads."""
+    """Attention weights of packed queries and keys [S, H, T, L], zero beyond sentences; `only` some heads."""
     query_SHTP, _, _ = to_grid(query_ND.unflatten(-1, (heads, -1))[:, only], spans)
     key_SHLP, _, real_SL = to_grid(key_MD.unflatten(-1, (heads, -1))[:, only], keys)
     mask = additive_mask(real_SL)[:, None, None]

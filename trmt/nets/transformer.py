@@ -1,12 +1,12 @@
 """The Transformer of "Attention Is All You Need" (arXiv 1706.03762), with what people change about it today.
 
 Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when decoding),
-N target tokens of a batch in a row, M source tokens in a row, H heads, P head dimension, D hidden size (d_model),
-A layers.
+N target tokens of a batch in a row, M source tokens in a row, H heads, P head dimension, D hidden size
+(d_model), A layers.
 
 The layers are written once, for any layout of the tokens, and get their attention as functions (layer index,
-queries...) -> output. `forward` trains on packed tokens; `start` encodes sources in a padded grid and makes the KV
-cache; `step` decodes the next tokens with it.
+queries...) -> output. `forward` trains on packed tokens; `start` encodes sources in a padded grid and makes
+the KV cache; `step` decodes the next tokens with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from trmt.nets import kv_cache, layers
 from trmt.nets.base import (
     NO_WEIGHTS,
     UNLIMITED,
+    DecoderState,
     Decoding,
     EncoderMemory,
     Network,
@@ -39,7 +40,7 @@ from trmt.nets.base import (
     stack_weights,
 )
 from trmt.nets.kv_cache import KVCache
-from trmt.nets.layers import FeedForward, Linear, Spans, Sublayer, split_heads
+from trmt.nets.layers import FeedForward, LayerList, Linear, Spans, Sublayer, split_heads
 
 SelfAttention = Callable[[int, Tensor], Tensor]  # (layer, merged queries, keys, values [.., 3D]) -> [.., D]
 CrossAttention = Callable[[int, Tensor], Tensor]  # (layer, queries [.., D]) -> [.., D]
@@ -59,14 +60,18 @@ class TransformerConfig:
     decoder_layers: int = 6  # layers of the decoder
     dropout: float = 0.1  # of embeddings and of the output of each sublayer
     attention_dropout: float = 0.0  # of attention weights
-    norm_position: Literal["post", "pre"] = "post"  # norms after the residual connection, or before each sublayer
+    norm_position: Literal["post", "pre"] = (
+        "post"  # norms after the residual connection, or before each sublayer
+    )
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm or RMSNorm
     norm_epsilon: float = 0.0  # added to the variance; 0 takes what is usual for the norm
     embedding_norm: bool = False  # a norm behind the embeddings, as BERT and BART have it
     embedding_scale: bool = True  # embeddings are multiplied by the square root of d_model
     activation: Literal["relu", "gelu", "swish", "swiglu"] = "relu"  # of the feed-forward layers
     positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"  # how tokens know their positions
-    position_offset: int = 0  # rows of the sinusoidal table that come before position 0, as imported models have it
+    position_offset: int = (
+        0  # rows of the sinusoidal table that come before position 0, as imported models have it
+    )
     max_positions: int = 1024  # the longest sentence in tokens; rotary positions have no limit
     tied: Literal["all", "target", "none"] = "all"  # which embeddings share the output's matrix
     output_bias: bool = False  # a bias for each token of the vocabulary, as Marian has it
@@ -107,7 +112,9 @@ class TokenEmbedding(nn.Module):
         self.norm = config.make_norm() if config.embedding_norm else None
         table = None
         if config.positions == "sinusoidal":
-            table = layers.sinusoids(config.max_positions, config.d_model, offset=config.position_offset)[None]
+            table = layers.sinusoids(config.max_positions, config.d_model, offset=config.position_offset)[
+                None
+            ]
         if config.positions == "learned":
             # An axis more than needed: int8 quantises matrices, which would be too coarse for positions.
             learned = torch.randn(1, config.max_positions, config.d_model) * config.d_model**-0.5
@@ -165,7 +172,7 @@ class Encoder(nn.Module):
     def __init__(self, config: TransformerConfig, embedding: TokenEmbedding) -> None:
         super().__init__()
         self.embedding = embedding
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.layers = LayerList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.norm = config.make_norm() if config.norm_position == "pre" else None
         self.dropout = config.dropout
 
@@ -186,7 +193,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = embedding
-        self.layers = nn.ModuleList(layer(config) for _ in range(config.decoder_layers))
+        self.layers = LayerList(layer(config) for _ in range(config.decoder_layers))
         self.norm = config.make_norm() if config.norm_position == "pre" else None
         self.dropout = config.dropout
 
@@ -335,7 +342,7 @@ class Transformer(TransformerEncoder, Seq2Seq):
 
     # Decoding
 
-    def start(self, source: Source, decoding: Decoding) -> tuple[EncoderMemory, KVCache]:
+    def start(self, source: Source, decoding: Decoding) -> tuple[EncoderMemory, DecoderState]:
         memory = self.encode(source)
         sizes = (self.config.decoder_layers, self.config.heads, self.config.head_dim)
         return memory, kv_cache.make_cache(memory["key0"], len(source), decoding, sizes)
@@ -366,8 +373,8 @@ class Transformer(TransformerEncoder, Seq2Seq):
         return self.cross_kv(self.encoder(ids_SL, position_L, self_attention))
 
     def step(
-        self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: KVCache, position_S: Tensor
-    ) -> tuple[Tensor, KVCache]:
+        self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: Any, position_S: Tensor
+    ) -> tuple[Tensor, DecoderState]:
         decoder.advance(position_S, tokens_SKT.shape[2])
 
         def self_attention(layer: int, qkv_SQ3D: Tensor, position_SQ: Tensor) -> Tensor:
@@ -405,8 +412,8 @@ class Transformer(TransformerEncoder, Seq2Seq):
     def grid_self_attention(self, layer: int, qkv_SL3D: Tensor, position_L: Tensor, mask: Tensor) -> Tensor:
         """Self-attention of the encoder over padded sources."""
         qkv_SL3D = self.rotate(qkv_SL3D, position_L, longest=qkv_SL3D.shape[1])
-        qkv = (split_heads(x, self.config.heads) for x in qkv_SL3D.chunk(3, -1))
-        return self.grid_attention()(*qkv, mask)
+        query, key, value = (split_heads(x, self.config.heads) for x in qkv_SL3D.chunk(3, -1))
+        return self.grid_attention()(query, key, value, mask)
 
     def cached_self_attention(
         self, layer: int, qkv_SQ3D: Tensor, position_SQ: Tensor, cache: KVCache

@@ -20,12 +20,16 @@ import numpy as np
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.scale.fleet import Fleets, work_through
 from trmt.scale.partition import Input, begun, measured, missing, part_name
-from trmt.sets.encoding import BLOCK_PAIRS, Encoded, Encoder, blocks
-from trmt.sets.preparing import Job, PrepareOptions, Results, id_type, prepare
-from trmt.sets.shards import PreparedSet, Ragged
-from trmt.storage import remote
-from trmt.text.corpus import STDIN, Corpus, settled
-from trmt.text.ranges import Range, Slice, cut, cut_after, whole
+from trmt.sets.building import EncodedCorpora, PrepareJob, id_dtype
+from trmt.sets.encoding import BLOCK_PAIRS, BlockEncoder, EncodedBlock, read_blocks
+from trmt.sets.preparing import PrepareOptions, prepare
+from trmt.sets.shards import PreparedSet, RaggedArray
+from trmt.storage import files
+from trmt.storage.locks import exclusive
+from trmt.text.corpus import Corpus
+from trmt.text.lines import STDIN
+from trmt.text.pairs import resolve_columns
+from trmt.text.ranges import FileSlice, LineRange, split_after_lines, split_by_size, whole_file
 
 PART_BYTES = 32 << 20  # of source text: half a minute for a worker
 
@@ -44,7 +48,7 @@ class PairPart:
 class EncodeJob:
     """What a worker begins with."""
 
-    encoder: Encoder
+    encoder: BlockEncoder
 
     def begun(self) -> Callable[[PairPart], dict[str, Any]]:
         """What encodes one part after the other."""
@@ -55,23 +59,23 @@ def prepare_in_parts(options: PrepareOptions, fleets: Fleets, *, part_bytes: int
     """Prepare a set as `prepare` does, its training pairs in parts; those that are there are left."""
     folders: list[Path] = []
 
-    def encode(job: Job, encoder: Encoder) -> Results:
+    def encode(job: PrepareJob, encoder: BlockEncoder) -> EncodedCorpora:
         folders.append(job.out.absolute().with_name(f"{job.out.name}.parts"))
         return _encoded_in_parts(folders[0], job, encoder, fleets=fleets, part_bytes=part_bytes)
 
     made = prepare(options, encode=encode)
     for folder in folders:
-        remote.remove(str(folder))
+        files.remove(str(folder))
     return made
 
 
 def _encoded_in_parts(
-    folder: Path, job: Job, encoder: Encoder, *, fleets: Fleets, part_bytes: int
-) -> Results:
+    folder: Path, job: PrepareJob, encoder: BlockEncoder, *, fleets: Fleets, part_bytes: int
+) -> EncodedCorpora:
     corpora = [_cuttable(corpus) for corpus in job.train]
     where = str(folder)
-    with remote.kept_to_one(where):
-        remote.sweep(where)
+    with exclusive(where):
+        files.remove_partials(where, recursive=True)
         partition = begun(
             where,
             "prepare",
@@ -90,15 +94,15 @@ def _encoded_in_parts(
                     f"{len(done.failed):,} of {len(parts):,} parts could not be encoded, the first because: "
                     f"{next(iter(done.failed.values()))}; the same command tries those again"
                 )
-    return Results("collecting", None, _collected(parts))
+    return EncodedCorpora("collecting", None, _collected(parts))
 
 
-def _decisive(job: Job, encoder: Encoder, part_bytes: int) -> dict[str, Any]:
+def _decisive(job: PrepareJob, encoder: BlockEncoder, part_bytes: int) -> dict[str, Any]:
     """All options that decide what the parts hold."""
     return {
         "tokenizer": job.tokenizer.fingerprint,
         "languages": list(job.languages),
-        "columns": list(job.options.columns),
+        "columns": list(job.columns),
         "max length": encoder.limits.max_length,
         "max ratio": encoder.limits.max_ratio,
         "dev set": blake2b(encoder.dev_hashes.tobytes(), digest_size=8).hexdigest(),
@@ -110,16 +114,16 @@ def _decisive(job: Job, encoder: Encoder, part_bytes: int) -> dict[str, Any]:
 
 
 def _cuttable(corpus: Corpus) -> Corpus:
-    if corpus.paths == (STDIN,) or corpus.kind == "dataset":
+    if corpus.paths == (STDIN,) or corpus.format == "dataset":
         raise ConfigError(
             f"{corpus.name} is no file, which many could read; write it to one, or leave --ray out"
         )
-    return settled(replace(corpus, paths=tuple(map(remote.absolute, corpus.paths))))
+    return resolve_columns(replace(corpus, paths=tuple(map(files.absolute, corpus.paths))))
 
 
 def _cut(corpus: Corpus, size: int) -> list[Input]:
     """The files of a corpus in ranges that belong together."""
-    if corpus.kind == "parquet" or any(path.lower().endswith(".gz") for path in corpus.paths):
+    if corpus.format == "parquet" or any(path.lower().endswith(".gz") for path in corpus.paths):
         return [measured(path, _whole) for path in corpus.paths]
     first, *others = corpus.paths
     # Blocks of pairs begin where they do when one process reads all, so what is written is the same.
@@ -136,47 +140,47 @@ def _cut(corpus: Corpus, size: int) -> list[Input]:
     return found
 
 
-def _whole(name: str) -> list[Range]:
-    with remote.opened(name) as stream:
-        return [whole(stream)]
+def _whole(name: str) -> list[LineRange]:
+    with files.open_file(name) as stream:
+        return [whole_file(stream)]
 
 
-def _cut_by_size(name: str, *, size: int) -> list[Range]:
-    with remote.opened(name) as stream:
-        return cut(stream, size=size, every=BLOCK_PAIRS)
+def _cut_by_size(name: str, *, size: int) -> list[LineRange]:
+    with files.open_file(name) as stream:
+        return split_by_size(stream, size=size, every=BLOCK_PAIRS)
 
 
-def _cut_after(name: str, *, numbers: Sequence[int]) -> list[Range]:
-    with remote.opened(name) as stream:
-        return cut_after(stream, numbers)
+def _cut_after(name: str, *, numbers: Sequence[int]) -> list[LineRange]:
+    with files.open_file(name) as stream:
+        return split_after_lines(stream, numbers)
 
 
 def _parts(folder: str, corpora: Sequence[Corpus], inputs: Sequence[Input]) -> Iterator[PairPart]:
     left = iter(inputs)
-    slices: list[tuple[int, tuple[Slice, ...]]] = []
+    slices: list[tuple[int, tuple[FileSlice, ...]]] = []
     for number, corpus in enumerate(corpora):
-        files = [next(left) for _ in corpus.paths]
-        for ranges in zip(*(each.ranges for each in files), strict=True):
-            pieces = zip(files, ranges, strict=True)
-            slices.append((number, tuple(Slice(each.name, one) for each, one in pieces)))
+        taken = [next(left) for _ in corpus.paths]
+        for ranges in zip(*(each.ranges for each in taken), strict=True):
+            pieces = zip(taken, ranges, strict=True)
+            slices.append((number, tuple(FileSlice(each.name, one) for each, one in pieces)))
     for at, (number, some) in enumerate(slices):
         name = part_name(at, len(slices))
-        yield PairPart(name, number, replace(corpora[number], slices=some), remote.join(folder, name))
+        yield PairPart(name, number, replace(corpora[number], slices=some), files.join(folder, name))
 
 
 # What a part holds: for each block six arrays, one after the other, and at last an array of nothing
 
 
-def _encode(encoder: Encoder, part: PairPart) -> dict[str, Any]:
+def _encode(encoder: BlockEncoder, part: PairPart) -> dict[str, Any]:
     began, worked, lines = time.perf_counter(), time.process_time(), 0
-    with remote.published(part.out) as stream:
-        for block in blocks([part.corpus]):
+    with files.atomic_file(part.out) as stream:
+        for block in read_blocks([part.corpus]):
             result = encoder(block)
-            lines += len(result.verdicts)
-            for array in (result.verdicts, result.hashes):
+            lines += len(result.dropped_by)
+            for array in (result.dropped_by, result.hashes):
                 np.save(stream, array)
             for side, run in (("source", result.source), ("target", result.target)):
-                np.save(stream, run.values.astype(id_type(getattr(encoder.tokenizer, side).vocabulary)))
+                np.save(stream, run.values.astype(id_dtype(getattr(encoder.tokenizer, side).vocabulary)))
                 np.save(stream, run.lengths.astype("<u4"))
         np.save(stream, np.zeros(0, np.uint8))
     return {
@@ -186,10 +190,10 @@ def _encode(encoder: Encoder, part: PairPart) -> dict[str, Any]:
     }
 
 
-def _collected(parts: Sequence[PairPart]) -> Iterator[Encoded]:
+def _collected(parts: Sequence[PairPart]) -> Iterator[EncodedBlock]:
     """The blocks of all parts, in order."""
     for part in parts:
-        with remote.opened(part.out) as stream:
+        with files.open_file(part.out) as stream:
             try:
                 yield from _blocks(part.number, stream)
             except (EOFError, OSError, ValueError) as error:
@@ -198,14 +202,14 @@ def _collected(parts: Sequence[PairPart]) -> Iterator[Encoded]:
                 ) from error
 
 
-def _blocks(corpus: int, stream: BinaryIO) -> Iterator[Encoded]:
-    while len(verdicts := _array(stream)):
+def _blocks(corpus: int, stream: BinaryIO) -> Iterator[EncodedBlock]:
+    while len(dropped_by := _array(stream)):
         hashes, *sides = (_array(stream) for _ in range(5))
         source, target = (
-            Ragged(values, lengths.astype(np.int64))
+            RaggedArray(values, lengths.astype(np.int64))
             for values, lengths in zip(sides[::2], sides[1::2], strict=True)
         )
-        yield Encoded(corpus=corpus, verdicts=verdicts, source=source, target=target, hashes=hashes)
+        yield EncodedBlock(corpus=corpus, dropped_by=dropped_by, source=source, target=target, hashes=hashes)
 
 
 def _array(stream: BinaryIO) -> Any:

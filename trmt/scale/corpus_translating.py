@@ -22,9 +22,10 @@ from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.scale.devices import window_for
 from trmt.scale.fleet import Fleets, Outcome, work_through
 from trmt.scale.partition import RESERVED, Input, begun, measured, missing, part_name
-from trmt.storage import remote
+from trmt.storage import files
+from trmt.storage.locks import exclusive
 from trmt.streaming import translate_stream
-from trmt.text.ranges import Range, Slice, cut, reading, whole
+from trmt.text.ranges import FileSlice, LineRange, open_slice, split_by_size, whole_file
 from trmt.translating import TranslateOptions, Translator, find_model
 
 PART_MIB, GPU_PART_MIB = 1, 4  # of text: ten thousand lines a MiB, which is what a dead worker can lose
@@ -63,7 +64,7 @@ class TextPart:
     """Some lines of a file, and where their translations go."""
 
     name: str
-    slice: Slice
+    slice: FileSlice
     out: str
 
 
@@ -93,7 +94,7 @@ class TranslateJob:
 def _translated(translator: Translator, options: CorpusOptions, part: TextPart) -> dict[str, Any]:
     """Translate a part, and say what is worth knowing of it."""
     began, worked = time.perf_counter(), time.process_time()
-    with remote.published(part.out) as out, _text(part.slice) as source:
+    with files.atomic_file(part.out) as out, _text(part.slice) as source:
         first = part.slice.range.first
         try:
             report = translate_stream(
@@ -107,9 +108,9 @@ def _translated(translator: Translator, options: CorpusOptions, part: TextPart) 
                 waited_for=False,
             )
         except (EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{part.slice.file} is damaged ({error}); fetch or pack it again") from error
+            raise DataError(f"{part.slice.path} is damaged ({error}); fetch or pack it again") from error
         lines = report.lines - first
-        assert part.slice.packed or lines == part.slice.range.lines, "a line has no translation, or two"
+        assert part.slice.compressed or lines == part.slice.range.lines, "a line has no translation, or two"
     return {
         "lines": lines,
         "split": len(report.split),
@@ -120,9 +121,9 @@ def _translated(translator: Translator, options: CorpusOptions, part: TextPart) 
     }
 
 
-def _text(place: Slice) -> BinaryIO:
-    raw = reading(remote.opened(place.file), place)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if place.packed else raw
+def _text(place: FileSlice) -> BinaryIO:
+    raw = open_slice(files.open_file(place.path), place)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if place.compressed else raw
 
 
 def translate_corpus(options: CorpusOptions, fleets: Fleets) -> Outcome:
@@ -132,10 +133,10 @@ def translate_corpus(options: CorpusOptions, fleets: Fleets) -> Outcome:
     """
     model = find_model(options.model).absolute()
     manifest = bundles.read_manifest(model)
-    source, out = remote.absolute(options.source), remote.absolute(options.out)
+    source, out = files.absolute(options.source), files.absolute(options.out)
     names = _inputs(source, out)
-    with remote.kept_to_one(out):
-        remote.sweep(out)
+    with exclusive(out):
+        files.remove_partials(out, recursive=True)
         partition = begun(
             out,
             "translate",
@@ -161,19 +162,19 @@ def translate_corpus(options: CorpusOptions, fleets: Fleets) -> Outcome:
 
 def _inputs(source: str, out: str) -> list[str]:
     """The files to translate, in order."""
-    if remote.is_file(source):
+    if files.is_file(source):
         return [source]
-    if out == source or out.startswith(remote.join(source, "")):
+    if out == source or out.startswith(files.join(source, "")):
         raise ConfigError(f"{out} is in the folder that is translated; choose an output folder beside it")
-    found = [name for name in remote.files_below(source) if not _hidden(name)]
+    found = [name for name in files.list_files(source) if not _hidden(name)]
     if not found:
         raise DataError(f"there is no file {source}, and no folder of that name with files in it")
     for name in found:
         if name.partition("/")[0] in RESERVED:
             raise ConfigError(
-                f"{remote.join(source, name)} is called like a file of ours; give it another name"
+                f"{files.join(source, name)} is called like a file of ours; give it another name"
             )
-    return [remote.join(source, name) for name in found]
+    return [files.join(source, name) for name in found]
 
 
 def _hidden(name: str) -> bool:
@@ -203,9 +204,9 @@ def _cut_all(names: Sequence[str], size: int) -> list[Input]:
         return found
 
 
-def _cut(name: str, size: int) -> list[Range]:
-    with remote.opened(name) as stream:
-        return [whole(stream)] if _packed(name) else cut(stream, size=size)
+def _cut(name: str, size: int) -> list[LineRange]:
+    with files.open_file(name) as stream:
+        return [whole_file(stream)] if _packed(name) else split_by_size(stream, size=size)
 
 
 def _packed(name: str) -> bool:
@@ -216,10 +217,10 @@ def _parts(source: str, out: str, inputs: Sequence[Input]) -> list[TextPart]:
     """The parts of each file, in a folder called as it is; a single file has no folder of its own."""
     parts = []
     for each in inputs:
-        folder = "" if each.name == source else each.name[len(remote.join(source, "x")) - 1 :] + "/"
+        folder = "" if each.name == source else each.name[len(files.join(source, "x")) - 1 :] + "/"
         for number, one in enumerate(each.ranges):
             name = folder + part_name(number, len(each.ranges))
-            parts.append(TextPart(name, Slice(each.name, one, _packed(each.name)), remote.join(out, name)))
+            parts.append(TextPart(name, FileSlice(each.name, one, _packed(each.name)), files.join(out, name)))
     return parts
 
 

@@ -24,7 +24,7 @@ import trmt
 from trmt import console
 from trmt.errors import TrmtError
 from trmt.scale.devices import keep_to
-from trmt.sets.encoding import leave_with_parent
+from trmt.sets.encoding import exit_with_parent
 
 TRIES = 3  # of a part, and of a worker to begin
 HOPELESS = 50  # parts that fail in a row: of a full disk, say, trying all the others makes no room
@@ -246,7 +246,7 @@ def _work(pipe: Connection, job: Job, device: str) -> None:
     # Ctrl-C goes to every process of the terminal; the main process alone answers it, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)
-    leave_with_parent()
+    exit_with_parent()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             attempt = begun(job, trmt.__version__)

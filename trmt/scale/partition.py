@@ -14,9 +14,10 @@ from typing import Any
 
 from trmt import console
 from trmt.errors import ConfigError, DataError
-from trmt.storage import remote
-from trmt.storage.files import LOCK, PARTIAL
-from trmt.text.ranges import Range
+from trmt.storage import files
+from trmt.storage.files import PARTIAL
+from trmt.storage.locks import LOCK
+from trmt.text.ranges import LineRange
 
 MANIFEST = "manifest.json"
 RESERVED = (MANIFEST, LOCK)  # what an input must not be called
@@ -31,7 +32,7 @@ class Input:
     name: str
     bytes: int
     stamp: str  # changes whenever the file is written
-    ranges: tuple[Range, ...]
+    ranges: tuple[LineRange, ...]
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def part_name(number: int, of: int) -> str:
     return f"part-{number:0{max(len(str(of - 1)), 5)}d}"
 
 
-def measured(name: str, cut: Callable[[str], Sequence[Range]]) -> Input:
+def measured(name: str, cut: Callable[[str], Sequence[LineRange]]) -> Input:
     """An input, cut."""
-    size, stamp = remote.size_and_stamp(name)
+    size, stamp = files.size_and_version(name)
     found = Input(name, size, stamp, tuple(cut(name)))
     if size != found.ranges[-1].end:
         raise DataError(f"{name} changes while it is read; wait until it is written")
@@ -69,10 +70,10 @@ def begun(
 
     `names` are those of the inputs, which `cut` reads through.
     """
-    path = remote.join(folder, MANIFEST)
+    path = files.join(folder, MANIFEST)
     before = _read(path)
     if before is None:
-        foreign = [name for name in remote.files_below(folder) if not _harmless(name)]
+        foreign = [name for name in files.list_files(folder) if not _harmless(name)]
         if foreign:
             raise ConfigError(
                 f"{folder} holds {foreign[0]} and no {MANIFEST}, so it is not of this command; choose an "
@@ -96,7 +97,7 @@ def begun(
 
 def missing(folder: str, names: Sequence[str]) -> list[str]:
     """Those of the names that are not yet there."""
-    there = set(remote.files_below(folder))
+    there = set(files.list_files(folder))
     return [name for name in names if name not in there]
 
 
@@ -105,9 +106,9 @@ def _harmless(name: str) -> bool:
 
 
 def _read(path: str) -> Partition | None:
-    if not remote.is_file(path):
+    if not files.is_file(path):
         return None
-    with remote.opened(path) as stream:
+    with files.open_file(path) as stream:
         raw = stream.read()
     try:
         tree = json.loads(raw)
@@ -122,18 +123,18 @@ def _read(path: str) -> Partition | None:
 def _write(path: str, made: Partition) -> None:
     inputs = [{**asdict(each), "ranges": list(map(_line, each.ranges))} for each in made.inputs]
     tree = {"format": FORMAT, "job": made.job, "options": dict(made.options), "inputs": inputs}
-    with remote.published(path) as stream:
+    with files.atomic_file(path) as stream:
         stream.write(json.dumps(tree, indent=2).encode() + b"\n")
 
 
-def _line(one: Range) -> str:
+def _line(one: LineRange) -> str:
     return f"{one.begin} {one.end} {one.first} {one.lines} {one.digest}"
 
 
-def _range(line: str) -> Range:
+def _range(line: str) -> LineRange:
     *numbers, digest = line.split()
     begin, end, first, lines = map(int, numbers)
-    return Range(begin, end, first, lines, digest)
+    return LineRange(begin, end, first, lines, digest)
 
 
 def _flat(tree: Any, place: str = "") -> dict[str, str]:
@@ -162,7 +163,7 @@ def _changed(
         yield f"{name} {'is gone' if name in known else 'is new'}"
     if known != list(names):
         return
-    if [remote.size_and_stamp(name) for name in names] == [(each.bytes, each.stamp) for each in before]:
+    if [files.size_and_version(name) for name in names] == [(each.bytes, each.stamp) for each in before]:
         return
     # Copied or touched: what is in them decides.
     console.say("an input was written since; comparing what is in all of them")

@@ -20,7 +20,7 @@ from torch import Tensor
 from trmt import console
 from trmt.devices import memory
 from trmt.devices.choice import autocast
-from trmt.sets.batches import TRIAL, Batches, Indices
+from trmt.sets.batches import PROBE_SEED, Batches, PairNumbers
 from trmt.training.display import About
 from trmt.training.learner import Learner
 from trmt.training.recipe import TrainingConfig
@@ -79,10 +79,10 @@ def state_bytes(learner: Learner) -> int:
 
 def activation_bytes(learner: Learner, batches: Batches) -> int:
     """The most that a batch keeps for its backward pass, from measuring an eighth of the largest ones."""
-    return max(_kept_for_backward(learner, batches, pairs) for pairs in batches.largest())
+    return max(_kept_for_backward(learner, batches, pairs) for pairs in batches.largest_batches())
 
 
-def _kept_for_backward(learner: Learner, batches: Batches, pairs: Indices) -> int:
+def _kept_for_backward(learner: Learner, batches: Batches, pairs: PairNumbers) -> int:
     part = pairs[: max(len(pairs) // 8, 1)]
     kept: dict[int, int] = {}
 
@@ -92,7 +92,7 @@ def _kept_for_backward(learner: Learner, batches: Batches, pairs: Indices) -> in
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        batch = learner.objective.collate(batches.load(part, seed=TRIAL), learner.device)
+        batch = learner.objective.collate(batches.load(part, seed=PROBE_SEED), learner.device)
         with autocast(learner.precision, learner.device):
             loss = learner.objective.loss(learner.net, batch)
     own = {parameter.untyped_storage().data_ptr() for parameter in learner.net.parameters()}
@@ -123,7 +123,7 @@ def measure(learner: Learner, batches: Batches, *, largest: bool) -> Measured:
     order = sorted(range(len(steps)), key=sizes.__getitem__)
     with _as_before(learner.device):
         weights = sum(parameter.nbytes for parameter in learner.net.parameters())
-        memory.forget_peak(learner.device)
+        memory.reset_peak(learner.device)
         scratch = copy.deepcopy(learner)
         timed: list[tuple[float, int]] = []
         _timed(scratch, batches, steps[order[len(order) // 2]])  # the first step of all makes room and plans
@@ -133,7 +133,7 @@ def measure(learner: Learner, batches: Batches, *, largest: bool) -> Measured:
                 break
         highest = None
         if largest:
-            for pairs in batches.largest():
+            for pairs in batches.largest_batches():
                 _timed(scratch, batches, [pairs])
             highest = memory.peak(learner.device)
         parts = 2**scratch.parts.halvings
@@ -147,9 +147,9 @@ def measure(learner: Learner, batches: Batches, *, largest: bool) -> Measured:
     )
 
 
-def _timed(learner: Learner, batches: Batches, step: Sequence[Indices]) -> tuple[float, int]:
+def _timed(learner: Learner, batches: Batches, step: Sequence[PairNumbers]) -> tuple[float, int]:
     """Seconds and target tokens of a step."""
-    examples = [batches.load(pairs, seed=TRIAL) for pairs in step]
+    examples = [batches.load(pairs, seed=PROBE_SEED) for pairs in step]
     _settle(learner.device)
     began = time.perf_counter()
     learned = learner.learn(examples, 0)
@@ -179,7 +179,7 @@ def plan(job: Job) -> None:
     states, free, now = (
         state_bytes(learner),
         memory.free(learner.device),
-        memory.taken(learner.device) or 0,
+        memory.used(learner.device) or 0,
     )
     with _as_before(learner.device):
         activations = activation_bytes(learner, batches)
@@ -200,7 +200,7 @@ def plan(job: Job) -> None:
         *_times(job, found),
         ["checkpoints on disk, at most", f"{size(disk)} of {size(there)} free"],
         ["pairs", f"{len(batches.split):,}"],
-        ["target tokens per epoch", f"{int((batches.by_target + 1).sum()):,}"],
+        ["target tokens per epoch", f"{int((batches.target_lengths + 1).sum()):,}"],
         ["device and precision", f"{learner.device} {learner.precision}"],
     ]
     console.table(f"plan for {job.folder}", ["what", "how much"], rows)

@@ -15,7 +15,7 @@ from trmt.bundles import bundles, checkpoints
 from trmt.bundles.checkpoints import Checkpoint
 from trmt.errors import DataError
 from trmt.sets.batches import Batches
-from trmt.storage.files import sweep, write_json
+from trmt.storage.files import remove_partials, write_json
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import sharding
 from trmt.training.learner import Learner
@@ -70,7 +70,7 @@ class Keeper:
     def newest(self) -> checkpoints.State | None:
         """The newest state that is whole; the leader also removes what was left half-written."""
         if self.team.leads:
-            sweep(self.folder)
+            remove_partials(self.folder)
         return checkpoints.newest_state(self.folder)
 
     def take_up(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progress:
@@ -144,7 +144,10 @@ class Keeper:
 
     def _longest(self) -> dict[str, int]:
         """The longest sentences met in training: beyond them the network has seen nothing."""
-        return {"source": int(self.batches.by_source.max()), "target": int(self.batches.by_target.max())}
+        return {
+            "source": int(self.batches.source_lengths.max()),
+            "target": int(self.batches.target_lengths.max()),
+        }
 
     def add(self, progress: Progress, seen: Seen) -> None:
         """Give the checkpoint just written what a look with its weights found."""

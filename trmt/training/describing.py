@@ -13,11 +13,11 @@ from torch import Tensor
 
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import CONFIG
-from trmt.config import build, read_toml, tree_of
+from trmt.config import build, read_toml, to_tree
 from trmt.errors import TrmtError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
+from trmt.sets.record import RECORD
 from trmt.sets.shards import dev_file
-from trmt.sets.unchanged import RECORD
 from trmt.training import planning
 from trmt.training.history import LOG, TRAIN, VALIDATE, History, Point, best
 from trmt.training.recipe import Recipe, flat
@@ -47,7 +47,7 @@ def recipe(run: Path) -> Recipe:
 def settings(run: Path) -> Facts:
     """Every setting of a run by its dotted name, those that its recipe leaves to defaults included."""
     found = recipe(run)
-    tree = tree_of(found)
+    tree = to_tree(found)
     tree["network"] = _with_defaults(NETWORKS, found.architecture, found.network)
     tree["loss"] = _with_defaults(OBJECTIVES, found.objective, found.loss)
     return flat(tree)
@@ -55,7 +55,7 @@ def settings(run: Path) -> Facts:
 
 def _with_defaults(table: Mapping[str, str], name: str, options: Facts) -> Facts:
     try:
-        return tree_of(build(resolve(table, name).config_class, options, where=name))
+        return to_tree(build(resolve(table, name).config_class, options, where=name))
     except TrmtError:  # code outside trmt, or of another version: what is written has to do
         return options
 
@@ -63,7 +63,7 @@ def _with_defaults(table: Mapping[str, str], name: str, options: Facts) -> Facts
 def origin(run: Path) -> Facts:
     """What a run was begun with."""
     found = planning.read_origin(run)
-    return tree_of(found) if found else {}
+    return to_tree(found) if found else {}
 
 
 def data(run: Path) -> Facts:

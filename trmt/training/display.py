@@ -22,7 +22,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from trmt import console, pauses
+from trmt import clock, console
 from trmt.training.history import LABELS, TRAIN, VALIDATE, History, best
 from trmt.training.textplot import Segment, sparkline
 
@@ -68,13 +68,13 @@ class Screen(Protocol):
 @contextmanager
 def watching(about: About, history: History) -> Iterator[Screen]:
     """Show a run for as long as the block lasts."""
-    if not console.watched():
+    if not console.is_terminal():
         with console.progress("training", about.last, unit="steps", done=about.done) as lines:
             yield Lines(lines)
         return
     picture = Picture(about, history)
     with (
-        console.drawing() as terminal,
+        console.live_console() as terminal,
         _Steady(picture, console=terminal, refresh_per_second=REFRESH, redirect_stdout=False),
     ):
         # Rich hides the cursor while it draws; a process killed by force could never bring it back.
@@ -100,7 +100,7 @@ class _Steady(Live):
 class Lines:
     """A run in a log file: a line now and then."""
 
-    def __init__(self, lines: console.Progress | None = None) -> None:
+    def __init__(self, lines: console.ProgressBar | None = None) -> None:
         self.lines = lines
 
     def advance(self, amount: float = 1, note: str = "") -> None:
@@ -123,7 +123,7 @@ class Picture:
     def __init__(self, about: About, history: History) -> None:
         self.about, self.history = about, history
         self.step = about.done
-        self.began = pauses.now()
+        self.began = clock.now()
         self.what = self.outlook = ""
 
     def advance(self, amount: float = 1, note: str = "") -> None:
@@ -155,7 +155,7 @@ class Picture:
 
     def _way(self, width: int, *, plain: bool) -> Text:
         about, wide = self.about, width >= NARROW - 1
-        passed, taken = pauses.now() - self.began, self.step - about.done
+        passed, taken = clock.now() - self.began, self.step - about.done
         line = Text(f"step {self.step:,}")
         if about.last:
             part = min(self.step / about.last, 1.0)

@@ -304,7 +304,7 @@ def assembled() -> Iterator[Team]:
         yield Team()
         return
     team = _joined()
-    console.set_following(not team.leads)
+    console.set_main_process(team.leads)
     try:
         yield team
         team.leave()
@@ -314,7 +314,7 @@ def assembled() -> Iterator[Team]:
             raise
         raise ending from error
     finally:
-        console.set_following(False)
+        console.set_main_process(True)
 
 
 def _joined() -> Together:

@@ -19,13 +19,13 @@ from torch import Tensor
 from trmt import console
 from trmt.bundles import bundles, init_from
 from trmt.config import build
-from trmt.devices.choice import autocast, be_deterministic, choose_device, choose_precision, compiled
+from trmt.devices.choice import autocast, be_deterministic, choose_device, choose_precision, compile_network
 from trmt.devices.memory import is_out_of_memory
 from trmt.errors import ConfigError
 from trmt.nets.base import Network, Seq2Seq
 from trmt.objectives.base import Objective, Specials
 from trmt.registry import OBJECTIVES, resolve
-from trmt.sets.batches import TRIAL, Batches, Examples, Room, halves
+from trmt.sets.batches import PROBE_SEED, Batches, BatchShape, RaggedBatch
 from trmt.text.tokenizer import BOS, EOS
 from trmt.training import optim, sharding, word_vectors
 from trmt.training.distributed import Team
@@ -92,8 +92,10 @@ class Learner:
         self.mean = optim.RunningMean(self.net, recipe.optim.ema) if recipe.optim.ema else None
         wanted = {"on": True, "auto": self.device.type == "cuda"}.get(recipe.training.compile, False)
         self.compiles = wanted and not self.sharded  # gathering weights is nothing to compile
-        self._forward: Any = compiled(self.net) if self.compiles else self.net
-        self.room: Room | None = None  # what every batch fits into, if there is such a thing
+        self._forward: Any = compile_network(self.net) if self.compiles else self.net
+        self.batch_shape: BatchShape | None = (
+            None  # the shape that nearly all batches fit into, if there is one
+        )
         self.parts = Parts(self.team, sharded=self.sharded, whole=self.net.couples_batch)
 
     def _check_team(self) -> None:
@@ -121,16 +123,16 @@ class Learner:
         """How many numbers the network learns."""
         return sum(parameter.numel() for parameter in self.net.parameters())
 
-    def _room(self) -> Room | None:
-        """The one shape of all batches, for which a network is compiled; elsewhere it only costs time."""
+    def _shape(self) -> BatchShape | None:
+        """The shape to pad micro-batches to if the network is compiled; otherwise padding only costs time."""
         if self.net.counts_tokens:  # also those that a batch would be filled up with
             return None
         parts = self.team.size * 2**self.parts.halvings
-        return self.room.part(parts) if self.compiles and self.room else None
+        return self.batch_shape.micro_batch(parts) if self.compiles and self.batch_shape else None
 
     # Step
 
-    def learn(self, examples: list[Examples], step: int) -> Learned:
+    def learn(self, examples: list[RaggedBatch], step: int) -> Learned:
         """Step number `step`, counted from 0, over some batches; nothing is dropped when memory is short.
 
         Whether the step was taken is for the guard to say, later.
@@ -139,7 +141,7 @@ class Learner:
         self._update(step, learned)
         return learned
 
-    def _gradients_that_fit(self, examples: list[Examples], step: int) -> Learned:
+    def _gradients_that_fit(self, examples: list[RaggedBatch], step: int) -> Learned:
         """Gradients of the mean loss, from parts of the batches where the whole does not fit into memory."""
         tokens = sum(self.objective.tokens(batch) for batch in examples)
         while True:
@@ -165,7 +167,7 @@ class Learner:
         nll: Any = 0.0
         for number, (part, idle) in enumerate(passes):
             torch.manual_seed(_seed(self.recipe.training.seed, step, number, *self.team.key))
-            batch = self.objective.collate(part, self.device, room=self._room())
+            batch = self.objective.collate(part, self.device, shape=self._shape())
             with autocast(self.precision, self.device):
                 loss = self.objective.loss(self._forward, batch)
             total = loss.total * 0 if idle else loss.total
@@ -220,9 +222,9 @@ class Learner:
         # The optimiser's memory is there from the first step on, and has to fit beside the gradients.
         missing = [] if self.optimizer.state else [*self.net.parameters()] * 2
         reserved = [torch.empty_like(parameter) for parameter in missing]
-        for pairs in batches.largest():
+        for pairs in batches.largest_batches():
             # From the second batch of a step on, gradients are there beside the activations.
-            twice = [batches.load(pairs, seed=TRIAL)] * min(batches.config.accumulate, 2)
+            twice = [batches.load(pairs, seed=PROBE_SEED)] * min(batches.config.accumulate, 2)
             self._gradients_that_fit(twice, step=0)
         del reserved
         self.optimizer.zero_grad(set_to_none=True)
@@ -253,7 +255,9 @@ class Learner:
         found: list[tuple[Tensor, int, int]] = []
         short = False
         try:
-            found = [sums for examples in batches.whole() for sums in self._dev_sums_that_fit(examples)]
+            found = [
+                sums for examples in batches.iterate_once() for sums in self._dev_sums_that_fit(examples)
+            ]
         except (MemoryError, RuntimeError) as error:
             if self.team.size == 1 or not is_out_of_memory(error):
                 raise
@@ -267,7 +271,7 @@ class Learner:
         nll, right, tokens, questions = self.team.total(*map(math.fsum, sums), *counts)
         return DevLoss(nll / tokens, right / questions if questions else None)
 
-    def _dev_sums_that_fit(self, examples: Examples) -> list[tuple[Tensor, int, int]]:
+    def _dev_sums_that_fit(self, examples: RaggedBatch) -> list[tuple[Tensor, int, int]]:
         """The sums over the parts of a batch, which are made smaller until they fit into memory."""
         if self.sharded:
             return [self._dev_sums(part, idle=idle) for part, idle in self.parts.passes([examples])]
@@ -282,10 +286,10 @@ class Learner:
                     raise
             # Outside the handler: the error holds on to the tensors of the attempt that failed.
             self._free()
-            waiting += halves(part)[::-1]
+            waiting += part.halve()[::-1]
         return done
 
-    def _dev_sums(self, part: Examples, *, idle: bool = False) -> tuple[Tensor, int, int]:
+    def _dev_sums(self, part: RaggedBatch, *, idle: bool = False) -> tuple[Tensor, int, int]:
         """The loss and the right answers [2] of a part, of how many tokens and questions."""
         batch = self.objective.collate(part, self.device)
         with autocast(self.precision, self.device):

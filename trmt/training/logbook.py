@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trmt import pauses
+from trmt import clock
 from trmt.errors import TrmtError
 from trmt.training.history import TRAIN, VALIDATE, numbers
 
@@ -103,7 +103,7 @@ class Clock:
         passed, self.last = now - self.last, now
         if paused:
             usual = min(passed, self.usual())
-            pauses.leave_out(passed - usual)
+            clock.exclude(passed - usual)
             passed = usual
         else:
             self.laps.append(passed)

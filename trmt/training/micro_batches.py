@@ -6,14 +6,14 @@ from typing import NamedTuple, NoReturn
 
 from trmt import console
 from trmt.errors import TrmtError
-from trmt.sets.batches import Examples, halves
+from trmt.sets.batches import RaggedBatch
 from trmt.training.distributed import Team
 
 
 class Pass(NamedTuple):
     """Some pairs to go forwards and backwards through."""
 
-    part: Examples
+    part: RaggedBatch
     idle: bool = False  # whether nothing of it counts
 
 
@@ -29,20 +29,20 @@ class Parts:
         self.team, self.sharded, self.whole = team, sharded, whole
         self.halvings = 0  # how often batches are halved
 
-    def passes(self, examples: list[Examples]) -> list[Pass]:
+    def passes(self, examples: list[RaggedBatch]) -> list[Pass]:
         """What this process goes through: its share of each batch, in parts.
 
         With weights in slices, every process has to go through as many: the others wait for its own.
         """
         rank, size = self.team.rank, self.team.size
-        mine = self._halved([share for batch in examples if len(share := batch.share(rank, size))])
-        most = len(self._halved([batch.share(0, size) for batch in examples])) if self.sharded else 0
-        idle = Pass(examples[0].part(0, 1), idle=True)
+        mine = self._halved([share for batch in examples if len(share := batch.shard(rank, size))])
+        most = len(self._halved([batch.shard(0, size) for batch in examples])) if self.sharded else 0
+        idle = Pass(examples[0].slice(0, 1), idle=True)
         return [Pass(part) for part in mine] + [idle] * (most - len(mine))
 
-    def _halved(self, examples: list[Examples]) -> list[Examples]:
+    def _halved(self, examples: list[RaggedBatch]) -> list[RaggedBatch]:
         for _ in range(self.halvings):
-            examples = [half for batch in examples for half in (halves(batch) if len(batch) > 1 else [batch])]
+            examples = [half for batch in examples for half in (batch.halve() if len(batch) > 1 else [batch])]
         return examples
 
     def halve(self, pairs: int) -> None:

@@ -14,8 +14,8 @@ from trmt.bundles.checkpoints import CONFIG
 from trmt.config import Tree, build, read_toml
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
+from trmt.sets.record import describe_changes
 from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
-from trmt.sets.unchanged import difference
 from trmt.text.tokenizer import Tokenizer
 from trmt.training.recipe import MAY_CHANGE, Recipe, differences, fitting, load_recipe
 
@@ -183,8 +183,8 @@ def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
     if began and began.fingerprint != origin.fingerprint:
         raise DataError(
             f"{origin.data} is not the data that {folder} was trained on"
-            f"{difference(folder, Path(origin.data))}; prepare it as before, or name another run folder to "
-            "start a new run"
+            f"{describe_changes(folder, Path(origin.data))}; prepare it as before, or name another run "
+            "folder to start a new run"
         )
     if began and origin.init_from and began.init_weights != origin.init_weights:
         raise ConfigError(

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from trmt.config import Tree, build, merged, read_toml, tree_of, with_settings
+from trmt.config import Tree, apply_settings, build, merge, read_toml, to_tree
 from trmt.errors import ConfigError
 from trmt.registry import suggestion
 from trmt.sets.batches import BatchConfig
@@ -158,8 +158,8 @@ def load_recipe(
         raise ConfigError(f"there is no recipe {name!r}; {suggestion(name, names())}, or name a .toml file")
     if architecture is not None:
         tree = {**tree, "architecture": architecture, "network": {}}
-    tree = merged(tree, {"network": network or {}})
-    return build(Recipe, with_settings(tree, settings or []), where="recipe")
+    tree = merge(tree, {"network": network or {}})
+    return build(Recipe, apply_settings(tree, settings or []), where="recipe")
 
 
 def fitting(pairs: int, *, gpu: bool) -> str:
@@ -173,7 +173,7 @@ def fitting(pairs: int, *, gpu: bool) -> str:
 
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """The settings in which two recipes differ, by dotted name."""
-    old, new = flat(tree_of(before)), flat(tree_of(now))
+    old, new = flat(to_tree(before)), flat(to_tree(now))
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
 
 

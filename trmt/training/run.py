@@ -20,17 +20,18 @@ import torch
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG, MODELS
-from trmt.config import build, to_toml, tree_of
+from trmt.config import build, to_toml, to_tree
 from trmt.devices import memory
 from trmt.devices.memory import is_out_of_memory
 from trmt.errors import ConfigError, TrmtError
 from trmt.objectives.base import Specials
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
-from trmt.sets import unchanged
-from trmt.sets.batches import Examples, Position
-from trmt.sets.resampling import resample_with
+from trmt.sets import record
+from trmt.sets.batches import DataPosition, RaggedBatch
 from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
-from trmt.storage.files import atomic_file, only_one, write_json
+from trmt.sets.subword_sampling import subword_resampler
+from trmt.storage.files import atomic_file, write_json
+from trmt.storage.locks import exclusive
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import display, word_vectors
 from trmt.training.budget import Job, about, glance, pace, plan
@@ -73,10 +74,10 @@ def _trained(run: Run) -> Path:
         return run.folder
     team = run.team
     # Everything has been read by now: the leader is free to write.
-    recipe = hashlib.sha256(to_toml(tree_of(run.recipe)).encode()).hexdigest()
+    recipe = hashlib.sha256(to_toml(to_tree(run.recipe)).encode()).hexdigest()
     team.alike(data=run.data.fingerprint, recipe=recipe, torch=torch.__version__)
     try:
-        with only_one(run.folder, job=team.job) if team.leads else nullcontext():
+        with exclusive(run.folder, job=team.job) if team.leads else nullcontext():
             run.begin()
             run.loop()
     except ShortMemory:
@@ -114,16 +115,17 @@ class Run:
         in_row = bool(resolve(NETWORKS, recipe.architecture, trust_code=True).packs_tokens)
         objective = resolve(OBJECTIVES, recipe.objective, trust_code=True)
         read = objective.batches(build(objective.config_class, recipe.loss, where="loss"))
-        self.batches = read(data, recipe.batches, seed=recipe.training.seed, in_row=in_row)
+        self.batches = read(data, recipe.batches, seed=recipe.training.seed, padding_free=in_row)
         # Epochs differ by a batch or so; the first one's length stands for all.
         self.steps_per_epoch = len(self.batches.plan(0))
         specials = Specials.of(tokenizer.target)
         self.learner = Learner(recipe, steps=self.last_step or 0, team=team, specials=specials)
         self.positions = self.learner.net.max_positions
         if alpha := recipe.batches.subword_alpha:
-            self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
-        if room := self.batches.room:
-            self.learner.room = replace(room, longest=min(room.longest, self.positions))
+            self.batches.resample = subword_resampler(tokenizer, alpha, self.positions - 1)
+        if shape := self.batches.shape:
+            max_length = min(shape.max_length, self.positions)
+            self.learner.batch_shape = replace(shape, max_length=max_length)
         self.dev: DevSet | None = None
         if "dev" in data.splits:
             dev = read(data, recipe.batches, seed=0, split="dev")
@@ -156,7 +158,7 @@ class Run:
                 shorter = (
                     "prepare the data with a lower --max-length"
                     if self.data.kind == PAIRS
-                    else "lower batches.passage"
+                    else "lower batches.passage_tokens"
                 )
                 raise ConfigError(
                     f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network "
@@ -206,10 +208,10 @@ class Run:
             if state and self.logbook.path.is_file():  # whoever tidied it away may go on without it
                 self.history = History.read(self.logbook.path)
             with atomic_file(self.folder / CONFIG) as stream:
-                stream.write(to_toml(tree_of(self.recipe)).encode())
+                stream.write(to_toml(to_tree(self.recipe)).encode())
             if not state:
-                write_json(self.folder / ORIGIN, tree_of(origin_of(self.options, self.data)))
-                unchanged.remember(self.folder, self.data)
+                write_json(self.folder / ORIGIN, to_tree(origin_of(self.options, self.data)))
+                record.write_record(self.folder, self.data)
         self.log(
             "resume" if state else "begin",
             data=str(self.data.folder),
@@ -261,7 +263,7 @@ class Run:
     def _stretch(self, mark: Clock) -> None:
         """Train to the end, or to where the run goes back."""
         recipe, progress = self.recipe, self.progress
-        stream = self.batches.steps(Position(progress.epoch, progress.position))
+        stream = self.batches.steps(DataPosition(progress.epoch, progress.position))
         try:
             while not self.finished():
                 after, examples = mark.next(stream)
@@ -290,7 +292,7 @@ class Run:
         finally:
             stream.close()
 
-    def _learn(self, examples: list[Examples]) -> None:
+    def _learn(self, examples: list[RaggedBatch]) -> None:
         number = self.progress.step + 1
         if number in self.spikes.left_out:
             self.log("left out", step=number)

@@ -22,7 +22,7 @@ from typing import Any
 from trmt import console
 from trmt.bundles import checkpoints
 from trmt.bundles.checkpoints import Checkpoint
-from trmt.config import Tree, build, tree_of
+from trmt.config import Tree, build, to_tree
 from trmt.errors import BundleError, TrmtError
 from trmt.storage.files import write_json
 from trmt.training.distributed import Team
@@ -127,7 +127,7 @@ class Spikes:
                 checkpoints.set_aside(newer, "rolled-back")
         steps = tuple(range(max(first, point.step + 1), verdict.step + 1))
         rollbacks = [*self.rollbacks, Rollback(point.step, verdict.step, why, steps)]
-        trees = [tree_of(rollback) for rollback in rollbacks]
+        trees = [to_tree(rollback) for rollback in rollbacks]
         write_json(self.folder / ROLLBACKS, trees)
         console.warn(
             f"step {verdict.step:,}: {why}; going back to step {point.step:,} and leaving out "

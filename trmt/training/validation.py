@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trmt import console
-from trmt.config import tree_of
+from trmt.config import to_tree
 from trmt.devices.memory import is_out_of_memory
 from trmt.errors import TrmtError
 from trmt.nets.base import Seq2Seq
@@ -91,7 +91,7 @@ class DevSet:
         net, validate = self.learner.to_translate_with(), self.validate
 
         def translated() -> Mapping[str, Any]:
-            return tree_of(self._translated(validate, net))
+            return to_tree(self._translated(validate, net))
 
         found = self.learner.team.lead(translated)
         return Validation(tuple(found["scores"]), tuple(found["samples"]))

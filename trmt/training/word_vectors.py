@@ -22,7 +22,7 @@ from trmt.errors import ConfigError, DataError
 from trmt.nets.base import Network
 from trmt.sets.shards import PAIRS, PreparedSet
 from trmt.storage.files import atomic_file
-from trmt.text.corpus import lines
+from trmt.text.lines import read_lines
 from trmt.text.tokenizer import Side, Tokenizer
 
 TRAIN = "train"  # in a recipe: make vectors from the prepared set
@@ -78,7 +78,7 @@ def _is_text(stream: BinaryIO, width: int) -> bool:
 
 def _text(path: Path, *, skip: bool) -> Iterator[tuple[str, Matrix]]:
     width = None
-    for number, line in enumerate(lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if (skip and number == 1) or not line.strip():
             continue
         parts = line.rstrip(" ").split(" ")
@@ -156,7 +156,7 @@ class TextPieces:
 
     def __iter__(self) -> Iterator[list[str]]:
         for name in self.files:
-            for line in lines(name):
+            for line in read_lines(name):
                 if line.strip():
                     yield self.side.pieces(self.side.encode([line])[0])
 

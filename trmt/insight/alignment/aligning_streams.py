@@ -28,18 +28,20 @@ from trmt.insight.alignment.symmetrising import METHODS
 from trmt.registry import suggestion
 from trmt.sets.shards import PreparedSet
 from trmt.streaming import BOM, Reader
-from trmt.text.corpus import lines, pairs, parse_corpus
+from trmt.text.corpus import parse_corpus
+from trmt.text.lines import read_lines
 from trmt.text.links import (
-    NOTHING,
-    Agreement,
+    NO_LINKS,
+    AlignmentScore,
     Links,
-    agreement,
     check_range,
-    judged,
-    parsed,
-    parsed_gold,
-    written,
+    format_links,
+    parse_gold,
+    parse_links,
+    score_corpus,
+    score_links,
 )
+from trmt.text.pairs import read_corpus
 from trmt.text.tokenizer import Tokenizer
 
 TOGETHER = 1024  # pairs of files that are looked at together
@@ -76,7 +78,7 @@ class Report:
     lines: int = 0
     halves: list[int] = field(default_factory=list)  # without a tab
     undecodable: list[int] = field(default_factory=list)
-    agreement: Agreement | None = None
+    agreement: AlignmentScore | None = None
 
 
 def build_aligner(options: AlignOptions) -> Aligner:
@@ -124,7 +126,9 @@ def align_stream(aligner: Aligner, source: BinaryIO, out: BinaryIO, *, gold: Pat
         found = aligner.links(some)
         judge.take(some, found)
         ends = [b"\r\n" if raw.endswith(b"\r") else b"\n" for raw in window]
-        out.write(b"".join(written(links).encode() + end for links, end in zip(found, ends, strict=True)))
+        out.write(
+            b"".join(format_links(links).encode() + end for links, end in zip(found, ends, strict=True))
+        )
         out.flush()
     report.agreement = judge.verdict()
     return report
@@ -147,12 +151,12 @@ def align_corpus(aligner: Aligner, corpus: str, out: BinaryIO, *, gold: Path | N
     """A line of links for each pair of a corpus."""
     report = Report()
     judge = _Judge(gold)
-    every = iter(pairs(parse_corpus(corpus, *aligner.languages)))
+    every = iter(read_corpus(parse_corpus(corpus, *aligner.languages)))
     with console.progress("aligning", unit="pairs") as progress:
         while some := list(islice(every, TOGETHER)):
             found = aligner.links(some)
             judge.take(some, found)
-            out.write(b"".join(written(links).encode() + b"\n" for links in found))
+            out.write(b"".join(format_links(links).encode() + b"\n" for links in found))
             report.lines += len(some)
             progress.advance(len(some))
     out.flush()
@@ -168,8 +172,8 @@ class _Judge:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.gold = iter(enumerate(lines(path), start=1)) if path else None
-        self.seen = Agreement()
+        self.gold = iter(enumerate(read_lines(path), start=1)) if path else None
+        self.seen = AlignmentScore()
 
     def take(self, some: Sequence[Pair], found: Sequence[Links]) -> None:
         if self.gold is None:
@@ -179,11 +183,11 @@ class _Judge:
             if not number:
                 raise DataError(f"{self.path} has fewer lines than there are pairs; name the gold of these")
             where = f"{self.path}, line {number}"
-            known = parsed_gold(line, where=where)
+            known = parse_gold(line, where=where)
             check_range(known.possible, pair, where=where)
-            self.seen += agreement(links, known)
+            self.seen += score_links(links, known)
 
-    def verdict(self) -> Agreement | None:
+    def verdict(self) -> AlignmentScore | None:
         if self.gold is None:
             return None
         if next(self.gold, None) is not None:
@@ -191,21 +195,25 @@ class _Judge:
         return self.seen
 
 
-def judge_given(given: Path, gold: Path) -> Agreement:
+def judge_given(given: Path, gold: Path) -> AlignmentScore:
     """How far the links in a file are from gold."""
-    found = [parsed(line, where=f"{given}, line {n}") for n, line in enumerate(lines(given), start=1)]
-    known = [parsed_gold(line, where=f"{gold}, line {n}") for n, line in enumerate(lines(gold), start=1)]
+    found = [
+        parse_links(line, where=f"{given}, line {n}") for n, line in enumerate(read_lines(given), start=1)
+    ]
+    known = [parse_gold(line, where=f"{gold}, line {n}") for n, line in enumerate(read_lines(gold), start=1)]
     if len(found) != len(known):
         raise DataError(
             f"{given} has {len(found):,} lines but {gold} has {len(known):,}; name files of one text"
         )
-    return judged(found, known)
+    return score_corpus(found, known)
 
 
-def judge_looks(aligner: AttentionAligner, some: Sequence[Pair], gold: Path) -> list[tuple[Look, Agreement]]:
+def judge_looks(
+    aligner: AttentionAligner, some: Sequence[Pair], gold: Path
+) -> list[tuple[Look, AlignmentScore]]:
     """How far each layer and head is from gold, with and without the shift; the best first."""
-    numbered = [(f"{gold}, line {number}", line) for number, line in enumerate(lines(gold), start=1)]
-    known = [parsed_gold(line, where=where) for where, line in numbered]
+    numbered = [(f"{gold}, line {number}", line) for number, line in enumerate(read_lines(gold), start=1)]
+    known = [parse_gold(line, where=where) for where, line in numbered]
     if len(known) != len(some):
         raise DataError(
             f"{gold} has {len(known):,} lines, there are {len(some):,} pairs; name the gold of these"
@@ -215,16 +223,16 @@ def judge_looks(aligner: AttentionAligner, some: Sequence[Pair], gold: Path) -> 
     found: dict[Look, list[Links]] = {}
     for number, pieces, weights_AHTL in aligner.looked(some):
         for look in linking.all_looks(*weights_AHTL.shape[:2]):
-            each = found.setdefault(look, [NOTHING] * len(some))
+            each = found.setdefault(look, [NO_LINKS] * len(some))
             each[number] = linking.linked(pieces, weights_AHTL, look)
-    verdicts = [(look, judged(links, known)) for look, links in found.items()]
+    verdicts = [(look, score_corpus(links, known)) for look, links in found.items()]
     return sorted(verdicts, key=lambda verdict: verdict[1].error_rate)
 
 
 def read_pairs(aligner: Aligner, source: BinaryIO | str) -> list[Pair]:
     """All pairs of a stream or a corpus, for those who need them together."""
     if isinstance(source, str):
-        return list(pairs(parse_corpus(source, *aligner.languages)))
+        return list(read_corpus(parse_corpus(source, *aligner.languages)))
     report = Report()
     raw = [line for window in Reader(source).windows() for line in window]
     return [_decoded(line.removeprefix(b"" if number else BOM), report) for number, line in enumerate(raw)]

@@ -25,9 +25,9 @@ from trmt.insight.alignment.counting import Counts
 from trmt.insight.alignment.symmetrising import METHODS
 from trmt.insight.heatmaps import attending
 from trmt.nets.base import Seq2Seq, layer_index
-from trmt.text.links import NOTHING, Links, turned
+from trmt.text.links import NO_LINKS, Links, reverse_links
 from trmt.text.tokenizer import Side, Tokenizer
-from trmt.text.wording import NO_WORD, words_of_pieces
+from trmt.text.words import NO_WORD, word_indices
 from trmt.translating import find_model
 
 MOST_PIECES = 1024  # of a side: what is behind them gets no links
@@ -86,8 +86,8 @@ class Pieces:
         return cls(
             source[:most],
             target[:most],
-            words_of_pieces(sides[0], pair[0], source)[:most],
-            words_of_pieces(sides[1], pair[1], target)[:most],
+            word_indices(sides[0], pair[0], source)[:most],
+            word_indices(sides[1], pair[1], target)[:most],
             cut=max(len(source), len(target)) > most,
         )
 
@@ -129,7 +129,7 @@ class AttentionAligner:
         return self.tokenizer.languages
 
     def links(self, pairs: Sequence[Pair]) -> list[Links]:
-        found = [NOTHING] * len(pairs)
+        found = [NO_LINKS] * len(pairs)
         for number, pieces, weights_AHTL in self.looked(pairs):
             look = self._look = self._look or self._chosen(*weights_AHTL.shape[:2])
             found[number] = linked(pieces, weights_AHTL, look)
@@ -200,7 +200,7 @@ class CountingAligner:
 
     def _linked(self, pieces: Pieces) -> Links:
         if not pieces.source or not pieces.target:
-            return NOTHING
+            return NO_LINKS
         return pieces.linked(self.counts.chosen(pieces.source, pieces.target))
 
 
@@ -224,4 +224,4 @@ class BothWays:
         join = METHODS[self.method]
         there = self.forward.links(pairs)
         back = self.backward.links([(target, source) for source, target in pairs])
-        return [join(one, turned(other)) for one, other in zip(there, back, strict=True)]
+        return [join(one, reverse_links(other)) for one, other in zip(there, back, strict=True)]

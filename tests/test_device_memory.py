@@ -12,17 +12,17 @@ from trmt.devices import memory
 CPU = torch.device("cpu")
 
 
-def test_this_machine_says_what_it_has() -> None:
-    total, free, taken = memory.total(CPU), memory.free(CPU), memory.taken(CPU)
+def test_the_memory_of_this_machine_is_known() -> None:
+    total, free, used = memory.total(CPU), memory.free(CPU), memory.used(CPU)
     if sys.platform == "linux":
-        assert total and free and taken
-        assert taken < total and free <= total
-        assert taken > 2**24  # torch alone takes that
+        assert total and free and used
+        assert used < total and free <= total
+        assert used > 2**24  # torch alone uses that
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak")
-def test_a_peak_is_remembered_until_it_is_forgotten() -> None:
-    memory.forget_peak(CPU)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak")
+def test_the_peak_is_kept_until_it_is_reset() -> None:
+    memory.reset_peak(CPU)
     before = memory.peak(CPU)
     block = np.ones(2**26, dtype=np.uint8)
     assert before
@@ -40,7 +40,7 @@ def test_a_peak_is_remembered_until_it_is_forgotten() -> None:
         (("memory.max", "memory.current", "gone"), 400),
     ],
 )
-def test_a_container_may_take_less_than_the_machine_has(
+def test_a_container_may_have_less_memory_than_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str, str], expected: int
 ) -> None:
     texts = ("1000\n", "600\n", "anon 5\ninactive_file 300\n")
@@ -52,15 +52,17 @@ def test_a_container_may_take_less_than_the_machine_has(
     assert memory.free(CPU) == expected
 
 
-def test_a_container_without_a_limit_is_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_without_a_limit_has_the_memory_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     whole = memory.total(CPU)
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.total(CPU) == whole
 
 
-def test_where_nothing_is_known_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_memory_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "PROC", tmp_path)
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     assert memory.free(CPU) is None
-    assert memory.taken(CPU) is None
+    assert memory.used(CPU) is None

@@ -1,4 +1,4 @@
-"""A prepared set that changed under a run is refused, and what changed is named."""
+"""A prepared set that has changed since the run was started is refused, and the changes are named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import toy
 from tests.toy import options
 from trmt.bundles import checkpoints
 from trmt.errors import DataError
-from trmt.sets.unchanged import RECORD
+from trmt.sets.record import RECORD
 from trmt.storage.files import checksum
 from trmt.training.run import train
 
@@ -32,56 +32,56 @@ def rewrite(folder: Path, change: Callable[[dict], object]) -> None:
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def only_bytes(folder: Path) -> None:
+def change_a_file(folder: Path) -> None:
     flip(folder / SHARD)
 
 
-def only_the_index(folder: Path) -> None:
+def change_the_index(folder: Path) -> None:
     rewrite(folder, lambda index: index["files"][SHARD].update(sha256="0" * 64))
 
 
-def both(folder: Path) -> None:
+def change_both(folder: Path) -> None:
     flip(folder / SHARD)
     rewrite(folder, lambda index: index["files"][SHARD].update(sha256=checksum(folder / SHARD)))
 
 
-def shorter(folder: Path) -> None:
+def truncate_a_file(folder: Path) -> None:
     path = folder / SHARD
     path.write_bytes(path.read_bytes()[:-2])
 
 
-def gone(folder: Path) -> None:
+def remove_a_file(folder: Path) -> None:
     (folder / SHARD).unlink()
 
 
-def renamed(folder: Path) -> None:
+def change_a_weight(folder: Path) -> None:
     rewrite(folder, lambda index: index["corpora"][0].update(weight=0.25))
 
 
 CHANGES = [
-    (only_bytes, rf"{SHARD} was altered or damaged: it is not what index\.json says"),
-    (only_the_index, rf"is not the data that .* was trained on: .*{SHARD} differs; prepare it as before"),
-    (both, rf"is not the data that .* was trained on: .*{SHARD} differs; prepare it as before"),
-    (shorter, rf"{SHARD} has .* bytes, not"),
-    (gone, rf"{SHARD} is missing"),
-    (renamed, r"was trained on: .*index\.json differs in 'corpora'; prepare it as before"),
+    (change_a_file, rf"{SHARD} was altered or damaged: it is not what index\.json says"),
+    (change_the_index, rf"is not the data that .* was trained on: .*{SHARD} differs; prepare it as before"),
+    (change_both, rf"is not the data that .* was trained on: .*{SHARD} differs; prepare it as before"),
+    (truncate_a_file, rf"{SHARD} has .* bytes, not"),
+    (remove_a_file, rf"{SHARD} is missing"),
+    (change_a_weight, r"was trained on: .*index\.json differs in 'corpora'; prepare it as before"),
 ]
 
 
 @pytest.fixture(scope="module")
-def begun(toy_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a prepared set, a recipe, and a run that has begun."""
-    folder = tmp_path_factory.mktemp("begun")
+def started(toy_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a prepared set, a recipe, and a run of a few steps."""
+    folder = tmp_path_factory.mktemp("started")
     data = Path(shutil.copytree(toy_set, folder / "data"))
     train(options(folder / "run", data, toy.recipe(folder), "training.steps=3"))
     return folder
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES, ids=lambda value: getattr(value, "__name__", ""))
-def test_data_that_changed_is_refused_by_name(
-    begun: Path, tmp_path: Path, change: Callable[[Path], None], message: str
+def test_changed_data_is_refused_by_name(
+    started: Path, tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
-    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(started, tmp_path, dirs_exist_ok=True)
     run, data = tmp_path / "run", tmp_path / "data"
     change(data)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -90,8 +90,8 @@ def test_data_that_changed_is_refused_by_name(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_several_files_are_counted(begun: Path, tmp_path: Path) -> None:
-    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+def test_several_changed_files_are_counted(started: Path, tmp_path: Path) -> None:
+    shutil.copytree(started, tmp_path, dirs_exist_ok=True)
     for _ in range(2):
         rewrite(
             tmp_path / "data", lambda index: [entry.update(sha256="0") for entry in index["files"].values()]
@@ -100,23 +100,23 @@ def test_several_files_are_counted(begun: Path, tmp_path: Path) -> None:
         train(options(tmp_path / "run", tmp_path / "data", str(tmp_path / "transformer.toml")))
 
 
-def test_data_that_is_the_same_elsewhere_is_not_refused(begun: Path, tmp_path: Path) -> None:
-    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+def test_a_copy_of_the_data_is_not_refused(started: Path, tmp_path: Path) -> None:
+    shutil.copytree(started, tmp_path, dirs_exist_ok=True)
     train(options(tmp_path / "run", tmp_path / "data", str(tmp_path / "transformer.toml")))
     assert checkpoints.steps(tmp_path / "run")[-1].step == 6
 
 
-def test_a_run_without_a_record_is_refused_without_a_name(begun: Path, tmp_path: Path) -> None:
-    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+def test_without_a_record_changed_data_is_refused_without_names(started: Path, tmp_path: Path) -> None:
+    shutil.copytree(started, tmp_path, dirs_exist_ok=True)
     (tmp_path / "run" / RECORD).unlink()
-    both(tmp_path / "data")
+    change_both(tmp_path / "data")
     with pytest.raises(DataError, match=r"was trained on; prepare it as before"):
         train(options(tmp_path / "run", tmp_path / "data", str(tmp_path / "transformer.toml")))
 
 
-def test_damaged_data_is_refused_before_the_first_step(begun: Path, tmp_path: Path) -> None:
-    shutil.copytree(begun / "data", tmp_path / "data")
+def test_damaged_data_is_refused_before_the_first_step(started: Path, tmp_path: Path) -> None:
+    shutil.copytree(started / "data", tmp_path / "data")
     flip(tmp_path / "data/dev-00000.target.ids")
     with pytest.raises(DataError, match=r"dev-00000\.target\.ids was altered"):
-        train(options(tmp_path / "new", tmp_path / "data", str(begun / "transformer.toml")))
+        train(options(tmp_path / "new", tmp_path / "data", str(started / "transformer.toml")))
     assert not checkpoints.steps(tmp_path / "new")
