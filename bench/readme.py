@@ -113,6 +113,12 @@ def translation() -> str:
     return measured + (f"\n\n- {source(result)}" if result else "")
 
 
+def ssru() -> str:
+    result = translation_tables.result("ssru")
+    measured = table(translation_tables.SSRU_HEAD, translation_tables.ssru_rows())
+    return measured + (f"\n\n- {source(result)}" if result else "")
+
+
 def startup() -> str:
     path = RESULTS / "startup.json"
     if not path.exists():
@@ -259,6 +265,7 @@ TABLES = {
     "peers": peers,
     "scale": scale,
     "translation": translation,
+    "ssru": ssru,
     "startup": startup,
     "options": options,
     "alignment": alignment,

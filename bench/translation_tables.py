@@ -22,12 +22,27 @@ HEAD = (
     "relative to Hugging Face",
     "chrF2: trmt, CTranslate2",
 )
+SSRU_HEAD = ("network, precision, length", "decoder", "translation, greedy", "translation, beam 4")
+SSRU_PARTS = ("decoder", "translation, greedy", "translation, beam of 4")
 Row = tuple[str, ...]
 
 
-def result() -> dict | None:
-    path = RESULTS / "translate.json"
+def result(name: str = "translate") -> dict | None:
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def ssru_rows() -> list[Row]:
+    """The speed of an SSRU decoder relative to self-attention, for each network, precision and length."""
+    found = result("ssru")
+    if found is None:
+        return [("pending", *("" for _ in SSRU_HEAD[1:]))]
+    points = found["figures"]["times_faster"]
+    return [(name, *(_ratio(point[part]) for part in SSRU_PARTS)) for name, point in points.items()]
+
+
+def _ratio(point: dict) -> str:
+    return f"{point['times']:.2f} ({point['from']:.2f}–{point['to']:.2f})"
 
 
 def rows() -> list[Row]:
