@@ -57,8 +57,8 @@ def design(found: Tree) -> str:
     shortest, most, far = scale.shorter[0], scale.shorter[-1], scale.longer[-1]
     return (
         f"Every system was trained for {scale.steps} steps of {scale.tokens:,} tokens on {scale.examples:,} "
-        f"examples of 1 to {scale.joined} concatenated sentences, with {figures['seeds']} seeds for data, order "
-        f"and initial weights. Networks have a hidden size of {scale.width} and {scale.layers} "
+        f"examples of 1 to {scale.joined} concatenated sentences, with {figures['seeds']} seeds for data, "
+        f"order and initial weights. Networks have a hidden size of {scale.width} and {scale.layers} "
         f"layers (deep ones {scale.layers * scale.deep}). Scores are BLEU of greedy translations of held-out "
         f"sentences. Test sets have examples of {shortest} to {most} concatenated sentences, and of "
         f"{' and '.join(map(str, scale.longer))}, which is longer than in training ({shortest}, {most} and "
