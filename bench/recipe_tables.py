@@ -20,6 +20,7 @@ RECIPES_HEAD = (
 STARTS_HEAD = ("initial weights", "BLEU", "chrF", "dev loss")
 STARTS = {"chance": "random", "encoder": "pretrained encoder (BERT)"}
 USUAL = ("validation.", "batches.passage")  # changed settings that are not shown: they only save time
+RENAMED = {"width": "d_model"}  # keys that had other names when they were measured
 Row = tuple[str, ...]
 
 
@@ -55,7 +56,8 @@ def _recipe_row(name: str, row: dict) -> Row:
 
 def _short(setting: str) -> str:
     name, _, value = setting.partition("=")
-    return f"{name.rpartition('.')[2].replace('_', ' ')} {value}"
+    key = name.rpartition(".")[2]
+    return f"`{RENAMED.get(key, key)}` {value}"
 
 
 def start_rows(result: dict) -> list[Row]:

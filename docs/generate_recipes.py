@@ -11,6 +11,8 @@ import sys
 import textwrap
 import tokenize
 import types
+from collections.abc import Collection, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +25,7 @@ from trmt.training.recipe import __file__ as RECIPE_FILE
 from trmt.training.recipe import names as recipe_names
 
 HEAD = ("key", "values", "default", "meaning")
+IGNORED = re.compile(r"# *(type: ignore|noqa)\S*")  # comments for programs
 
 
 def recipes() -> str:
@@ -64,40 +67,40 @@ def objectives() -> str:
     return sections(OBJECTIVES, "objective", "loss.")
 
 
-def sections(registered: Any, key: str, prefix: str) -> str:
-    """A section for each entry; keys inherited from another entry's config class are not repeated."""
+def sections(registered: Mapping[str, str], key: str, prefix: str) -> str:
+    """A section for each class; keys inherited from another entry's config class are not repeated."""
+    names: dict[str, list[str]] = {}
+    for name, path in registered.items():
+        names.setdefault(path, []).append(name)
     seen: dict[type, str] = {}
     parts = []
-    for name in registered:
-        cls = resolve(registered, name)
-        found = cls.config_class
-        parts += [f'### `{key} = "{name}"`', summary(cls, registered)]
-        base = next((seen[each] for each in found.__mro__ if each in seen), None)
-        if found in seen:
-            parts.append(f"The keys of `{seen[found]}`.")
-        elif base:
-            [inherited] = [each for each, known in seen.items() if known == base]
-            changed = keys_of(found, prefix=prefix, than=inherited)
-            parts.append(f"The keys of `{base}`, and:" if changed else f"The keys of `{base}`.")
-            parts += [changed] if changed else []
-        else:
-            parts.append(keys_of(found, prefix=prefix))
-        seen.setdefault(found, name)
+    for path, several in names.items():
+        cls = resolve(registered, several[0])
+        config_class = cls.config_class
+        title = ", ".join(f"`{name}`" for name in several)
+        parts += [f"### {key} {title}", summary(path, names)]
+        base = next((each for each in config_class.__mro__ if each in seen), None)
+        changed = keys_of(config_class, prefix=prefix, than=base)
+        if base:
+            parts.append(f"The keys of `{seen[base]}`{', and:' if changed else '.'}")
+        parts += [changed] if changed else []
+        seen.setdefault(config_class, several[0])
     return "\n\n".join(parts)
 
 
-def summary(cls: Any, registered: Any) -> str:
-    """The first sentence of a module if only this class of it is registered, else that of the class."""
-    modules = [path.partition(":")[0] for path in registered.values()]
-    described = sys.modules[cls.__module__] if modules.count(cls.__module__) == 1 else cls
+def summary(path: str, paths: Collection[str]) -> str:
+    """The first paragraph of a module if only this class of it is registered, else that of the class."""
+    module, _, name = path.partition(":")
+    described: Any = import_module(module)
+    if sum(each.partition(":")[0] == module for each in paths) > 1:
+        described = getattr(described, name)
     return " ".join((inspect.getdoc(described) or "").split("\n\n")[0].split())
 
 
 def keys_of(cls: type, *, prefix: str, than: type | None = None) -> str:
     """The table of a config class; with `than`, only what differs from that class."""
-    known = {each.name: each for each in dataclasses.fields(than)} if than else {}
     fields = [
-        each for each in dataclasses.fields(cls) if is_key(each) and differs(each, known.get(each.name))
+        each for each in dataclasses.fields(cls) if is_key(each) and (not than or differs(each, cls, than))
     ]
     return table(HEAD, [row(cls, each, prefix) for each in fields]) if fields else ""
 
@@ -108,9 +111,11 @@ def is_key(field: Any) -> bool:
     return field.init and not (field.default is missing and field.default_factory is missing)
 
 
-def differs(field: Any, other: Any) -> bool:
-    """Whether a field is new, or has another type or default."""
-    return other is None or (field.type, field.default) != (other.type, other.default)
+def differs(field: Any, cls: type, than: type) -> bool:
+    """Whether a field is new in `cls`, or has another type or default than in `than`."""
+    known = {each.name: each for each in dataclasses.fields(than)}.get(field.name)
+    types_of = [get_type_hints(each).get(field.name) for each in (cls, than)]
+    return known is None or types_of[0] != types_of[1] or field.default != known.default
 
 
 def row(cls: type, field: Any, prefix: str = "") -> tuple[str, ...]:
@@ -163,10 +168,13 @@ def comments(cls: type) -> dict[str, str]:
 
 def own_comments(cls: type) -> dict[str, str]:
     """The comments of the fields that a class itself defines."""
-    source = textwrap.dedent(inspect.getsource(cls))
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):  # a class that was made while running
+        return {}
     lines = source.splitlines()
     comment = {
-        token.start[0]: token.string.lstrip("# ").rstrip()
+        token.start[0]: IGNORED.sub("", token.string).lstrip("# ").rstrip()
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
