@@ -43,7 +43,7 @@ def config(name: str) -> str:
     if name == "recipe":
         fields = [each for each in dataclasses.fields(Recipe) if not is_table(each)]
         return table(HEAD, [row(Recipe, each) for each in fields])
-    return keys_of(get_type_hints(Recipe)[name], prefix=f"{name}.")
+    return keys_of(table_class(name), prefix=f"{name}.")
 
 
 def is_table(field: Any) -> bool:
@@ -55,6 +55,12 @@ def tables() -> list[str]:
     """The names of the tables whose keys are always the same."""
     hints = get_type_hints(Recipe)
     return [each.name for each in dataclasses.fields(Recipe) if dataclasses.is_dataclass(hints[each.name])]
+
+
+def table_class(name: str) -> type:
+    """The config class of one of these tables."""
+    found: type = get_type_hints(Recipe)[name]
+    return found
 
 
 def networks() -> str:
@@ -194,7 +200,7 @@ def own_comments(cls: type) -> dict[str, str]:
 
 def fields_without_meaning() -> list[str]:
     """The keys that no comment explains."""
-    classes = {Recipe, *(get_type_hints(Recipe)[name] for name in tables())}
+    classes = {Recipe, *map(table_class, tables())}
     for registered in (NETWORKS, OBJECTIVES):
         classes |= {resolve(registered, name).config_class for name in registered}
     return sorted(
