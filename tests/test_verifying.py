@@ -23,7 +23,7 @@ from trmt.verifying import VerifyOptions, record, verify
 
 @pytest.fixture
 def bundle(toy_set: Path, tmp_path: Path) -> Path:
-    varied = {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}
+    varied = {"norm_position": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}
     folder = moved.bundle(tmp_path / "bundle", Tokenizer.load(toy_set / "tokenizer"), **varied)
     record(folder, [{"source": text} for text in moved.TEXTS])
     return folder
@@ -78,7 +78,7 @@ def changed_weights(folder: Path, change: Any) -> None:
 def test_other_translations_are_told(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed_weights(bundle, lambda weights: weights["memory.weight"].mul_(-1))
+    changed_weights(bundle, lambda weights: weights["cross_kv.weight"].mul_(-1))
     versions = {"torch": "1.0", "trmt": bundles.read_manifest(bundle).versions["trmt"]}
     bundles.rewrite_manifest(bundle, versions=versions)
     found = verify(VerifyOptions(model=bundle))
@@ -94,10 +94,10 @@ def test_other_translations_are_told(
 
 def test_damage_is_an_error(bundle: Path) -> None:
     def broken(weights: dict[str, torch.Tensor]) -> None:
-        weights["memory.bias"][3] = float("nan")
+        weights["cross_kv.bias"][3] = float("nan")
 
     changed_weights(bundle, broken)
-    with pytest.raises(BundleError, match=r"'memory\.bias' .* not all numbers"):
+    with pytest.raises(BundleError, match=r"'cross_kv\.bias' .* not all numbers"):
         verify(VerifyOptions(model=bundle))
     path = bundle / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
