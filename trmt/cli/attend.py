@@ -81,14 +81,14 @@ def _stdin() -> Iterator[list[Line]]:
     from trmt import console
     from trmt.errors import DataError
     from trmt.insight.heatmaps.showing import Line
-    from trmt.streaming import BOM, Reader
+    from trmt.streaming import BOM, LineReader
 
     if sys.stdin is None:
         raise DataError("standard input is closed; connect it to a file, a pipe or a terminal")
     if sys.stdin.isatty():
         console.say("type a line to see where the model looks while it translates it, Ctrl-D to end")
     number = 0
-    for window in Reader(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)).windows():
+    for window in LineReader(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)).windows():
         if not number:
             window[0] = window[0].removeprefix(BOM)
         yield [Line.read(raw, number + at) for at, raw in enumerate(window, start=1)]

@@ -9,7 +9,7 @@ import typer
 from trmt.cli.options import Model
 
 if TYPE_CHECKING:
-    from trmt.streaming import Report
+    from trmt.streaming import StreamReport
 
 
 def command(
@@ -115,9 +115,9 @@ def command(
 
     from trmt import console
     from trmt.errors import ConfigError
-    from trmt.scale.devices import devices_for, window_for
-    from trmt.scale.workers import Workers
-    from trmt.streaming import translate_stream
+    from trmt.scale.devices import devices_for
+    from trmt.scale.parallel_translator import ParallelTranslator
+    from trmt.streaming import translate_stream, window_size
     from trmt.translating import TranslateOptions, Translator, find_model
 
     if in_parts and threads:
@@ -144,20 +144,25 @@ def command(
         torch.set_num_threads(threads)
     source, out = streams()
     with ExitStack() as ends:
-        translator: Translator | Workers
+        translator: Translator | ParallelTranslator
         if len(devices) == 1:
             options = replace(options, device=devices[0])
             translator = Translator.load(model, options=options, trust_code=trust_code)
         else:
             folder = find_model(model)
             translator = ends.enter_context(
-                Workers(folder, devices=devices, options=options, trust_code=trust_code)
+                ParallelTranslator(folder, devices=devices, options=options, trust_code=trust_code)
             )
         if source.isatty():
             console.say("type a line to have it translated, Ctrl-D to end")
         try:
             report = translate_stream(
-                translator, source, out, as_json=as_json, prefixed=prefixed, window=window_for(devices, batch)
+                translator,
+                source,
+                out,
+                as_json=as_json,
+                prefixed=prefixed,
+                window=window_size(devices, batch),
             )
         except OSError as error:
             leave(error)
@@ -221,7 +226,7 @@ def leave(error: OSError, what: str = "translations") -> NoReturn:
     ) from error
 
 
-def _warn(report: Report) -> None:
+def _warn(report: StreamReport) -> None:
     from trmt import console
 
     for numbers, one, several in (

@@ -27,7 +27,7 @@ from trmt.insight.alignment.linking import (
 from trmt.insight.alignment.symmetrising import METHODS
 from trmt.registry import suggestion
 from trmt.sets.shards import PreparedSet
-from trmt.streaming import BOM, Reader
+from trmt.streaming import BOM, LineReader
 from trmt.text.corpus import lines, pairs, parse_corpus
 from trmt.text.links import (
     NOTHING,
@@ -117,7 +117,7 @@ def align_stream(aligner: Aligner, source: BinaryIO, out: BinaryIO, *, gold: Pat
     """A line of links for each line of bytes, which is a source, a tab and a target."""
     report = Report()
     judge = _Judge(gold)
-    for window in Reader(source).windows():
+    for window in LineReader(source).windows():
         if report.lines == 0:
             window[0] = window[0].removeprefix(BOM)
         some = [_decoded(raw, report) for raw in window]
@@ -226,5 +226,5 @@ def read_pairs(aligner: Aligner, source: BinaryIO | str) -> list[Pair]:
     if isinstance(source, str):
         return list(pairs(parse_corpus(source, *aligner.languages)))
     report = Report()
-    raw = [line for window in Reader(source).windows() for line in window]
+    raw = [line for window in LineReader(source).windows() for line in window]
     return [_decoded(line.removeprefix(b"" if number else BOM), report) for number, line in enumerate(raw)]
