@@ -11,7 +11,7 @@ import pytest
 
 import alignment
 import alignment_tables
-from trmt.insight.alignment.linking import BothWays, LookOptions, Pair
+from trmt.insight.alignment.aligners import HeadOptions, SymmetrisedAligner, TextPair
 from trmt.text.corpus import lines
 from trmt.text.links import Gold, Links, judged, parsed, parsed_gold, turned
 
@@ -27,9 +27,9 @@ LOOKS = [
 class First:
     """Links every word to the first one."""
 
-    languages, cut = ("de", "en"), 0
+    languages, truncated = ("de", "en"), 0
 
-    def links(self, pairs: Sequence[Pair]) -> list[Links]:
+    def links(self, pairs: Sequence[TextPair]) -> list[Links]:
         return [frozenset((0, word) for word in range(len(target.split()))) for _, target in pairs]
 
 
@@ -53,7 +53,7 @@ def read(path: Path) -> list[Gold]:
 
 
 def test_both_directions_have_the_same_gold(given: argparse.Namespace) -> None:
-    counting = BothWays(First(), First(), "union")
+    counting = SymmetrisedAligner(First(), First(), "union")
     ways = alignment.directions(given, counting)
     there, back = (ways[way] for way in ("there", "back"))
     assert there.gold.pairs == [("das &apos;s", "that &apos;s it"), ("ja", "yes")]
@@ -75,8 +75,8 @@ def test_both_directions_have_the_same_gold(given: argparse.Namespace) -> None:
 
 
 def test_the_look_is_chosen_without_gold() -> None:
-    assert alignment.chosen_look(LOOKS) == LookOptions(layer=2, head=2, shift=True)
-    assert alignment.chosen_look(LOOKS[:4]) == LookOptions(layer=1, shift=False)
+    assert alignment.chosen_look(LOOKS) == HeadOptions(layer=2, head=2, shift=True)
+    assert alignment.chosen_look(LOOKS[:4]) == HeadOptions(layer=1, shift=False)
 
 
 def test_a_layer_is_shown_by_its_mean_and_its_best_head() -> None:

@@ -194,8 +194,8 @@ print(sorted(visible for _, visible in outcome.done))
 @pytest.mark.parametrize("device", ["cuda:1", "cuda:0,cuda:1", "mps"])
 def test_a_numbered_gpu_cannot_be_combined_with_ray(device: str) -> None:
     with (
-        pytest.raises(ConfigError, match=f"--device {device} is for Ray to choose"),
-        corpus._on_ray("auto", None, device),
+        pytest.raises(ConfigError, match=f"--device {device} cannot be used with --ray"),
+        corpus._ray_pool("auto", None, device),
     ):
         pass
 
