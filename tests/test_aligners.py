@@ -157,14 +157,14 @@ def test_links_are_where_the_attention_is_highest() -> None:
     )
 
 
-def aligner_of(tokenizer: Tokenizer, architecture: str = "transformer", **known: Any) -> AttentionAligner:
+def aligner_of(tokenizer: Tokenizer, architecture: str = "transformer", **training: Any) -> AttentionAligner:
     sizes = {
         "source_vocabulary": tokenizer.source.vocabulary,
         "target_vocabulary": tokenizer.target.vocabulary,
     }
     net = small_network(architecture, **sizes)
-    options = known.pop("options", HeadOptions())
-    manifest = bundles.describe(net, architecture, tokenizer, longest={}, training=known)
+    options = training.pop("options", HeadOptions())
+    manifest = bundles.describe(net, architecture, tokenizer, longest={}, training=training)
     return AttentionAligner(net, tokenizer, manifest, options)
 
 
@@ -190,8 +190,8 @@ def test_links_are_those_of_the_network_for_a_single_pair(tokenizer: Tokenizer, 
 
 
 def test_a_guided_network_uses_its_guided_head(tokenizer: Tokenizer) -> None:
-    def links(known: dict[str, Any] | None, options: HeadOptions) -> list[Any]:
-        training = {"alignment": known} if known else {}
+    def links(guided: dict[str, Any] | None, options: HeadOptions) -> list[Any]:
+        training = {"alignment": guided} if guided else {}
         return aligner_of(tokenizer, options=options, **training).links(PAIRS)
 
     default = links(None, HeadOptions())
@@ -202,9 +202,9 @@ def test_a_guided_network_uses_its_guided_head(tokenizer: Tokenizer) -> None:
     # A network of two layers has no third from the end: the first is used, as in training.
     assert links({"layer": -3, "head": 1, "shift": 1}, HeadOptions()) == guided
     # The user's choice comes first; the heads of another layer were not guided.
-    known = {"layer": -2, "head": 1, "shift": 1}
-    assert links(known, HeadOptions(layer=2)) == links(None, HeadOptions(layer=2, shift=True))
-    assert links(known, HeadOptions(shift=False)) == links(None, HeadOptions(layer=1, head=2, shift=False))
+    head = {"layer": -2, "head": 1, "shift": 1}
+    assert links(head, HeadOptions(layer=2)) == links(None, HeadOptions(layer=2, shift=True))
+    assert links(head, HeadOptions(shift=False)) == links(None, HeadOptions(layer=1, head=2, shift=False))
     for wrong in (HeadOptions(layer=3), HeadOptions(head=3), HeadOptions(layer=0)):
         with pytest.raises(ConfigError, match="choose from 1 to 2"):
             links(None, wrong)

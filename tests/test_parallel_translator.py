@@ -74,9 +74,9 @@ def test_samples_do_not_depend_on_the_process(bundle: Path) -> None:
 def test_the_lines_of_a_killed_worker_are_translated_again(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = lines(300)
+    source = lines(300)
     with ParallelTranslator(bundle, devices=TWO, options=SHORT) as found:
-        ready = found.ready(asked)
+        ready = found.ready(source)
         done = dict([next(ready)])
         victims = [pid for pid, chunks in zip(pids(found), found._assigned, strict=True) if chunks]
         assert victims, "a worker is busy as long as lines are missing"
@@ -85,19 +85,19 @@ def test_the_lines_of_a_killed_worker_are_translated_again(
         for number, translation in ready:
             assert number not in done, "no line is translated twice"
             done[number] = translation
-    assert [done[number] for number in range(300)] == Translator.load(bundle, options=SHORT).translate(asked)
+    assert [done[number] for number in range(300)] == Translator.load(bundle, options=SHORT).translate(source)
     assert "killed by SIGKILL" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_killed_idle_workers_are_replaced(bundle: Path) -> None:
-    asked = lines(40)
+    source = lines(40)
     with ParallelTranslator(bundle, devices=TWO, options=SHORT) as found:
-        first = dict(found.ready(asked))
+        first = dict(found.ready(source))
         for worker in found._pool._workers.values():
             os.kill(worker.process.pid, signal.SIGKILL)
             worker.process.join()
-        assert dict(found.ready(asked)) == first
+        assert dict(found.ready(source)) == first
 
 
 @pytest.mark.slow
@@ -111,14 +111,14 @@ def test_lines_that_kill_every_worker_end_the_work(bundle: Path, monkeypatch: py
             send(pool, worker, item)
 
     monkeypatch.setattr(ProcessPool, "send", send_or_kill)
-    asked = [*lines(20), "poison"]
+    source = [*lines(20), "poison"]
     with (
         ParallelTranslator(bundle, devices=TWO, options=SHORT) as found,
         pytest.raises(
             TrmtError, match=r"3 worker processes died over lines 117 to 121, the last one: killed"
         ),
     ):
-        list(found.ready(asked, first_key=100))
+        list(found.ready(source, first_key=100))
 
 
 @pytest.mark.slow
@@ -202,9 +202,9 @@ def test_several_devices_and_a_kill_give_the_lines_of_one_process(bundle: Path) 
         process.stdin.flush()
         first = process.stdout.readline()
         os.kill(children(process.pid)[0], signal.SIGKILL)
-        rest, said = process.communicate(data[data.index(b"\n") + 1 :])
+        rest, err = process.communicate(data[data.index(b"\n") + 1 :])
     assert process.returncode == 0 and first + rest == one.stdout
-    assert b"a worker process died (killed by SIGKILL)" in said
+    assert b"a worker process died (killed by SIGKILL)" in err
 
 
 @pytest.mark.slow
@@ -245,11 +245,11 @@ def test_a_full_disk_is_one_sentence(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [(("--threads", "2"), b"leave out --threads"), (("--device", "cpu,cpu"), b"--workers")],
 )
 def test_options_that_exclude_workers_are_refused(
-    bundle: Path, options: tuple[str, ...], said: bytes
+    bundle: Path, options: tuple[str, ...], message: bytes
 ) -> None:
     done = subprocess.run(command(bundle, *options), input=b"", capture_output=True, check=False)
-    assert done.returncode == 1 and said in done.stderr and done.stderr.count(b"\n") == 1
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count(b"\n") == 1

@@ -45,7 +45,7 @@ CONTRACTS = [
 ENTRIES = [(table, name, contract) for table, contract in CONTRACTS for name in table]
 
 
-def test_every_table_is_tried_here() -> None:
+def test_every_table_is_tested_here() -> None:
     tables = [value for key, value in vars(registry).items() if key.isupper() and isinstance(value, dict)]
     assert tables == [table for table, _ in CONTRACTS]
 
@@ -75,7 +75,7 @@ def test_code_outside_is_loaded_with_trust_only(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["no_such_module:X", "json:NoSuchClass", ":X", "json:"])
-def test_what_cannot_be_loaded_is_said(name: str) -> None:
+def test_code_that_cannot_be_loaded_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match="check the module and class name"):
         resolve(ARCHITECTURES, name, trust_code=True)
 

@@ -32,7 +32,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(
-    ("count", "asked", "workers", "expected"),
+    ("count", "device", "workers", "expected"),
     [
         (0, "auto", None, ["cpu"]),
         (0, "auto", "3", ["cpu"] * 3),
@@ -53,14 +53,14 @@ CORES = len(os.sched_getaffinity(0))
     ],
 )
 def test_each_process_gets_a_core_or_a_gpu(
-    gpus: Callable[[int], None], count: int, asked: str, workers: str | None, expected: list[str]
+    gpus: Callable[[int], None], count: int, device: str, workers: str | None, expected: list[str]
 ) -> None:
     gpus(count)
-    assert list(devices.devices_for(asked, workers)) == expected
+    assert list(devices.devices_for(device, workers)) == expected
 
 
 @pytest.mark.parametrize(
-    ("count", "asked", "workers", "message"),
+    ("count", "device", "workers", "message"),
     [
         (0, "all", None, "means every GPU, and torch sees none"),
         (2, "cuda:0,cuda:2", None, "cuda:2 was asked for, but torch sees 2 GPUs"),
@@ -84,11 +84,11 @@ def test_each_process_gets_a_core_or_a_gpu(
     ],
 )
 def test_impossible_choices_are_one_sentence(
-    gpus: Callable[[int], None], count: int, asked: str, workers: str | None, message: str
+    gpus: Callable[[int], None], count: int, device: str, workers: str | None, message: str
 ) -> None:
     gpus(count)
     with pytest.raises(ConfigError) as caught:
-        devices.devices_for(asked, workers)
+        devices.devices_for(device, workers)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -14,13 +14,13 @@ from trmt.sets.encoding import available_cores
 ALL = "all"  # as a device: every GPU that torch sees
 
 
-def devices_for(asked: str, workers: str | None = None) -> tuple[str, ...]:
-    """The device of each worker process; `asked` is --device, `workers` is --workers."""
-    if asked == ALL or "," in asked:
+def devices_for(names: str, workers: str | None = None) -> tuple[str, ...]:
+    """The device of each worker process, from the values of --device and --workers."""
+    if names == ALL or "," in names:
         if workers is not None:
-            raise ConfigError(f"--device {asked} starts one process for each device; leave --workers out")
-        return _every_gpu() if asked == ALL else _named(asked.split(","))
-    device = choose_device(asked)
+            raise ConfigError(f"--device {names} starts one process for each device; leave --workers out")
+        return _every_gpu() if names == ALL else _named(names.split(","))
+    device = choose_device(names)
     if workers is None:
         return (str(device),)
     count = worker_count(workers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 
 from trmt.text.links import Links
 
@@ -30,11 +31,10 @@ def grow_diag(forward: Links, backward: Links) -> Links:
     grown = _GrowingAlignment(forward & backward)
     while True:
         size = len(grown.points)
-        for source, target in sorted(grown.points):
-            for down, right in NEIGHBOURS:
-                point = (source + down, target + right)
-                if point in either and not (grown.has_source(point) and grown.has_target(point)):
-                    grown.add(point)
+        for (source, target), (down, right) in product(sorted(grown.points), NEIGHBOURS):
+            point = (source + down, target + right)
+            if point in either and not (grown.has_source(point) and grown.has_target(point)):
+                grown.add(point)
         if len(grown.points) == size:
             return frozenset(grown.points)
 
