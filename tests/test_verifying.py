@@ -45,7 +45,7 @@ def test_a_bundle_that_nobody_touched_is_as_it_was(
     assert command(monkeypatch, "verify", str(bundle)) == 0
     said = capsys.readouterr()
     assert said.out == ""
-    assert f"whole, and {len(moved.TEXTS)} golden sentences are translated as before" in said.err
+    assert f"files intact, {len(moved.TEXTS)} golden sentences translated as before" in said.err
 
 
 def test_what_is_recorded_is_what_the_bundle_translates(bundle: Path) -> None:
@@ -114,7 +114,7 @@ def test_bundles_without_golden_sentences_say_so(
     bundles.rewrite_manifest(bundle, golden=())
     capsys.readouterr()
     assert command(monkeypatch, "verify", str(bundle)) == 0
-    assert "has no golden sentences: only its files were checked" in capsys.readouterr().err
+    assert "has no golden sentences; only its files were checked" in capsys.readouterr().err
 
 
 def test_runs_and_their_averages_can_be_verified(toy_set: Path, tmp_path: Path) -> None:

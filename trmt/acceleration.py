@@ -8,27 +8,16 @@ it cannot serve: another device or dtype, no C compiler.
 
 from __future__ import annotations
 
-import functools
 import os
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from trmt.registry import NATIVE
+from trmt.registry import NATIVE, optional
 
 
 def accelerated(name: str) -> Any | None:
     """The faster version of this name in `registry.NATIVE`, if there is one."""
     if torch.compiler.is_compiling() or os.environ.get("TRMT_KERNELS") == "0":
         return None
-    return _entry(name)
-
-
-@functools.cache
-def _entry(name: str) -> Any | None:
-    module, _, attribute = NATIVE[name].partition(":")
-    if find_spec("trmt.native") is None:
-        return None
-    return getattr(import_module(module), attribute)
+    return optional(NATIVE[name])

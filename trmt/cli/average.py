@@ -1,4 +1,4 @@
-"""`trmt average`: the mean of several checkpoints' weights as a bundle."""
+"""`trmt average`: average the weights of checkpoints."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import typer
 
 
 def command(
-    places: Annotated[
+    checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="A run folder, or the checkpoints themselves. [default: the newest run in models/]"
+            help="A run folder, or checkpoints. [default: the newest run in models/]",
         ),
     ] = None,
     best: Annotated[int | None, typer.Option("--best", help="The best N checkpoints of the run.")] = None,
     last: Annotated[int | None, typer.Option("--last", help="The last N checkpoints of the run.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where to write the bundle. [default: average/ in the run]")
+        Path | None, typer.Option("--out", help="Bundle to write. [default: average/ in the run folder]")
     ] = None,
 ) -> None:
-    """Average checkpoints into a bundle. Without --best or --last: the best five."""
+    """Average the weights of checkpoints into a bundle. Without --best or --last: the best five."""
     from trmt.averaging import AverageOptions, average
     from trmt.verifying import record
 
-    average(AverageOptions(places=tuple(places or ()), best=best, last=last, out=out), record)
+    average(AverageOptions(places=tuple(checkpoints or ()), best=best, last=last, out=out), record)

@@ -1,4 +1,4 @@
-"""`trmt check-resume`: proof that a run can be resumed exactly."""
+"""`trmt check-resume`: check that a run can be resumed exactly."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import typer
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run folder; it is copied and not touched.")],
-    steps: Annotated[int, typer.Option("--steps", help="Steps to train on, with a kill in the middle.")] = 20,
+    run: Annotated[Path, typer.Argument(help="Run folder; only copies of it are changed.")],
+    steps: Annotated[
+        int, typer.Option("--steps", help="Further training steps, with a kill in the middle.")
+    ] = 20,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Prepared set. [default: that of the run]")
+        Path | None, typer.Option("--data", help="Prepared set. [default: the set of the run]")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a setting of the copy: --set training.deterministic=true."),
+        typer.Option("--set", help="Change a setting of the copies: --set training.deterministic=true."),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all.")] = 0,
     trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Let the run folder name code outside trmt.")
+        bool, typer.Option("--trust-code", help="Allow the run folder to load code from outside trmt.")
     ] = False,
 ) -> None:
-    """Prove on a copy that resuming a run continues the very same run, to the last byte."""
+    """Check that a run can be resumed exactly. Copies of it are trained on, with and without a kill."""
     from trmt import console
     from trmt.errors import TrmtError
     from trmt.resume_check import CheckOptions, check_resume
@@ -41,9 +43,9 @@ def command(
         console.warn(difference)
     if found:
         raise TrmtError(
-            f"resuming {run} does not continue the same run; on a GPU, try --set training.deterministic=true"
+            f"resuming {run} does not give the same result; on a GPU, try --set training.deterministic=true"
         )
     console.say(
-        "the same to the last byte: weights, optimiser, all else that is saved, data and log, "
-        "with a kill in between as without"
+        "the same to the last byte with and without a kill: weights, optimizer and all other saved state, "
+        "data and log"
     )

@@ -1,4 +1,4 @@
-"""Several processes translate as one does, whatever becomes of some of them."""
+"""Several processes translate as one does, even if some of them die."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import pytest
 from tests import texts
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from trmt.errors import BundleError, TrmtError
-from trmt.scale import workers
-from trmt.scale.workers import Workers
+from trmt.scale import parallel_translator
+from trmt.scale.parallel_translator import ParallelTranslator
+from trmt.scale.pool import ProcessPool
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator
 
@@ -28,14 +29,14 @@ TWO = ("cpu", "cpu")
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("bundle")
-    random_bundle(place / "random", small_tokenizer(place / "text"))
-    return place / "random"
+    folder = tmp_path_factory.mktemp("bundle")
+    random_bundle(folder / "random", small_tokenizer(folder / "text"))
+    return folder / "random"
 
 
 @pytest.fixture(scope="module")
-def two(bundle: Path) -> Iterator[Workers]:
-    with Workers(bundle, devices=TWO, options=SHORT) as found:
+def two(bundle: Path) -> Iterator[ParallelTranslator]:
+    with ParallelTranslator(bundle, devices=TWO, options=SHORT) as found:
         yield found
 
 
@@ -45,12 +46,16 @@ def streamed(translator: Any, data: bytes, **options: Any) -> bytes:
     return out.getvalue()
 
 
+def pids(translator: ParallelTranslator) -> list[int]:
+    return [worker.process.pid for _, worker in sorted(translator._pool._workers.items())]
+
+
 def lines(count: int) -> list[str]:
     words = " ".join(texts.ENGLISH).split()
-    return [" ".join(words[(7 * at) % 50 : (7 * at) % 50 + at % 9]) for at in range(count)]
+    return [" ".join(words[(7 * number) % 50 : (7 * number) % 50 + number % 9]) for number in range(count)]
 
 
-def test_the_lines_are_those_of_one_process(bundle: Path, two: Workers) -> None:
+def test_the_lines_are_those_of_one_process(bundle: Path, two: ParallelTranslator) -> None:
     data = b"\n".join(hostile_lines(400, seed=2))
     one = Translator.load(bundle, options=SHORT)
     assert streamed(two, data, as_json=True) == streamed(one, data, as_json=True)
@@ -59,61 +64,67 @@ def test_the_lines_are_those_of_one_process(bundle: Path, two: Workers) -> None:
 
 
 @pytest.mark.slow
-def test_samples_do_not_depend_on_who_draws_them(bundle: Path) -> None:
+def test_samples_do_not_depend_on_the_process(bundle: Path) -> None:
     options = TranslateOptions(search="sampling", max_length=8, device="cpu")
     data = "\n".join(lines(100)).encode()
-    with Workers(bundle, devices=TWO, options=options) as found:
+    with ParallelTranslator(bundle, devices=TWO, options=options) as found:
         assert streamed(found, data) == streamed(Translator.load(bundle, options=options), data)
 
 
-def test_a_killed_workers_lines_are_done_again(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = lines(300)
-    with Workers(bundle, devices=TWO, options=SHORT) as found:
-        ready = found.ready(asked)
+def test_the_lines_of_a_killed_worker_are_translated_again(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = lines(300)
+    with ParallelTranslator(bundle, devices=TWO, options=SHORT) as found:
+        ready = found.ready(source)
         done = dict([next(ready)])
-        victims = [worker.process.pid for worker in found._workers if worker.runs]
-        assert victims, "somebody is busy as long as lines are missing"
+        victims = [pid for pid, chunks in zip(pids(found), found._assigned, strict=True) if chunks]
+        assert victims, "a worker is busy as long as lines are missing"
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
         for number, translation in ready:
-            assert number not in done, "no line is answered twice"
+            assert number not in done, "no line is translated twice"
             done[number] = translation
-    assert [done[number] for number in range(300)] == Translator.load(bundle, options=SHORT).translate(asked)
+    assert [done[number] for number in range(300)] == Translator.load(bundle, options=SHORT).translate(source)
     assert "killed by SIGKILL" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_idle_workers_that_are_killed_are_missed_by_nobody(bundle: Path) -> None:
-    asked = lines(40)
-    with Workers(bundle, devices=TWO, options=SHORT) as found:
-        first = dict(found.ready(asked))
-        for worker in found._workers:
+def test_killed_idle_workers_are_replaced(bundle: Path) -> None:
+    source = lines(40)
+    with ParallelTranslator(bundle, devices=TWO, options=SHORT) as found:
+        first = dict(found.ready(source))
+        for worker in found._pool._workers.values():
             os.kill(worker.process.pid, signal.SIGKILL)
             worker.process.join()
-        assert dict(found.ready(asked)) == first
+        assert dict(found.ready(source)) == first
 
 
 @pytest.mark.slow
 def test_lines_that_kill_every_worker_end_the_work(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def send_or_kill(worker: Any, work: Any) -> None:
-        if "poison" in work[0]:
-            os.kill(worker.process.pid, signal.SIGKILL)
-        else:
-            worker.pipe.send(work)
+    send = ProcessPool.send
 
-    monkeypatch.setattr(Workers, "_send", staticmethod(send_or_kill))
-    asked = [*lines(20), "poison"]
+    def send_or_kill(pool: ProcessPool, worker: int, item: Any) -> None:
+        if "poison" in item[0]:
+            os.kill(pool._workers[worker].process.pid, signal.SIGKILL)
+        else:
+            send(pool, worker, item)
+
+    monkeypatch.setattr(ProcessPool, "send", send_or_kill)
+    source = [*lines(20), "poison"]
     with (
-        Workers(bundle, devices=TWO, options=SHORT) as found,
-        pytest.raises(TrmtError, match=r"3 worker processes died over lines 117 to 121, the last one killed"),
+        ParallelTranslator(bundle, devices=TWO, options=SHORT) as found,
+        pytest.raises(
+            TrmtError, match=r"3 worker processes died over lines 117 to 121, the last one: killed"
+        ),
     ):
-        list(found.ready(asked, first_key=100))
+        list(found.ready(source, first_key=100))
 
 
 @pytest.mark.slow
-def test_they_leave_nothing_behind(bundle: Path) -> None:
-    with Workers(bundle, devices=TWO, options=SHORT) as found:
-        processes = [worker.process for worker in found._workers]
+def test_no_process_is_left_behind(bundle: Path) -> None:
+    with ParallelTranslator(bundle, devices=TWO, options=SHORT) as found:
+        processes = [worker.process for worker in found._pool._workers.values()]
         next(found.ready(lines(200)))
     assert all(process.exitcode is not None for process in processes)
 
@@ -121,30 +132,31 @@ def test_they_leave_nothing_behind(bundle: Path) -> None:
 def test_a_broken_bundle_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
     random_bundle(tmp_path / "bundle", small_tokenizer(tmp_path / "text"))
     (tmp_path / "bundle" / "weights.safetensors").write_bytes(b"not this")
-    with pytest.raises(BundleError, match="its checksum differs"), Workers(tmp_path / "bundle", devices=TWO):
+    with (
+        pytest.raises(BundleError, match="its checksum differs"),
+        ParallelTranslator(tmp_path / "bundle", devices=TWO),
+    ):
         pass
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 100, 4096])
-@pytest.mark.parametrize(("least", "most"), [(16, 512), (1, 1), (512, 512)])
-def test_runs_hold_every_line_once(count: int, least: int, most: int) -> None:
-    runs = list(workers._runs(count, 3, least, most))
-    assert [number for run in runs for number in range(run.begin, run.end)] == list(range(count))
-    sizes = [run.end - run.begin for run in runs]
-    assert (
-        sizes == sorted(sizes, reverse=True) and sizes[0] <= most and min(sizes[:-1], default=least) >= least
-    )
+@pytest.mark.parametrize(("smallest", "largest"), [(16, 512), (1, 1), (512, 512)])
+def test_chunks_hold_every_line_once(count: int, smallest: int, largest: int) -> None:
+    chunks = list(parallel_translator._chunks(count, 3, smallest, largest))
+    assert [line for chunk in chunks for line in range(chunk.begin, chunk.end)] == list(range(count))
+    sizes = [chunk.end - chunk.begin for chunk in chunks]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] <= largest
+    assert min(sizes[:-1], default=smallest) >= smallest
 
 
-def test_each_has_a_run_before_anyone_has_two(two: Workers) -> None:
-    first, second = two._workers
-    assert two._wanting(9) == [first, second, first, second]
-    assert two._wanting(3) == [first, second, first]
-    first.runs.append(workers._Run(0, 1))
+def test_each_worker_has_a_chunk_before_any_has_two(two: ParallelTranslator) -> None:
+    assert two._next_workers(9) == [0, 1, 0, 1]
+    assert two._next_workers(3) == [0, 1, 0]
+    two._assigned[0].append(parallel_translator._Chunk(0, 1))
     try:
-        assert two._wanting(9) == [second, first, second]
+        assert two._next_workers(9) == [1, 0, 1]
     finally:
-        first.runs.clear()
+        two._assigned[0].clear()
 
 
 # The command
@@ -157,7 +169,7 @@ def command(bundle: Path, *options: str) -> list[str]:
     ]
 
 
-def test_the_command_translates_line_by_line_for_who_waits(bundle: Path) -> None:
+def test_the_command_answers_each_line_at_once(bundle: Path) -> None:
     process = subprocess.Popen(command(bundle), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin and process.stdout
     try:
@@ -190,13 +202,13 @@ def test_several_devices_and_a_kill_give_the_lines_of_one_process(bundle: Path) 
         process.stdin.flush()
         first = process.stdout.readline()
         os.kill(children(process.pid)[0], signal.SIGKILL)
-        rest, said = process.communicate(data[data.index(b"\n") + 1 :])
+        rest, err = process.communicate(data[data.index(b"\n") + 1 :])
     assert process.returncode == 0 and first + rest == one.stdout
-    assert b"a worker process died (killed by SIGKILL)" in said
+    assert b"a worker process died (killed by SIGKILL)" in err
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_gone_ends_the_command_and_its_workers(bundle: Path) -> None:
+def test_a_closed_output_ends_the_command_and_its_workers(bundle: Path) -> None:
     process = subprocess.Popen(
         command(bundle), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -233,9 +245,11 @@ def test_a_full_disk_is_one_sentence(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [(("--threads", "2"), b"leave out --threads"), (("--device", "cpu,cpu"), b"--workers")],
 )
-def test_what_excludes_workers_is_refused(bundle: Path, options: tuple[str, ...], said: bytes) -> None:
+def test_options_that_exclude_workers_are_refused(
+    bundle: Path, options: tuple[str, ...], message: bytes
+) -> None:
     done = subprocess.run(command(bundle, *options), input=b"", capture_output=True, check=False)
-    assert done.returncode == 1 and said in done.stderr and done.stderr.count(b"\n") == 1
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count(b"\n") == 1

@@ -1,4 +1,4 @@
-"""Links as other programs write them, their error rate, and links of two directions made one."""
+"""The Pharaoh format of links, their error rate, and symmetrisation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,8 @@ from itertools import pairwise, product
 import pytest
 
 from trmt.errors import DataError
-from trmt.insight.alignment.symmetrising import METHODS
-from trmt.text.links import (
-    AlignmentScore,
-    GoldAlignment,
-    Links,
-    format_links,
-    parse_gold,
-    parse_links,
-    reverse_links,
-    score_corpus,
-    score_links,
-)
+from trmt.insight.alignment.symmetrisation import METHODS
+from trmt.text.links import AlignmentScore, GoldAlignment, Links, score_links, score_corpus, parse_links, parse_gold, reverse_links, format_links
 
 
 def random_links(chooser: random.Random) -> Links:
@@ -29,37 +19,39 @@ def random_links(chooser: random.Random) -> Links:
     return frozenset(chooser.sample(points, chooser.randint(0, len(points) // 2)))
 
 
-def near(point: tuple[int, int]) -> list[tuple[int, int]]:
+def neighbours(point: tuple[int, int]) -> list[tuple[int, int]]:
     return [
         (point[0] + down, point[1] + right)
         for down, right in ((-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
     ]
 
 
-def by_the_book(forward: Links, backward: Links, last: Callable[[bool, bool], bool] | None) -> Links:
-    """The pseudocode that textbooks print, with matrices and nothing kept."""
+def textbook_symmetrisation(
+    forward: Links, backward: Links, last: Callable[[bool, bool], bool] | None
+) -> Links:
+    """The pseudocode of textbooks, without any bookkeeping."""
     links = set(forward & backward)
 
-    def free(point: tuple[int, int]) -> tuple[bool, bool]:
+    def unaligned(point: tuple[int, int]) -> tuple[bool, bool]:
         return (point[0] not in {i for i, _ in links}, point[1] not in {j for _, j in links})
 
     added = True
     while added:
         added = False
         for point in sorted(links):
-            for other in near(point):
-                if other in forward | backward and other not in links and any(free(other)):
+            for other in neighbours(point):
+                if other in forward | backward and other not in links and any(unaligned(other)):
                     links.add(other)
                     added = True
     if last:
         for side in (forward, backward):
             for point in sorted(side):
-                if point not in links and last(*free(point)):
+                if point not in links and last(*unaligned(point)):
                     links.add(point)
     return frozenset(links)
 
 
-def test_growing_is_as_in_the_book() -> None:
+def test_growing_follows_the_textbook() -> None:
     chooser = random.Random(5)
     expected: dict[str, Callable[[bool, bool], bool] | None] = {
         "grow-diag": None,
@@ -72,7 +64,7 @@ def test_growing_is_as_in_the_book() -> None:
         found = {name: method(*both) for name, method in METHODS.items()}
         different.add(len({*found.values()}))
         for name, last in expected.items():
-            assert found[name] == by_the_book(*both, last)
+            assert found[name] == textbook_symmetrisation(*both, last)
         for last_name in ("grow-diag-final-and", "grow-diag-final"):
             order = [found[name] for name in ("intersection", "grow-diag", last_name, "union")]
             assert all(fewer <= more for fewer, more in pairwise(order))
@@ -81,32 +73,30 @@ def test_growing_is_as_in_the_book() -> None:
 
 def test_a_known_case() -> None:
     forward, backward = parse_links("0-0 1-1 2-3 4-4", where=""), parse_links("0-0 1-2 2-3 3-3 5-6", where="")
-    # 1-1 and 1-2 lie beside 0-0 and 2-3, 3-3 beside 2-3 reaches a word without a link; the others lie apart.
+    # 1-1 and 1-2 are neighbours of 0-0 and 2-3; 3-3 is one of 2-3 and aligns an unaligned word; 4-4 follows.
     assert format_links(METHODS["grow-diag"](forward, backward)) == "0-0 1-1 1-2 2-3 3-3 4-4"
     assert format_links(METHODS["grow-diag-final-and"](forward, backward)) == "0-0 1-1 1-2 2-3 3-3 4-4 5-6"
     assert format_links(METHODS["intersection"](forward, backward)) == "0-0 2-3"
     assert reverse_links(reverse_links(forward)) == forward != reverse_links(forward)
 
 
-def test_lines_come_back() -> None:
+def test_written_links_are_parsed_again() -> None:
     chooser = random.Random(1)
     for _ in range(50):
         links = random_links(chooser)
         assert parse_links(format_links(links), where="") == links
     assert parse_links("  3-1\t0p0 0-0 ", where="") == {(3, 1), (0, 0)}
     assert format_links([(10, 2), (2, 10), (2, 9)]) == "2-9 2-10 10-2"
-    assert parse_gold("0-0 1p2 0p0", where="") == GoldAlignment(
-        frozenset({(0, 0)}), frozenset({(0, 0), (1, 2)})
-    )
+    assert parse_gold("0-0 1p2 0p0", where="") == GoldAlignment(frozenset({(0, 0)}), frozenset({(0, 0), (1, 2)}))
 
 
 @pytest.mark.parametrize("line", ["0-", "a-b", "1-2-3", "1,2", "-1-2", "0-0 x", "٣-٤", "1" * 50 + "-1"])
-def test_what_is_no_link_is_named(line: str) -> None:
+def test_an_invalid_link_is_named(line: str) -> None:
     with pytest.raises(DataError, match=r"file\.align, line 7.*is no link"):
         parse_links(line, where="file.align, line 7")
 
 
-def test_the_error_rate_is_that_of_the_definition() -> None:
+def test_the_error_rate_follows_its_definition() -> None:
     # Och and Ney (2003): A = found, S = sure, P = possible.
     gold = parse_gold("0-0 1-1 2p2 1p2", where="")
     found = parse_links("0-0 2-2 3-3", where="")
@@ -118,10 +108,7 @@ def test_the_error_rate_is_that_of_the_definition() -> None:
 
 def test_counts_add_up_over_pairs() -> None:
     chooser = random.Random(2)
-    gold = [
-        GoldAlignment(links, links | random_links(chooser))
-        for links in (random_links(chooser) for _ in range(9))
-    ]
+    gold = [GoldAlignment(links, links | random_links(chooser)) for links in (random_links(chooser) for _ in range(9))]
     found = [random_links(chooser) for _ in gold]
     whole = score_corpus(found, gold)
     assert whole == score_corpus(found[:4], gold[:4]) + score_corpus(found[4:], gold[4:])

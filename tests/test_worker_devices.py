@@ -1,4 +1,4 @@
-"""Which devices are meant, and that each process has its own and enough to do."""
+"""Which devices --device and --workers choose, and that each process has its own and enough lines."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fleets import Asked, Seeing
+from tests.pools import GpuQuestion, ReportGpus
 from trmt.errors import ConfigError
 from trmt.scale import devices
-from trmt.scale.fleet import LocalFleet, work_through
+from trmt.scale.parts import process_parts
+from trmt.scale.pool import ProcessPool
+from trmt.streaming import CPU_CHUNK, chunk_sizes, window_size
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets torch see so many GPUs."""
+    """Sets how many GPUs torch reports."""
 
     def gpus(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -30,7 +32,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(
-    ("count", "asked", "workers", "expected"),
+    ("count", "device", "workers", "expected"),
     [
         (0, "auto", None, ["cpu"]),
         (0, "auto", "3", ["cpu"] * 3),
@@ -50,44 +52,44 @@ CORES = len(os.sched_getaffinity(0))
         (1, "all", None, ["cuda:0"]),
     ],
 )
-def test_each_process_has_a_core_or_a_gpu(
-    gpus: Callable[[int], None], count: int, asked: str, workers: str | None, expected: list[str]
+def test_each_process_gets_a_core_or_a_gpu(
+    gpus: Callable[[int], None], count: int, device: str, workers: str | None, expected: list[str]
 ) -> None:
     gpus(count)
-    assert list(devices.devices_for(asked, workers)) == expected
+    assert list(devices.devices_for(device, workers)) == expected
 
 
 @pytest.mark.parametrize(
-    ("count", "asked", "workers", "said"),
+    ("count", "device", "workers", "message"),
     [
         (0, "all", None, "means every GPU, and torch sees none"),
         (2, "cuda:0,cuda:2", None, "cuda:2 was asked for, but torch sees 2 GPUs"),
         (2, "cuda:1,cuda:1", None, "names cuda:1 twice"),
         (2, "cuda,cuda:0", None, "names cuda:0 twice"),
-        (2, "cuda:0,cpu", None, "devices of two kinds"),
-        (2, "cuda:0,auto", None, "is no list of devices"),
-        (2, "cuda:0,all", None, "is no list of devices"),
-        (2, "cuda:0,", None, "is no list of devices"),
+        (2, "cuda:0,cpu", None, "mixes types of devices"),
+        (2, "cuda:0,auto", None, "is not a list of devices"),
+        (2, "cuda:0,all", None, "is not a list of devices"),
+        (2, "cuda:0,", None, "is not a list of devices"),
         (2, "cuda:0,gpu1", None, "there is no device 'gpu1'"),
-        (2, "cuda:0,cuda:1", "2", "--workers is not needed; leave it out"),
-        (2, "all", "auto", "--workers is not needed; leave it out"),
+        (2, "cuda:0,cuda:1", "2", "leave --workers out"),
+        (2, "all", "auto", "leave --workers out"),
         (
             2,
             "auto",
             "3",
-            "--workers 3 take a device each, and torch sees 2; ask for fewer, or add --device cpu",
+            "--workers 3 need a GPU each, and torch sees 2; ask for fewer, or add --device cpu",
         ),
-        (2, "cuda:1", "2", "--workers 2 take a device each, and cuda:1 is one"),
-        *((0, "cpu", wrong, "is no number of processes") for wrong in ("0", "-1", "x", "1.5", "", "2000")),
+        (2, "cuda:1", "2", "--workers 2 need a GPU each, and cuda:1 is one"),
+        *((0, "cpu", wrong, "is not a number of processes") for wrong in ("0", "-1", "x", "1.5", "", "2000")),
     ],
 )
-def test_what_cannot_be_is_one_sentence(
-    gpus: Callable[[int], None], count: int, asked: str, workers: str | None, said: str
+def test_impossible_choices_are_one_sentence(
+    gpus: Callable[[int], None], count: int, device: str, workers: str | None, message: str
 ) -> None:
     gpus(count)
     with pytest.raises(ConfigError) as caught:
-        devices.devices_for(asked, workers)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+        devices.devices_for(device, workers)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -100,27 +102,27 @@ def test_what_cannot_be_is_one_sentence(
         ("3,5", "cpu", "3,5"),
     ],
 )
-def test_a_process_sees_its_own_gpu_only(
+def test_a_process_sees_only_its_own_gpu(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, device: str, sees: str
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert devices.keep_to(device) == device.partition(":")[0]
+    devices.hide_other_gpus(device)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
 
 
-def test_processes_of_a_fleet_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_a_pool_see_one_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,4,6")
-    parts = [Asked(name, str(tmp_path)) for name in ("one", "two")]
-    with LocalFleet(Seeing(), devices=("cuda:0", "cuda:2")) as fleet:
-        outcome = work_through(parts, fleet, title="looking")
-    assert sorted(said for _, said in outcome.done) == ["6", "7"]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,4,6", "only the processes are kept to a GPU"
+    parts = [GpuQuestion(name, str(tmp_path)) for name in ("one", "two")]
+    with ProcessPool(ReportGpus(), devices=("cuda:0", "cuda:2")) as pool:
+        outcome = process_parts(parts, pool, title="asking")
+    assert sorted(visible for _, visible in outcome.done) == ["6", "7"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,4,6", "the main process still sees all of them"
 
 
-def test_a_gpu_gets_batches_and_all_together_several_windows_of_them() -> None:
-    assert devices.lines_for("cpu", 512) == devices.lines_for("cpu", 1) == devices.ON_CPU
-    least, most = devices.lines_for("cuda:1", 512)
-    assert least == 512 and most >= 4096
-    assert devices.window_for(["cuda:0", "cuda:1"], 512) >= 4 * 2 * most
+def test_a_gpu_gets_whole_batches_and_a_window_holds_several_chunks_for_each() -> None:
+    assert chunk_sizes("cpu", 512) == chunk_sizes("cpu", 1) == CPU_CHUNK
+    smallest, largest = chunk_sizes("cuda:1", 512)
+    assert smallest == 512 and largest >= 4096
+    assert window_size(["cuda:0", "cuda:1"], 512) >= 4 * 2 * largest
