@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from trmt.text.wording import NO_WORD, linked_pieces, words_of_pieces
 
 from tests import texts, toy
 from tests.commands import Command
@@ -39,7 +40,6 @@ from trmt.nets.base import Ragged, Source
 from trmt.sets.shards import PreparedSet
 from trmt.text.links import NOTHING, parsed, parsed_gold, turned, written
 from trmt.text.tokenizer import Side, Tokenizer
-from trmt.text.wording import NO_WORD, linked_pieces, words_of_pieces
 
 
 @pytest.fixture(scope="module")

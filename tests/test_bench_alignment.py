@@ -13,7 +13,7 @@ import alignment
 import alignment_tables
 from trmt.insight.alignment.aligners import HeadOptions, SymmetrisedAligner, TextPair
 from trmt.text.lines import read_lines
-from trmt.text.links import GoldAlignment, Links, score_corpus, parse_links, parse_gold, reverse_links
+from trmt.text.links import GoldAlignment, Links, parse_gold, parse_links, reverse_links, score_corpus
 
 LOOKS = [
     {"layer": 1, "head": None, "shift": 0, "aer": 0.5, "from_counting": 0.4, "test_from_counting": 0.1},
@@ -65,7 +65,9 @@ def test_both_directions_have_the_same_gold(given: argparse.Namespace) -> None:
     for one, other in ((there.counted, back.counted), (there.test, back.test)):
         found = [parse_links(line, where="here") for line in read_lines(one.links)]
         assert found == counting.links(one.pairs)
-        assert [parse_links(line, where="here") for line in read_lines(other.links)] == list(map(reverse_links, found))
+        assert [parse_links(line, where="here") for line in read_lines(other.links)] == list(
+            map(reverse_links, found)
+        )
     aligners = {"there": First(), "back": First()}
     rates = alignment.rates(aligners, ways)
     assert rates["back"] == alignment.figures_of(

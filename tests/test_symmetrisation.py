@@ -10,7 +10,17 @@ import pytest
 
 from trmt.errors import DataError
 from trmt.insight.alignment.symmetrisation import METHODS
-from trmt.text.links import AlignmentScore, GoldAlignment, Links, score_links, score_corpus, parse_links, parse_gold, reverse_links, format_links
+from trmt.text.links import (
+    AlignmentScore,
+    GoldAlignment,
+    Links,
+    format_links,
+    parse_gold,
+    parse_links,
+    reverse_links,
+    score_corpus,
+    score_links,
+)
 
 
 def random_links(chooser: random.Random) -> Links:
@@ -87,7 +97,9 @@ def test_written_links_are_parsed_again() -> None:
         assert parse_links(format_links(links), where="") == links
     assert parse_links("  3-1\t0p0 0-0 ", where="") == {(3, 1), (0, 0)}
     assert format_links([(10, 2), (2, 10), (2, 9)]) == "2-9 2-10 10-2"
-    assert parse_gold("0-0 1p2 0p0", where="") == GoldAlignment(frozenset({(0, 0)}), frozenset({(0, 0), (1, 2)}))
+    assert parse_gold("0-0 1p2 0p0", where="") == GoldAlignment(
+        frozenset({(0, 0)}), frozenset({(0, 0), (1, 2)})
+    )
 
 
 @pytest.mark.parametrize("line", ["0-", "a-b", "1-2-3", "1,2", "-1-2", "0-0 x", "٣-٤", "1" * 50 + "-1"])
@@ -108,7 +120,10 @@ def test_the_error_rate_follows_its_definition() -> None:
 
 def test_counts_add_up_over_pairs() -> None:
     chooser = random.Random(2)
-    gold = [GoldAlignment(links, links | random_links(chooser)) for links in (random_links(chooser) for _ in range(9))]
+    gold = [
+        GoldAlignment(links, links | random_links(chooser))
+        for links in (random_links(chooser) for _ in range(9))
+    ]
     found = [random_links(chooser) for _ in gold]
     whole = score_corpus(found, gold)
     assert whole == score_corpus(found[:4], gold[:4]) + score_corpus(found[4:], gold[4:])

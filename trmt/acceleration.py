@@ -8,6 +8,7 @@ it cannot serve: another device or dtype, no C compiler.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -20,4 +21,9 @@ def accelerated(name: str) -> Any | None:
     """The faster version of this name in `registry.NATIVE`, if there is one."""
     if torch.compiler.is_compiling() or os.environ.get("TRMT_KERNELS") == "0":
         return None
+    return _entry(name)
+
+
+@functools.cache
+def _entry(name: str) -> Any | None:
     return optional(NATIVE[name])
