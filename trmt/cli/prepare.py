@@ -57,7 +57,9 @@ def command(
     max_length: Annotated[int, typer.Option(help="Drop pairs with more pieces on either side.")] = 250,
     max_ratio: Annotated[
         float,
-        typer.Option(help="Drop pairs with more pieces of one side per piece of the other; 0: keep them."),
+        typer.Option(
+            help="Drop pairs with a higher ratio of pieces; short sentences may differ more; 0: off."
+        ),
     ] = 3.0,
     keep_duplicates: Annotated[
         bool, typer.Option("--keep-duplicates", help="Keep pairs that occur more than once.")
