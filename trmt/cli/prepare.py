@@ -58,7 +58,7 @@ def command(
     max_ratio: Annotated[
         float,
         typer.Option(
-            help="Maximum ratio of the lengths of both sides, for all but very short pairs; 0: any."
+            help="Drop pairs with a higher ratio of pieces; short sentences may differ more; 0: off."
         ),
     ] = 3.0,
     keep_duplicates: Annotated[bool, typer.Option("--keep-duplicates", help="Keep repeated pairs.")] = False,
