@@ -191,7 +191,7 @@ def test_a_run_is_its_best_checkpoint_and_what_it_has_been_through(runs: dict[st
 def test_where_weights_came_from(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["base"], run)
-    averaged = inspect(average(AverageOptions(places=(run,), last=2)))
+    averaged = inspect(average(AverageOptions(paths=(run,), last=2)))
     assert averaged["came_from"]["averaged"] == ["step-00000006", "step-00000003"]
     assert averaged["came_from"]["run"] == str(run.resolve())
     recipe = toy.recipe(tmp_path, {}, architecture="transformer")

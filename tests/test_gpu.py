@@ -25,7 +25,8 @@ from trmt.nets.base import Ragged, Source
 from trmt.registry import ARCHITECTURES
 from trmt.resume_check import CheckOptions, check_resume
 from trmt.scale.workers import Workers
-from trmt.training.run import Run, train
+from trmt.training.run import TrainingRun, train
+from trmt.training.step import train_step
 from trmt.translating import TranslateOptions, Translator
 
 pytestmark = pytest.mark.gpu
@@ -91,19 +92,21 @@ def test_the_gpu_and_its_precision_are_chosen() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_judging_a_step_never_waits_for_the_gpu(toy_set: Path, tmp_path: Path, precision: str) -> None:
     recipe = toy.recipe(tmp_path, {"optim": {"clip": 1.0, "ema": 0.9}, "training": {"device": "cuda"}})
-    run = Run.planned(toy.options(tmp_path / "run", toy_set, recipe, f"training.precision={precision}"), None)
+    run = TrainingRun.from_options(
+        toy.options(tmp_path / "run", toy_set, recipe, f"training.precision={precision}"), None
+    )
     [pairs] = run.batches.plan(0)[0]
-    run.learner.learn([run.batches.load(pairs)], 0)  # the first one allocates and chooses kernels
-    guard = run.learner.guard
+    train_step(run.state, [run.batches.load(pairs)])  # the first one allocates and chooses kernels
+    guard = run.state.guard
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(5):
             norm, nll = guard.sums[0].abs(), guard.sums[1].abs()
-            guard.take(run.learner.optimizer, step=number, norm=norm, nll=nll, tokens=9, clip=1.0)
+            guard.update(run.state.optimizer, step=number, norm=norm, nll=nll, tokens=9, clip=1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(guard.verdicts()) == 6
+    assert len(guard.pop_reports()) == 6
 
 
 ON_GPU: dict[str, Any] = {**HARD, "training": {**HARD["training"], "device": "cuda", "deterministic": True}}

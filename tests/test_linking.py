@@ -153,7 +153,7 @@ def aligner_of(tokenizer: Tokenizer, architecture: str = "transformer", **known:
     }
     net = small_network(architecture, **sizes)
     options = known.pop("options", LookOptions())
-    manifest = bundles.describe(net, architecture, tokenizer, longest={}, training=known)
+    manifest = bundles.make_manifest(net, architecture, tokenizer, longest={}, training=known)
     return AttentionAligner(net, tokenizer, manifest, options)
 
 

@@ -122,7 +122,7 @@ def test_a_model_that_computes_something_else_never_appears(
 
 def test_other_networks_and_other_folders_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     net = bundles.build_network("rnn", {"source_vocabulary": 60, "target_vocabulary": 60, "width": 16})
-    manifest = bundles.describe(net, "rnn", tokenizer, longest={"source": 40})
+    manifest = bundles.make_manifest(net, "rnn", tokenizer, longest={"source": 40})
     bundles.save_bundle(tmp_path / "rnn", manifest, net.state_dict(), tokenizer)
     with pytest.raises(ConfigError, match="only a transformer can be exported"):
         exported(tmp_path / "rnn")

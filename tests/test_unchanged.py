@@ -103,7 +103,7 @@ def test_several_files_are_counted(begun: Path, tmp_path: Path) -> None:
 def test_data_that_is_the_same_elsewhere_is_not_refused(begun: Path, tmp_path: Path) -> None:
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     train(options(tmp_path / "run", tmp_path / "data", str(tmp_path / "transformer.toml")))
-    assert checkpoints.steps(tmp_path / "run")[-1].step == 6
+    assert checkpoints.list_checkpoints(tmp_path / "run")[-1].step == 6
 
 
 def test_a_run_without_a_record_is_refused_without_a_name(begun: Path, tmp_path: Path) -> None:
@@ -119,4 +119,4 @@ def test_damaged_data_is_refused_before_the_first_step(begun: Path, tmp_path: Pa
     flip(tmp_path / "data/dev-00000.target.ids")
     with pytest.raises(DataError, match=r"dev-00000\.target\.ids was altered"):
         train(options(tmp_path / "new", tmp_path / "data", str(begun / "transformer.toml")))
-    assert not checkpoints.steps(tmp_path / "new")
+    assert not checkpoints.list_checkpoints(tmp_path / "new")

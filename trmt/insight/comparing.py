@@ -104,12 +104,12 @@ def facts(folder: Path, history: History) -> RunFacts:
         raise DataError(f"{folder} is no run folder: it has no {checkpoints.CONFIG}; name runs of trmt train")
     bundle, parameters = None, None
     languages: tuple[str, str] = ("", "")
-    if checkpoints.steps(folder) or bundles.is_bundle(folder / checkpoints.AVERAGE):
+    if checkpoints.list_checkpoints(folder) or bundles.is_bundle(folder / checkpoints.AVERAGE):
         bundle = checkpoints.find_bundle(folder)
         manifest = bundles.read_manifest(bundle)
         languages = manifest.languages
         weights = bundles.read_weights(bundle, manifest, verify=False)
-        parameters = sum(describing.parts(weights, manifest).values())
+        parameters = sum(describing.parameter_counts(weights, manifest).values())
     return RunFacts(
         folder=folder,
         settings=describing.settings(folder),

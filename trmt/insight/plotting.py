@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 from trmt import console
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.storage.files import atomic_file
-from trmt.training.display import harmless
+from trmt.training.display import remove_controls
 from trmt.training.history import LABELS, LOG, TRAIN, VALIDATE, History, Point, best
-from trmt.training.textplot import MARKS, Line, Segment, bounds, chart, short
+from trmt.training.textplot import MARKS, Curve, Segment, bounds, chart, short
 
 Axis = Literal["steps", "tokens", "hours"]
 AXES: tuple[str, ...] = get_args(Axis)
@@ -42,7 +42,7 @@ class Panel:
     """One quantity of all runs: places and values of each; a run that lacks it has none."""
 
     title: str
-    lines: tuple[Line, ...]
+    lines: tuple[Curve, ...]
     few: bool = False  # few enough points to be marked
 
 
@@ -103,12 +103,12 @@ def panels(histories: dict[str, History], axis: Axis) -> list[Panel]:
     return found
 
 
-def _line(points: Sequence[Point], axis: Axis, *, run: str) -> Line:
+def _line(points: Sequence[Point], axis: Axis, *, run: str) -> Curve:
     places = [{"steps": point.step, "tokens": point.tokens, "hours": point.hours}[axis] for point in points]
     known = [place for place in places if place is not None]
     if len(known) < len(places):
         raise DataError(f"the log of {run} does not say {axis}, it is of an older trmt; use --x steps")
-    return Line(known, [point.value for point in points])
+    return Curve(known, [point.value for point in points])
 
 
 def summary(histories: dict[str, History]) -> tuple[list[str], list[list[str]]]:
@@ -136,7 +136,7 @@ def rows(
     across = max(width // abreast - 2, NARROW)
     rows: list[list[Segment]] = []
     for number, name in enumerate(names):
-        rows.append([(f"{MARKS[number % len(MARKS)] if marked else '━━'} {harmless(name)}", number)])
+        rows.append([(f"{MARKS[number % len(MARKS)] if marked else '━━'} {remove_controls(name)}", number)])
     for place in range(0, len(drawn), abreast):
         blocks = [
             [[(panel.title, None)], *chart(panel.lines, across, ROWS, unit=axis, marked=marked), []]

@@ -213,7 +213,7 @@ def import_bert(folder: Path, out: Path, tokenizer: Tokenizer) -> Path:
     net = MaskedEncoder(MaskedEncoderConfig(**{**sizes, "source_vocabulary": len(rows)}))
     bundles.load_weights(net, weights, where=str(folder))
     longest = {"source": found.config.longest, "target": found.config.longest}
-    manifest = bundles.describe(
+    manifest = bundles.make_manifest(
         net, ARCHITECTURE, tokenizer, longest=longest, training={"imported": folder.resolve().name}
     )
     bundles.save_bundle(out, manifest, net.state_dict(), tokenizer)

@@ -63,7 +63,7 @@ def _named(found: Imported, languages: tuple[str, str]) -> Imported:
 
 
 def _manifest(found: Imported, folder: Path) -> Manifest:
-    return bundles.describe(
+    return bundles.make_manifest(
         found.net,
         "transformer",
         found.tokenizer,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trmt.insight.heatmaps.attending import SPACE, Attended, Ids, Kind, joined, words
 from trmt.text.tokenizer import Side, Tokenizer
-from trmt.training.display import harmless
+from trmt.training.display import remove_controls
 
 # The axes of each kind: rows, columns. What the decoder looks back at begins one piece before its target.
 AXES: Mapping[str, tuple[str, str]] = {
@@ -112,14 +112,14 @@ def matrix(looks: Looks, choice: Choice) -> Matrix:
 def axis(side: Side, ids: Ids) -> Axis:
     """The words and pieces of a sentence."""
     places = tuple(part for word in words(side, ids) for part in _parts(side, ids, word))
-    pieces = tuple(map(harmless, side.pieces(ids)))
+    pieces = tuple(map(remove_controls, side.pieces(ids)))
     spelled = tuple(_spelled(side, ids, place, pieces) for place in places)
-    text = harmless(side.decode(ids))
+    text = remove_controls(side.decode(ids))
     return Axis(text, pieces, spelled, places, leftward(text))
 
 
 def _spelled(side: Side, ids: Ids, places: range, pieces: Sequence[str]) -> str:
-    text = harmless(side.decode([ids[place] for place in places])).strip()
+    text = remove_controls(side.decode([ids[place] for place in places])).strip()
     return text or "".join(pieces[place] for place in places)
 
 
