@@ -27,7 +27,7 @@ import torch
 from moses import escaped, tokenised
 from provenance import RESULTS, record
 from trmt.bundles import bundles
-from trmt.bundles.checkpoints import find_bundle, steps
+from trmt.bundles.checkpoints import find_bundle, list_checkpoints
 from trmt.insight.alignment.aligners import (
     Aligner,
     AttentionAligner,
@@ -120,7 +120,7 @@ def trained(given: argparse.Namespace, sets: dict[str, Path]) -> dict[str, Path]
     for direction, folder in sets.items():
         for kind, settings in networks().items():
             run = given.work / f"run-{kind}-{direction}"
-            found = steps(run)
+            found = list_checkpoints(run)
             if not found or found[-1].step < given.steps:
                 every = [f"training.steps={given.steps}", f"validation.every={given.steps}"]
                 every += ["validation.metric=loss", "validation.sentences=0", "training.save_every=100"]

@@ -125,7 +125,9 @@ def random_bundle(
         for parameter in net.parameters():
             parameter.mul_(1.6)
         net.get_parameter("target_embedding.weight")[tokenizer.target.eos] *= eagerness
-    manifest = bundles.describe(net, "transformer", tokenizer, longest={"source": longest, "target": longest})
+    manifest = bundles.make_manifest(
+        net, "transformer", tokenizer, longest={"source": longest, "target": longest}
+    )
     bundles.save_bundle(folder, manifest, net.state_dict(), tokenizer)
     return net
 

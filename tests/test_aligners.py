@@ -164,7 +164,7 @@ def aligner_of(tokenizer: Tokenizer, architecture: str = "transformer", **traini
     }
     net = small_network(architecture, **sizes)
     options = training.pop("options", HeadOptions())
-    manifest = bundles.describe(net, architecture, tokenizer, longest={}, training=training)
+    manifest = bundles.make_manifest(net, architecture, tokenizer, longest={}, training=training)
     return AttentionAligner(net, tokenizer, manifest, options)
 
 

@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
 def other_bundle(folder: Path, tokenizer: Tokenizer, architecture: str, **options: Any) -> Path:
     size = tokenizer.source.vocabulary
     net = small_network(architecture, source_vocabulary=size, target_vocabulary=size, **options)
-    manifest = bundles.describe(net, architecture, tokenizer, longest={"source": 40, "target": 40})
+    manifest = bundles.make_manifest(net, architecture, tokenizer, longest={"source": 40, "target": 40})
     bundles.save_bundle(folder, manifest, net.state_dict(), tokenizer)
     return folder
 

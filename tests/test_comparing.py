@@ -189,7 +189,7 @@ def test_a_run_is_described_by_its_best_checkpoint_and_its_history(runs: dict[st
 def test_the_origin_of_weights(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["base"], run)
-    averaged = inspect(average(AverageOptions(places=(run,), last=2)))
+    averaged = inspect(average(AverageOptions(paths=(run,), last=2)))
     assert averaged["came_from"]["averaged"] == ["step-00000006", "step-00000003"]
     assert averaged["came_from"]["run"] == str(run.resolve())
     recipe = toy.recipe(tmp_path, {}, architecture="transformer")

@@ -1,4 +1,4 @@
-"""`trmt average`: average the weights of checkpoints."""
+"""`trmt average`: the mean of several checkpoints' weights as a bundle."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import typer
 
 
 def command(
-    checkpoints: Annotated[
+    paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="A run folder, or checkpoints. [default: the newest run in models/]",
+            help="A run folder, or the checkpoints themselves. [default: the newest run in models/]"
         ),
     ] = None,
     best: Annotated[int | None, typer.Option("--best", help="The best N checkpoints of the run.")] = None,
     last: Annotated[int | None, typer.Option("--last", help="The last N checkpoints of the run.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Bundle to write. [default: average/ in the run folder]")
+        Path | None, typer.Option("--out", help="Where to write the bundle. [default: average/ in the run]")
     ] = None,
 ) -> None:
-    """Average the weights of checkpoints into a bundle. Without --best or --last: the best five."""
+    """Average checkpoints into a bundle. Without --best or --last: the best five."""
     from trmt.averaging import AverageOptions, average
     from trmt.verifying import record
 
-    average(AverageOptions(places=tuple(checkpoints or ()), best=best, last=last, out=out), record)
+    average(AverageOptions(paths=tuple(paths or ()), best=best, last=last, out=out), record)

@@ -1,4 +1,4 @@
-"""`trmt check-resume`: check that a run can be resumed exactly."""
+"""`trmt check-resume`: whether a run can be resumed exactly."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import typer
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run folder; only copies of it are changed.")],
+    run: Annotated[Path, typer.Argument(help="Run folder; it is copied and not changed.")],
     steps: Annotated[
-        int, typer.Option("--steps", help="Further training steps, with a kill in the middle.")
+        int, typer.Option("--steps", help="Steps to train for, with a kill in the middle.")
     ] = 20,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Prepared set. [default: the set of the run]")
+        Path | None, typer.Option("--data", help="Prepared set. [default: that of the run]")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a setting of the copies: --set training.deterministic=true."),
+        typer.Option("--set", help="Change a setting of the copy: --set training.deterministic=true."),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 uses all.")] = 0,
     trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Allow the run folder to load code from outside trmt.")
+        bool, typer.Option("--trust-code", help="Let the run folder name code outside trmt.")
     ] = False,
 ) -> None:
-    """Check that a run can be resumed exactly. Copies of it are trained on, with and without a kill."""
+    """Check on copies that a run which is killed and resumed is the same to the last byte."""
     from trmt import console
     from trmt.errors import TrmtError
     from trmt.resume_check import CheckOptions, check_resume
@@ -43,9 +43,9 @@ def command(
         console.warn(difference)
     if found:
         raise TrmtError(
-            f"resuming {run} does not give the same result; on a GPU, try --set training.deterministic=true"
+            f"resuming {run} does not give the same run; on a GPU, try --set training.deterministic=true"
         )
     console.say(
-        "the same to the last byte with and without a kill: weights, optimizer and all other saved state, "
-        "data and log"
+        "the same to the last byte with a kill in between and without: weights, optimiser, everything else "
+        "that is saved, data and log"
     )

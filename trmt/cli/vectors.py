@@ -26,6 +26,6 @@ def command(
 
     loaded = Tokenizer.load(tokenizer)
     side = loaded.target if target else loaded.source
-    vectors = train_vectors(TextPieces(text, side), width=width, seed=seed, epochs=epochs)
+    vectors = train_vectors(TextPieces(text, side), size=width, seed=seed, epochs=epochs)
     write_vectors(out, vectors)
     console.say(f"{len(vectors.words):,} vectors of dimension {width} -> {out}")

@@ -109,12 +109,12 @@ def run_facts(folder: Path, history: History) -> RunFacts:
         )
     bundle, parameters = None, None
     languages: tuple[str, str] = ("", "")
-    if checkpoints.steps(folder) or bundles.is_bundle(folder / checkpoints.AVERAGE):
+    if checkpoints.list_checkpoints(folder) or bundles.is_bundle(folder / checkpoints.AVERAGE):
         bundle = checkpoints.find_bundle(folder)
         manifest = bundles.read_manifest(bundle)
         languages = manifest.languages
         weights = bundles.read_weights(bundle, manifest, verify=False)
-        parameters = sum(describing.parts(weights, manifest).values())
+        parameters = sum(describing.parameter_counts(weights, manifest).values())
     return RunFacts(
         folder=folder,
         settings=describing.settings(folder),

@@ -20,7 +20,7 @@ def inspect(path: Path | None = None) -> dict[str, Any]:
     first checkpoint, only about the run.
     """
     run = path if path and describing.is_run(path) and not bundles.is_bundle(path) else None
-    if run and not (checkpoints.steps(run) or bundles.is_bundle(run / checkpoints.AVERAGE)):
+    if run and not (checkpoints.list_checkpoints(run) or bundles.is_bundle(run / checkpoints.AVERAGE)):
         return {"folder": str(run), "run": _run(run)}
     folder = checkpoints.find_bundle(path) if path else checkpoints.default_bundle()
     run = run or describing.run_of(folder)
@@ -29,7 +29,7 @@ def inspect(path: Path | None = None) -> dict[str, Any]:
 
 def _bundle(folder: Path) -> dict[str, Any]:
     manifest = bundles.read_manifest(folder)
-    parts = describing.parts(bundles.read_weights(folder, manifest), manifest)
+    parts = describing.parameter_counts(bundles.read_weights(folder, manifest), manifest)
     tree = to_tree(manifest)
     return {
         "folder": str(folder),
@@ -38,7 +38,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "languages": list(manifest.languages),
         "parameters": sum(parts.values()),
         "parts": parts,
-        "shared": describing.shared(manifest),
+        "shared": describing.tied_modules(manifest),
         "bytes": (folder / bundles.WEIGHTS).stat().st_size,
         "precision": manifest.precision,
         "came_from": _came_from(folder, manifest),
@@ -90,5 +90,5 @@ def _run(run: Path) -> dict[str, Any]:
         "origin": describing.origin(run),
         "progress": describing.progress(history) if history else {"step": 0},
         "best": describing.best_scores(history) if history else [],
-        "checkpoints": [point.step for point in checkpoints.steps(run)],
+        "checkpoints": [point.step for point in checkpoints.list_checkpoints(run)],
     }

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from trmt import console
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.storage.files import atomic_file
-from trmt.training.display import harmless
+from trmt.training.display import remove_controls
 from trmt.training.history import LABELS, LOG, TRAIN, VALIDATE, History, Point, best
-from trmt.training.textplot import MARKS, Line, Segment, bounds, chart, short
+from trmt.training.textplot import MARKS, Curve, Segment, bounds, chart, short
 
 XAxisName = Literal["steps", "tokens", "hours"]
 FORMATS = ("png", "svg", "pdf")
@@ -43,7 +43,7 @@ class Panel:
     """The curves of one quantity, one for each run; that of a run without the quantity is empty."""
 
     title: str
-    lines: tuple[Line, ...]
+    lines: tuple[Curve, ...]
     marked: bool = False  # whether each point is marked: validations, which are few
 
 
@@ -104,14 +104,14 @@ def panels(histories: dict[str, History], axis: XAxisName) -> list[Panel]:
     return found
 
 
-def _line(points: Sequence[Point], axis: XAxisName, *, run: str) -> Line:
+def _line(points: Sequence[Point], axis: XAxisName, *, run: str) -> Curve:
     x_values = [{"steps": point.step, "tokens": point.tokens, "hours": point.hours}[axis] for point in points]
     known = [x for x in x_values if x is not None]
     if len(known) < len(x_values):
         raise DataError(
             f"the log of {run} has no {axis}, because its version of trmt is older; use --x steps"
         )
-    return Line(known, [point.value for point in points])
+    return Curve(known, [point.value for point in points])
 
 
 def summary(histories: dict[str, History]) -> tuple[list[str], list[list[str]]]:
@@ -139,7 +139,7 @@ def rows(
     plot_width = max(width // per_row - 2, MIN_PLOT_WIDTH)
     rows: list[list[Segment]] = []
     for number, name in enumerate(names):
-        rows.append([(f"{MARKS[number % len(MARKS)] if marked else '━━'} {harmless(name)}", number)])
+        rows.append([(f"{MARKS[number % len(MARKS)] if marked else '━━'} {remove_controls(name)}", number)])
     for first in range(0, len(drawn), per_row):
         blocks = [
             [[(panel.title, None)], *chart(panel.lines, plot_width, PLOT_ROWS, unit=axis, marked=marked), []]

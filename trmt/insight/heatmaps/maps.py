@@ -19,7 +19,7 @@ from trmt.insight.heatmaps.weights import (
     words,
 )
 from trmt.text.tokenizer import Side, Tokenizer
-from trmt.training.display import harmless
+from trmt.training.display import remove_controls
 
 # The sequences of the rows (queries) and columns (keys) of each kind; "input" is the decoder's input.
 AXES: Mapping[str, tuple[str, str]] = {
@@ -116,14 +116,14 @@ def choose_map(maps: AttentionMaps, choice: MapChoice) -> AttentionMap:
 def axis_labels(side: Side, ids: IdSequence) -> AxisLabels:
     """The words and pieces of a sentence."""
     word_pieces = tuple(part for word in words(side, ids) for part in _split_word(side, ids, word))
-    pieces = tuple(map(harmless, side.pieces(ids)))
+    pieces = tuple(map(remove_controls, side.pieces(ids)))
     labels = tuple(_word_label(side, ids, positions, pieces) for positions in word_pieces)
-    text = harmless(side.decode(ids))
+    text = remove_controls(side.decode(ids))
     return AxisLabels(text, pieces, labels, word_pieces, is_right_to_left(text))
 
 
 def _word_label(side: Side, ids: IdSequence, positions: range, pieces: Sequence[str]) -> str:
-    text = harmless(side.decode([ids[position] for position in positions])).strip()
+    text = remove_controls(side.decode([ids[position] for position in positions])).strip()
     return text or "".join(pieces[position] for position in positions)
 
 

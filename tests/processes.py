@@ -1,4 +1,4 @@
-"""Teams of real processes, as torchrun would start them, that do the work of tests/crew_work.py."""
+"""Starting several processes, as torchrun would, that run a function of tests/process_work.py."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ ROOT = Path(__file__).parent.parent
 
 
 def start(size: int, work: str, folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
-    """One process for each rank, doing `work` of crew_work with the folder and the arguments."""
+    """One process for each rank, calling the function `work` of process_work with the folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     return [
         subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tests.crew_work", work, str(folder), *arguments],
+            [sys.executable, "-W", "error", "-m", "tests.process_work", work, str(folder), *arguments],
             env={
                 **os.environ,
-                **place,
+                **address,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "OMP_NUM_THREADS": "1",
@@ -36,7 +36,7 @@ def start(size: int, work: str, folder: Path, *arguments: str) -> list[subproces
     ]
 
 
-def ended(crew: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """How each process ended, and what it said."""
-    said = [process.communicate(timeout=120)[1] for process in crew]
-    return [(process.returncode, words) for process, words in zip(crew, said, strict=True)]
+def wait(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """The exit code and standard error of each process."""
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]

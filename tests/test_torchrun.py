@@ -1,4 +1,4 @@
-"""Training as torchrun starts it: processes that are killed, hang, or are short of memory, more or fewer."""
+"""Training with torchrun: processes that are killed, hang or run out of memory, and other numbers of them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from tests import toy
 from tests.contracts.test_training import final, log
-from tests.crews import ROOT
+from tests.processes import ROOT
+from tests.recorded_train import sentences
 from tests.test_training import ENDLESS, newest
-from tests.watched_train import sentences
 from trmt.bundles import bundles, checkpoints
-from trmt.training.run import Run
+from trmt.training.run import TrainingRun
 
 STARTS = count()
 
@@ -32,8 +32,9 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL"),
 ]
 
-# Epsilon keeps Adam from making steps of rounding; without dropout any number of processes does the same.
-SAME = {"optim": {"ema": 0.9, "clip": 1.0, "epsilon": 1e-3}, "network": {"dropout": 0.0}}
+# With a large epsilon Adam does not amplify rounding errors, and without dropout the number of processes does
+# not matter.
+COMPARABLE = {"optim": {"ema": 0.9, "clip": 1.0, "epsilon": 1e-3}, "network": {"dropout": 0.0}}
 OFTEN = {
     "batches": {"tokens": 150},
     "training": {"save_every": 5, "keep_last": 3},
@@ -42,34 +43,34 @@ OFTEN = {
 
 
 def torchrun(
-    run: Path, data: Path, recipe: str, *settings: str, size: int, **told: Any
+    run: Path, data: Path, recipe: str, *settings: str, size: int, **options: Any
 ) -> subprocess.Popen[str]:
-    """`trmt train` on `size` processes, watched; `launch` are options of torchrun."""
-    launch = told.pop("launch", ())
-    seen = run.parent / "seen"
-    seen.mkdir(exist_ok=True)
+    """`trmt train` on `size` processes by tests/recorded_train.py; `launch` are options of torchrun."""
+    launch = options.pop("launch", ())
+    pairs = run.parent / "pairs"
+    pairs.mkdir(exist_ok=True)
     module = [] if size == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(size), *launch]
-    command = [sys.executable, *module, "-m", "tests.watched_train", "train", str(run)]
+    command = [sys.executable, *module, "-m", "tests.recorded_train", "train", str(run)]
     return subprocess.Popen(
         [*command, "--data", str(data), "--recipe", recipe, *settings],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
-            "WATCHED": json.dumps({"seen": str(seen), "number": next(STARTS), **told}),
+            "RECORDED_TRAIN": json.dumps({"folder": str(pairs), "number": next(STARTS), **options}),
         },
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def done(process: subprocess.Popen[str]) -> str:
-    said = process.communicate(timeout=180)[1]
-    assert process.returncode == 0, said
-    return said
+def finish(process: subprocess.Popen[str]) -> str:
+    printed = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, printed
+    return printed
 
 
-def until_saved(process: subprocess.Popen[str], run: Path, *, since: int) -> None:
+def wait_until_saved(process: subprocess.Popen[str], run: Path, *, since: int) -> None:
     deadline = time.monotonic() + 120
     while newest(run) <= since and process.poll() is None:
         assert time.monotonic() < deadline, f"no step after {since} in {run}"
@@ -77,7 +78,7 @@ def until_saved(process: subprocess.Popen[str], run: Path, *, since: int) -> Non
 
 
 def rank_of(torchrun: subprocess.Popen[str], rank: int) -> int:
-    """The process that is this rank."""
+    """The process ID of this rank."""
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     for child in children:
         if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
@@ -85,45 +86,45 @@ def rank_of(torchrun: subprocess.Popen[str], rank: int) -> int:
     raise AssertionError(f"{children} are not rank {rank}")
 
 
-def errors(said: str) -> list[str]:
-    return [line for line in said.splitlines() if line.startswith("error: ")]
+def errors(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("error: ")]
 
 
 def kill(process: subprocess.Popen[str], rank: int) -> list[str]:
-    """Kill one process of a run; what was said when all had ended, which they do within a minute."""
+    """Kill one process of a run; returns the errors once all have ended, which takes less than a minute."""
     began = time.monotonic()
     os.kill(rank_of(process, rank), signal.SIGKILL)
-    said = process.communicate(timeout=120)[1]
+    printed = process.communicate(timeout=120)[1]
     assert time.monotonic() - began < 60
     assert process.returncode != 0
-    return errors(said)
+    return errors(printed)
 
 
-def test_more_or_fewer_processes_see_the_same_pairs_at_each_step(toy_set: Path, tmp_path: Path) -> None:
+def test_more_or_fewer_processes_train_on_the_same_pairs_in_each_step(toy_set: Path, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", toy.recipe(tmp_path, OFTEN)
     process = torchrun(run, toy_set, recipe, *ENDLESS, size=2)
-    until_saved(process, run, since=0)
-    [said] = kill(process, 1)
-    assert "has died or is out of reach" in said and "the same command goes on" in said
+    wait_until_saved(process, run, since=0)
+    [error] = kill(process, 1)
+    assert "has died or is out of reach" in error and "the same command goes on" in error
     first = newest(run)
     process = torchrun(run, toy_set, recipe, *ENDLESS, size=3)
-    until_saved(process, run, since=first)
+    wait_until_saved(process, run, since=first)
     process.terminate()
-    [said] = errors(process.communicate(timeout=120)[1])
+    [error] = errors(process.communicate(timeout=120)[1])
     second = newest(run)
-    assert f"stopped by SIGTERM after step {second:,}, which is saved" in said
+    assert f"stopped by SIGTERM after step {second:,}, which is saved" in error
     assert log(run, "interrupted")[0]["step"] == second > first
     last = second + 6
-    done(torchrun(run, toy_set, recipe, "--set", f"training.steps={last}", size=1))
+    finish(torchrun(run, toy_set, recipe, "--set", f"training.steps={last}", size=1))
     assert newest(run) == last
     assert [entry["processes"] for entry in log(run, "begin") + log(run, "resume")] == [2, 3, 1]
-    check_pairs(tmp_path / "seen", toy_set, last)
+    check_pairs(tmp_path / "pairs", toy_set, last)
 
 
-def check_pairs(seen: Path, data: Path, last: int) -> None:
-    """All processes of a team together saw the pairs of the plan, at every step."""
-    run = Run.planned(toy.options(seen.parent / "alone", data, str(seen.parent / "transformer.toml")), None)
-    batches = run.batches
+def check_pairs(recorded: Path, data: Path, last: int) -> None:
+    """Check that all processes together trained on the pairs of the plan, in every step."""
+    recipe = str(recorded.parent / "transformer.toml")
+    batches = TrainingRun.from_options(toy.options(recorded.parent / "other", data, recipe)).batches
     expected, epoch = [], 0
     while len(expected) < last:
         for step in batches.plan(epoch):
@@ -131,102 +132,98 @@ def check_pairs(seen: Path, data: Path, last: int) -> None:
             expected.append(sorted([list(p) for c in columns for p in zip(*map(sentences, c), strict=True)]))
         epoch += 1
     attempts: dict[int, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for path in seen.iterdir():
+    for path in recorded.iterdir():
         for line in path.read_text().splitlines():
             step, pairs = json.loads(line)
             attempts[step][path.name[:5]] += pairs
     for step in range(last):
-        # Whoever was killed may have begun a step that another attempt took again.
+        # A killed process may have begun a step that a later attempt took again.
         assert sorted(attempts[step][max(attempts[step])]) == expected[step]
 
 
 @pytest.mark.parametrize("shard", ["false", "true"])
-def test_a_team_that_is_restarted_by_torchrun_ends_with_the_same_bytes(
+def test_a_run_restarted_by_torchrun_ends_with_the_same_bytes(
     toy_set: Path, tmp_path: Path, shard: str
 ) -> None:
     recipe = toy.recipe(tmp_path, OFTEN)  # with dropout
     settings = ("--set", "training.steps=60", "--set", f"training.shard={shard}")
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    done(torchrun(whole, toy_set, recipe, *settings, size=2))
+    run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    finish(torchrun(uninterrupted, toy_set, recipe, *settings, size=2))
     process = torchrun(run, toy_set, recipe, *settings, size=2, launch=("--max-restarts", "1"))
-    until_saved(process, run, since=0)
+    wait_until_saved(process, run, since=0)
     os.kill(rank_of(process, 0), signal.SIGKILL)
-    done(process)
+    finish(process)
     assert len(log(run, "resume")) == 1
-    point = [checkpoints.step_folder(folder, 60) for folder in (run, whole)]
-    for name in [
-        "weights.safetensors",
-        *(p.relative_to(point[0]) for p in point[0].glob("training/*.safetensors")),
-    ]:
-        assert (point[0] / name).read_bytes() == (point[1] / name).read_bytes(), name
+    one, two = (checkpoints.step_folder(folder, 60) for folder in (run, uninterrupted))
+    for path in (one / "weights.safetensors", *one.glob("training/*.safetensors")):
+        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path
     if shard == "false":
-        assert final(run, 60) == final(whole, 60)
+        assert final(run, 60) == final(uninterrupted, 60)
 
 
-def test_a_sharded_run_short_of_memory_goes_on_in_parts_and_on_any_number(
+def test_a_sharded_run_out_of_memory_goes_on_with_micro_batches_and_on_any_number_of_processes(
     toy_set: Path, tmp_path: Path
 ) -> None:
-    recipe = toy.recipe(tmp_path, {**OFTEN, **SAME})
+    recipe = toy.recipe(tmp_path, {**OFTEN, **COMPARABLE})
     run, one = tmp_path / "run", tmp_path / "one"
     shard = ("--set", "training.shard=true")
     restart = ("--max-restarts", "1")
-    process = torchrun(
-        run, toy_set, recipe, *shard, "--set", "training.steps=12", size=2, launch=restart, short=[1, 0, 7]
-    )
-    [said] = errors(done(process))
-    assert "rank 1 on" in said and "out of memory" in said and "in 2 parts" in said
-    assert checkpoints.steps(run)[-1].state()[0]["learner"]["halvings"] == 1
-    done(torchrun(run, toy_set, recipe, *shard, "--set", "training.steps=19", size=3))
+    steps = ("--set", "training.steps=12")
+    process = torchrun(run, toy_set, recipe, *shard, *steps, size=2, launch=restart, out_of_memory=[1, 0, 7])
+    [error] = errors(finish(process))
+    assert "rank 1 on" in error and "out of memory" in error and "2 micro-batches" in error
+    assert checkpoints.list_checkpoints(run)[-1].load_state()[0]["halvings"] == 1
+    finish(torchrun(run, toy_set, recipe, *shard, "--set", "training.steps=19", size=3))
     assert len(list((checkpoints.step_folder(run, 19) / "training").glob("slices-*-of-00003*"))) == 3
-    done(torchrun(run, toy_set, recipe, *shard, "--set", "training.steps=25", size=1))
-    done(torchrun(one, toy_set, recipe, "--set", "training.steps=25", size=1))
+    finish(torchrun(run, toy_set, recipe, *shard, "--set", "training.steps=25", size=1))
+    finish(torchrun(one, toy_set, recipe, "--set", "training.steps=25", size=1))
     states = [load_file(checkpoints.step_folder(f, 25) / "training/state.safetensors") for f in (run, one)]
     assert states[0].keys() == states[1].keys()
     for name in states[0]:
         torch.testing.assert_close(
             states[0][name], states[1][name], rtol=5e-3, atol=1e-5, equal_nan=True, msg=name
         )
-    # A checkpoint of slices is an ordinary bundle too.
+    # A sharded checkpoint is an ordinary bundle too.
     merged = bundles.load_bundle(checkpoints.step_folder(run, 19))
     assert all(tensor.isfinite().all() for tensor in merged.net.state_dict().values())
-    check_pairs(tmp_path / "seen", toy_set, 25)
+    check_pairs(tmp_path / "pairs", toy_set, 25)
 
 
-def test_a_team_goes_back_together(toy_set: Path, tmp_path: Path) -> None:
+def test_all_ranks_roll_back(toy_set: Path, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", toy.recipe(tmp_path, OFTEN)
     policy = ("--set", "training.on_spike=rollback", "--set", "training.steps=20")
-    done(torchrun(run, toy_set, recipe, *policy, size=2, broken=[1, 7]))
-    [back] = json.loads((run / "rollbacks.json").read_bytes())
-    assert (back["to"], back["at"], back["left_out"]) == (5, 8, [8])
+    finish(torchrun(run, toy_set, recipe, *policy, size=2, nan=[1, 7]))
+    [rollback] = json.loads((run / "rollbacks.json").read_bytes())
+    assert (rollback["to"], rollback["at"], rollback["left_out"]) == (5, 8, [8])
     assert newest(run) == 20
     assert len(log(run, "rollback")) == len(log(run, "left out")) == 1
 
 
-def test_a_process_that_hangs_takes_the_run_down(toy_set: Path, tmp_path: Path) -> None:
+def test_a_process_that_hangs_ends_the_run(toy_set: Path, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", toy.recipe(tmp_path, OFTEN)
-    process = torchrun(run, toy_set, recipe, *ENDLESS, size=2, silence=3.0)
-    until_saved(process, run, since=0)
+    process = torchrun(run, toy_set, recipe, *ENDLESS, size=2, heartbeat_timeout=3.0)
+    wait_until_saved(process, run, since=0)
     other, stopped = rank_of(process, 0), rank_of(process, 1)
     os.kill(stopped, signal.SIGSTOP)
     deadline = time.monotonic() + 60
     while Path(f"/proc/{other}/cmdline").exists() and Path(f"/proc/{other}/cmdline").read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(stopped, signal.SIGKILL)  # torchrun would do so half a minute after asking it to end
-    [said] = errors(process.communicate(timeout=60)[1])
+    os.kill(stopped, signal.SIGKILL)  # torchrun does this half a minute after SIGTERM
+    [error] = errors(process.communicate(timeout=60)[1])
     assert process.returncode != 0
-    assert "rank 1 has given no sign of life for 3 s" in said
+    assert "rank 1 has sent no heartbeat for 3 s" in error
 
 
-def test_a_damaged_slice_is_passed_over(toy_set: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_damaged_slice_is_skipped(toy_set: Path, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", toy.recipe(tmp_path, OFTEN)
     shard = ("--set", "training.shard=true")
-    done(torchrun(run, toy_set, recipe, *shard, "--set", "training.steps=10", size=2))
+    finish(torchrun(run, toy_set, recipe, *shard, "--set", "training.steps=10", size=2))
     broken = checkpoints.step_folder(run, 10) / "training/slices-00001-of-00002.safetensors"
     data = bytearray(broken.read_bytes())
     data[-1] ^= 1
     broken.write_bytes(data)
-    said = done(torchrun(run, toy_set, recipe, *shard, "--set", "training.steps=12", size=2))
-    assert said.count(f"{broken} is not as it was written") == 1
-    assert f"resuming {run} at step 5" in said
+    printed = finish(torchrun(run, toy_set, recipe, *shard, "--set", "training.steps=12", size=2))
+    assert printed.count(f"{broken} is not as it was written") == 1
+    assert f"resuming {run} at step 5" in printed
     assert newest(run) == 12
