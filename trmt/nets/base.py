@@ -37,7 +37,8 @@ class Products(Protocol):
     rounded once, so that every implementation rounds activations to the same int8 values.
     """
 
-    precision: Precision
+    @property
+    def precision(self) -> Precision: ...
 
     def __call__(self, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Product: ...
 
@@ -426,8 +427,8 @@ def freeze(module: M, products: Products) -> M:
 
     A module with a method `frozen_as` says itself what becomes of it.
     """
-    if hasattr(module, "frozen_as"):
-        return cast(M, module.frozen_as(products))
+    if frozen_as := getattr(module, "frozen_as", None):
+        return cast(M, frozen_as(products))
     if isinstance(module, nn.Linear):
         bias = None if module.bias is None else module.bias.detach()
         return cast(M, FrozenLinear(products(module.weight.detach(), bias)))

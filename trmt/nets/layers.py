@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from trmt.acceleration import accelerated
 from trmt.errors import ConfigError
 from trmt.nets.base import FrozenLinear, Products, Ragged, frozen_copy, grid_cells
 
+M = TypeVar("M", bound=nn.Module)
 GridAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (query, key, value, mask) -> [S, Q, D]
 
 # On the CPU, attention gives the same bits for any padding when the number of keys is a multiple of this.
@@ -39,6 +40,11 @@ def check_sizes(config: Any, *, except_for: Collection[str] = ()) -> None:
             raise ConfigError(f"network.{name} = {value} is too small; set it to at least 1")
         if isinstance(value, float) and not 0 <= value < 1:
             raise ConfigError(f"network.{name} = {value} is out of range; set it from 0 to below 1")
+
+
+def module_list(modules: Iterable[M]) -> Sequence[M]:
+    """An nn.ModuleList that type checkers know the modules of."""
+    return cast(Sequence[M], nn.ModuleList(modules))
 
 
 # Linear layers, dropout, norms
@@ -139,10 +145,15 @@ def norm_layer(name: Literal["layer", "rms"], d_model: int, epsilon: float = 0.0
 
 
 Sublayer = tuple[nn.Module, Callable[[Tensor], Tensor]]  # the norm that belongs to it, and its function
+AddNorm = Callable[[Tensor, Tensor, nn.Module, float], tuple[Tensor, Tensor]]
 
 
 def residual(
-    x: Tensor, sublayers: Sequence[Sublayer], last_norm: nn.Module | None, p: float
+    x: Tensor,
+    sublayers: Sequence[Sublayer],
+    last_norm: nn.Module | None,
+    p: float,
+    add_norm: AddNorm = add_norm,
 ) -> Tensor:
     """The sublayers f one after another, each with dropout, a residual connection and its norm.
 
@@ -272,8 +283,8 @@ def packed_self_attention(
         out = fast(qkv_N3D, spans, heads, causal)
         if out is not None:
             return out
-    qkv = qkv_N3D.unflatten(-1, (3, heads, -1)).unbind(1)
-    return attend_packed(*qkv, spans, spans, causal=causal, dropout=dropout)
+    query_NHP, key_NHP, value_NHP = qkv_N3D.unflatten(-1, (3, heads, -1)).unbind(1)
+    return attend_packed(query_NHP, key_NHP, value_NHP, spans, spans, causal=causal, dropout=dropout)
 
 
 def packed_cross_attention(
@@ -285,8 +296,8 @@ def packed_cross_attention(
         if out is not None:
             return out
     query_NHP = query_ND.unflatten(-1, (heads, -1))
-    kv = kv_M2D.unflatten(-1, (2, heads, -1)).unbind(1)
-    return attend_packed(query_NHP, *kv, spans, source, causal=False, dropout=dropout)
+    key_MHP, value_MHP = kv_M2D.unflatten(-1, (2, heads, -1)).unbind(1)
+    return attend_packed(query_NHP, key_MHP, value_MHP, spans, source, causal=False, dropout=dropout)
 
 
 def attend_packed(
