@@ -1,10 +1,16 @@
-"""The tables of what can be chosen by name; an entry is imported only when it is asked for."""
+"""The tables of what can be chosen by name, and of what optional packages add; both are imported when used.
+
+A copy of trmt works without the packages native, lab, interop, insight and scale: the core reaches them only
+through the paths in these tables and through `optional`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from trmt.errors import ConfigError
@@ -89,7 +95,39 @@ def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) ->
     else:
         raise ConfigError(f"there is nothing called {name!r} here; {suggestion(name, list(table))}")
     module, _, attribute = path.partition(":")
+    if path in table.values() and not is_installed(package := _package_of(module)):
+        raise ConfigError(f"{name!r} needs {package}, which this copy of trmt does not have; choose another")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot load {path!r}: {error}; check the module and class name") from error
+
+
+def is_installed(package: str) -> bool:
+    """Whether this copy of trmt has a package, named in full, such as "trmt.scale"."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder without __init__.py has no origin
+
+
+@cache
+def optional(path: str) -> Any | None:
+    """The module "trmt.package.module", or the object "trmt.package.module:name"; None without its package.
+
+    Only a missing `trmt.package` gives None. Errors inside a package that is there are raised, so a broken
+    module or dependency is not taken for a missing package.
+    """
+    module, _, attribute = path.partition(":")
+    if not is_installed(_package_of(module)):
+        return None
+    found = import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def require(package: str, what: str) -> None:
+    """Raise a ConfigError if this copy of trmt lacks the package that `what`, such as an option, needs."""
+    if not is_installed(package):
+        raise ConfigError(f"{what} needs {package}, which this copy of trmt does not have; leave {what} out")
+
+
+def _package_of(module: str) -> str:
+    return ".".join(module.split(".")[:2])
