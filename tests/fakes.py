@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trmt.nets.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
+from trmt.nets.base import (
+    NO_WEIGHTS,
+    Decoding,
+    EncoderMemory,
+    HiddenVectors,
+    Output,
+    Products,
+    Ragged,
+    Seq2Seq,
+    Source,
+    Stepper,
+    WantedWeights,
+)
 from trmt.registry import ARCHITECTURES, resolve
 
 VOCABULARY = 23
@@ -18,13 +30,13 @@ VOCABULARY = 23
 SMALL: Mapping[str, Any] = {
     "source_vocabulary": VOCABULARY,
     "target_vocabulary": VOCABULARY,
-    "width": 16,
+    "d_model": 16,
     "feed_forward": 32,
     "heads": 2,
     "encoder_layers": 2,
     "decoder_layers": 2,
     "dropout": 0.0,
-    "longest": 96,
+    "max_positions": 96,
     "encoder_steps": 4,
     "decoder_steps": 3,
 }
@@ -59,39 +71,24 @@ class Table(Seq2Seq):
     def __init__(self, scores_VVV: Tensor) -> None:
         super().__init__()
         self.scores_VVV = torch.nn.Parameter(scores_VVV)
+        self.output = torch.nn.Embedding(1, 1)
 
-    def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
+    def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
         raise AssertionError("the table is only for searching")
 
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        return hidden if only is None else hidden[..., only]
+    def start(self, source: Source, decoding: Decoding) -> tuple[EncoderMemory, HiddenVectors]:
+        before_SK = torch.zeros((len(source), decoding.hypotheses), dtype=torch.long)
+        return EncoderMemory({}, {}), HiddenVectors((before_SK,))
 
-    def frozen(self, linear: Linear) -> Stepper:
-        return TableStepper(self.scores_VVV.detach())
-
-
-class TableStepper(Stepper):
-    def __init__(self, scores_VVV: Tensor) -> None:
-        self.scores_VVV = scores_VVV
-
-    def start(
-        self,
-        source: Source,
-        *,
-        hypotheses: int,
-        room: int,
-        reorders: bool = True,
-        fixed: bool = False,
-    ) -> State:
-        before_SK = torch.zeros((len(source), hypotheses), dtype=torch.long)
-        return State(Memory({}, {}), Rows((before_SK,)), torch.zeros_like(source.lengths_S))
-
-    def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
-        memory, own, position_S = state.take()
-        (before_SK,) = own.tensors
+    def step(
+        self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: HiddenVectors, position_S: Tensor
+    ) -> tuple[Tensor, HiddenVectors]:
+        (before_SK,) = decoder.tensors
         scores_SKV = self.scores_VVV[before_SK, tokens_SKT[:, :, 0]]
-        return Output(scores_SKV[:, :, None]), State(memory, Rows((tokens_SKT[:, :, 0],)), position_S + 1)
+        return scores_SKV[:, :, None], HiddenVectors((tokens_SKT[:, :, 0],))
 
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
+    def frozen(self, products: Products) -> Stepper:
+        stepper = Stepper(self, products)
         # A copy, because the engine masks scores in place and these are the table itself.
-        return hidden.clone() if only is None else hidden[..., only]
+        stepper.readout = torch.clone
+        return stepper

@@ -352,7 +352,11 @@ class Seq2Seq(Network, ABC):
     """
 
     output: nn.Embedding
-    output_bias: nn.Parameter | None = None
+    output_bias: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("output_bias", None)
 
     @abstractmethod
     def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:

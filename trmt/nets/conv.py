@@ -108,7 +108,7 @@ class ConvS2S(Seq2Seq):
 
     config: ConvS2SConfig
     config_class = ConvS2SConfig
-    encoder_layer = ConvLayer
+    encoder_layer: type[ConvLayer] = ConvLayer
     layers_called_once = True
 
     def __init__(self, config: ConvS2SConfig) -> None:

@@ -238,7 +238,7 @@ class Attention(nn.Module):
     def __init__(self, config: RNNConfig) -> None:
         super().__init__()
         d_model, head_dim = config.d_model, config.d_model // config.heads
-        self.score, self.heads = config.score, config.heads
+        self.score, self.heads = str(config.score), config.heads
         if config.score in ("general", "additive"):
             self.key = xavier(nn.Linear(d_model, d_model, bias=False))
         if config.score == "additive":
@@ -250,7 +250,7 @@ class Attention(nn.Module):
     def prepare(self, states_SLD: Tensor, real_SL: Tensor) -> EncoderMemory:
         """Keys, values and mask of a source."""
         key_SLD = self.key(states_SLD) if hasattr(self, "key") else states_SLD
-        value_SLD = self.value(states_SLD) if self.heads > 1 else states_SLD
+        value_SLD = self.value(states_SLD) if hasattr(self, "value") else states_SLD
         keys, values = split_heads(key_SLD, self.heads), split_heads(value_SLD, self.heads)
         mask = layers.additive_mask(real_SL)[:, None, None]
         axes = {"keys": (2, 0.0), "values": (2, 0.0), "mask": (3, -math.inf)}

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +68,10 @@ class EncoderConfig:
     position_offset: int = 0  # rows of the sinusoidal table before that of position 0, for imported models
     max_positions: int = 1024  # the longest sentence in tokens; rotary positions have no limit
 
+    not_rates: ClassVar[tuple[str, ...]] = ()  # fields that `check_sizes` does not check
+
     def __post_init__(self) -> None:
-        layers.check_sizes(self, except_for=("position_offset",))
+        layers.check_sizes(self, except_for=("position_offset", *self.not_rates))
         if self.d_model % self.heads:
             raise ConfigError(
                 f"d_model = {self.d_model} cannot be divided into heads = {self.heads}; change one"
@@ -306,8 +308,9 @@ class Transformer(TransformerEncoder, Seq2Seq):
     """The Transformer, for training and decoding."""
 
     config: TransformerConfig
-    config_class = TransformerConfig
+    config_class: ClassVar[type] = TransformerConfig
     decoder_layer = DecoderLayer
+    cross_kv: nn.Module
     takes_encoder = True
 
     def __init__(self, config: TransformerConfig) -> None:
