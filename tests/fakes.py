@@ -15,9 +15,11 @@ from trmt.nets.base import (
     EncoderMemory,
     HiddenVectors,
     Output,
+    Products,
     Ragged,
     Seq2Seq,
     Source,
+    Stepper,
     WantedWeights,
 )
 from trmt.registry import ARCHITECTURES, resolve
@@ -29,14 +31,12 @@ SMALL: Mapping[str, Any] = {
     "source_vocabulary": VOCABULARY,
     "target_vocabulary": VOCABULARY,
     "d_model": 16,
-    "width": 16,
     "feed_forward": 32,
     "heads": 2,
     "encoder_layers": 2,
     "decoder_layers": 2,
     "dropout": 0.0,
     "max_positions": 96,
-    "longest": 96,
     "encoder_steps": 4,
     "decoder_steps": 3,
 }
@@ -71,6 +71,7 @@ class Table(Seq2Seq):
     def __init__(self, scores_VVV: Tensor) -> None:
         super().__init__()
         self.scores_VVV = torch.nn.Parameter(scores_VVV)
+        self.output = torch.nn.Embedding(1, 1)
 
     def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
         raise AssertionError("the table is only for searching")
@@ -86,6 +87,8 @@ class Table(Seq2Seq):
         scores_SKV = self.scores_VVV[before_SK, tokens_SKT[:, :, 0]]
         return scores_SKV[:, :, None], HiddenVectors((tokens_SKT[:, :, 0],))
 
-    def readout(self, hidden: Tensor) -> Tensor:
-        # A copy, because scores are masked in place and these are the table itself.
-        return hidden.clone()
+    def frozen(self, products: Products) -> Stepper:
+        stepper = Stepper(self, products)
+        # A copy, because the engine masks scores in place and these are the table itself.
+        stepper.readout = torch.clone
+        return stepper
