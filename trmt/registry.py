@@ -6,16 +6,12 @@ through the paths in these tables and through `optional`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from inspect import get_annotations
-from itertools import chain
-from typing import Any, get_type_hints
+from typing import Any
 
 from trmt.errors import ConfigError
 
@@ -49,6 +45,8 @@ ARCHITECTURES: Mapping[str, str] = {
     "conv-encoder-attention": "trmt.lab.conv_encoder_attention:ConvEncoderAttention",
     **{f"transformer-{name}": path for name, path in VARIANTS.items()},
 }
+
+COMBINED = "trmt.lab.combining:combined"  # makes one class of a network and its variants
 
 # Encoders without a decoder: they are pretrained to initialise the encoder of another network.
 ENCODERS: Mapping[str, str] = {
@@ -114,9 +112,10 @@ def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) ->
     bundles come from elsewhere and must not run any.
     """
     if paths := _paths(table, name):
-        return combined(*(_load(path, name) for path in paths))
+        classes = [_load(path, name) for path in paths]
+        return classes[0] if len(classes) == 1 else _load(COMBINED, name)(*classes)
     if ":" not in name:
-        raise ConfigError(f"there is nothing called {name!r} here; {suggestion(name, list(table))}")
+        raise ConfigError(f"unknown name {name!r}; {suggestion(name, list(table))}")
     if not trust_code:
         raise ConfigError(
             f"{name!r} names code outside trmt; pass --trust-code if you trust where it came from"
@@ -154,28 +153,6 @@ def _load(path: str, name: str) -> Any:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot load {path!r}: {error}; check the module and class name") from error
-
-
-@cache
-def combined(*classes: Any) -> Any:
-    """One class that inherits from all, and whose config inherits from their configs."""
-    if len(classes) == 1:
-        return classes[0]
-    configs = [*dict.fromkeys(each.config_class for each in classes if hasattr(each, "config_class"))]
-    own = Counter(chain.from_iterable(map(get_annotations, configs[:-1])))
-    if twice := [field for field, count in own.items() if count > 1 and field != "not_rates"]:
-        names = " and ".join(each.__name__ for each in classes[:-1])
-        raise ConfigError(f"{names} cannot be combined: both define network.{twice[0]}; choose one")
-    config = configs[0]
-    if len(configs) > 1:
-        merged = type(config.__name__, tuple(configs), {})
-        hints = get_type_hints(merged)
-        # Declared again: dataclasses would take the defaults of the last config, attributes are of the first.
-        fields = {name: getattr(merged, name) for name in hints if hasattr(merged, name)}
-        namespace = {"__annotations__": hints, "__module__": __name__, **fields}
-        config = dataclass(frozen=True, kw_only=True)(type(config.__name__, tuple(configs), namespace))
-    name = "".join(each.__name__ for each in classes)
-    return type(name, classes, {"config_class": config, "__module__": __name__})
 
 
 def is_installed(package: str) -> bool:

@@ -209,7 +209,7 @@ def _renamed(options: Tree, names: Mapping[str, str]) -> Tree:
 
 
 def _without_segments(options: Tree) -> Tree:
-    """The options of a Transformer whose sources once had segments, all 0: the positions hold their vector."""
+    """The options of a Transformer that had segments: its positions now hold the vector of segment 0."""
     options = dict(options)
     segments, positions = options.pop("segments", 1), options.get("positions", "sinusoidal")
     if not isinstance(segments, int) or segments <= 1:

@@ -187,8 +187,8 @@ def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
     if started and started.fingerprint != origin.fingerprint:
         raise DataError(
             f"{origin.data} is not the data that {folder} was trained on"
-            f"{describe_changes(folder, Path(origin.data))}; prepare it as before, or name another run folder to "
-            "start a new run"
+            f"{describe_changes(folder, Path(origin.data))}; prepare it as before, or name another run "
+            "folder to start a new run"
         )
     if started and origin.init_from and started.init_weights != origin.init_weights:
         raise ConfigError(
