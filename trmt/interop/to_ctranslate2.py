@@ -25,7 +25,7 @@ from trmt.interop.base import (
     transformer_of,
 )
 from trmt.interop.sentencepiece_files import write_models
-from trmt.nets.transformer import Decoder, Encoder, EncoderLayer, Transformer, TransformerConfig
+from trmt.nets.transformer import Decoder, Encoder, Transformer, TransformerConfig
 from trmt.text.tokenizer import Side, Tokenizer
 
 ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "swish": "SWISH", "swiglu": "SWISH"}
@@ -108,10 +108,11 @@ def _specification(net: Transformer, tokenizer: Tokenizer) -> Any:
             spec.position_encodings.encodings = _array(module.embedding.positions[0])
         if module.norm is not None:
             _fill_norm(spec.layer_norm, module.norm)
-        stack: Sequence[EncoderLayer] = module.layers
-        for layer_spec, layer in zip(spec.layer, stack, strict=True):
+        for layer_spec, layer in zip(spec.layer, module.layers, strict=True):
             _fill_layer(layer_spec, layer, config)
-    weights, biases = (x.chunk(config.decoder_layers) for x in (net.cross_kv.weight, net.cross_kv.bias))
+    cross_kv = net.cross_kv
+    assert isinstance(cross_kv, nn.Linear)
+    weights, biases = (x.chunk(config.decoder_layers) for x in (cross_kv.weight, cross_kv.bias))
     for spec, weight, bias in zip(decoder.layer, weights, biases, strict=True):
         spec.attention.linear[1].weight, spec.attention.linear[1].bias = _array(weight), _array(bias)
     return transformer_spec.TransformerSpec(encoder, decoder)

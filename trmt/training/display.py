@@ -56,7 +56,7 @@ class TrainingDisplay(Protocol):
     """Shows the progress of training; the log entries to show come from the history."""
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Steps were taken, or taken back if negative."""
+        """Count steps that were taken; a rollback counts negative ones."""
 
     def set_activity(self, activity: str) -> None:
         """What is going on besides steps; an empty string when it is over."""
@@ -101,7 +101,7 @@ class _ResizableLive(Live):
 class LineDisplay:
     """Plain lines, as in a log file."""
 
-    def __init__(self, progress: console.ProgressBar | None = None) -> None:
+    def __init__(self, progress: console.ProgressBarBar | None = None) -> None:
         self.progress = progress
 
     def advance(self, amount: float = 1, note: str = "") -> None:
