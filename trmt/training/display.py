@@ -101,7 +101,7 @@ class _ResizableLive(Live):
 class LineDisplay:
     """Plain lines, as in a log file."""
 
-    def __init__(self, progress: console.ProgressBarBar | None = None) -> None:
+    def __init__(self, progress: console.ProgressBar | None = None) -> None:
         self.progress = progress
 
     def advance(self, amount: float = 1, note: str = "") -> None:

@@ -149,7 +149,7 @@ def _loss_sums_that_fit(state: TrainState, examples: RaggedBatch) -> list[tuple[
         # Outside of the handler, because the error keeps the tensors of the failed attempt alive.
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
-        waiting += halves(current)[::-1]
+        waiting += current.halve()[::-1]
     return done
 
 
