@@ -1,4 +1,4 @@
-"""The program that measures links of words: both directions are judged by the same gold."""
+"""The program that measures links of words: both directions are score_corpus by the same gold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 import alignment
 import alignment_tables
-from trmt.insight.alignment.linking import BothWays, LookOptions, Pair
+from trmt.insight.alignment.aligners import HeadOptions, SymmetrisedAligner, TextPair
 from trmt.text.lines import read_lines
 from trmt.text.links import GoldAlignment, Links, parse_gold, parse_links, reverse_links, score_corpus
 
@@ -27,9 +27,9 @@ LOOKS = [
 class First:
     """Links every word to the first one."""
 
-    languages, cut = ("de", "en"), 0
+    languages, truncated = ("de", "en"), 0
 
-    def links(self, pairs: Sequence[Pair]) -> list[Links]:
+    def links(self, pairs: Sequence[TextPair]) -> list[Links]:
         return [frozenset((0, word) for word in range(len(target.split()))) for _, target in pairs]
 
 
@@ -53,7 +53,7 @@ def read(path: Path) -> list[GoldAlignment]:
 
 
 def test_both_directions_have_the_same_gold(given: argparse.Namespace) -> None:
-    counting = BothWays(First(), First(), "union")
+    counting = SymmetrisedAligner(First(), First(), "union")
     ways = alignment.directions(given, counting)
     there, back = (ways[way] for way in ("there", "back"))
     assert there.gold.pairs == [("das &apos;s", "that &apos;s it"), ("ja", "yes")]
@@ -77,8 +77,8 @@ def test_both_directions_have_the_same_gold(given: argparse.Namespace) -> None:
 
 
 def test_the_look_is_chosen_without_gold() -> None:
-    assert alignment.chosen_look(LOOKS) == LookOptions(layer=2, head=2, shift=True)
-    assert alignment.chosen_look(LOOKS[:4]) == LookOptions(layer=1, shift=False)
+    assert alignment.chosen_look(LOOKS) == HeadOptions(layer=2, head=2, shift=True)
+    assert alignment.chosen_look(LOOKS[:4]) == HeadOptions(layer=1, shift=False)
 
 
 def test_a_layer_is_shown_by_its_mean_and_its_best_head() -> None:

@@ -303,11 +303,11 @@ def test_a_guided_run_resumes_exactly_and_says_where_it_looks(guided_set: Path, 
     train(toy.options(whole, guided_set, recipe))
     train(toy.options(run, guided_set, recipe, "training.steps=3"))
     train(toy.options(run, guided_set, recipe))
-    once, resumed = (checkpoints.steps(place)[-1].state()[1] for place in (whole, run))
+    once, resumed = (checkpoints.list_checkpoints(place)[-1].load_state()[1] for place in (whole, run))
     torch.testing.assert_close(dict(resumed), dict(once), rtol=0, atol=0, equal_nan=True)
     expected = {"layer": -2, "head": 0, "shift": 1}
-    assert checkpoints.steps(run)[-1].manifest.training["alignment"] == expected
-    averaged = average(AverageOptions(places=(run,), last=2))
+    assert checkpoints.list_checkpoints(run)[-1].manifest.training["alignment"] == expected
+    averaged = average(AverageOptions(paths=(run,), last=2))
     assert bundles.read_manifest(averaged).training["alignment"] == expected
     # What it is taught may not change on the way.
     with pytest.raises(ConfigError, match=r"loss\.alignment_weight"):

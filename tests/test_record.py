@@ -103,7 +103,7 @@ def test_several_changed_files_are_counted(started: Path, tmp_path: Path) -> Non
 def test_a_copy_of_the_data_is_not_refused(started: Path, tmp_path: Path) -> None:
     shutil.copytree(started, tmp_path, dirs_exist_ok=True)
     train(options(tmp_path / "run", tmp_path / "data", str(tmp_path / "transformer.toml")))
-    assert checkpoints.steps(tmp_path / "run")[-1].step == 6
+    assert checkpoints.list_checkpoints(tmp_path / "run")[-1].step == 6
 
 
 def test_without_a_record_changed_data_is_refused_without_names(started: Path, tmp_path: Path) -> None:
@@ -119,4 +119,4 @@ def test_damaged_data_is_refused_before_the_first_step(started: Path, tmp_path: 
     flip(tmp_path / "data/dev-00000.target.ids")
     with pytest.raises(DataError, match=r"dev-00000\.target\.ids was altered"):
         train(options(tmp_path / "new", tmp_path / "data", str(started / "transformer.toml")))
-    assert not checkpoints.steps(tmp_path / "new")
+    assert not checkpoints.list_checkpoints(tmp_path / "new")

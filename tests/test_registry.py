@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from torch import nn
 from trmt.nets.transformer_layers import Encoder
 
+import trmt
 from trmt import registry
 from trmt.decoding.base import Ranker, Search
 from trmt.decoding.engine import Engine
@@ -25,6 +26,9 @@ from trmt.registry import (
     OBJECTIVES,
     RANKERS,
     SEARCHES,
+    is_installed,
+    optional,
+    require,
     resolve,
 )
 
@@ -41,7 +45,7 @@ CONTRACTS = [
 ENTRIES = [(table, name, contract) for table, contract in CONTRACTS for name in table]
 
 
-def test_every_table_is_tried_here() -> None:
+def test_every_table_is_tested_here() -> None:
     tables = [value for key, value in vars(registry).items() if key.isupper() and isinstance(value, dict)]
     assert tables == [table for table, _ in CONTRACTS]
 
@@ -71,7 +75,7 @@ def test_code_outside_is_loaded_with_trust_only(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["no_such_module:X", "json:NoSuchClass", ":X", "json:"])
-def test_what_cannot_be_loaded_is_said(name: str) -> None:
+def test_code_that_cannot_be_loaded_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match="check the module and class name"):
         resolve(ARCHITECTURES, name, trust_code=True)
 
@@ -79,3 +83,53 @@ def test_what_cannot_be_loaded_is_said(name: str) -> None:
 def test_the_tables_load_nothing() -> None:
     code = "import sys, trmt.registry; sys.exit(any(n.startswith('trmt.nets') for n in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Optional packages
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package `trmt.extra` that only this test has; without `__init__.py` so far."""
+    folder = tmp_path / "extra"
+    folder.mkdir()
+    monkeypatch.setattr(trmt, "__path__", [*trmt.__path__, str(tmp_path)])
+    optional.cache_clear()
+    yield folder
+    optional.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("trmt.extra")]:
+        del sys.modules[name]
+
+
+def test_a_missing_package_is_none(package: Path) -> None:
+    # A folder without __init__.py, such as one that caches were left in, is no package.
+    assert not is_installed("trmt.extra") and not is_installed("trmt.nowhere")
+    assert optional("trmt.extra.module:name") is optional("trmt.nowhere:name") is None
+    with pytest.raises(
+        ConfigError, match=r"--option needs trmt\.extra, which this copy of trmt does not have"
+    ):
+        require("trmt.extra", "--option")
+    with pytest.raises(ConfigError, match=r"'x' needs trmt\.extra, which this copy of trmt does not have"):
+        resolve({"x": "trmt.extra.module:name"}, "x")
+
+
+def test_a_package_that_is_there_gives_its_modules_and_objects(package: Path) -> None:
+    (package / "__init__.py").touch()
+    (package / "module.py").write_text("name = ['found']")
+    found = optional("trmt.extra.module:name")
+    assert found == ["found"] and optional("trmt.extra.module:name") is found
+    assert optional("trmt.extra.module").name is found  # type: ignore[union-attr]
+    require("trmt.extra", "--option")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("import no_such_dependency", ModuleNotFoundError), ("1 / 0", ZeroDivisionError), ("", AttributeError)],
+)
+def test_errors_inside_a_package_are_raised(package: Path, text: str, error: type[Exception]) -> None:
+    (package / "__init__.py").touch()
+    (package / "module.py").write_text(text)
+    with pytest.raises(error):
+        optional("trmt.extra.module:name")
+    with pytest.raises(ModuleNotFoundError):
+        optional("trmt.extra.missing")

@@ -122,7 +122,7 @@ def test_other_networks_and_other_folders_are_refused(tokenizer: Tokenizer, tmp_
     # A subclass of the Transformer, which computes something else.
     sizes = {"source_vocabulary": 60, "target_vocabulary": 60, "d_model": 16, "feed_forward": 16}
     net = bundles.build_network("ssru", sizes)
-    manifest = bundles.describe(net, "ssru", tokenizer, longest={"source": 40})
+    manifest = bundles.make_manifest(net, "ssru", tokenizer, longest={"source": 40})
     bundles.save_bundle(tmp_path / "ssru", manifest, net.state_dict(), tokenizer)
     with pytest.raises(ConfigError, match=r"no networks like 'ssru' .* only a transformer can be exported"):
         exported(tmp_path / "ssru")

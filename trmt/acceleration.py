@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import functools
 import os
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from trmt.registry import NATIVE
+from trmt.registry import NATIVE, optional
 
 
 def accelerated(name: str) -> Any | None:
@@ -28,7 +26,4 @@ def accelerated(name: str) -> Any | None:
 
 @functools.cache
 def _entry(name: str) -> Any | None:
-    module, _, attribute = NATIVE[name].partition(":")
-    if find_spec("trmt.native") is None:
-        return None
-    return getattr(import_module(module), attribute)
+    return optional(NATIVE[name])

@@ -1,4 +1,4 @@
-"""What a network can take over from another: `--init-from RUN`, all of it, or `RUN:encoder`, what reads."""
+"""What a network takes over from another: `--init-from RUN`, all weights, or `RUN:encoder`, the encoder's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from trmt.bundles.bundles import Manifest
 from trmt.config import Tree
 from trmt.errors import BundleError, ConfigError
 
-ENCODER = ":encoder"
-# What an encoder is made of; networks that have one name these alike.
-FIELDS = (
+ENCODER_SUFFIX = ":encoder"
+# The fields of a network's config that its encoder depends on; they have the same names in all networks.
+ENCODER_FIELDS = (
     "width",
     "feed_forward",
     "heads",
@@ -29,8 +29,8 @@ FIELDS = (
     "positions",
     "longest",
 )
-# What networks also have in common; those of bundles that do not say have it like this.
-OPTIONS: Mapping[str, Any] = {
+# More such fields, with the values of bundles that were written before the fields existed.
+NEWER_ENCODER_FIELDS: Mapping[str, Any] = {
     "residual": True,
     "score_scale": True,
     "position_join": "add",
@@ -39,7 +39,7 @@ OPTIONS: Mapping[str, Any] = {
     "buckets": 32,
     "farthest": 128,
 }
-PREFIXES = (
+ENCODER_PREFIXES = (
     "source_embedding.",
     "source_turns",
     "encoder.",
@@ -48,63 +48,66 @@ PREFIXES = (
     "embedding_norms.0.",
     "segments",
 )
-SIDES = ("positions", "biases")  # tables with a part for each side; the encoder's is the first
+TWO_SIDED = ("positions", "biases")  # tensors that hold the encoder's part at index 0, the decoder's at 1
+SHARED = ("source_embedding.weight", "source_turns")  # tensors of the encoder that others may be tied to
 
 
-def split(place: Path) -> tuple[Path, bool]:
-    """The place of a bundle, and whether only its encoder is meant."""
-    text = str(place)
-    if text.endswith(ENCODER) and not place.exists():
-        return Path(text.removesuffix(ENCODER)), True
-    return place, False
+def split_encoder_suffix(path: Path) -> tuple[Path, bool]:
+    """The path of a bundle, and whether only its encoder is meant."""
+    text = str(path)
+    if text.endswith(ENCODER_SUFFIX) and not path.exists():
+        return Path(text.removesuffix(ENCODER_SUFFIX)), True
+    return path, False
 
 
 def encoder_fields(manifest: Manifest, *, where: Path) -> Tree:
-    """The fields of a network that must be as those of the bundle whose encoder it takes over."""
-    missing = [name for name in FIELDS if name not in manifest.network]
+    """The fields of a network that have to be those of the bundle whose encoder it takes over."""
+    missing = [name for name in ENCODER_FIELDS if name not in manifest.network]
     if missing:
         raise BundleError(
             f"{where} is a network of architecture {manifest.architecture!r}, which has no encoder to take "
             f"over (no {missing[0]!r}); name a run of trmt pretrain or of a transformer"
         )
-    network = {**OPTIONS, **manifest.network}
-    return {name: network[name] for name in (*FIELDS, *OPTIONS)}
+    network = {**NEWER_ENCODER_FIELDS, **manifest.network}
+    return {name: network[name] for name in (*ENCODER_FIELDS, *NEWER_ENCODER_FIELDS)}
 
 
-def check_fields(network: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path) -> None:
-    """Refuse settings that would make the encoder another one."""
-    for name, value in wanted.items():
+def check_fields(network: Mapping[str, Any], expected: Mapping[str, Any], *, where: Path) -> None:
+    """Raise an error if a network's settings do not fit the encoder that it takes over."""
+    for name, value in expected.items():
         if network.get(name) != value:
             raise ConfigError(
-                f"network.{name} = {network.get(name)!r} is set, and the encoder of {where} has {name} = "
-                f"{value!r}; leave it out, or begin without --init-from"
+                f"network.{name} = {network.get(name)!r} does not fit the encoder of {where}, which has "
+                f"{name} = {value!r}; remove that setting, or train without --init-from"
             )
 
 
 def with_encoder(
     state: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, where: str
 ) -> dict[str, Tensor]:
-    """A network's weights with those of the encoder in `weights` put in."""
-    taken = dict(state)
+    """A network's weights, with those of its encoder replaced by those in `weights`."""
+    merged = dict(state)
     for name, tensor in state.items():
-        if name in SIDES:
+        if name in TWO_SIDED:
             if name not in weights or weights[name].shape[1:] != tensor.shape[1:]:
-                raise BundleError(f"{where} has no table of {name} like the network's; they do not fit")
-            taken[name] = tensor.clone()
-            taken[name][0] = weights[name][0]
-        elif name.startswith(PREFIXES):
+                raise BundleError(f"{where} has no {name!r} of the network's size; its encoder does not fit")
+            merged[name] = tensor.clone()
+            merged[name][0] = weights[name][0]
+        elif name.startswith(ENCODER_PREFIXES):
             if name not in weights or weights[name].shape != tensor.shape:
-                raise BundleError(f"{where} has no {name!r} of shape {list(tensor.shape)}; they do not fit")
-            taken[name] = weights[name]
-    for shared in ("source_embedding.weight", "source_turns"):
-        for name in _same_as(state, shared):
-            taken[name] = taken[shared]
-    return taken
+                raise BundleError(
+                    f"{where} has no {name!r} of shape {list(tensor.shape)}; its encoder does not fit"
+                )
+            merged[name] = weights[name]
+    for shared in SHARED:
+        for name in _tied_to(state, shared):
+            merged[name] = merged[shared]
+    return merged
 
 
-def _same_as(state: Mapping[str, Tensor], wanted: str) -> list[str]:
-    """The names of the tensors that are tied to this one."""
-    if wanted not in state:
+def _tied_to(state: Mapping[str, Tensor], shared: str) -> list[str]:
+    """The names of the other tensors that share the storage of this one."""
+    if shared not in state:
         return []
-    address = state[wanted].data_ptr()
-    return [name for name, tensor in state.items() if tensor.data_ptr() == address and name != wanted]
+    address = state[shared].data_ptr()
+    return [name for name, tensor in state.items() if tensor.data_ptr() == address and name != shared]

@@ -1,4 +1,4 @@
-"""`trmt tokenizer`: train a tokenizer."""
+"""`trmt tokenizer`: train a subword tokenizer."""
 
 from __future__ import annotations
 
@@ -13,54 +13,56 @@ if TYPE_CHECKING:
     from trmt.text.tokenizer_training import TokenizerReport
 
 CORPUS = (
-    "Text to train on, repeatable: train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix; "
+    "Training text, repeatable: train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix of two files; "
     "hf:NAME; - for TSV on standard input."
 )
 RULE = "nfc, nfkc, nmt_nfkc, nmt_nfkc_cf or none; stored with the tokenizer."
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("data/tokenizer"),
+    out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("data/tokenizer"),
     train: Annotated[
         list[str] | None,
         typer.Option("--train", metavar="CORPUS", help=CORPUS),
     ] = None,
-    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="The source language.")] = "",
-    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="The target language.")] = "",
-    size: Annotated[int, typer.Option(help="Pieces in each model, special ids and bytes included.")] = 8000,
-    kind: Annotated[str, typer.Option(help="The type of the sentencepiece model: bpe or unigram.")] = "bpe",
+    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="Source language.")] = "",
+    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="Target language.")] = "",
+    size: Annotated[
+        int, typer.Option(help="Vocabulary size of each model, with special ids and bytes.")
+    ] = 8000,
+    kind: Annotated[str, typer.Option(help="Subword algorithm: bpe or unigram.")] = "bpe",
     joint: Annotated[
-        bool, typer.Option("--joint/--separate", help="One model for both languages, or one for each.")
+        bool, typer.Option("--joint/--separate", help="One model for both languages, or two.")
     ] = True,
     coverage: Annotated[
         float | None,
         typer.Option(
-            help="Share of running characters that have a piece of their own.",
-            show_default="1 for small alphabets, 0.9995 for others",
+            help="Share of the characters of the text that get pieces of their own. "
+            "[default: 1 for small alphabets, 0.9995 for others]",
+            show_default=False,
         ),
     ] = None,
-    byte_fallback: Annotated[bool, typer.Option(help="Spell characters without a piece in bytes.")] = True,
-    split_digits: Annotated[bool, typer.Option(help="Make every digit a piece of its own.")] = True,
-    normalise_source: Annotated[str, typer.Option(metavar="RULE", help=f"For source text: {RULE}")] = "nfc",
-    normalise_target: Annotated[str, typer.Option(metavar="RULE", help=f"For target text: {RULE}")] = "nfc",
+    byte_fallback: Annotated[bool, typer.Option(help="Encode other characters as bytes.")] = True,
+    split_digits: Annotated[bool, typer.Option(help="Make every digit a separate piece.")] = True,
+    normalise_source: Annotated[
+        str, typer.Option(metavar="RULE", help=f"Normalisation of source text: {RULE}")
+    ] = "nfc",
+    normalise_target: Annotated[
+        str, typer.Option(metavar="RULE", help=f"Normalisation of target text: {RULE}")
+    ] = "nfc",
     tag: Annotated[
-        list[str] | None, typer.Option(help="A symbol that text cannot spell, such as <2de>; repeatable.")
+        list[str] | None,
+        typer.Option(help="A symbol that never results from text, such as <2de>; repeatable."),
     ] = None,
     placeholder: Annotated[
-        list[str] | None, typer.Option(help="A symbol that is never split in text; repeatable.")
+        list[str] | None, typer.Option(help="A symbol that is a single piece in text; repeatable.")
     ] = None,
-    source_column: Annotated[
-        str | None, typer.Option(help="The column of the source text, by name or number.")
-    ] = None,
-    target_column: Annotated[
-        str | None, typer.Option(help="The column of the target text, by name or number.")
-    ] = None,
-    sample: Annotated[
-        int, typer.Option(help="Sentences to train on at most, of both languages together.")
-    ] = 2_000_000,
-    seed: Annotated[int, typer.Option(help="The seed of the sample.")] = 1,
+    source_column: Annotated[str | None, typer.Option(help="Column of the source text.")] = None,
+    target_column: Annotated[str | None, typer.Option(help="Column of the target text.")] = None,
+    sample: Annotated[int, typer.Option(help="Maximum number of training sentences, sampled.")] = 2_000_000,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 1,
 ) -> None:
-    """Train a sentencepiece tokenizer on sentence pairs, and print statistics of its pieces."""
+    """Train a subword tokenizer with sentencepiece. Statistics of its tokens are printed."""
     from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
     options = TokenizerOptions(
@@ -82,13 +84,13 @@ def command(
         seed=seed,
     )
     tokenizer, report = train_tokenizer(options, out=out)
-    _print_report(report)
+    _show(report)
     sides = [tokenizer.source] if joint else [tokenizer.source, tokenizer.target]
     sizes = " and ".join(f"{side.vocabulary:,}" for side in sides)
     console.say(f"wrote {out}: {'joint' if joint else 'separate'} {kind}, {sizes} pieces")
 
 
-def _print_report(report: TokenizerReport) -> None:
+def _show(report: TokenizerReport) -> None:
     sides = (("source", report.source), ("target", report.target))
     rows = [
         [
@@ -102,8 +104,8 @@ def _print_report(report: TokenizerReport) -> None:
         ]
         for name, side in sides
     ]
-    columns = ["side", "language", "sentences", "pieces/word", "pieces/char", "unknown", "bytes"]
-    console.table("Pieces in a sample of the training text", columns, rows)
+    columns = ["side", "language", "sentences", "tokens/word", "tokens/char", "unknown", "bytes"]
+    console.table("Tokens in a sample of the training text", columns, rows)
     for name, side in sides:
         if side.lost:
-            console.say(f"{name} characters lost in encoding and decoding: {'; '.join(map(str, side.lost))}")
+            console.say(f"{name} characters that are lost: {'; '.join(map(str, side.lost))}")

@@ -55,7 +55,9 @@ class DirectRunner:
         if free and self.refills and queue and len(queue[0].source) >= REFILL_LENGTH * self.longest_source:
             joining = self.decoder.take(queue, len(free))
             taken, free = free[: len(joining)], free[len(joining) :]
-            self.batch.replace(to_device(taken, self.decoder.device), self.decoder.start(joining, self.max_tokens))
+            self.batch.replace(
+                to_device(taken, self.decoder.device), self.decoder.start(joining, self.max_tokens)
+            )
             for slot, request in zip(taken, joining, strict=True):
                 self.slots[slot] = request
         if free:

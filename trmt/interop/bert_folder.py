@@ -186,7 +186,7 @@ def import_bert(folder: Path, out: Path, tokenizer: Tokenizer) -> Path:
     net = masked_encoder()(replace(bert.config, source_vocabulary=len(rows)))
     bundles.load_weights(net, weights, where=str(folder))
     longest = {"source": bert.config.max_positions, "target": bert.config.max_positions}
-    manifest = bundles.describe(
+    manifest = bundles.make_manifest(
         net, ARCHITECTURE, tokenizer, longest=longest, training={"imported": folder.resolve().name}
     )
     bundles.save_bundle(out, manifest, net.state_dict(), tokenizer)

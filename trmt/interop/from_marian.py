@@ -16,7 +16,7 @@ from trmt.interop.marian import columns_from_marian, columns_to_marian, layers_f
 from trmt.interop.sentencepiece_files import SOURCE, TARGET
 from trmt.nets.layers import sinusoids
 from trmt.nets.transformer import Transformer, TransformerConfig
-from trmt.text.tokenizer import TokenizerSettings, Tokenizer
+from trmt.text.tokenizer import Tokenizer, TokenizerSettings
 
 ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",

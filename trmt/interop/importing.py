@@ -63,7 +63,7 @@ def _with_languages(model: MarianModel, languages: tuple[str, str]) -> MarianMod
 
 
 def _manifest(model: MarianModel, folder: Path) -> Manifest:
-    return bundles.describe(
+    return bundles.make_manifest(
         model.net,
         "transformer",
         model.tokenizer,

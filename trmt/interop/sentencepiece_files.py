@@ -16,7 +16,7 @@ from pathlib import Path
 import sentencepiece
 
 from trmt.storage.files import atomic_file
-from trmt.text.tokenizer import VocabularySide, Side, Tokenizer
+from trmt.text.tokenizer import Side, Tokenizer, VocabularySide
 
 SOURCE, TARGET = "source.spm", "target.spm"
 
