@@ -1,102 +1,102 @@
-"""What a network can take over from another: `--init-from RUN`, all of it, or `RUN:encoder`, what reads."""
+"""What a network can take over from another: `--init-from RUN`, all of it, or `RUN:encoder`, the encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from trmt.bundles.bundles import Manifest
+from trmt.bundles.upgrade import POSITIONS, fold_segments, without_segments
 from trmt.config import Tree
 from trmt.errors import BundleError, ConfigError
+from trmt.registry import ENCODER_VARIANTS, split_variants
 
 ENCODER = ":encoder"
-# What an encoder is made of; networks that have one name these alike.
+# The options of an encoder, which all networks that have one call alike
 FIELDS = (
-    "width",
+    "d_model",
     "feed_forward",
     "heads",
     "encoder_layers",
-    "norm_place",
+    "norm_position",
     "norm",
-    "epsilon",
+    "norm_epsilon",
     "embedding_norm",
     "embedding_scale",
-    "segments",
     "activation",
     "positions",
-    "longest",
+    "max_positions",
 )
-# What networks also have in common; those of bundles that do not say have it like this.
-OPTIONS: Mapping[str, Any] = {
-    "residual": True,
-    "score_scale": True,
-    "position_join": "add",
-    "position_width": 64,
-    "reach": 16,
-    "buckets": 32,
-    "farthest": 128,
-}
-PREFIXES = (
-    "source_embedding.",
-    "source_turns",
-    "encoder.",
-    "encoder_norm.",
-    "encoder_apart",
-    "embedding_norms.0.",
-    "segments",
-)
-SIDES = ("positions", "biases")  # tables with a part for each side; the encoder's is the first
+# Options that only some encoders have
+SOME = ("position_offset", "position_columns", "max_distance", "buckets")
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What makes an encoder."""
+
+    variants: list[str]  # of the Transformer
+    network: Tree
 
 
 def split(place: Path) -> tuple[Path, bool]:
-    """The place of a bundle, and whether only its encoder is meant."""
+    """The path of a bundle, and whether only its encoder is meant."""
     text = str(place)
     if text.endswith(ENCODER) and not place.exists():
         return Path(text.removesuffix(ENCODER)), True
     return place, False
 
 
-def encoder_fields(manifest: Manifest, *, where: Path) -> Tree:
-    """The fields of a network that must be as those of the bundle whose encoder it takes over."""
+def encoder_options(manifest: Manifest, *, where: Path) -> EncoderOptions:
+    """What a network must have to take over the encoder of a bundle."""
     missing = [name for name in FIELDS if name not in manifest.network]
     if missing:
         raise BundleError(
             f"{where} is a network of architecture {manifest.architecture!r}, which has no encoder to take "
             f"over (no {missing[0]!r}); name a run of trmt pretrain or of a transformer"
         )
-    network = {**OPTIONS, **manifest.network}
-    return {name: network[name] for name in (*FIELDS, *OPTIONS)}
+    network = without_segments(manifest.network)
+    network = {name: network[name] for name in (*FIELDS, *SOME) if name in network}
+    _, variants = split_variants(manifest.architecture)
+    return EncoderOptions([each for each in variants if each in ENCODER_VARIANTS], network)
 
 
-def check_fields(network: Mapping[str, Any], wanted: Mapping[str, Any], *, where: Path) -> None:
+def check_options(
+    architecture: str, network: Mapping[str, Any], encoder: EncoderOptions, *, where: Path
+) -> None:
     """Refuse settings that would make the encoder another one."""
-    for name, value in wanted.items():
+    for name, value in encoder.network.items():
         if network.get(name) != value:
             raise ConfigError(
                 f"network.{name} = {network.get(name)!r} is set, and the encoder of {where} has {name} = "
                 f"{value!r}; leave it out, or begin without --init-from"
             )
+    other = set(ENCODER_VARIANTS) & set(split_variants(architecture)[1]) - set(encoder.variants)
+    if other:
+        raise ConfigError(
+            f"architecture = {architecture!r} has an encoder with {min(other)!r}, which that of {where} has not; "
+            "choose another, or begin without --init-from"
+        )
 
 
 def with_encoder(
     state: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, where: str
 ) -> dict[str, Tensor]:
     """A network's weights with those of the encoder in `weights` put in."""
-    taken = dict(state)
+    taken, weights = dict(state), dict(weights)
+    if "segments" in weights and POSITIONS[0] in state:
+        fold_segments(weights, weights.pop("segments"), state[POSITIONS[0]].shape[1])
+        taken[POSITIONS[1]] = weights.get(POSITIONS[1], taken[POSITIONS[1]])
     for name, tensor in state.items():
-        if name in SIDES:
-            if name not in weights or weights[name].shape[1:] != tensor.shape[1:]:
-                raise BundleError(f"{where} has no table of {name} like the network's; they do not fit")
-            taken[name] = tensor.clone()
-            taken[name][0] = weights[name][0]
-        elif name.startswith(PREFIXES):
+        if name.startswith("encoder."):
             if name not in weights or weights[name].shape != tensor.shape:
                 raise BundleError(f"{where} has no {name!r} of shape {list(tensor.shape)}; they do not fit")
             taken[name] = weights[name]
-    for shared in ("source_embedding.weight", "source_turns"):
+    for shared in ("encoder.embedding.tokens.weight", "encoder.embedding.frequencies"):
         for name in _same_as(state, shared):
             taken[name] = taken[shared]
     return taken

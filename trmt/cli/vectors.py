@@ -14,7 +14,7 @@ def command(
         list[str], typer.Option("--text", metavar="FILE", help="One sentence a line. Repeatable.")
     ],
     tokenizer: Annotated[Path, typer.Option(help="The folder of the tokenizer.")] = Path("data/tokenizer"),
-    width: Annotated[int, typer.Option(min=1, help="Numbers of a vector: network.width.")] = 512,
+    width: Annotated[int, typer.Option(min=1, help="Numbers of a vector: network.d_model.")] = 512,
     target: Annotated[
         bool, typer.Option("--target", help="The text is in the language translated to.")
     ] = False,

@@ -1,6 +1,7 @@
 """BERT (Devlin et al., arXiv 1810.04805): a Transformer's encoder with two heads for its two training tasks.
 
-One head predicts masked tokens, the other whether the second part of a text follows the first. Both are left behind when another network begins with the encoder.
+One head predicts masked tokens, the other whether the second part of a text follows the first. Both are left
+behind when another network begins with the encoder.
 
 Axes: S sentence, M tokens in a row, N masked tokens, D hidden size, V vocabulary.
 """

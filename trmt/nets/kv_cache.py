@@ -169,7 +169,7 @@ class SharedKVCache:
         for mine, theirs in zip(self.key_values, other.key_values, strict=False):
             mine.index_copy_(1, slots, theirs)
         self.ancestors_SKC.index_copy_(0, slots, other.ancestors_SKC)
-        self.longest = None
+        self.columns, self.longest = max(self.columns, other.columns), None
         return self
 
     def view(self, sentences: int, columns: int) -> SharedKVCache:

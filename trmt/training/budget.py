@@ -232,7 +232,7 @@ def _warn_of_memory(states: int, needed: int, free: int | None) -> None:
     if states > free * SAFE:
         console.warn(
             f"the network and its optimiser alone take {size(states)} and {size(free)} are free; use a "
-            "smaller network.width or fewer layers, or another training.device"
+            "smaller network.d_model or fewer layers, or another training.device"
         )
     else:
         console.warn(f"training takes about {size(needed)} of memory and {size(free)} are free; {SMALLER}")

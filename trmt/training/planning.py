@@ -11,13 +11,13 @@ import torch
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG
-from trmt.config import Tree, build, read_toml
+from trmt.config import build
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.sets.unchanged import difference
 from trmt.text.tokenizer import Tokenizer
-from trmt.training.recipe import MAY_CHANGE, Recipe, differences, fitting, load_recipe
+from trmt.training.recipe import MAY_CHANGE, Recipe, differences, fitting, load_recipe, read_recipe
 
 DATA = Path("data")
 FOLLOWS_THE_END = ("linear", "cosine")  # schedules
@@ -119,7 +119,7 @@ def resolved_recipe(
     settings = list(options.settings)
     if not translates:
         settings += ["validation.sentences=0", 'validation.metric="loss"']
-    from_encoder: Tree = {}
+    encoder: init_from.EncoderOptions | None = None
     if options.init_from:
         named, encoder_only = init_from.split(options.init_from)
         place = checkpoints.find_bundle(named)
@@ -130,8 +130,8 @@ def resolved_recipe(
                 f"data with --tokenizer {place / bundles.TOKENIZER}"
             )
         if encoder_only:
-            from_encoder = init_from.encoder_fields(manifest, where=place)
-            recipe = load_recipe(name, settings, network=from_encoder)
+            encoder = init_from.encoder_options(manifest, where=place)
+            recipe = load_recipe(name, settings, network=encoder.network, variants=encoder.variants)
         else:
             recipe = load_recipe(name, settings, network=manifest.network, architecture=manifest.architecture)
     else:
@@ -140,13 +140,13 @@ def resolved_recipe(
     trusted = options.trust_code or not (options.init_from or Path(name).name == CONFIG)
     network = resolve(NETWORKS, recipe.architecture, trust_code=trusted)
     resolve(OBJECTIVES, recipe.objective, trust_code=trusted)
-    if from_encoder:
+    if encoder:
         if not network.takes_encoder:
             raise ConfigError(
                 f"architecture = {recipe.architecture!r} has no encoder that --init-from {options.init_from} "
                 "could be; choose the recipe of a transformer"
             )
-        init_from.check_fields(recipe.network, from_encoder, where=place)
+        init_from.check_options(recipe.architecture, recipe.network, encoder, where=place)
     recipe = _with_sizes(recipe, network.config_class, tokenizer)
     _check_purpose(options, recipe, data)
     if not tokenizer.joint and recipe.network.get("tied", getattr(network.config_class, "tied", "")) == "all":
@@ -191,7 +191,7 @@ def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
             f"{folder} was begun with --init-from {began.init_from} and cannot go on from the weights of "
             f"{origin.init_from}; name another run folder"
         )
-    before = build(Recipe, read_toml(folder / CONFIG), where=str(folder / CONFIG))
+    before = read_recipe(folder / CONFIG)
     changed = differences(before, recipe)
     for key, (old, new) in changed.items():
         if key not in MAY_CHANGE:

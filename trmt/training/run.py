@@ -160,7 +160,7 @@ class Run:
                 )
                 raise ConfigError(
                     f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network "
-                    f"positions for {self.positions}; raise network.longest, or {shorter}"
+                    f"positions for {self.positions}; raise network.max_positions, or {shorter}"
                 )
         if not self.dev and self.recipe.training.patience and not self.last_step:
             raise ConfigError(

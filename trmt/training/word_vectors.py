@@ -185,21 +185,27 @@ def check_and_freeze(net: Network, recipe: Any) -> None:
     if asked and recipe.training.shard:
         raise ConfigError(f"training.shard = true and vectors.{asked[0]} exclude each other; leave one out")
     for side in asked:
-        if not hasattr(net, f"{side}_embedding"):
+        if _embedding(net, side) is None:
             raise ConfigError(
                 f"architecture = {recipe.architecture!r} has no embeddings for vectors.{side}; leave it out"
             )
         if recipe.vectors.frozen:
             _freeze(net, side)
-    if len(asked) == 2 and net.source_embedding is net.target_embedding:
+    if len(asked) == 2 and _embedding(net, "source") is _embedding(net, "target"):
         raise ConfigError(
             'vectors.source and vectors.target are two for the one table of network.tied = "all"; leave one '
             'out, or set network.tied = "target"'
         )
 
 
+def _embedding(net: Any, side: str) -> Any:
+    """The embeddings of one side; None if the network has none."""
+    stack = getattr(net, "encoder" if side == "source" else "decoder", None)
+    return getattr(net, f"{side}_embedding", getattr(getattr(stack, "embedding", None), "tokens", None))
+
+
 def _freeze(net: Network, side: str) -> None:
-    weight = getattr(net, f"{side}_embedding").weight
+    weight = _embedding(net, side).weight
     output = getattr(getattr(net, "output", None), "weight", None)
     if weight is output:
         raise ConfigError(
@@ -216,7 +222,7 @@ def begin_with(net: Network, config: Any, tokenizer: Tokenizer, data: PreparedSe
         if not file:
             continue
         side: Side = getattr(tokenizer, name)
-        weight = getattr(net, f"{name}_embedding").weight
+        weight = _embedding(net, name).weight
         if file == TRAIN:
             column = f"{name}.ids" if data.kind == PAIRS else "text.ids"
             vectors = train_vectors(SetPieces(data, column, side), width=weight.shape[1])
@@ -254,7 +260,7 @@ def put(weight: torch.Tensor, vectors: Vectors, side: Side, *, where: str) -> in
         raise DataError(f"{where} has no vector for any piece of the tokenizer; is it of another language?")
     if vectors.rows.shape[1] != weight.shape[1]:
         raise ConfigError(
-            f"{where} has vectors of {vectors.rows.shape[1]} numbers, network.width is {weight.shape[1]}; "
+            f"{where} has vectors of {vectors.rows.shape[1]} numbers, network.d_model is {weight.shape[1]}; "
             "set one to the other"
         )
     taken = torch.from_numpy(vectors.rows[rows])
