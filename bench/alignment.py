@@ -27,16 +27,22 @@ import torch
 from moses import escaped, tokenised
 from provenance import RESULTS, record
 from trmt.bundles import bundles
-from trmt.bundles.checkpoints import find_bundle, steps
-from trmt.insight.alignment.aligning_streams import AlignOptions, align_corpus, build_aligner, judge_looks
-from trmt.insight.alignment.linking import Aligner, AttentionAligner, BothWays, LookOptions, Pair
-from trmt.insight.alignment.symmetrising import METHODS
+from trmt.bundles.checkpoints import find_bundle, list_checkpoints
+from trmt.insight.alignment.aligners import (
+    Aligner,
+    AttentionAligner,
+    HeadOptions,
+    SymmetrisedAligner,
+    TextPair,
+)
+from trmt.insight.alignment.pipeline import AlignOptions, align_corpus, build_aligner, rank_heads
+from trmt.insight.alignment.symmetrisation import METHODS
 from trmt.scoring import ScoreOptions, score
 from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
 from trmt.storage.files import atomic_file
-from trmt.text.corpus import lines
-from trmt.text.links import Agreement, judged, parsed_gold, turned, written
+from trmt.text.lines import read_lines
+from trmt.text.links import AlignmentScore, format_links, parse_gold, reverse_links, score_corpus
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 from trmt.training.planning import TrainOptions
 from trmt.training.run import train
@@ -62,7 +68,7 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
 
 def corpus_lines(prefix: Path, language: str) -> list[str]:
     found = prefix.with_name(f"{prefix.name}.{language}")
-    return [*lines(found if found.exists() else Path(f"{found}.gz"))]
+    return [*read_lines(found if found.exists() else Path(f"{found}.gz"))]
 
 
 def write_lines(path: Path, text: Iterable[str]) -> None:
@@ -103,7 +109,7 @@ def prepared(given: argparse.Namespace) -> dict[str, Path]:
 
 
 def write_links(folder: Path, corpus: str, path: Path) -> None:
-    aligner = build_aligner(AlignOptions(counts=folder, method=METHOD))
+    aligner = build_aligner(AlignOptions(model1=folder, method=METHOD))
     with atomic_file(path) as stream:
         align_corpus(aligner, corpus, stream)
 
@@ -114,7 +120,7 @@ def trained(given: argparse.Namespace, sets: dict[str, Path]) -> dict[str, Path]
     for direction, folder in sets.items():
         for kind, settings in networks().items():
             run = given.work / f"run-{kind}-{direction}"
-            found = steps(run)
+            found = list_checkpoints(run)
             if not found or found[-1].step < given.steps:
                 every = [f"training.steps={given.steps}", f"validation.every={given.steps}"]
                 every += ["validation.metric=loss", "validation.sentences=0", "training.save_every=100"]
@@ -130,7 +136,7 @@ def networks() -> dict[str, list[str]]:
     return {"plain": [], "guided": guided}
 
 
-def figures_of(seen: Agreement) -> Figures:
+def figures_of(seen: AlignmentScore) -> Figures:
     return {
         "aer": round(seen.error_rate, 4),
         "precision": round(seen.precision, 4),
@@ -143,7 +149,7 @@ def figures_of(seen: Agreement) -> Figures:
 class Compared:
     """Pairs, and a file of the links that those of a network are compared with."""
 
-    pairs: list[Pair]
+    pairs: list[TextPair]
     links: Path
 
 
@@ -156,11 +162,11 @@ class Direction:
     test: Compared  # pairs like those of the corpus, counted too
 
 
-def directions(given: argparse.Namespace, counting: BothWays) -> dict[str, Direction]:
+def directions(given: argparse.Namespace, counting: SymmetrisedAligner) -> dict[str, Direction]:
     """The gold text, its words written as those of the corpus are, and the test, from both sides."""
     languages = (given.source, given.target)
     named = [given.gold.with_name(f"{given.gold.name}.{name}.gz") for name in languages]
-    some = list(zip(*(map(escaped, lines(side)) for side in named), strict=True))
+    some = list(zip(*(map(escaped, read_lines(side)) for side in named), strict=True))
     cut = [tokenised(corpus_lines(given.test, name)[:TESTED], name) for name in languages]
     test = list(zip(*cut, strict=True))
     gold = given.gold.with_name(f"{given.gold.name}.align.gz")
@@ -172,7 +178,7 @@ def directions(given: argparse.Namespace, counting: BothWays) -> dict[str, Direc
         for name, pairs in (("counted", some), ("counted-test", test)):
             path = given.work / f"{name}-{way}.align"
             found = counting.links(pairs)
-            write_lines(path, map(written, found if step == 1 else map(turned, found)))
+            write_lines(path, map(format_links, found if step == 1 else map(reverse_links, found)))
             counted.append(Compared([pair[::step] for pair in pairs], path))
         made[way] = Direction(Compared(counted[0].pairs, links), *counted)
     return made
@@ -180,27 +186,29 @@ def directions(given: argparse.Namespace, counting: BothWays) -> dict[str, Direc
 
 def turned_gold(gold: Path, out: Path) -> Path:
     """The same links seen from the other side, in a file of their own."""
-    known = [parsed_gold(line, where=str(gold)) for line in lines(gold)]
-    both = ((written(turned(each.sure)), written(turned(each.possible))) for each in known)
+    known = [parse_gold(line, where=str(gold)) for line in read_lines(gold)]
+    both = (
+        (format_links(reverse_links(each.sure)), format_links(reverse_links(each.possible))) for each in known
+    )
     write_lines(out, (f"{sure} {possible.replace('-', 'p')}" for sure, possible in both))
     return out
 
 
 def rates(aligners: dict[str, Aligner], ways: dict[str, Direction]) -> Figures:
     """The figures of one direction, or of two and of both made one."""
-    known = [parsed_gold(line, where="gold") for line in lines(ways["there"].gold.links)]
+    known = [parse_gold(line, where="gold") for line in read_lines(ways["there"].gold.links)]
     found = {way: aligner.links(ways[way].gold.pairs) for way, aligner in aligners.items()}
     if "back" in found:
-        found["back"] = [turned(each) for each in found["back"]]
+        found["back"] = [reverse_links(each) for each in found["back"]]
         for name, join in METHODS.items():
             found[name] = [join(*pair) for pair in zip(found["there"], found["back"], strict=True)]
-    return {name: figures_of(judged(links, known)) for name, links in found.items()}
+    return {name: figures_of(score_corpus(links, known)) for name, links in found.items()}
 
 
 def looks(aligner: AttentionAligner, way: Direction) -> list[Figures]:
     """The error rate of every look against gold, and beside it those against counting."""
     compared = {"aer": way.gold, "from_counting": way.counted, "test_from_counting": way.test}
-    found = {name: dict(judge_looks(aligner, each.pairs, each.links)) for name, each in compared.items()}
+    found = {name: dict(rank_heads(aligner, each.pairs, each.links)) for name, each in compared.items()}
     return [
         {"layer": look.layer + 1, "head": look.head, "shift": look.shift}
         | {name: round(seen[look].error_rate, 4) for name, seen in found.items()}
@@ -208,14 +216,14 @@ def looks(aligner: AttentionAligner, way: Direction) -> list[Figures]:
     ]
 
 
-def chosen_look(seen: list[Figures]) -> LookOptions:
+def chosen_look(seen: list[Figures]) -> HeadOptions:
     """The look that agrees best with counting."""
     best = min(seen, key=lambda look: look["from_counting"])
     head = None if best["head"] is None else best["head"] + 1
-    return LookOptions(layer=best["layer"], head=head, shift=bool(best["shift"]))
+    return HeadOptions(layer=best["layer"], head=head, shift=bool(best["shift"]))
 
 
-def bleu(bundle: Path, test: Path, languages: Pair) -> float:
+def bleu(bundle: Path, test: Path, languages: TextPair) -> float:
     """Of the test in the form of the corpus: lowercased words as Moses cuts them."""
     source, target = (tokenised(corpus_lines(test, language), language) for language in languages)
     translator = Translator.load(bundle, options=TranslateOptions(beam=4, device="cpu"))
@@ -227,8 +235,8 @@ def bleu(bundle: Path, test: Path, languages: Pair) -> float:
 def figures(given: argparse.Namespace) -> Figures:
     """All that is measured, and what it was measured on."""
     sets = prepared(given)
-    counting = build_aligner(AlignOptions(counts=sets["there"]))
-    assert isinstance(counting, BothWays)
+    counting = build_aligner(AlignOptions(model1=sets["there"]))
+    assert isinstance(counting, SymmetrisedAligner)
     ways = directions(given, counting)
     found: Figures = {"counting": rates({"there": counting.forward, "back": counting.backward}, ways)}
     made = trained(given, sets)

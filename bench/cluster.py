@@ -114,22 +114,24 @@ def measure(given: argparse.Namespace, kind: str, workers: int) -> dict[str, Any
     if kind == "handing":
         return handing(workers)
     with ExitStack() as ends:
-        said: list[dict[str, Any]] = []
+        results: list[dict[str, Any]] = []
         began = time.perf_counter()
-        fleets = None if kind == "alone" else ends.enter_context(recorded(kind, workers, said))
+        make_pool = None if kind == "alone" else ends.enter_context(recorded(kind, workers, results))
         connected, began = time.perf_counter() - began, time.perf_counter()
         if given.what == "translate":
-            translate(given, fleets)
+            translate(given, make_pool)
         else:
-            prepare(given.folder, fleets, workers)
+            prepare(given.folder, make_pool, workers)
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         clock = time.perf_counter() - began
     found: dict[str, Any] = {"clock_seconds": round(clock, 2)}
     if kind == "ray":
         found["connecting_seconds"] = round(connected, 2)
-    if said:
-        lines, seconds, busy = (sum(one[key] for one in said) for key in ("lines", "seconds", "cpu_seconds"))
-        found["parts"] = len(said)
+    if results:
+        lines, seconds, busy = (
+            sum(one[key] for one in results) for key in ("lines", "seconds", "cpu_seconds")
+        )
+        found["parts"] = len(results)
         found["lines_per_second_of_a_worker"] = round(lines / seconds, 1)
         found["lines_per_cpu_second_of_a_worker"] = round(lines / busy, 1)
         found["beside_the_parts_seconds"] = round(clock - seconds / workers, 2)
@@ -142,33 +144,33 @@ def measure(given: argparse.Namespace, kind: str, workers: int) -> dict[str, Any
 
 
 @contextmanager
-def recorded(kind: str, workers: int, said: list[dict[str, Any]]) -> Iterator[Any]:
-    """What makes fleets, of which it is kept what their workers say of each part."""
-    from trmt.scale.fleet import LocalFleet
-    from trmt.scale.ray_fleet import LOCAL, connected
+def recorded(kind: str, workers: int, results: list[dict[str, Any]]) -> Iterator[Any]:
+    """A function that makes worker pools; the result of each part is appended to `results`."""
+    from trmt.scale.pool import ProcessPool
+    from trmt.scale.ray_pool import LOCAL, ray_cluster
 
     with ExitStack() as ends:
         if kind == "ray":
-            make = partial(ends.enter_context(connected(LOCAL, workers=workers)).fleet, count=workers)
+            make = partial(ends.enter_context(ray_cluster(LOCAL, workers=workers)).pool, count=workers)
         else:
-            make = partial(LocalFleet, count=workers)
+            make = partial(ProcessPool, devices=("cpu",) * workers)
 
-        def fleet(job: Any) -> Any:
+        def make_pool(job: Any) -> Any:
             made = make(job)
-            answers = made.answers
+            replies = made.replies
 
-            def told() -> Any:
-                found = answers()
-                said.extend(answer.said for answer in found if answer.kind == "done")
+            def recording() -> Any:
+                found = replies()
+                results.extend(reply.value for reply in found if reply.status == "done")
                 return found
 
-            made.answers = told
+            made.replies = recording
             return made
 
-        yield fleet
+        yield make_pool
 
 
-def translate(given: argparse.Namespace, fleets: Any) -> None:
+def translate(given: argparse.Namespace, make_pool: Any) -> None:
     from trmt.scale.corpus_translating import CorpusOptions, translate_corpus
     from trmt.translating import TranslateOptions
 
@@ -181,10 +183,10 @@ def translate(given: argparse.Namespace, fleets: Any) -> None:
             search=TranslateOptions(device="cpu"),
             part_mib=size / PARTS / 2**20,
         )
-        translate_corpus(options, fleets)
+        translate_corpus(options, make_pool)
 
 
-def prepare(folder: Path, fleets: Any, workers: int) -> None:
+def prepare(folder: Path, make_pool: Any, workers: int) -> None:
     from trmt.scale.corpus_preparing import prepare_in_parts
     from trmt.sets import preparing
 
@@ -196,15 +198,15 @@ def prepare(folder: Path, fleets: Any, workers: int) -> None:
             tokenizer=folder / "tokenizer",
             workers=workers,
         )
-        if fleets is None:
+        if make_pool is None:
             preparing.prepare(options)
         else:
-            prepare_in_parts(options, fleets, part_bytes=size // PARTS)
+            prepare_in_parts(options, make_pool, part_bytes=size // PARTS)
 
 
 def cutting(folder: Path) -> dict[str, Any]:
     """Ranges and their digests, of text that is in memory as far as the system keeps it there."""
-    from trmt.text.ranges import cut
+    from trmt.text.ranges import split_by_size
 
     text = (folder / "text").read_bytes()
     with (folder / "long").open("wb") as stream:
@@ -212,7 +214,7 @@ def cutting(folder: Path) -> dict[str, Any]:
             stream.write(text)
     began = time.process_time()
     with (folder / "long").open("rb") as stream:
-        ranges = cut(stream, size=1 << 20)
+        ranges = split_by_size(stream, size=1 << 20)
     return {"mb_per_cpu_second": round(ranges[-1].end / 1e6 / (time.process_time() - began))}
 
 
@@ -222,26 +224,26 @@ class Nothing:
 
     name: str = ""
 
-    def begun(self) -> Any:
+    def load(self) -> Any:
         return lambda part: None
 
 
 def handing(workers: int) -> dict[str, Any]:
     """How many parts the main process hands out in a second, if nobody takes time for them."""
-    from trmt.scale.fleet import work_through
-    from trmt.scale.ray_fleet import LOCAL, connected
+    from trmt.scale.parts import process_parts
+    from trmt.scale.ray_pool import LOCAL, ray_cluster
 
-    with connected(LOCAL, workers=workers) as cluster, cluster.fleet(Nothing(), count=workers) as fleet:
-        ready = fleet.answers() + (fleet.answers() if workers > 1 else [])
-        fleet.answers = chained(ready, fleet.answers)
+    with ray_cluster(LOCAL, workers=workers) as cluster, cluster.pool(Nothing(), count=workers) as pool:
+        ready = pool.replies() + (pool.replies() if workers > 1 else [])
+        pool.replies = chained(ready, pool.replies)
         began, worked = time.perf_counter(), time.process_time()
-        work_through([Nothing(str(number)) for number in range(HANDED)], fleet, title="handing out")
+        process_parts([Nothing(str(number)) for number in range(HANDED)], pool, title="handing out")
         seconds, busy = time.perf_counter() - began, time.process_time() - worked
     return {"parts_per_second": round(HANDED / seconds), "parts_per_cpu_second": round(HANDED / busy)}
 
 
 def chained(first: list[Any], later: Any) -> Any:
-    """Answers that were there before the clock began, and then all others."""
+    """Replies that arrived before the clock was started, and then all others."""
     return lambda: [first.pop()] if first else later()
 
 

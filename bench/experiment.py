@@ -114,10 +114,10 @@ def arguments(description: str, names: list[str], seeds: int) -> argparse.Namesp
 
 def identity(experiment: Experiment, where: Setting) -> dict[str, Any]:
     """What must be equal for two results to be of one experiment, as JSON has it."""
-    from trmt.config import tree_of
+    from trmt.config import to_tree
     from trmt.training.recipe import load_recipe
 
-    recipe = tree_of(load_recipe(experiment.recipe, list(where.settings)))
+    recipe = to_tree(load_recipe(experiment.recipe, list(where.settings)))
     return json.loads(json.dumps({"experiment": asdict(experiment), "recipe": recipe}))
 
 

@@ -4,10 +4,10 @@
 
 Both ways are captured in CUDA graphs and replayed in turn, so launches cost nothing. The calls of a graph
 have data of their own, more in all than a cache holds. What is read and written counts once, however often it
-is wanted; copying shows what the memory does at best. In plain PyTorch, looking back goes by a mask that is
-made once for all layers: its time is given apart. --smoke interprets kernels on the CPU: times say nothing.
+is needed; copying shows what the memory does at best. In plain PyTorch, attention has a mask that is made
+once for all layers: its time is given apart. --smoke interprets kernels on the CPU: times say nothing.
 
-Axes as in trmt/nets/stores.py.
+Axes as in trmt/nets/kv_cache.py.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from provenance import RESULTS, record
-from trmt.decoding.choosing import highest_in_pytorch
-from trmt.nets import looking_back
+from trmt.decoding.top import top
+from trmt.nets.base import Decoding
+from trmt.nets.kv_cache import SharedKVCache
 
-HEADS, PART, HYPOTHESES, CANDIDATES = 8, 64, 4, 4
+HEADS, HEAD_DIM, HYPOTHESES, CANDIDATES = 8, 64, 4, 4
 ROWS, COLUMNS, VOCABULARY = (128, 2048), (32, 64, 128), 32_000
 COLD = 256 << 20  # bytes: more than caches hold
 CALLS = 24  # of a graph, at most
@@ -60,13 +62,13 @@ def measure(device: torch.device, *, smoke: bool) -> dict[str, Any]:
     return {
         "device": device.type,
         "copy_gb_per_second": round(rate / 1e9, 1),
-        "looking_back": [
-            {"rows": rows, "columns": columns, **LookingBack(rows, columns, device, cold).figures(rate)}
+        "attention": [
+            {"rows": rows, "columns": columns, **Attention(rows, columns, device, cold).figures(rate)}
             for rows in all_rows
             for columns in all_columns
         ],
-        "highest": [
-            {"rows": rows, "vocabulary": vocabulary, **Highest(rows, vocabulary, device, cold).figures(rate)}
+        "top": [
+            {"rows": rows, "vocabulary": vocabulary, **Top(rows, vocabulary, device, cold).figures(rate)}
             for rows in all_rows
         ],
     }
@@ -78,51 +80,58 @@ def copied_per_second(device: torch.device, size: int) -> float:
     return 2 * size / seconds({"copy": lambda call: there.copy_(here)}, 1, device)["copy"]
 
 
-class LookingBack:
+class Attention:
     """Attention of one layer in the step that fills the last column."""
 
     def __init__(self, rows: int, columns: int, device: torch.device, cold: int) -> None:
         self.columns, self.device = columns, device
         sentences = rows // HYPOTHESES
-        self.table_SKC = ancestors(sentences, columns).to(device)
+        self.ancestors_SKC = ancestors(sentences, columns).to(device)
         self.position_S = torch.full((sentences,), columns - 1, device=device)
-        shape = (2, sentences, HEADS, columns * HYPOTHESES, PART)
-        self.stores = copies(cold, lambda: torch.randn(shape, device=device, dtype=torch.bfloat16))
-        made = torch.randn(3, sentences, HYPOTHESES, HEADS, PART, device=device, dtype=torch.bfloat16)
+        shape = (2, sentences, HEADS, columns * HYPOTHESES, HEAD_DIM)
+        self.cached = copies(cold, lambda: torch.randn(shape, device=device, dtype=torch.bfloat16))
+        made = torch.randn(3, sentences, HYPOTHESES, HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
         self.out_SKHP = torch.empty_like(made[0])
-        self.query_SHKP, self.fresh_2SHKP = made[0].transpose(1, 2), made[1:].transpose(2, 3)
-        self.mask = self.seen()
+        self.query_SHKP, self.kv_2SHKP = made[0].transpose(1, 2), made[1:].transpose(2, 3)
+        # In a cache that is not static, attention is plain PyTorch's.
+        decoding = Decoding(HYPOTHESES, columns, static=True)
+        self.cache = SharedKVCache.empty(made, sentences, decoding, (1, HEADS, HEAD_DIM))
+        self.cache.ancestors_SKC = self.ancestors_SKC.clone()
+        self.cache.advance(self.position_S, 1)
+        self.cache.static = False
 
     def by_kernel(self, call: int) -> Tensor:
-        from trmt.native.gpu import looking_back as kernel
+        from trmt.native.gpu import attention_kernel
 
-        tensors = (self.out_SKHP, self.query_SHKP, self.fresh_2SHKP, self.stores[call])
-        table = {"table_SKC": self.table_SKC, "position_S": self.position_S}
-        kernel.launch(*tensors, **table, columns=self.columns)
+        tensors = (self.out_SKHP, self.query_SHKP, self.kv_2SHKP, self.cached[call])
+        table = {"ancestors_SKC": self.ancestors_SKC, "position_S": self.position_S}
+        attention_kernel.launch(*tensors, **table, columns=self.columns)
         return self.out_SKHP.flatten(2)
 
     def in_pytorch(self, call: int) -> Tensor:
-        looking_back.put(self.fresh_2SHKP, self.stores[call], self.position_S, self.columns)
-        return looking_back.look(self.query_SHKP, self.stores[call], self.mask)
+        self.cache.key_values = [self.cached[call]]
+        return self.cache.attend(0, self.query_SHKP, self.kv_2SHKP)
 
-    def seen(self, call: int = 0) -> Tensor:
-        mask = looking_back.seen(self.table_SKC, self.position_S, hypotheses=HYPOTHESES, columns=self.columns)
-        return mask.to(torch.bfloat16)
+    def mask(self, call: int = 0) -> Tensor:
+        self.cache._mask = None
+        return self.cache.mask()
 
     def figures(self, rate: float) -> dict[str, float]:
         torch.testing.assert_close(self.by_kernel(0), self.in_pytorch(0), atol=TOLERANCE, rtol=TOLERANCE)
-        ways = {"kernel": self.by_kernel, "pytorch": self.in_pytorch, "mask": self.seen}
-        return summary(seconds(ways, len(self.stores), self.device), self.moved(), rate)
+        ways = {"kernel": self.by_kernel, "pytorch": self.in_pytorch, "mask": self.mask}
+        return summary(seconds(ways, len(self.cached), self.device), self.moved(), rate)
 
     def moved(self) -> int:
         """The bytes that must be read and written."""
-        slots = int(F.one_hot(self.table_SKC[..., :-1], HYPOTHESES).any(1).sum())  # that any hypothesis sees
-        # Keys and values there; queries, what is fresh, both read and written, what is found; the table.
-        numbers = 2 * slots * HEADS * PART + 6 * self.out_SKHP.numel()
-        return 2 * numbers + 8 * self.table_SKC.numel()
+        slots = int(
+            F.one_hot(self.ancestors_SKC[..., :-1], HYPOTHESES).any(1).sum()
+        )  # that any hypothesis attends to
+        # Keys and values there; queries, new keys and values, both read and written, the output; the table.
+        numbers = 2 * slots * HEADS * HEAD_DIM + 6 * self.out_SKHP.numel()
+        return 2 * numbers + 8 * self.ancestors_SKC.numel()
 
 
-class Highest:
+class Top:
     """The candidates of one step."""
 
     def __init__(self, rows: int, vocabulary: int, device: torch.device, cold: int) -> None:
@@ -133,13 +142,14 @@ class Highest:
         self.log_R1 = torch.empty(rows, 1, device=device)
 
     def by_kernel(self, call: int) -> tuple[Tensor, Tensor, Tensor]:
-        from trmt.native.gpu import highest as kernel
+        from trmt.native.gpu import top_kernel
 
-        kernel.launch(self.scores[call], self.best_RC, self.ids_RC, self.log_R1)
+        top_kernel.launch(self.scores[call], self.best_RC, self.ids_RC, self.log_R1)
         return self.best_RC, self.ids_RC, self.log_R1
 
     def in_pytorch(self, call: int) -> tuple[Tensor, Tensor, Tensor]:
-        return highest_in_pytorch(self.scores[call], CANDIDATES)
+        with mock.patch("trmt.decoding.top.accelerated", return_value=None):
+            return top(self.scores[call], CANDIDATES)
 
     def figures(self, rate: float) -> dict[str, float]:
         (best, _, log), (expected, _, expected_log) = self.by_kernel(0), self.in_pytorch(0)

@@ -81,7 +81,7 @@ class Network:
         if not self.bundle.exists():
             torch.manual_seed(1)
             net, tokenizer = Transformer(self.config()), word_tokenizer(vocabulary)
-            manifest = bundles.describe(net, "transformer", tokenizer, longest=dict.fromkeys(SIDES, 256))
+            manifest = bundles.make_manifest(net, "transformer", tokenizer, longest=dict.fromkeys(SIDES, 256))
             bundles.save_bundle(self.bundle, manifest, net.state_dict(), tokenizer)
         sources = random_sources(self.size)
         write(self.sentences("ids"), sources)

@@ -124,7 +124,7 @@ def translation(network: str) -> Row:
     """A row that measures how fast translation is."""
     name = f"translate-{network}"
     # Other programs take long to load: tiny, one network shows that they run.
-    tiny = ["--smoke", "--rounds", "1", *(["--engines", "captured", "eager"] if network == "big" else [])]
+    tiny = ["--smoke", "--rounds", "1", *(["--engines", "graphs", "direct"] if network == "big" else [])]
 
     def command(place: Place) -> list[str]:
         words = bench("gpu_translate.py", network, "--work", str(place.work / name))(place)

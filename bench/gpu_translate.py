@@ -8,7 +8,7 @@ source. So what is measured is how fast an engine computes, not how well anythin
 
     precision / sentences in a batch / greedy or beam (of 4)
 
-and is measured with both engines of trmt, `captured` and `eager`; some of them also with Hugging Face's
+and is measured with trmt in both ways, `graphs` and `direct`; some of them also with Hugging Face's
 `generate` in the same precision and CTranslate2 in fp16, with the same weights, if they are installed. Each
 engine is a process of its own, which is told how many sentences to translate: as many as take it about
 --seconds. All engines take turns for --rounds rounds; medians count.
@@ -47,7 +47,7 @@ from rounds import SPEED, ratio
 from translators.client import Engine, Failed
 from translators.server import How
 
-OWN = ("captured", "eager")
+OWN = ("graphs", "direct")
 PEERS = tuple(FORMATS)
 OTHER_PRECISIONS = {("ctranslate2", "bf16"): "fp16"}
 NETWORKS = ("base", "big")
@@ -246,9 +246,9 @@ def summed_up(point: Point, lanes: Mapping[str, Lane], failed: Mapping[str, str]
     for name, lane in lanes.items():
         engines[name] = {"compute": own_precision(name, point.compute), **lane.figures()}
     ratios = {
-        name: ratio(lanes["captured"].runs, lane.runs)
+        name: ratio(lanes["graphs"].runs, lane.runs)
         for name, lane in lanes.items()
-        if name != "captured" and "captured" in lanes
+        if name != "graphs" and "graphs" in lanes
     }
     return {"engines": {name: engines[name] for name in point.engines if name in engines}, "ratios": ratios}
 

@@ -25,9 +25,9 @@ HEAD = (
     "precision",
     "batch",
     "search",
-    "captured, target tokens/s",
+    "CUDA graphs, target tokens/s",
     "goals",
-    "eager, target tokens/s",
+    "direct, target tokens/s",
     "times Hugging Face",
     "times CTranslate2 in fp16",
     "graphs",
@@ -64,12 +64,12 @@ def _row(network: str, name: str, point: dict | None) -> Row:
     goals = POINTS[name] if network == "base" else ""
     if point is None:
         return (*what, WAITS, goals, *("" for _ in HEAD[6:]))
-    captured = point["engines"].get("captured", {})
+    captured = point["engines"].get("graphs", {})
     return (
         *what,
         speed(captured),
         goals,
-        speed(point["engines"].get("eager", {})),
+        speed(point["engines"].get("direct", {})),
         _times(point, "transformers"),
         _times(point, "ctranslate2"),
         f"{captured.get('graphs', '')}",
@@ -85,7 +85,7 @@ def speed(one: dict) -> str:
     if SPEED not in one:
         return ""
     why = one.get("fell_back")
-    return f"{one[SPEED]:,.0f}" + (f", fell back to eager: {why}" if why else "")
+    return f"{one[SPEED]:,.0f}" + (f", fell back to direct steps: {why}" if why else "")
 
 
 def _times(point: dict, engine: str) -> str:
@@ -102,7 +102,7 @@ def _times(point: dict, engine: str) -> str:
 def summary(figures: dict) -> str:
     """One result in a few words."""
     parts = [
-        f"{speed(point['engines'].get('captured', {}))} at {name}"
+        f"{speed(point['engines'].get('graphs', {}))} at {name}"
         for name in POINTS
         if (point := figures["points"].get(name))
     ]

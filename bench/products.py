@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from provenance import RESULTS, record
-from trmt.native.products import Int8, Native
-from trmt.nets import linear
-from trmt.nets.base import Source, Stepper
+from trmt.decoding.engine import frozen
+from trmt.native.products import PackedProduct, backend
+from trmt.nets.base import Decoding, Source, Stepper
+from trmt.nets.linear import Int8Product, PlainProducts
 from trmt.nets.transformer import Transformer, TransformerConfig
 
 SHAPES = (
@@ -46,7 +47,7 @@ def main() -> None:
     budget = given.seconds / (len(SHAPES) * len(ROWS) + 4)
     with torch.inference_mode():
         figures = {
-            "backend": linear.backend(),
+            "backend": backend() or "pure PyTorch",
             "unit": "microseconds, median of the rounds",
             "products": {
                 f"{outer}x{inner}, {rows} rows": in_turn(products(outer, inner, rows), budget)
@@ -83,10 +84,10 @@ def products(outer: int, inner: int, rows: int) -> Works:
     weight, bias, x = torch.randn(outer, inner), torch.randn(outer), torch.randn(rows, inner)
     kinds: dict[str, Callable[[torch.Tensor], object]] = {
         "F.linear": lambda x: F.linear(x, weight, bias),
-        "fp32 pure": linear.eager(weight, bias),
-        "fp32 native": Native(weight, bias, precision="fp32"),
-        "int8 pure": Int8(weight, bias),
-        "int8 native": Native(weight, bias, precision="int8"),
+        "fp32 pure": PlainProducts()(weight, bias),
+        "fp32 native": PackedProduct(weight, bias, precision="fp32"),
+        "int8 pure": Int8Product(weight, bias),
+        "int8 native": PackedProduct(weight, bias, precision="int8"),
     }
     return {name: lambda kind=kind: kind(x) for name, kind in kinds.items()}
 
@@ -95,21 +96,24 @@ def steps(sentences: int, beam: int) -> Works:
     config = TransformerConfig(source_vocabulary=32000, target_vocabulary=32000)
     net = Transformer(config).eval()
     source = Source.of([torch.randint(4, 32000, (LENGTH,)).tolist() for _ in range(sentences)])
-    kinds = {"fp32 pure": linear.eager, "fp32 native": linear.choose(), "int8 native": linear.choose("int8")}
-    return {name: stepping(net.frozen(kind), source, beam) for name, kind in kinds.items()}
+    steppers = {
+        "fp32 pure": net.frozen(PlainProducts()),
+        "fp32 native": frozen(net),
+        "int8 native": frozen(net, "int8"),
+    }
+    return {name: stepping(stepper, source, beam) for name, stepper in steppers.items()}
 
 
 def stepping(stepper: Stepper, source: Source, beam: int) -> Callable[[], object]:
-    """Steps from the source's end on; reading the source is not part of what is measured."""
-    begun = stepper.start(source, hypotheses=beam, room=STEPS)
+    """Decoding steps, and the encoder before them."""
     tokens = torch.full((len(source), beam, 1), 5)
     parents = torch.arange(beam).expand(len(source), beam)
 
     def work() -> None:
-        state = begun.fork()
+        state = stepper.start(source, Decoding(beam, STEPS))
         for _ in range(STEPS):
-            output, state = stepper.step(tokens, state)
-            stepper.readout(output.hidden[:, :, 0])
+            hidden, state = stepper.step(tokens, state)
+            stepper.readout(hidden[:, :, 0])
             state = state.reorder(parents) if beam > 1 else state
 
     return work

@@ -22,7 +22,7 @@ from provenance import RESULTS, ROOT, provenance, record
 RESULT = "recipes"
 SHORT = ("network.dropout=0.0", "batches.tokens=1024", "optim.schedule=cosine", "validation.sentences=100")
 SMALL = ("network.width=128", *SHORT)
-READS = ("batches.passage=32", "network.dropout=0.0", "optim.warmup=100")
+READS = ("batches.passage_tokens=32", "network.dropout=0.0", "optim.warmup=100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class Row:
 
 ROWS = (
     Row(recipe="transformer-tiny", steps=400, settings=(*SHORT, "optim.warmup=100")),
+    Row(recipe="ssru-tiny", steps=400, settings=(*SHORT, "optim.warmup=100")),
     Row(recipe="rnn-fixed", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
     Row(recipe="rnnsearch", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),
     Row(recipe="luong", steps=400, settings=(*SMALL, "optim.lr=4e-3", "optim.warmup=100")),

@@ -128,13 +128,13 @@ def load(data_set: Path) -> dict[str, Any]:
     """Read batches without training on them."""
     from peers.probe import own_mib
     from trmt.nets.transformer import Transformer
-    from trmt.sets.batches import BatchConfig, Batches, Position
+    from trmt.sets.batches import BatchConfig, Batches, DataPosition
     from trmt.sets.shards import PreparedSet
 
     before = own_mib()
     began = time.perf_counter()
-    batches = Batches(PreparedSet.open(data_set), BatchConfig(), seed=1, in_row=Transformer.in_row)
-    stream = batches.steps(Position(0, 0))
+    batches = Batches(PreparedSet.open(data_set), BatchConfig(), seed=1, padding_free=Transformer.in_row)
+    stream = batches.steps(DataPosition(0, 0))
     next(stream)
     planned = time.perf_counter() - began
     tokens, began, busy = 0, time.perf_counter(), time.process_time()

@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from trmt.sets.preparing import PrepareOptions, prepare
-from trmt.text.tokenizer import Settings, Tokenizer
+from trmt.text.tokenizer import Tokenizer, TokenizerSettings
 
 MEAN, SPREAD, LONGEST = 28, 0.6, 200  # of the source's length, in pieces
 RATIO_SPREAD = 0.15  # of the logarithm of the target's length over the source's
@@ -62,7 +62,7 @@ def word_tokenizer(vocabulary: int) -> Tokenizer:
         eos_id=3,
         minloglevel=2,
     )
-    return Tokenizer(Settings(languages=("en", "de")), [model.getvalue()])
+    return Tokenizer(TokenizerSettings(languages=("en", "de")), [model.getvalue()])
 
 
 def _lengths(generator: Any, count: int) -> tuple[Any, Any]:

@@ -168,8 +168,8 @@ def _plan(spec: Spec) -> tuple[Shape, int]:
         shape = replace(shape, **{name: recipe.network[name] for name in names if name in recipe.network})
         tokens, architecture = recipe.batches.tokens, recipe.architecture
     in_row = bool(resolve(ARCHITECTURES, architecture).in_row)
-    batches = Batches(data, BatchConfig(tokens=tokens), seed=1, in_row=in_row)
-    real = int(batches.by_target.sum()) + len(batches.by_target)
+    batches = Batches(data, BatchConfig(tokens=tokens), seed=1, padding_free=in_row)
+    real = int(batches.target_lengths.sum()) + len(batches.target_lengths)
     return shape, round(real / len(batches.plan(0)))
 
 

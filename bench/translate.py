@@ -109,7 +109,7 @@ def random_network(name: str, work: Path) -> Network:
             )
         )
         longest = {"source": 256, "target": 256}
-        manifest = bundles.describe(net, "transformer", tokenizer, longest=longest)
+        manifest = bundles.make_manifest(net, "transformer", tokenizer, longest=longest)
         bundles.save_bundle(bundle, manifest, net.state_dict(), tokenizer)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(4, VOCABULARY, (WHOLE, FORCED), generator=generator).tolist()

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from trmt.insight.heatmaps.showing import Attender, AttendOptions, Line, write
+from trmt.insight.heatmaps.extractor import AttendLine, AttendOptions, AttentionExtractor, write_maps
 
 HERE = Path(__file__).resolve().parent
 SENTENCES = (
@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("--head", type=int, required=True)
     given = parser.parse_args()
     chosen = {"model": given.model, "layer": given.layer, "head": given.head, "by_words": True}
-    lines = [Line(number, text) for number, text in enumerate(SENTENCES, start=1)]
-    write(Attender(AttendOptions(out=HERE / "attention.svg", **chosen)), lines[:1])
+    lines = [AttendLine(number, text) for number, text in enumerate(SENTENCES, start=1)]
+    write_maps(AttentionExtractor(AttendOptions(out=HERE / "attention.svg", **chosen)), lines[:1])
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
-        write(Attender(AttendOptions(out=page, **chosen)), lines)
+        write_maps(AttentionExtractor(AttendOptions(out=page, **chosen)), lines)
         photograph(page, HERE / "attention-page.png")
 
 

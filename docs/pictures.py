@@ -15,9 +15,9 @@ from pathlib import Path
 from rich.console import Console
 
 from trmt.insight.plotting import PlotOptions, plot
-from trmt.training.display import About, Picture
+from trmt.training.display import LiveDisplay, RunInfo
+from trmt.training.forecast import describe_forecast
 from trmt.training.history import LOG, TRAIN, VALIDATE, History
-from trmt.training.outlook import foresee
 
 HERE = Path(__file__).resolve().parent
 COLUMNS, LINES = 96, 30
@@ -38,13 +38,14 @@ def display(run: Path, *, step: int, last: int) -> str:
         f"{began['parameters'] / 1e6:.1f}M parameters",
         f"{began['device']} {began['precision']}",
     )
-    about = About(name=str(run), network=f"{parameters}, {device}", steps_per_epoch=epoch, last=last)
+    info = RunInfo(name=str(run), network=f"{parameters}, {device}", steps_per_epoch=epoch, last_step=last)
     seconds = history.entries[-1]["elapsed"]
-    picture = Picture(about, history)
+    picture = LiveDisplay(info, history)
     picture.began = time.monotonic() - seconds
     picture.advance(step)
     metric = history.metrics()[0]
-    picture.looked([], foresee(history.curve(VALIDATE, metric), metric, last=last, pace=seconds / step))
+    points = history.curve(VALIDATE, metric)
+    picture.show_validation([], describe_forecast(points, metric, last=last, seconds=seconds / step))
     terminal = Console(record=True, width=COLUMNS, height=LINES, file=io.StringIO(), force_terminal=True)
     terminal.print(picture)
     drawing = terminal.export_svg(title="trmt train", unique_id="trmt")

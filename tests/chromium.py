@@ -1,7 +1,7 @@
-"""A headless Chromium to look at pages with, if one is installed; spoken to through two pipes.
+"""A headless Chromium for tests of pages, controlled through two pipes.
 
-Where TRMT_BROWSER=needed is set, as it is where changes are accepted, a machine without the browser, or
-without letters for what the pages show, is a failure; elsewhere such tests are skipped.
+Without a Chromium, or without fonts for the scripts of the pages, such tests are skipped; with
+TRMT_BROWSER=needed they fail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KEYS = {"Home": 36, "End": 35, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39,
 
 
 def program() -> str | None:
-    """The browser there is, if there is one."""
+    """The path of an installed browser."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
@@ -32,7 +32,7 @@ wanted = pytest.mark.skipif(program() is None and not NEEDED, reason="there is n
 
 
 class Page:
-    """A page in the browser: what it says, what keys do to it, how it looks."""
+    """A page in the browser."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self.commands, self.answers = os.fdopen(commands, "wb"), os.fdopen(answers, "rb")
@@ -40,7 +40,7 @@ class Page:
         self.events: list[dict[str, Any]] = []
 
     def call(self, method: str, **parameters: Any) -> Any:
-        """The answer of the browser to a command of its protocol."""
+        """The browser's answer to a command of the DevTools protocol."""
         self.count += 1
         message: dict[str, Any] = {"id": self.count, "method": method, "params": parameters}
         if self.session:
@@ -70,24 +70,24 @@ class Page:
             self.call(f"{domain}.enable")
 
     def open(self, url: str) -> None:
-        """Load a page, and wait until it has drawn itself."""
+        """Load a page and wait until it is complete."""
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
     def eval(self, expression: str) -> Any:
-        """What an expression of JavaScript is."""
+        """The value of a JavaScript expression."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, f"{expression}: {found['exceptionDetails']}"
         return found["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Wait until an expression is true; the browser itself watches, at each picture it draws."""
+        """Wait until an expression is true, evaluating it in the browser at each animation frame."""
         self.eval(
-            "new Promise((done, fail) => { let left = 600; const look = () => { let so = false; "
-            f"try {{ so = {condition}; }} catch (error) {{}} "
-            "if (so) done(); else if (--left) requestAnimationFrame(look); else fail(new Error('waited')); };"
-            " look(); })"
+            "new Promise((done, fail) => { let left = 600; const check = () => { let ok = false; "
+            f"try {{ ok = {condition}; }} catch (error) {{}} "
+            "if (ok) done(); else if (--left) requestAnimationFrame(check); "
+            "else fail(new Error('timeout')); }; check(); })"
         )
 
     def press(self, key: str, *, times: int = 1, shift: bool = False) -> None:
@@ -97,8 +97,8 @@ class Page:
             for kind in ("rawKeyDown", "keyUp"):
                 self.call("Input.dispatchKeyEvent", type=kind, **given)
 
-    def look(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """The size of the window, and which colours its owner prefers."""
+    def resize(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Set the size of the window and the preferred colour scheme."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -110,19 +110,19 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def picture(self, path: Path) -> None:
-        """A picture of the window."""
+        """Save a screenshot of the window."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def requests(self) -> list[str]:
-        """What was asked of the network or the disk so far."""
+        """The URLs that were requested so far."""
         return [
             event["params"]["request"]["url"]
             for event in self.events
             if event.get("method") == "Network.requestWillBeSent"
         ]
 
-    def complaints(self) -> list[dict[str, Any]]:
-        """What the page has done wrong so far: exceptions, and what the browser logs of errors."""
+    def errors(self) -> list[dict[str, Any]]:
+        """The exceptions of the page and the errors in the browser's log so far."""
         return [
             event["params"]
             for event in self.events
@@ -133,7 +133,7 @@ class Page:
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """A browser with one empty page; `folder` is where it keeps what it needs."""
+    """A browser with one empty page and its profile in `folder`."""
     found = program()
     assert found, "there is no Chromium"
     to_browser, commands = os.pipe()

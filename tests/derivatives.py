@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trmt.nets import fused
+from trmt.native import training
 
-needs_kernels = pytest.mark.skipif(fused.library() is None, reason="no C compiler here")
+needs_kernels = pytest.mark.skipif(training.library() is None, reason="no C compiler here")
 
 
 def gradients(make: Callable[[], Tensor], *inputs: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trmt.nets.base import (
     NO_WEIGHTS,
@@ -26,7 +26,7 @@ from trmt.registry import ARCHITECTURES, resolve
 
 VOCABULARY = 23
 
-# What keeps a registered network small in tests, wherever its config has the field.
+# What keeps a registered network small in tests, where its config has the field.
 SMALL: Mapping[str, Any] = {
     "source_vocabulary": VOCABULARY,
     "target_vocabulary": VOCABULARY,
@@ -66,15 +66,15 @@ def random_sentences(count: int, *, longest: int = 9, seed: int = 0) -> list[lis
 
 
 class Table(Seq2Seq):
-    """A scripted network: the scores of the next token depend on the two tokens before it, by a table."""
+    """A scripted network: a table has the logits of the next token, given the two tokens before it."""
 
-    def __init__(self, scores_VVV: Tensor) -> None:
+    def __init__(self, logits_VVV: Tensor) -> None:
         super().__init__()
-        self.scores_VVV = torch.nn.Parameter(scores_VVV)
-        self.output = torch.nn.Embedding(1, 1)
+        self.logits_VVV = nn.Parameter(logits_VVV)
+        self.output = nn.Embedding(1, 1)  # which is not used
 
     def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
-        raise AssertionError("the table is only for searching")
+        raise AssertionError("the table is only for decoding")
 
     def start(self, source: Source, decoding: Decoding) -> tuple[EncoderMemory, HiddenVectors]:
         before_SK = torch.zeros((len(source), decoding.hypotheses), dtype=torch.long)
@@ -84,11 +84,16 @@ class Table(Seq2Seq):
         self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: HiddenVectors, position_S: Tensor
     ) -> tuple[Tensor, HiddenVectors]:
         (before_SK,) = decoder.tensors
-        scores_SKV = self.scores_VVV[before_SK, tokens_SKT[:, :, 0]]
-        return scores_SKV[:, :, None], HiddenVectors((tokens_SKT[:, :, 0],))
+        logits_SKV = self.logits_VVV[before_SK, tokens_SKT[:, :, 0]]
+        return logits_SKV[:, :, None], HiddenVectors((tokens_SKT[:, :, 0],))
 
     def frozen(self, products: Products) -> Stepper:
-        stepper = Stepper(self, products)
-        # A copy, because the engine masks scores in place and these are the table itself.
-        stepper.readout = torch.clone
-        return stepper
+        return LogitStepper(self, products)
+
+
+class LogitStepper(Stepper):
+    """The stepper of a network whose hidden states are logits."""
+
+    def __init__(self, net: Seq2Seq, products: Products) -> None:
+        super().__init__(net, products)
+        self.readout = torch.clone  # because masks change logits in place

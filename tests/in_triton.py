@@ -9,14 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from trmt.decoding.choosing import highest
+from trmt.nets.looking_back import look_back
 
 from tests.test_top import FILLINGS
 from trmt.decoding import choosing
 from trmt.decoding.base import CHUNK
-from trmt.decoding.choosing import highest
 from trmt.native import gpu
 from trmt.nets import looking_back
-from trmt.nets.looking_back import look_back
 
 # Infinity less infinity is meant, and the interpreter is NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -26,16 +26,16 @@ TEXTS = [
 
 
 @dataclass(frozen=True)
-class Pieces:
+class SentencePieceModels:
     """The sentencepiece models of both languages."""
 
     source: bytes
     target: bytes
 
 
-def pieces() -> Pieces:
-    """Two models with the ids and the normalisation that sentencepiece gives when it is not asked."""
-    return Pieces(*(_model(lines) for lines in (ENGLISH, GERMAN)))
+def train_models() -> SentencePieceModels:
+    """Two models with the ids and the normalisation that are sentencepiece's defaults."""
+    return SentencePieceModels(*(_model(lines) for lines in (ENGLISH, GERMAN)))
 
 
 def _model(lines: list[str]) -> bytes:
@@ -51,25 +51,27 @@ def _model(lines: list[str]) -> bytes:
 
 
 def vocabulary(*models: bytes) -> dict[str, int]:
-    """End first, the unknown piece second, padding last."""
-    found = ["</s>", "<unk>"]
+    """The end of sentence first, the unknown token second, padding last."""
+    tokens = ["</s>", "<unk>"]
     for model in models:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        found += [processor.id_to_piece(number) for number in range(3, processor.vocab_size())]
-    return {piece: number for number, piece in enumerate(dict.fromkeys([*found, TAG, "<pad>"]))}
+        tokens += [processor.id_to_piece(number) for number in range(3, processor.vocab_size())]
+    return {token: number for number, token in enumerate(dict.fromkeys([*tokens, TAG, "<pad>"]))}
 
 
-def folder(path: Path, made: Pieces, *, separate: bool = False, bias: bool = False, **options: Any) -> Path:
+def folder(
+    path: Path, models: SentencePieceModels, *, separate: bool = False, bias: bool = False, **options: Any
+) -> Path:
     """A folder with a random model; `separate` gives each side a vocabulary of its own."""
     path.mkdir()
-    (path / "source.spm").write_bytes(made.source)
-    (path / "target.spm").write_bytes(made.target)
+    (path / "source.spm").write_bytes(models.source)
+    (path / "target.spm").write_bytes(models.target)
     if separate:
-        source, target = vocabulary(made.source), vocabulary(made.target)
+        source, target = vocabulary(models.source), vocabulary(models.target)
         options |= {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": len(target)}
         (path / "target_vocab.json").write_text(json.dumps(target))
     else:
-        source = target = vocabulary(made.source, made.target)
+        source = target = vocabulary(models.source, models.target)
     (path / "vocab.json").write_text(json.dumps(source))
     settings = {"source_lang": "en", "target_lang": "de", "separate_vocabs": separate}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -89,15 +91,15 @@ def folder(path: Path, made: Pieces, *, separate: bool = False, bias: bool = Fal
             **options,
         }
     )
-    model = decisive(transformers.MarianMTModel(config), bias=bias)
+    model = with_large_weights(transformers.MarianMTModel(config), bias=bias)
     model.generation_config.bad_words_ids = [[target["<pad>"]]]
     model.save_pretrained(path)
     return path
 
 
 @torch.no_grad()
-def decisive(model: Any, *, bias: bool) -> Any:
-    """The model with weights so large that few of its choices are close, in eval mode."""
+def with_large_weights(model: Any, *, bias: bool) -> Any:
+    """The model with weights so large that its choices are rarely close, in eval mode."""
     for name, parameter in model.named_parameters():
         if "embed_positions" in name:
             continue

@@ -1,4 +1,4 @@
-"""Bundles of random networks that answer with conviction, for tests of moving models in and out."""
+"""Bundles of random networks whose choices are rarely close, for tests of export and import."""
 
 from __future__ import annotations
 
@@ -13,13 +13,25 @@ from trmt.bundles.bundles import build_network, describe
 from trmt.nets.base import Seq2Seq
 from trmt.text.tokenizer import Tokenizer
 
-SIZES = {"width": 32, "feed_forward": 64, "heads": 4, "encoder_layers": 2, "decoder_layers": 3, "longest": 64}
-PADDED = 3  # rows of the vocabulary that stand for no piece
+SIZES = {
+    "d_model": 32,
+    "feed_forward": 64,
+    "heads": 4,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "max_positions": 64,
+}
+PADDING = 3  # rows of the vocabulary that belong to no token
 TEXTS = [source for source, _ in toy.pairs(8, seed=9)]
 
 
-def shaken(net: Seq2Seq, *, seed: int = 5) -> Seq2Seq:
-    """The network with larger weights, and with random ones where it begins with zeros and ones."""
+def option_id(options: dict[str, Any]) -> str:
+    """The name of a test's parameters."""
+    return "-".join(f"{name}={value}" for name, value in options.items()) or "base"
+
+
+def randomise(net: Seq2Seq, *, seed: int = 5) -> Seq2Seq:
+    """The network with larger weights, and with random ones where it is initialised with zeros and ones."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -34,10 +46,12 @@ def bundle(folder: Path, tokenizer: Tokenizer, **options: Any) -> Path:
     """A bundle of a random Transformer for this tokenizer."""
     torch.manual_seed(3)
     vocabularies = {
-        "source_vocabulary": tokenizer.source.vocabulary + PADDED,
-        "target_vocabulary": tokenizer.target.vocabulary + PADDED,
+        "source_vocabulary": tokenizer.source.vocabulary + PADDING,
+        "target_vocabulary": tokenizer.target.vocabulary + PADDING,
     }
-    net = shaken(build_network("transformer", {**vocabularies, **SIZES, **options}))
+    net = randomise(build_network("transformer", {**vocabularies, **SIZES, **options}))
+    if net.output_bias is not None:
+        net.output_bias.data[:3] -= 9  # padding, unknown and beginning: improbable, as if it was trained
     manifest = describe(net, "transformer", tokenizer, longest={"source": 40, "target": 40})
     bundles.save_bundle(folder, manifest, net.state_dict(), tokenizer)
     return folder

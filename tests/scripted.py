@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests import texts
-from tests.fakes import small_network
+from tests.fakes import LogitStepper, small_network
 from trmt.bundles import bundles
-from trmt.nets.base import Linear, Memory, Output, Ragged, Rows, Seq2Seq, Source, State, Stepper
+from trmt.nets.base import (
+    NO_WEIGHTS,
+    Decoding,
+    EncoderMemory,
+    HiddenVectors,
+    Output,
+    Products,
+    Ragged,
+    Seq2Seq,
+    Source,
+    Stepper,
+    WantedWeights,
+)
 from trmt.text.tokenizer import Tokenizer
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
@@ -28,70 +40,48 @@ LIKELY, UNLIKELY = 0.0, -30.0
 class ScriptedConfig:
     """What a translator asks a network's config for."""
 
-    longest: int = 1024
+    max_positions: int = 1024
 
 
 class Scripted(Seq2Seq):
-    """A network that translates each source as a function says, however it is searched."""
+    """A network that translates each source as a function says, whatever the search is."""
 
     config_class = ScriptedConfig
 
-    def __init__(self, script: Script, *, vocabulary: int, eos: int, longest: int = 1024) -> None:
+    def __init__(self, script: Script, *, vocabulary: int, eos: int, max_positions: int = 1024) -> None:
         super().__init__()
-        self.config = ScriptedConfig(longest)
+        self.config = ScriptedConfig(max_positions)
         self.script, self.vocabulary, self.eos = script, vocabulary, eos
-        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.output = nn.Embedding(1, 1)  # which is not used
 
-    def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
-        raise AssertionError("a script is only for searching")
+    def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
+        raise AssertionError("a script is only for decoding")
 
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        return hidden if only is None else hidden[..., only]
+    def start(self, source: Source, decoding: Decoding) -> tuple[EncoderMemory, HiddenVectors]:
+        limit = self.max_positions
+        assert source.longest <= limit, "the translator passed a source with more tokens than positions"
+        assert decoding.max_tokens <= limit, "the translator asked for more tokens than positions"
+        rows = [self._row(ids, decoding.max_tokens) for ids in source.ids_N.split(source.lengths_S.tolist())]
+        return EncoderMemory({"wanted": torch.tensor(rows)}, {}), HiddenVectors(())
 
-    def frozen(self, linear: Linear) -> Stepper:
-        return ScriptedStepper(self)
-
-
-class ScriptedStepper(Stepper):
-    def __init__(self, net: Scripted) -> None:
-        self.net = net
-
-    def start(
-        self,
-        source: Source,
-        *,
-        hypotheses: int,
-        room: int,
-        reorders: bool = True,
-        fixed: bool = False,
-    ) -> State:
-        assert source.longest <= self.net.config.longest, "the translator sent more than the network can read"
-        assert room <= self.net.config.longest, "the translator asked for more than the network can write"
-        rows = [self._row(ids, room) for ids in source.ids_N.split(source.lengths_S.tolist())]
-        memory = Memory({"wanted": torch.tensor(rows)}, {})
-        return State(memory, Rows(()), torch.zeros_like(source.lengths_S))
-
-    def _row(self, source: Tensor, room: int) -> list[int]:
+    def _row(self, source: Tensor, max_tokens: int) -> list[int]:
         *ids, end = source.tolist()
-        assert end == self.net.eos
-        wanted = self.net.script(ids)
-        filler = self.net.eos
+        assert end == self.eos
+        wanted = self.script(ids)
+        filler = self.eos
         if wanted[-1:] == [ENDLESS]:
             *wanted, filler = wanted[:-1]
-        return (wanted + [filler] * room)[:room]
+        return (wanted + [filler] * max_tokens)[:max_tokens]
 
-    def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
-        memory, own, position_S = state.take()
+    def step(
+        self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: HiddenVectors, position_S: Tensor
+    ) -> tuple[Tensor, HiddenVectors]:
         wanted_S1 = memory["wanted"].gather(1, position_S[:, None])
-        scores_SV = torch.full((len(position_S), self.net.vocabulary), UNLIKELY).scatter_(
-            1, wanted_S1, LIKELY
-        )
-        scores_SKTV = scores_SV[:, None, None].expand(-1, tokens_SKT.shape[1], -1, -1)
-        return Output(scores_SKTV), State(memory, own, position_S + 1)
+        logits_SV = torch.full((len(position_S), self.vocabulary), UNLIKELY).scatter_(1, wanted_S1, LIKELY)
+        return logits_SV[:, None, None].expand(-1, tokens_SKT.shape[1], -1, -1), decoder
 
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        # A copy, because the engine masks scores in place and these share their memory.
-        return hidden.clone() if only is None else hidden[..., only]
+    def frozen(self, products: Products) -> Stepper:
+        return LogitStepper(self, products)
 
 
 def small_tokenizer(
@@ -117,15 +107,17 @@ def random_bundle(
     sizes = {
         "source_vocabulary": tokenizer.source.vocabulary,
         "target_vocabulary": tokenizer.target.vocabulary,
-        "longest": 128,
+        "max_positions": 128,
         **options,
     }
     net = small_network("transformer", **sizes)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(1.6)
-        net.get_parameter("target_embedding.weight")[tokenizer.target.eos] *= eagerness
-    manifest = bundles.describe(net, "transformer", tokenizer, longest={"source": longest, "target": longest})
+        net.output.weight[tokenizer.target.eos] *= eagerness
+    manifest = bundles.make_manifest(
+        net, "transformer", tokenizer, longest={"source": longest, "target": longest}
+    )
     bundles.save_bundle(folder, manifest, net.state_dict(), tokenizer)
     return net
 

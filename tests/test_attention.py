@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from trmt.nets.attention import Spans
 
 from tests.derivatives import assert_same, gradients, needs_kernels
 from trmt.nets import attention, fused
-from trmt.nets.attention import Spans
 from trmt.nets.base import Ragged
 
 

@@ -1,4 +1,4 @@
-"""The page of trmt attend in a real browser: what it shows, what keys do, who can use it."""
+"""The page of trmt attend in a real browser: contents, keys, accessibility."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from tests import chromium, texts
 from tests.fakes import small_network
 from tests.scripted import small_tokenizer
-from trmt.insight.heatmaps.attending import attend
-from trmt.insight.heatmaps.matrix import Choice, Looks, looks, matrix
-from trmt.insight.heatmaps.page import About, write
+from trmt.insight.heatmaps.maps import AttentionMaps, MapChoice, attention_maps, choose_map
+from trmt.insight.heatmaps.page import PageInfo, write_page
+from trmt.insight.heatmaps.weights import attention_weights
 
 pytestmark = [pytest.mark.slow, chromium.wanted]
 
@@ -26,15 +26,15 @@ PAIRS = [
     (HOSTILE, HOSTILE),
     (" ".join(texts.ENGLISH[:3] * 2), " ".join(texts.GERMAN[:3] * 2)),
 ]
-# How much red there is in each cell of the matrix: the lightest shade has most, the darkest least.
+# The red channel of each cell of the matrix: highest in the lightest shade, lowest in the darkest.
 RED = """(() => {
   const canvas = byId("matrix"), context = canvas.getContext("2d");
   return [...context.getImageData(0, 0, canvas.width, canvas.height).data].filter((_, at) => at % 4 === 0);
 })()"""
-# The colours of letters, and of what is behind them.
+# The colours of text and of its background.
 CONTRASTS = """(() => {
   const clear = (each) => /, 0\\)$/.test(getComputedStyle(each).backgroundColor);
-  const texts = "h1, h2, p, label, th, dt, li, .column, .row, summary, #rows span, .on";
+  const texts = "h1, h2, p, label, th, dt, li, .column, .row, summary, #rows span, .selected";
   return [...document.querySelectorAll(texts)].map((each) => {
     let behind = each;
     while (clear(behind) && behind.parentElement) behind = behind.parentElement;
@@ -43,7 +43,7 @@ CONTRASTS = """(() => {
   });
 })()"""
 
-# A letter as the page would show it, drawn alone: as a picture in text.
+# A letter in the font of the page, drawn alone, as a data URL.
 DRAWN = """((letter) => {
   const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
   context.font = `40px ${getComputedStyle(document.body).fontFamily}`;
@@ -52,14 +52,14 @@ DRAWN = """((letter) => {
 })"""
 
 
-class Shown:
-    """The page, the browser it is in, and what its author knows of it."""
+class ShownPage:
+    """The page in a browser, and the maps it was made from."""
 
-    def __init__(self, page: chromium.Page, url: str, known: list[Looks]) -> None:
+    def __init__(self, page: chromium.Page, url: str, known: list[AttentionMaps]) -> None:
         self.page, self.url, self.known = page, url, known
 
     def open(self, address: str = "", **window: Any) -> None:
-        self.page.look(**window)
+        self.page.resize(**window)
         self.page.open(f"{self.url}#{address}")
         self.page.wait("byId('readout').textContent !== ''")
 
@@ -77,7 +77,7 @@ class Shown:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownPage]:
     folder = tmp_path_factory.mktemp("page")
     tokenizer = small_tokenizer(folder / "tokenizer")
     size = tokenizer.source.vocabulary
@@ -86,17 +86,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
         for parameter in net.parameters():
             parameter.mul_(2)
     ids = [(tokenizer.source.encode([a])[0], tokenizer.target.encode([b])[0]) for a, b in PAIRS]
-    found = attend(net, tokenizer, ids, kinds=("cross", "encoder", "decoder"))
-    known = [looks(tokenizer, each) for each in found]
-    write(folder / "look.html", known, About("models/<b>: Many to many", ("mul", "mul"), Choice()))
+    found = attention_weights(net, tokenizer, ids, kinds=("cross", "encoder", "decoder"))
+    known = [attention_maps(tokenizer, each) for each in found]
+    write_page(folder / "page.html", known, PageInfo("models/<b>: Many to many", ("mul", "mul"), MapChoice()))
     with chromium.browser(folder / "profile") as page:
-        yield Shown(page, (folder / "look.html").as_uri(), known)
+        yield ShownPage(page, (folder / "page.html").as_uri(), known)
 
 
 @pytest.fixture(autouse=True)
-def _without_complaints(browser: Shown) -> Iterator[None]:
+def _without_errors(browser: ShownPage) -> Iterator[None]:
     yield
-    assert browser.page.complaints() == []
+    assert browser.page.errors() == []
     assert set(browser.page.requests()) <= {browser.url, f"{browser.url}#", "about:blank"}
 
 
@@ -104,77 +104,79 @@ def _without_complaints(browser: Shown) -> Iterator[None]:
 @pytest.mark.parametrize(
     "choice",
     [
-        Choice(),
-        Choice(layer=2, head=1, by_words=True),
-        Choice("encoder", layer=1, by_words=True),
-        Choice("decoder", head=2),
+        MapChoice(),
+        MapChoice(layer=2, head=1, by_words=True),
+        MapChoice("encoder", layer=1, by_words=True),
+        MapChoice("decoder", head=2),
     ],
     ids=str,
 )
-def test_each_cell_is_what_the_network_did(browser: Shown, sentence: int, choice: Choice) -> None:
+def test_each_cell_shows_the_weight_of_the_network(
+    browser: ShownPage, sentence: int, choice: MapChoice
+) -> None:
     unit = "words" if choice.by_words else "pieces"
     browser.open(
         f"sentence={sentence + 1}&kind={choice.kind}&layer={choice.layer}&head={choice.head}&unit={unit}"
     )
-    drawn = matrix(browser.known[sentence], choice)
+    drawn = choose_map(browser.known[sentence], choice)
     assert tuple(browser.labels("rows")) == drawn.rows
     columns = browser.labels("columns")
-    places = browser.page.eval("[...byId('columns').children].map((each) => parseFloat(each.style.left))")
-    in_sight = [label for _, label in sorted(zip(places, columns, strict=True))]
-    assert tuple(in_sight) == drawn.columns
-    assert (places == sorted(places)) is not drawn.leftward
+    positions = browser.page.eval("[...byId('columns').children].map((each) => parseFloat(each.style.left))")
+    displayed = [label for _, label in sorted(zip(positions, columns, strict=True))]
+    assert tuple(displayed) == drawn.columns
+    assert (positions == sorted(positions)) is not drawn.right_to_left
     cells = browser.page.eval("[...view.cells]")
     weights = torch.tensor(cells).view(len(drawn.rows), len(drawn.columns))
-    if drawn.leftward:
+    if drawn.right_to_left:
         weights = weights.flip(-1)
     torch.testing.assert_close(weights, torch.tensor(drawn.weights), atol=0.01, rtol=0.02)
-    # The greater a weight, the darker its pixel.
+    # The higher a weight, the darker its pixel.
     red = torch.tensor(browser.page.eval(RED)).view(weights.shape)
     assert (red.flatten()[weights.flatten().argsort()].diff() <= 0).all() and red.min() < 20
 
 
-def test_keys_walk_through_sentences_heads_and_cells(browser: Shown) -> None:
+def test_keys_move_through_sentences_heads_and_cells(browser: ShownPage) -> None:
     page = browser.page
     browser.open("unit=words")
     page.press("Tab")
     assert browser.focused() == "sentences"
     page.press("ArrowDown", times=2)
     page.wait("location.hash.includes('sentence=3')")
-    assert tuple(browser.labels("rows")) == matrix(browser.known[2], Choice(by_words=True)).rows
+    assert tuple(browser.labels("rows")) == choose_map(browser.known[2], MapChoice(by_words=True)).rows
     page.press("Home")
     page.press("Tab")
     assert browser.focused() == "mean of the layers, mean of the heads"
     page.press("ArrowRight", times=2)
     page.press("ArrowDown")
     assert browser.focused() == "layer 1, head 2"
-    page.wait("byId('shown').textContent.endsWith('layer 1, head 2')")
+    page.wait("byId('map-title').textContent.endsWith('layer 1, head 2')")
     page.press("Tab", times=3)
-    assert browser.focused() == "stage"
+    assert browser.focused() == "grid"
     page.press("ArrowRight", times=3)
     page.press("ArrowDown", times=2)
-    drawn = matrix(browser.known[0], Choice(layer=1, head=2, by_words=True))
-    told = re.fullmatch(r"“(.*)” looks at “(.*)”: ([\d.]+)%", browser.text("readout"))
-    assert told and (told[1], told[2]) == (drawn.rows[2], drawn.columns[3])
-    assert float(told[3]) == pytest.approx(100 * drawn.weights[2][3], abs=1)
+    drawn = choose_map(browser.known[0], MapChoice(layer=1, head=2, by_words=True))
+    readout = re.fullmatch(r"“(.*)” attends to “(.*)”: ([\d.]+)%", browser.text("readout"))
+    assert readout and (readout[1], readout[2]) == (drawn.rows[2], drawn.columns[3])
+    assert float(readout[3]) == pytest.approx(100 * drawn.weights[2][3], abs=1)
     page.press("Tab", shift=True)
     page.press("ArrowLeft")
     page.wait("byId('units').querySelector(':checked').value === 'pieces'")
     page.wait("byId('rows').textContent.includes('\\u2581')")
 
 
-def test_right_is_right_in_a_sentence_that_runs_from_right_to_left(browser: Shown) -> None:
+def test_arrow_keys_follow_the_screen_in_right_to_left_sentences(browser: ShownPage) -> None:
     browser.open("sentence=2&unit=words")
-    drawn = matrix(browser.known[1], Choice(by_words=True))
-    browser.page.eval("byId('stage').focus()")
+    drawn = choose_map(browser.known[1], MapChoice(by_words=True))
+    browser.page.eval("byId('grid').focus()")
     browser.page.press("ArrowLeft")
     assert f"“{drawn.columns[-2]}”" in browser.text("readout")
     browser.page.press("ArrowRight", times=3)
     assert f"“{drawn.columns[-1]}”" in browser.text("readout")
-    assert browser.page.eval("getComputedStyle(byId('running').querySelectorAll('dd')[1]).direction") == "rtl"
+    assert browser.page.eval("getComputedStyle(byId('texts').querySelectorAll('dd')[1]).direction") == "rtl"
 
 
 @pytest.mark.parametrize("letters", ["文字", "かな", "한글", "אב", "حب", "कख"])
-def test_scripts_are_shown_as_letters_and_not_as_boxes(browser: Shown, letters: str) -> None:
+def test_letters_of_all_scripts_are_shown(browser: ShownPage, letters: str) -> None:
     browser.open()
     drawn = {browser.page.eval(f"{DRAWN}({letter!r})") for letter in letters}
     if len(drawn) == 1 and not chromium.NEEDED:
@@ -182,7 +184,7 @@ def test_scripts_are_shown_as_letters_and_not_as_boxes(browser: Shown, letters: 
     assert len(drawn) == len(letters)
 
 
-def test_what_has_the_focus_can_be_seen_and_has_a_name(browser: Shown) -> None:
+def test_focused_elements_are_visible_and_named(browser: ShownPage) -> None:
     browser.open()
     for _ in range(6):
         browser.page.press("Tab")
@@ -202,7 +204,7 @@ def test_what_has_the_focus_can_be_seen_and_has_a_name(browser: Shown) -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_all_text_stands_out_from_what_is_behind_it(browser: Shown, dark: bool) -> None:
+def test_all_text_has_enough_contrast(browser: ShownPage, dark: bool) -> None:
     browser.open("sentence=1&layer=1&head=1&unit=words", dark=dark)
     rgb = r"rgba?\((\d+), (\d+), (\d+)"
     page = colours(browser.page.eval("getComputedStyle(document.body).backgroundColor"), rgb)
@@ -229,18 +231,18 @@ def luminance(colour: list[float]) -> float:
 
 
 @pytest.mark.parametrize("width", [360, 800, 1600])
-def test_the_page_fits_into_windows_of_any_width(browser: Shown, width: int) -> None:
+def test_the_page_fits_into_windows_of_any_width(browser: ShownPage, width: int) -> None:
     for sentence in (1, 2, 5):
         browser.open(f"sentence={sentence}", width=width, height=700)
         assert browser.page.eval("document.documentElement.scrollWidth <= innerWidth")
-        assert browser.page.eval("byId('stage').clientWidth") > min(width, 800) / 4
+        assert browser.page.eval("byId('grid').clientWidth") > min(width, 800) / 4
 
 
-def test_the_table_names_the_strongest_looks(browser: Shown) -> None:
+def test_the_table_lists_the_highest_weights(browser: ShownPage) -> None:
     browser.open("sentence=1&unit=words&layer=2&head=2")
-    browser.page.eval("byId('strongest').open = true")
+    browser.page.eval("byId('highest').open = true")
     browser.page.wait("byId('table').rows.length > 1")
-    drawn = matrix(browser.known[0], Choice(layer=2, head=2, by_words=True))
+    drawn = choose_map(browser.known[0], MapChoice(layer=2, head=2, by_words=True))
     rows = browser.page.eval(
         "[...byId('table').rows].slice(1).map((row) => [...row.cells].map((cell) => cell.textContent))"
     )
@@ -252,7 +254,7 @@ def test_the_table_names_the_strongest_looks(browser: Shown) -> None:
         assert float(named[1].rstrip("%")) == pytest.approx(100 * best, abs=1)
 
 
-def test_hostile_text_is_only_text(browser: Shown) -> None:
+def test_hostile_text_stays_text(browser: ShownPage) -> None:
     browser.open("sentence=4")
     assert browser.page.eval("document.title") == "models/<b>: Many to many"
     assert browser.page.eval("document.images.length") == 0

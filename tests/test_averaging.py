@@ -29,7 +29,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def points(run: Path, *numbers: int) -> tuple[Path, ...]:
+def folders_of(run: Path, *numbers: int) -> tuple[Path, ...]:
     return tuple(run / f"step-{number:08d}" for number in numbers)
 
 
@@ -37,15 +37,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "weights.safetensors")
 
 
-def mean(places: tuple[Path, ...]) -> dict[str, np.ndarray]:
-    many = [weights(place) for place in places]
+def mean(folders: tuple[Path, ...]) -> dict[str, np.ndarray]:
+    many = [weights(folder) for folder in folders]
     return {
         name: np.mean([one[name].double().numpy() for one in many], axis=0).astype(np.float32)
         for name in many[0]
     }
 
 
-def same(folder: Path, expected: dict[str, np.ndarray]) -> bool:
+def has_weights(folder: Path, expected: dict[str, np.ndarray]) -> bool:
     found = weights(folder)
     return found.keys() == expected.keys() and all(
         np.array_equal(found[name].numpy(), expected[name]) for name in found
@@ -53,23 +53,23 @@ def same(folder: Path, expected: dict[str, np.ndarray]) -> bool:
 
 
 def test_the_mean_is_numpys_in_double_precision(run: Path, tmp_path: Path) -> None:
-    places = points(run, 1, 2, 5)
-    out = average(AverageOptions(places=places, out=tmp_path / "out"))
+    folders = folders_of(run, 1, 2, 5)
+    out = average(AverageOptions(paths=folders, out=tmp_path / "out"))
     assert out == tmp_path / "out"
-    assert same(out, mean(places))
+    assert has_weights(out, mean(folders))
     loaded = load_bundle(out)
-    assert loaded.manifest.training["averaged"] == [place.name for place in places]
+    assert loaded.manifest.training["averaged"] == [folder.name for folder in folders]
     assert loaded.manifest.scores == ()
 
 
 def test_the_average_of_one_is_that_one(run: Path, tmp_path: Path) -> None:
-    (place,) = points(run, 3)
-    out = average(AverageOptions(places=(place,), out=tmp_path / "out"))
-    assert (out / "weights.safetensors").read_bytes() == (place / "weights.safetensors").read_bytes()
+    (folder,) = folders_of(run, 3)
+    out = average(AverageOptions(paths=(folder,), out=tmp_path / "out"))
+    assert (out / "weights.safetensors").read_bytes() == (folder / "weights.safetensors").read_bytes()
 
 
 def test_tied_weights_stay_tied(run: Path) -> None:
-    out = average(AverageOptions(places=(run,)))
+    out = average(AverageOptions(paths=(run,)))
     net = load_bundle(out).net
     state = net.state_dict()
     tied = load_bundle(out).manifest.tied
@@ -79,28 +79,28 @@ def test_tied_weights_stay_tied(run: Path) -> None:
         assert alias not in weights(out)
 
 
-def test_the_best_five_are_the_default(run: Path) -> None:
-    best = [point.folder for point in checkpoints.ranked(checkpoints.steps(run))]
+def test_the_best_five_are_averaged_by_default(run: Path) -> None:
+    best = [checkpoint.folder for checkpoint in checkpoints.ranked(checkpoints.list_checkpoints(run))]
     assert len(best) == 6
-    assert same(average(AverageOptions(places=(run,))), mean(tuple(best[:5])))
+    assert has_weights(average(AverageOptions(paths=(run,))), mean(tuple(best[:5])))
     assert checkpoints.find_bundle(run) == run / "average"
 
 
-def test_best_and_last_choose(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    best = [point.folder for point in checkpoints.ranked(checkpoints.steps(run))]
-    assert same(average(AverageOptions(places=(run,), best=2)), mean(tuple(best[:2])))
-    assert same(average(AverageOptions(places=(run,), last=2)), mean(points(run, 6, 5)))
+def test_best_and_last_select_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = [checkpoint.folder for checkpoint in checkpoints.ranked(checkpoints.list_checkpoints(run))]
+    assert has_weights(average(AverageOptions(paths=(run,), best=2)), mean(tuple(best[:2])))
+    assert has_weights(average(AverageOptions(paths=(run,), last=2)), mean(folders_of(run, 6, 5)))
     capsys.readouterr()
-    average(AverageOptions(places=(run,), last=50))
+    average(AverageOptions(paths=(run,), last=50))
     assert "has 6 such checkpoints, not 50" in capsys.readouterr().err
 
 
-def test_runs_that_were_never_validated_average_all(run: Path) -> None:
-    for point in checkpoints.steps(run):
-        bundles.rewrite_manifest(point.folder, scores=())
-    assert same(average(AverageOptions(places=(run,))), mean(points(run, 6, 5, 4, 3, 2, 1)))
+def test_of_a_run_without_scores_all_checkpoints_are_averaged(run: Path) -> None:
+    for checkpoint in checkpoints.list_checkpoints(run):
+        bundles.rewrite_manifest(checkpoint.folder, scores=())
+    assert has_weights(average(AverageOptions(paths=(run,))), mean(folders_of(run, 6, 5, 4, 3, 2, 1)))
     with pytest.raises(BundleError, match="use --last"):
-        average(AverageOptions(places=(run,), best=2))
+        average(AverageOptions(paths=(run,), best=2))
 
 
 def test_the_newest_run_is_the_default(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,54 +115,56 @@ def test_the_newest_run_is_the_default(run: Path, monkeypatch: pytest.MonkeyPatc
 def test_other_architectures_and_tokenizers_are_refused(run: Path, tmp_path: Path, toy_set: Path) -> None:
     other = train(options(tmp_path / "rnn", toy_set, toy.recipe(tmp_path, architecture="rnn")))
     with pytest.raises(BundleError, match="differ in architecture"):
-        average(AverageOptions(places=(*points(run, 1), checkpoints.find_bundle(other)), out=tmp_path / "o"))
-    bundles.rewrite_manifest(points(run, 2)[0], tokenizer="another")
+        average(
+            AverageOptions(paths=(*folders_of(run, 1), checkpoints.find_bundle(other)), out=tmp_path / "o")
+        )
+    bundles.rewrite_manifest(folders_of(run, 2)[0], tokenizer="another")
     with pytest.raises(BundleError, match="differ in tokenizer"):
-        average(AverageOptions(places=points(run, 1, 2), out=tmp_path / "o"))
+        average(AverageOptions(paths=folders_of(run, 1, 2), out=tmp_path / "o"))
     assert not (tmp_path / "o").exists()
 
 
 def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
-    path = points(run, 2)[0] / "weights.safetensors"
+    path = folders_of(run, 2)[0] / "weights.safetensors"
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"step-00000002.*checksum differs"):
-        average(AverageOptions(places=points(run, 1, 2), out=tmp_path / "o"))
+        average(AverageOptions(paths=folders_of(run, 1, 2), out=tmp_path / "o"))
 
 
 @pytest.mark.parametrize("moment", ["weights", "exchange"])
 def test_a_killed_average_leaves_the_old_one(run: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    average(AverageOptions(places=(run,), last=1))
+    average(AverageOptions(paths=(run,), last=1))
     before = weights(run / "average")
 
     class Killed(BaseException):
         pass
 
-    def die(*_: object, **__: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise Killed
 
     replace, calls = Path.replace, iter(range(100))
 
-    def between(self: Path, target: Path) -> Path:
-        # Of the two renames that exchange folders, the second never happens.
+    def killed_between(self: Path, target: Path) -> Path:
+        # The second of the two renames that replace a folder does not happen.
         if "average" in self.name and target.name == "average" and next(calls) == 0:
             raise Killed
         return replace(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead clean nothing up
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process removes nothing
         if moment == "weights":
-            patch.setattr(bundles, "save_file", die)
+            patch.setattr(bundles, "save_file", killed)
         else:
-            patch.setattr(Path, "replace", between)
+            patch.setattr(Path, "replace", killed_between)
         with pytest.raises(Killed):
-            average(AverageOptions(places=(run,), last=3))
+            average(AverageOptions(paths=(run,), last=3))
     found = weights(checkpoints.find_bundle(run))
     assert checkpoints.find_bundle(run) == run / "average"
     assert all(torch.equal(found[name], before[name]) for name in before)
-    average(AverageOptions(places=(run,), last=3))
-    assert same(run / "average", mean(points(run, 6, 5, 4)))
+    average(AverageOptions(paths=(run,), last=3))
+    assert has_weights(run / "average", mean(folders_of(run, 6, 5, 4)))
 
 
 @pytest.mark.parametrize(
@@ -173,20 +175,20 @@ def test_a_killed_average_leaves_the_old_one(run: Path, monkeypatch: pytest.Monk
         ({"last": -2}, "at least 1"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(run: Path, wrong: dict[str, int], expected: str) -> None:
+def test_numbers_out_of_range_are_refused(run: Path, wrong: dict[str, int], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        average(AverageOptions(places=(run,), **wrong))  # type: ignore[arg-type]
+        average(AverageOptions(paths=(run,), **wrong))  # type: ignore[arg-type]
 
 
-def test_places_need_an_out_that_loses_nothing(run: Path, tmp_path: Path) -> None:
+def test_several_checkpoints_need_out_and_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--out"):
-        average(AverageOptions(places=points(run, 1, 2)))
+        average(AverageOptions(paths=folders_of(run, 1, 2)))
     with pytest.raises(ConfigError, match="one run folder"):
-        average(AverageOptions(places=points(run, 1, 2), last=1, out=tmp_path / "o"))
+        average(AverageOptions(paths=folders_of(run, 1, 2), last=1, out=tmp_path / "o"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("all of it")
-    for out in (tmp_path / "mine", run, points(run, 1)[0], points(run, 3)[0]):
+    for out in (tmp_path / "mine", run, folders_of(run, 1)[0], folders_of(run, 3)[0]):
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(TrmtError, match="choose another place"):
-            average(AverageOptions(places=points(run, 1, 2), out=out))
+        with pytest.raises(TrmtError, match="choose another folder"):
+            average(AverageOptions(paths=folders_of(run, 1, 2), out=out))
         assert sorted(tmp_path.rglob("*")) == before

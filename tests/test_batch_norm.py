@@ -9,24 +9,26 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from trmt.nets.transformer_layers import embed
 
 from tests import toy
 from tests.contracts.test_training import HARD, final
 from tests.fakes import random_sentences, small_network
 from tests.toy import options
+from trmt.averaging import average_bundles
 from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, TrmtError
 from trmt.nets import layers
 from trmt.nets.base import Ragged, Source
 from trmt.nets.linear import eager
-from trmt.nets.transformer_layers import embed
 from trmt.quantizing import quantize
 from trmt.sets.batches import BatchConfig, Batches
 from trmt.sets.shards import PreparedSet
-from trmt.training.distributed import Team
-from trmt.training.learner import Learner
+from trmt.training.distributed import Distributed
 from trmt.training.recipe import Recipe, load_recipe
 from trmt.training.run import train
+from trmt.training.state import TrainState
+from trmt.training.step import _micro_batch_shape, train_step
 from trmt.translating import Translator
 
 SOURCES = random_sentences(6, seed=1)
@@ -97,13 +99,13 @@ def test_resuming_is_exact(toy_set: Path, tmp_path: Path) -> None:
 def test_statistics_are_kept_averaged_and_quantised(toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, {**HARD, **BATCH})
     run = train(options(tmp_path / "run", toy_set, recipe))
-    points = checkpoints.steps(run)[-2:]
-    kept = [bundles.read_weights(point.folder, point.manifest) for point in points]
+    found = checkpoints.list_checkpoints(run)[-2:]
+    kept = [bundles.read_weights(checkpoint.folder, checkpoint.manifest) for checkpoint in found]
     name = "encoder.0.own_norm.running_mean"
-    live = bundles.load_bundle(points[1].folder).net.state_dict()[name]
+    live = bundles.load_bundle(found[1].folder).net.state_dict()[name]
     assert live.any() and torch.equal(live, kept[1][name])
     average = tmp_path / "average"
-    checkpoints.average([point.folder for point in points], average)
+    average_bundles([checkpoint.folder for checkpoint in found], average)
     mean = bundles.load_bundle(average).net.state_dict()[name]
     torch.testing.assert_close(mean, (kept[0][name] + kept[1][name]) / 2)
     quantize(average, tmp_path / "int8")
@@ -111,24 +113,24 @@ def test_statistics_are_kept_averaged_and_quantised(toy_set: Path, tmp_path: Pat
     assert len([*Translator.load(tmp_path / "int8").translate(texts)]) == 3
 
 
-def test_the_running_mean_of_weights_has_statistics_of_its_own(toy_set: Path, tmp_path: Path) -> None:
-    made = learner(tmp_path, **{"optim": {"ema": 0.9}})
+def test_the_moving_average_has_statistics_of_its_own(toy_set: Path, tmp_path: Path) -> None:
+    state = make_state(tmp_path, **{"optim": {"ema": 0.9}})
     name = "encoder.0.own_norm.running_mean"
-    made.learn([examples(toy_set)], 0)
-    live = made.net.state_dict()[name].clone()
-    averaged = made.weights()[name].clone()
+    train_step(state, [examples(toy_set)])
+    live = state.net.state_dict()[name].clone()
+    averaged = state.bundle_weights()[name].clone()
     assert live.any() and not torch.allclose(live, averaged)
-    with made.at_rest():
-        assert torch.equal(made.net.state_dict()[name], averaged)
-    assert torch.equal(made.net.state_dict()[name], live)
-    assert made.kept()[f"mean:{name}"] == name
+    with state.evaluating():
+        assert torch.equal(state.net.state_dict()[name], averaged)
+    assert torch.equal(state.net.state_dict()[name], live)
+    assert state.bundle_names()[f"ema:{name}"] == name
 
 
-def learner(folder: Path, *, team: Team | None = None, **changes: Any) -> Learner:
+def make_state(folder: Path, *, distributed: Distributed | None = None, **changes: Any) -> TrainState:
     recipe = toy.recipe(folder, {**BATCH, **changes})
     sizes = {"source_vocabulary": 70, "target_vocabulary": 70}
     loaded: Recipe = load_recipe(recipe, network=sizes)
-    return Learner(loaded, steps=4, team=team)
+    return TrainState(loaded, total_steps=4, distributed=distributed)
 
 
 def examples(toy_set: Path) -> Any:
@@ -136,32 +138,32 @@ def examples(toy_set: Path) -> Any:
     return batches.load(batches.plan(0)[0][0])
 
 
-class Two(Team):
-    size = 2
+class TwoProcesses(Distributed):
+    world_size = 2
 
 
 def test_several_processes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r'network\.norm = "batch".*2 processes'):
-        learner(tmp_path, team=Two())
+        make_state(tmp_path, distributed=TwoProcesses())
 
 
 def test_a_batch_that_does_not_fit_is_not_cut(
     toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = learner(tmp_path)
+    state = make_state(tmp_path)
 
     def short(*_: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(made, "_gradients", short)
+    monkeypatch.setattr("trmt.training.step.forward_backward", short)
     with pytest.raises(TrmtError, match=r'norm = "batch".*lower batches\.tokens'):
-        made.learn([examples(toy_set)], 0)
+        train_step(state, [examples(toy_set)])
 
 
 def test_batches_are_not_filled_up_with_what_would_count(toy_set: Path, tmp_path: Path) -> None:
     room = Batches(PreparedSet.open(toy_set), BatchConfig(tokens=150), seed=1, in_row=True).room
     assert room
     for network, filled in (({"norm": "batch"}, False), ({"cross_focus": "sampled"}, False), ({}, True)):
-        made = learner(tmp_path, network={"norm": "layer", **network})
-        made.room, made.compiles = replace(room), True
-        assert (made._room() is not None) == filled
+        state = make_state(tmp_path, network={"norm": "layer", **network})
+        state.batch_shape, state.compiled = replace(room), True
+        assert (_micro_batch_shape(state) is not None) == filled

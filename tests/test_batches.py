@@ -14,9 +14,9 @@ import pytest
 
 from tests import toy
 from trmt.errors import ConfigError, DataError
-from trmt.sets.batches import BatchConfig, Batches, Examples, Position, halves
-from trmt.sets.resampling import resample_with
+from trmt.sets.batches import BatchConfig, Batches, DataPosition, RaggedBatch
 from trmt.sets.shards import PreparedSet
+from trmt.sets.subword_sampling import subword_resampler
 from trmt.text.tokenizer import Tokenizer
 
 
@@ -33,29 +33,29 @@ def flat(plan: list[list[Any]]) -> list[int]:
     return [int(pair) for step in plan for batch in step for pair in batch]
 
 
-def same_examples(first: Examples, second: Examples) -> bool:
+def same_examples(first: RaggedBatch, second: RaggedBatch) -> bool:
     return all(
-        np.array_equal(first.columns[name].ids, second.columns[name].ids)
+        np.array_equal(first.columns[name].values, second.columns[name].values)
         and np.array_equal(first.columns[name].lengths, second.columns[name].lengths)
         for name in first.columns
     )
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
-def test_every_pair_comes_once_in_an_epoch(data: PreparedSet, epoch: int) -> None:
+def test_an_epoch_has_every_pair_once(data: PreparedSet, epoch: int) -> None:
     plan = batches(data).plan(epoch)
     assert sorted(flat(plan)) == list(range(len(data.split("train"))))
 
 
-def test_no_batch_is_over_the_budget_unless_it_is_a_single_pair(data: PreparedSet) -> None:
+def test_only_a_single_pair_may_exceed_the_tokens_of_a_batch(data: PreparedSet) -> None:
     some = batches(data, tokens=14)
     sizes = [(len(b), len(b) * int(some.lengths[b].max())) for step in some.plan(0) for b in step]
     assert all(cost <= 14 or count == 1 for count, cost in sizes)
-    assert any(cost > 14 for _, cost in sizes), "the budget is meant to be too small for some pairs"
+    assert any(cost > 14 for _, cost in sizes), "the limit is meant to be too small for some pairs"
     assert any(count > 1 for count, _ in sizes)
 
 
-def test_steps_hold_as_many_batches_as_are_accumulated(data: PreparedSet) -> None:
+def test_a_step_has_as_many_batches_as_are_accumulated(data: PreparedSet) -> None:
     plan = batches(data, accumulate=3).plan(0)
     assert {len(step) for step in plan[:-1]} == {3}
     assert 1 <= len(plan[-1]) <= 3
@@ -70,7 +70,7 @@ def test_the_plan_depends_on_seed_and_epoch_alone(data: PreparedSet) -> None:
 
 
 def fake_set(source: np.ndarray, target: np.ndarray) -> PreparedSet:
-    """A set of which nothing but the lengths is ever asked."""
+    """A set that has lengths alone."""
     lengths = {"source.ids": source, "target.ids": target}
 
     class Split:
@@ -86,8 +86,8 @@ def fake_set(source: np.ndarray, target: np.ndarray) -> PreparedSet:
     )
 
 
-def test_padding_wastes_little() -> None:
-    # Sentence lengths in pieces are about log-normal, those of a pair alike but far from equal.
+def test_there_is_little_padding() -> None:
+    # Sentence lengths in pieces are about log-normal, those of a pair similar but not equal.
     generator = np.random.default_rng(0)
     source = np.clip(generator.lognormal(3.1, 0.6, 50_000), 1, 250).astype(np.int32)
     target = np.clip(source * generator.lognormal(0.05, 0.2, 50_000), 1, 250).astype(np.int32)
@@ -99,10 +99,10 @@ def test_padding_wastes_little() -> None:
     assert 1 - real / grid < 0.15
 
 
-def test_started_anywhere_it_continues_alike(data: PreparedSet) -> None:
+def test_started_at_any_position_the_steps_are_the_same(data: PreparedSet) -> None:
     per_epoch = len(batches(data).plan(0))
     count = per_epoch + 5
-    whole = list(islice(batches(data).steps(Position(0, 0)), count))
+    whole = list(islice(batches(data).steps(DataPosition(0, 0)), count))
     for begin in (1, per_epoch - 1, per_epoch, per_epoch + 2):
         position = whole[begin - 1][0]
         rest = list(islice(batches(data).steps(position), count - begin))
@@ -113,29 +113,31 @@ def test_started_anywhere_it_continues_alike(data: PreparedSet) -> None:
 
 def test_the_position_counts_epochs_and_steps(data: PreparedSet) -> None:
     per_epoch = len(batches(data).plan(0))
-    after = [position for position, _ in islice(batches(data).steps(Position(0, 0)), per_epoch + 1)]
-    assert after[:2] == [Position(0, 1), Position(0, 2)]
-    assert after[-2:] == [Position(1, 0), Position(1, 1)]
+    after = [position for position, _ in islice(batches(data).steps(DataPosition(0, 0)), per_epoch + 1)]
+    assert after[:2] == [DataPosition(0, 1), DataPosition(0, 2)]
+    assert after[-2:] == [DataPosition(1, 0), DataPosition(1, 1)]
 
 
-def test_batches_hold_the_ids_of_their_pairs(data: PreparedSet) -> None:
+def test_a_batch_has_the_ids_of_its_pairs(data: PreparedSet) -> None:
     some = batches(data)
     numbers = some.plan(0)[0][0]
     ids, lengths = data.split("train").gather("target.ids", numbers)
     column = some.load(numbers).columns["target.ids"]
-    assert np.array_equal(column.ids, ids)
+    assert np.array_equal(column.values, ids)
     assert np.array_equal(column.lengths, lengths)
 
 
-def test_whole_is_every_pair_once(data: PreparedSet) -> None:
+def test_iterate_once_gives_every_pair_once(data: PreparedSet) -> None:
     total = int(data.split("train").lengths("target.ids").sum())
-    parts = list(batches(data).whole())
+    parts = list(batches(data).iterate_once())
     assert sum(len(part) for part in parts) == len(data.split("train"))
-    assert sum(len(part.columns["target.ids"].ids) for part in parts) == total
+    assert sum(len(part.columns["target.ids"].values) for part in parts) == total
 
 
 @pytest.mark.parametrize(("weight", "least", "most"), [("@2", 2, 2), ("@2.5", 2, 3), ("@0.25", 0, 1)])
-def test_corpus_weights_repeat_and_leave_out(tmp_path: Path, weight: str, least: int, most: int) -> None:
+def test_corpus_weights_repeat_pairs_or_leave_them_out(
+    tmp_path: Path, weight: str, least: int, most: int
+) -> None:
     data = PreparedSet.open(toy.make_set(tmp_path, weight=weight))
     count = len(data.split("train"))
     weighted = data.split("train").scalars("corpus", np.arange(count)) == 0
@@ -154,24 +156,24 @@ def test_an_error_in_the_thread_reaches_the_consumer(
     some = batches(data)
     load, calls = some.load, iter(range(100))
 
-    def failing(pairs: Any, *, seed: tuple[int, ...] = ()) -> Examples:
+    def failing(pairs: Any, *, seed: tuple[int, ...] = ()) -> RaggedBatch:
         if next(calls) == 3:
-            raise DataError("the disk is gone")
+            raise DataError("the disk failed")
         return load(pairs, seed=seed)
 
     monkeypatch.setattr(some, "load", failing)
-    steps = some.steps(Position(0, 0))
+    steps = some.steps(DataPosition(0, 0))
     assert len([next(steps) for _ in range(3)]) == 3
-    with pytest.raises(DataError, match="the disk is gone"):
+    with pytest.raises(DataError, match="the disk failed"):
         next(steps)
 
 
-def test_the_thread_ends_when_nobody_listens(data: PreparedSet) -> None:
+def test_the_thread_ends_with_the_generator(data: PreparedSet) -> None:
     def readers() -> int:
         return sum(thread.name == "trmt-batches" for thread in threading.enumerate())
 
     before = readers()
-    steps = batches(data).steps(Position(0, 0))
+    steps = batches(data).steps(DataPosition(0, 0))
     next(steps)
     assert readers() == before + 1
     steps.close()  # type: ignore[attr-defined]
@@ -179,7 +181,7 @@ def test_the_thread_ends_when_nobody_listens(data: PreparedSet) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_subword_sampling_is_keyed_by_position_and_keeps_the_text(tmp_path: Path, kind: str) -> None:
+def test_subword_sampling_depends_on_the_step_and_keeps_the_text(tmp_path: Path, kind: str) -> None:
     data = PreparedSet.open(toy.make_set(tmp_path, kind=kind))
     tokenizer = Tokenizer.load(data.tokenizer_folder)
 
@@ -188,31 +190,31 @@ def test_subword_sampling_is_keyed_by_position_and_keeps_the_text(tmp_path: Path
             data,
             BatchConfig(tokens=120, subword_alpha=0.3),
             seed=1,
-            resample=resample_with(tokenizer, 0.3, 1000),
+            resample=subword_resampler(tokenizer, 0.3, 1000),
         )
 
-    whole = list(islice(sampled().steps(Position(0, 0)), 6))
+    whole = list(islice(sampled().steps(DataPosition(0, 0)), 6))
     resumed = list(islice(sampled().steps(whole[2][0]), 3))
     assert all(
         same_examples(ours[0], theirs[0]) for (_, ours), (_, theirs) in zip(resumed, whole[3:], strict=True)
     )
-    plain = list(islice(batches(data).steps(Position(0, 0)), 6))
+    plain = list(islice(batches(data).steps(DataPosition(0, 0)), 6))
 
-    def texts(examples: Examples, name: str) -> list[str]:
+    def texts(examples: RaggedBatch, name: str) -> list[str]:
         column = examples.columns[name]
         return [
             tokenizer.target.decode(ids.tolist())
-            for ids in np.split(column.ids, np.cumsum(column.lengths)[:-1])
+            for ids in np.split(column.values, np.cumsum(column.lengths)[:-1])
         ]
 
     for name in ("source.ids", "target.ids"):
         assert [texts(s[0], name) for _, s in whole] == [texts(p[0], name) for _, p in plain]
     assert not all(same_examples(s[0], p[0]) for (_, s), (_, p) in zip(whole, plain, strict=True))
     again = sampled().load(sampled().plan(0)[0][0], seed=(1, 0, 0))
-    assert not same_examples(again, whole[0][1][0]), "another epoch draws other pieces"
+    assert not same_examples(again, whole[0][1][0]), "another epoch samples other pieces"
 
 
-def test_every_step_draws_anew(data: PreparedSet) -> None:
+def test_every_step_samples_with_its_own_seed(data: PreparedSet) -> None:
     seeds: list[int] = []
 
     def recorded(name: str, column: Any, seed: int) -> Any:
@@ -221,7 +223,7 @@ def test_every_step_draws_anew(data: PreparedSet) -> None:
 
     some = Batches(data, BatchConfig(tokens=120, accumulate=2), seed=1, resample=recorded)
     steps = len(some.plan(0)) + 3
-    list(islice(some.steps(Position(0, 0)), steps))
+    list(islice(some.steps(DataPosition(0, 0)), steps))
     assert len(seeds) >= 3 * steps
     assert len(set(seeds)) == len(seeds), "no epoch, step, batch or side shares its seed with another"
 
@@ -250,26 +252,30 @@ def test_subword_sampling_is_the_same_in_another_process(tmp_path: Path, kind: s
     assert len(drawn) == 1
 
 
-def test_halves_and_parts_lose_nothing(data: PreparedSet) -> None:
+def test_slices_and_halves_lose_nothing(data: PreparedSet) -> None:
     some = batches(data)
     examples = some.load(some.plan(0)[0][0][:7])
     for cuts in ([0, 3, 7], [0, 1, 2, 7]):
-        parts = [examples.part(begin, end) for begin, end in pairwise(cuts)]
+        parts = [examples.slice(begin, end) for begin, end in pairwise(cuts)]
         for name, column in examples.columns.items():
-            assert np.array_equal(np.concatenate([part.columns[name].ids for part in parts]), column.ids)
+            assert np.array_equal(
+                np.concatenate([part.columns[name].values for part in parts]), column.values
+            )
             assert np.array_equal(
                 np.concatenate([part.columns[name].lengths for part in parts]), column.lengths
             )
-    assert [len(half) for half in halves(examples)] == [3, 4]
+    assert [len(half) for half in examples.halve()] == [3, 4]
 
 
-def test_weights_that_leave_nothing_are_said(data: PreparedSet) -> None:
+def test_weights_that_leave_no_pair_are_an_error(data: PreparedSet) -> None:
     data.__dict__["corpus_weights"] = np.zeros(2)
     with pytest.raises(DataError, match="raise them"):
         batches(data).plan(0)
 
 
-@pytest.mark.parametrize("wrong", [{"tokens": 0}, {"accumulate": 0}, {"subword_alpha": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"tokens": 0}, {"accumulate": 0}, {"subword_alpha": 1.0}, {"passage_tokens": 7}]
+)
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         BatchConfig(**wrong)
@@ -281,102 +287,103 @@ def lognormal_lengths(count: int) -> tuple[np.ndarray, np.ndarray]:
     return source, np.clip(source * generator.lognormal(-0.2, 0.2, count), 1, 250).astype(np.int32)
 
 
-def in_a_row(data: PreparedSet, **options: Any) -> Batches:
-    return Batches(data, BatchConfig(**{"tokens": 120, **options}), seed=1, in_row=True)
+def padding_free(data: PreparedSet, **options: Any) -> Batches:
+    return Batches(data, BatchConfig(**{"tokens": 120, **options}), seed=1, padding_free=True)
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_in_a_row_every_pair_comes_once_too(data: PreparedSet, epoch: int) -> None:
-    plan = in_a_row(data).plan(epoch)
+def test_padding_free_batches_have_every_pair_once(data: PreparedSet, epoch: int) -> None:
+    plan = padding_free(data).plan(epoch)
     assert sorted(flat(plan)) == list(range(len(data.split("train"))))
-    assert flat(plan) == flat(in_a_row(data).plan(epoch))
-    assert flat(plan) != flat(in_a_row(data).plan(epoch + 1))
+    assert flat(plan) == flat(padding_free(data).plan(epoch))
+    assert flat(plan) != flat(padding_free(data).plan(epoch + 1))
 
 
-def test_in_a_row_batches_fill_their_room_and_fit_into_it() -> None:
+def test_padding_free_batches_fill_their_shape_and_fit_into_it() -> None:
     source, target = lognormal_lengths(50_000)
-    some = in_a_row(fake_set(source, target), tokens=8192)
-    room = some.room
-    assert room is not None
-    assert max(room.source, room.target) == 8192
+    some = padding_free(fake_set(source, target), tokens=8192)
+    shape = some.shape
+    assert shape is not None
+    assert max(shape.source_tokens, shape.target_tokens) == 8192
     batches = [batch for step in some.plan(0) for batch in step]
     for batch in batches:
-        assert int(source[batch].sum()) + len(batch) <= room.source
-        assert int(target[batch].sum()) + len(batch) <= room.target
-        assert len(batch) <= room.sentences - 1
+        assert int(source[batch].sum()) + len(batch) <= shape.source_tokens
+        assert int(target[batch].sum()) + len(batch) <= shape.target_tokens
+        assert len(batch) <= shape.sentences - 1
     real = int(source.sum() + target.sum()) + 2 * len(source)
-    assert real / (len(batches) * (room.source + room.target)) > 0.95, "padding wastes less than 5 %"
+    padded = len(batches) * (shape.source_tokens + shape.target_tokens)
+    assert real / padded > 0.95, "less than 5 % is padding"
 
 
-@pytest.mark.parametrize("parts", [2, 3, 8])
-def test_parts_of_batches_fit_into_parts_of_their_room(parts: int) -> None:
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_micro_batches_fit_into_their_shape(count: int) -> None:
     source, target = lognormal_lengths(20_000)
-    some = in_a_row(fake_set(source, target), tokens=8192)
-    assert some.room
-    room = some.room.part(parts)
-    assert room.source < some.room.source / parts + 3 * room.longest
+    some = padding_free(fake_set(source, target), tokens=8192)
+    assert some.shape
+    shape = some.shape.micro_batch(count)
+    assert shape.source_tokens < some.shape.source_tokens / count + 3 * shape.max_length
     fits = []
     for batch in (batch for step in some.plan(0) for batch in step):
-        for part in (batch[rank::parts] for rank in range(parts)):
+        for part in (batch[rank::count] for rank in range(count)):
             sums = [int(side[part].sum()) + len(part) for side in (source, target)]
-            fits.append(sums[0] <= room.source and sums[1] <= room.target)
-            assert len(part) < room.sentences
-    assert sum(fits) > 0.98 * len(fits), "what does not fit is a shape of its own"
+            fits.append(sums[0] <= shape.source_tokens and sums[1] <= shape.target_tokens)
+            assert len(part) < shape.sentences
+    assert sum(fits) > 0.98 * len(fits), "few micro-batches have another shape"
 
 
-def test_what_is_drawn_fits_into_the_room(tmp_path: Path) -> None:
+def test_batches_with_sampled_subwords_fit_into_the_shape(tmp_path: Path) -> None:
     folder = toy.make_set(tmp_path)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    resample = resample_with(tokenizer, 0.15, longest=1000)
+    resample = subword_resampler(tokenizer, 0.15, max_length=1000)
     config = BatchConfig(tokens=400, subword_alpha=0.15)
-    some = Batches(PreparedSet.open(folder), config, seed=1, in_row=True, resample=resample)
-    assert some.room
+    some = Batches(PreparedSet.open(folder), config, seed=1, padding_free=True, resample=resample)
+    assert some.shape
     fits = []
-    for _, [examples] in islice(some.steps(Position(0, 0)), 20):
-        sides = [len(examples) + len(column.ids) for column in examples.columns.values()]
-        fits.append(sides[0] <= some.room.source and sides[1] <= some.room.target)
-    assert sum(fits) > 15, "most batches are of the one shape that the network is compiled for"
+    for _, [examples] in islice(some.steps(DataPosition(0, 0)), 20):
+        sides = [len(examples) + len(column.values) for column in examples.columns.values()]
+        fits.append(sides[0] <= some.shape.source_tokens and sides[1] <= some.shape.target_tokens)
+    assert sum(fits) > 15, "most batches have the one shape that the network is compiled for"
 
 
-def test_in_a_row_a_pair_over_the_budget_stands_alone() -> None:
+def test_a_pair_that_exceeds_the_tokens_of_a_batch_is_a_batch_of_its_own() -> None:
     source = np.array([3, 500, 4, 2, 700, 1], np.int32)
-    some = in_a_row(fake_set(source, source), tokens=20)
+    some = padding_free(fake_set(source, source), tokens=20)
     alone = [batch.tolist() for step in some.plan(0) for batch in step if source[batch].max() > 20]
     assert sorted(alone) == [[1], [4]]
 
 
-def test_networks_that_pad_get_no_room(data: PreparedSet) -> None:
-    assert batches(data).room is None
+def test_padded_batches_have_no_common_shape(data: PreparedSet) -> None:
+    assert batches(data).shape is None
 
 
-def test_in_a_row_the_window_in_which_batches_are_cut_changes_nothing(
+def test_the_window_in_which_batches_are_made_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, target = lognormal_lengths(3_000)
-    whole = in_a_row(fake_set(source, target), tokens=500).plan(0)
+    whole = padding_free(fake_set(source, target), tokens=500).plan(0)
     monkeypatch.setattr("trmt.sets.batches.WINDOW", 64)
-    cut = in_a_row(fake_set(source, target), tokens=500).plan(0)
-    assert [batch.tolist() for step in cut for batch in step] == [
+    windowed = padding_free(fake_set(source, target), tokens=500).plan(0)
+    assert [batch.tolist() for step in windowed for batch in step] == [
         batch.tolist() for step in whole for batch in step
     ]
 
 
-def test_lengths_that_need_more_than_two_bytes_are_kept() -> None:
+def test_lengths_may_need_more_than_two_bytes() -> None:
     source = np.array([70_000, 3, 65_535, 65_534], np.int32)
-    some = in_a_row(fake_set(source, source[::-1].copy()), tokens=100_000)
+    some = padding_free(fake_set(source, source[::-1].copy()), tokens=100_000)
     assert some.lengths.tolist() == [70_001, 65_536, 65_536, 70_001]
     assert sorted(flat(some.plan(0))) == [0, 1, 2, 3]
 
 
-def test_shares_are_all_pairs_alike_in_length(data: PreparedSet) -> None:
+def test_shards_of_a_batch_have_every_size_th_pair(data: PreparedSet) -> None:
     batches = Batches(data, BatchConfig(tokens=300), seed=1)
     for pairs in (batches.plan(0)[0][0], batches.plan(0)[0][0][:2]):
         whole = batches.load(pairs)
         for size in (1, 2, 3, 7):
-            shares = [whole.share(rank, size) for rank in range(size)]
-            for rank, share in enumerate(shares):
-                assert len(share) == len(range(rank, len(pairs), size))
-                expected = batches.load(pairs[rank::size]) if len(share) else whole.part(0, 0)
-                for name, column in share.columns.items():
-                    assert column.ids.tolist() == expected.columns[name].ids.tolist()
+            shards = [whole.shard(rank, size) for rank in range(size)]
+            for rank, shard in enumerate(shards):
+                assert len(shard) == len(range(rank, len(pairs), size))
+                expected = batches.load(pairs[rank::size]) if len(shard) else whole.slice(0, 0)
+                for name, column in shard.columns.items():
+                    assert column.values.tolist() == expected.columns[name].values.tolist()
                     assert column.lengths.tolist() == expected.columns[name].lengths.tolist()

@@ -1,4 +1,4 @@
-"""The program that measures links of words: both directions are judged by the same gold."""
+"""The program that measures links of words: both directions are score_corpus by the same gold."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 import alignment
 import alignment_tables
-from trmt.insight.alignment.linking import BothWays, LookOptions, Pair
-from trmt.text.corpus import lines
-from trmt.text.links import Gold, Links, judged, parsed, parsed_gold, turned
+from trmt.insight.alignment.aligners import HeadOptions, SymmetrisedAligner, TextPair
+from trmt.text.lines import read_lines
+from trmt.text.links import GoldAlignment, Links, parse_gold, parse_links, reverse_links, score_corpus
 
 LOOKS = [
     {"layer": 1, "head": None, "shift": 0, "aer": 0.5, "from_counting": 0.4, "test_from_counting": 0.1},
@@ -27,9 +27,9 @@ LOOKS = [
 class First:
     """Links every word to the first one."""
 
-    languages, cut = ("de", "en"), 0
+    languages, truncated = ("de", "en"), 0
 
-    def links(self, pairs: Sequence[Pair]) -> list[Links]:
+    def links(self, pairs: Sequence[TextPair]) -> list[Links]:
         return [frozenset((0, word) for word in range(len(target.split()))) for _, target in pairs]
 
 
@@ -48,12 +48,12 @@ def given(tmp_path: Path) -> argparse.Namespace:
     return argparse.Namespace(source="de", target="en", **places)
 
 
-def read(path: Path) -> list[Gold]:
-    return [parsed_gold(line, where="here") for line in lines(path)]
+def read(path: Path) -> list[GoldAlignment]:
+    return [parse_gold(line, where="here") for line in read_lines(path)]
 
 
 def test_both_directions_have_the_same_gold(given: argparse.Namespace) -> None:
-    counting = BothWays(First(), First(), "union")
+    counting = SymmetrisedAligner(First(), First(), "union")
     ways = alignment.directions(given, counting)
     there, back = (ways[way] for way in ("there", "back"))
     assert there.gold.pairs == [("das &apos;s", "that &apos;s it"), ("ja", "yes")]
@@ -61,22 +61,24 @@ def test_both_directions_have_the_same_gold(given: argparse.Namespace) -> None:
     for one, other in ((there.gold, back.gold), (there.counted, back.counted), (there.test, back.test)):
         assert other.pairs == [pair[::-1] for pair in one.pairs]
     for one, other in zip(read(there.gold.links), read(back.gold.links), strict=True):
-        assert (turned(one.sure), turned(one.possible)) == (other.sure, other.possible)
+        assert (reverse_links(one.sure), reverse_links(one.possible)) == (other.sure, other.possible)
     for one, other in ((there.counted, back.counted), (there.test, back.test)):
-        found = [parsed(line, where="here") for line in lines(one.links)]
+        found = [parse_links(line, where="here") for line in read_lines(one.links)]
         assert found == counting.links(one.pairs)
-        assert [parsed(line, where="here") for line in lines(other.links)] == list(map(turned, found))
+        assert [parse_links(line, where="here") for line in read_lines(other.links)] == list(
+            map(reverse_links, found)
+        )
     aligners = {"there": First(), "back": First()}
     rates = alignment.rates(aligners, ways)
     assert rates["back"] == alignment.figures_of(
-        judged(First().links(back.gold.pairs), read(back.gold.links))
+        score_corpus(First().links(back.gold.pairs), read(back.gold.links))
     )
     assert rates["union"]["links"] == 5 and rates["intersection"]["links"] == 2
 
 
 def test_the_look_is_chosen_without_gold() -> None:
-    assert alignment.chosen_look(LOOKS) == LookOptions(layer=2, head=2, shift=True)
-    assert alignment.chosen_look(LOOKS[:4]) == LookOptions(layer=1, shift=False)
+    assert alignment.chosen_look(LOOKS) == HeadOptions(layer=2, head=2, shift=True)
+    assert alignment.chosen_look(LOOKS[:4]) == HeadOptions(layer=1, shift=False)
 
 
 def test_a_layer_is_shown_by_its_mean_and_its_best_head() -> None:

@@ -24,7 +24,7 @@ def tokenizer(toy_set: Path) -> Tokenizer:
     return Tokenizer.load(PreparedSet.open(toy_set).tokenizer_folder)
 
 
-def theirs(vocabulary: int, **options: Any) -> Any:
+def random_bert(vocabulary: int, **options: Any) -> Any:
     torch.manual_seed(3)
     config = transformers.BertConfig(
         vocab_size=vocabulary,
@@ -37,7 +37,7 @@ def theirs(vocabulary: int, **options: Any) -> Any:
         **options,
     )
     model = transformers.BertForPreTraining(config).eval()
-    for parameter in model.parameters():  # biases and norms too, so that none can be forgotten
+    for parameter in model.parameters():  # biases and norms too, so that a test fails if one is left out
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -45,10 +45,10 @@ def theirs(vocabulary: int, **options: Any) -> Any:
 SENTENCES = random_sentences(5, longest=20, seed=4)
 
 
-def same(net: MaskedEncoder, model: Any) -> None:
+def assert_same_logits(net: MaskedEncoder, model: Any) -> None:
     """The logits of both heads, of sentences of different lengths with two segments."""
     sentences = [[*sentence, 3] for sentence in SENTENCES]
-    segments = [[int(place > len(s) // 2) for place in range(len(s))] for s in sentences]
+    segments = [[int(position > len(s) // 2) for position in range(len(s))] for s in sentences]
     source = Source.of(sentences)
     extras = {"segments": torch.tensor([x for row in segments for x in row])}
     source = Source(source.ids_N, source.lengths_S, source.longest, extras)
@@ -56,74 +56,76 @@ def same(net: MaskedEncoder, model: Any) -> None:
         hidden = net(source).hidden
         rows = net.readout(hidden).split([len(s) for s in sentences])
         starts = source.packed()[1][:-1]
-        judged = net.judge(hidden[starts])
+        next_sentence = net.judge(hidden[starts])
         ids, real = source.padded()
-        kinds = torch.zeros_like(ids)
-        kinds[real] = extras["segments"]
-        found = model(input_ids=ids, attention_mask=real.long(), token_type_ids=kinds)
+        segment_ids = torch.zeros_like(ids)
+        segment_ids[real] = extras["segments"]
+        found = model(input_ids=ids, attention_mask=real.long(), token_type_ids=segment_ids)
     for number, row in enumerate(rows):
         torch.testing.assert_close(row, found.prediction_logits[number, : len(row)], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(judged, found.seq_relationship_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(next_sentence, found.seq_relationship_logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_what_is_read_computes_the_same(pickled: bool, tmp_path: Path) -> None:
-    model = theirs(30)
+def test_a_bert_that_is_read_computes_the_same(pickled: bool, tmp_path: Path) -> None:
+    model = random_bert(30)
     model.save_pretrained(tmp_path)
     if pickled:
         (tmp_path / "model.safetensors").unlink()
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    found = read_bert(tmp_path)
-    net = MaskedEncoder(found.config).eval()
-    net.load_state_dict(found.weights)
-    same(net, model)
+    bert = read_bert(tmp_path)
+    net = MaskedEncoder(bert.config).eval()
+    net.load_state_dict(bert.weights)
+    assert_same_logits(net, model)
 
 
-def test_what_is_written_computes_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_bert_that_is_written_computes_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     side = tokenizer.source
     torch.manual_seed(5)
     net = MaskedEncoder(
         MaskedEncoderConfig(
             source_vocabulary=side.vocabulary,
-            width=24,
+            d_model=24,
             heads=3,
             feed_forward=40,
             encoder_layers=2,
-            longest=50,
+            max_positions=50,
         )
     ).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     write_bert(net, side, tmp_path)
-    model, told = transformers.BertForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
-    assert not told["missing_keys"] and not told["unexpected_keys"]
-    same(net, model.eval())
+    model, info = transformers.BertForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same_logits(net, model.eval())
     again = read_bert(tmp_path)
     assert again.config == net.config
     for name, tensor in net.state_dict().items():
         assert torch.equal(again.weights[name], tensor), name
 
 
-def test_an_imported_folder_is_a_bundle_with_rows_by_piece(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_imported_folder_is_a_bundle_with_rows_matched_by_token(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     ours = tokenizer.source.pieces(range(tokenizer.source.vocabulary))
     known = [wordpiece(piece) for piece in ours[5:]]  # one is missing
-    pieces = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "else", *reversed(known)]
-    model = theirs(len(pieces))
+    tokens = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "other", *reversed(known)]
+    model = random_bert(len(tokens))
     model.save_pretrained(tmp_path / "bert")
-    (tmp_path / "bert/vocab.txt").write_text("\n".join([*pieces, ""]), encoding="utf-8")
+    (tmp_path / "bert/vocab.txt").write_text("\n".join([*tokens, ""]), encoding="utf-8")
     import_bert(tmp_path / "bert", tmp_path / "bundle", tokenizer)
     weights = bundles.read_weights(tmp_path / "bundle", bundles.read_manifest(tmp_path / "bundle"))
-    rows = weights["source_embedding.weight"]
+    rows = weights["encoder.embedding.tokens.weight"]
     their_rows = model.bert.embeddings.word_embeddings.weight
-    for number, piece in [(0, "[PAD]"), (1, "[MASK]"), (2, "[CLS]"), (3, "[SEP]"), (9, wordpiece(ours[9]))]:
-        assert torch.equal(rows[number], their_rows[pieces.index(piece)]), piece
+    for number, token in [(0, "[PAD]"), (1, "[MASK]"), (2, "[CLS]"), (3, "[SEP]"), (9, wordpiece(ours[9]))]:
+        assert torch.equal(rows[number], their_rows[tokens.index(token)]), token
     torch.testing.assert_close(rows[4], their_rows.mean(0))
 
 
-def test_what_is_no_bert_is_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_other_folders_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"config\.json"):
         read_bert(tmp_path)
-    theirs(30).save_pretrained(tmp_path)
+    random_bert(30).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     tree = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**tree, "hidden_act": "relu"}), encoding="utf-8")
@@ -136,12 +138,12 @@ def test_what_is_no_bert_is_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="the tokenizer"):
         import_bert(tmp_path, tmp_path / "out", tokenizer)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(BundleError, match="damaged"):
+    with pytest.raises(BundleError, match="cannot read the weights"):
         read_bert(tmp_path)
 
 
-def test_what_bert_has_not_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    sizes = {"source_vocabulary": tokenizer.source.vocabulary, "width": 8, "heads": 2, "encoder_layers": 1}
-    net = MaskedEncoder(MaskedEncoderConfig(**sizes, norm_place="pre"))
-    with pytest.raises(ConfigError, match="norm_place = 'pre'"):
+def test_options_that_bert_lacks_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    sizes = {"source_vocabulary": tokenizer.source.vocabulary, "d_model": 8, "heads": 2, "encoder_layers": 1}
+    net = MaskedEncoder(MaskedEncoderConfig(**sizes, norm_position="pre"))
+    with pytest.raises(ConfigError, match="norm_position = 'pre'"):
         write_bert(net, tokenizer.source, tmp_path)

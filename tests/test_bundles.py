@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from tests.fakes import small_network
 from trmt.bundles import bundles
-from trmt.bundles.bundles import describe, load_bundle, read_manifest, read_weights, save_bundle
+from trmt.bundles.bundles import load_bundle, make_manifest, read_manifest, read_weights, save_bundle
 from trmt.errors import BundleError, ConfigError
 from trmt.nets.base import Ragged, Seq2Seq, Source
 from trmt.registry import ARCHITECTURES
@@ -27,7 +27,7 @@ def tokenizer(toy_set: Path) -> Tokenizer:
 
 def write(folder: Path, tokenizer: Tokenizer, architecture: str = "transformer", **options: Any) -> Seq2Seq:
     net = small_network(architecture, source_vocabulary=60, target_vocabulary=60, **options)
-    manifest = describe(net, architecture, tokenizer, longest={"source": 9, "target": 9})
+    manifest = make_manifest(net, architecture, tokenizer, longest={"source": 9, "target": 9})
     save_bundle(folder, manifest, net.state_dict(), tokenizer)
     return net
 
@@ -38,7 +38,7 @@ def logits(net: Seq2Seq) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_a_bundle_makes_the_round_trip_and_can_be_copied(
+def test_a_bundle_is_loaded_as_it_was_saved_and_can_be_copied(
     architecture: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     net = write(tmp_path / "bundle", tokenizer, architecture)
@@ -109,9 +109,9 @@ def change(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, index: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     path.write_bytes(content)
 
 
@@ -121,7 +121,7 @@ def cut(path: Path) -> None:
 
 BROKEN = {
     "a flipped byte in the weights": (lambda f: flip(f / "weights.safetensors", -7), "checksum differs"),
-    "a flipped byte in their head": (lambda f: flip(f / "weights.safetensors", 20), "checksum differs"),
+    "a flipped byte in their header": (lambda f: flip(f / "weights.safetensors", 20), "checksum differs"),
     "truncated weights": (lambda f: cut(f / "weights.safetensors"), "checksum differs"),
     "no weights": (lambda f: (f / "weights.safetensors").unlink(), "cannot read"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "is not a bundle"),
@@ -139,7 +139,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_is_said_in_one_sentence(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+def test_a_broken_bundle_is_an_error_of_one_sentence(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
     breaking, expected = BROKEN[name]
     write(tmp_path / "bundle", tokenizer)
     breaking(tmp_path / "bundle")
@@ -148,7 +148,7 @@ def test_what_is_broken_is_said_in_one_sentence(tokenizer: Tokenizer, tmp_path: 
     message = str(caught.value)
     assert "\n" not in message
     assert "bundle" in message, "the message says where"
-    assert "--set" not in message, "advice about recipes helps nobody here"
+    assert "--set" not in message, "advice about recipes would not help here"
 
 
 def test_weights_that_do_not_fit_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -158,15 +158,15 @@ def test_weights_that_do_not_fit_are_named(tokenizer: Tokenizer, tmp_path: Path)
     with pytest.raises(BundleError, match="of shape"):
         bundles.load_weights(wider, weights, where="here")
     deeper = small_network("transformer", source_vocabulary=60, target_vocabulary=60, encoder_layers=3)
-    with pytest.raises(BundleError, match=r"lacks the weights 'encoder\.2"):
+    with pytest.raises(BundleError, match=r"has no weights 'encoder\.2"):
         bundles.load_weights(deeper, weights, where="here")
     lower = small_network("transformer", source_vocabulary=60, target_vocabulary=60, encoder_layers=1)
-    with pytest.raises(BundleError, match="the network has not"):
+    with pytest.raises(BundleError, match="which the network does not have"):
         bundles.load_weights(lower, weights, where="here")
 
 
-def test_a_manifest_may_know_more_than_we_do(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """What a later version adds without changing the format is passed over."""
+def test_unknown_fields_of_a_manifest_are_ignored(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Later versions may add fields without changing the format."""
     write(tmp_path / "bundle", tokenizer)
     change(tmp_path / "bundle", mood="fine")
     assert load_bundle(tmp_path / "bundle").manifest.architecture == "transformer"
@@ -185,7 +185,9 @@ def test_the_manifest_can_be_changed(tokenizer: Tokenizer, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("longest", [10**15, 10**30])
 @pytest.mark.parametrize("architecture", ["transformer", "conv"])
-def test_sizes_that_no_machine_could_hold_are_one_sentence(architecture: str, longest: int) -> None:
+def test_sizes_that_no_machine_could_hold_are_an_error_of_one_sentence(
+    architecture: str, longest: int
+) -> None:
     options = {"source_vocabulary": 9, "target_vocabulary": 9, "longest": longest}
     with pytest.raises(ConfigError, match="choose smaller ones") as caught:
         bundles.build_network(architecture, options)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trmt.decoding.captured import Captured
 
 from tests.contracts.test_engine import (
     BANNED,
@@ -28,7 +29,6 @@ from trmt.decoding import beam, choosing
 from trmt.decoding import slots as slots_of
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.beam import Beam
-from trmt.decoding.captured import Captured
 from trmt.decoding.engine import Batching, Request
 from trmt.decoding.greedy import Greedy
 from trmt.decoding.sampling import Sampling

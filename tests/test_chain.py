@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.eager import Eager
 
 from tests.fakes import random_sentences, small_network
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.beam import Beam
-from trmt.decoding.eager import Eager
 from trmt.decoding.engine import Batching, Request
 from trmt.decoding.greedy import Greedy
 from trmt.decoding.sampling import Sampling

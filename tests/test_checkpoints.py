@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from tests.fakes import small_network
+from trmt.averaging import average_bundles
 from trmt.bundles import bundles, checkpoints
-from trmt.bundles.checkpoints import Damaged, default_bundle, find_bundle, prune, ranked, steps
+from trmt.bundles.checkpoints import (
+    DamagedState,
+    check_format,
+    default_bundle,
+    find_bundle,
+    list_checkpoints,
+    prune,
+    ranked,
+)
 from trmt.errors import BundleError
 from trmt.text.tokenizer import Tokenizer
 
@@ -30,66 +39,66 @@ def add(
 ) -> checkpoints.Checkpoint:
     net = small_network("rnn", source_vocabulary=60, target_vocabulary=60)
     scores = () if value is None else ({"metric": metric, "value": value, "signature": "s"},)
-    manifest = bundles.describe(net, "rnn", tokenizer, longest={"source": 9, "target": 9}, scores=scores)
-    state = ({"step": step}, {"live:x": torch.full((3,), float(step))})
-    return checkpoints.save(run, manifest, net.state_dict(), tokenizer, step=step, state=state)
+    manifest = bundles.make_manifest(net, "rnn", tokenizer, longest={"source": 9, "target": 9}, scores=scores)
+    state = ({"step": step}, {"weights:x": torch.full((3,), float(step))})
+    return checkpoints.save_checkpoint(run, manifest, net.state_dict(), tokenizer, step=step, state=state)
 
 
-def numbers(points: list[checkpoints.Checkpoint]) -> list[int]:
-    return [point.step for point in points]
+def steps(found: list[checkpoints.Checkpoint]) -> list[int]:
+    return [checkpoint.step for checkpoint in found]
 
 
-def test_a_checkpoint_makes_the_round_trip(run: Path, tokenizer: Tokenizer) -> None:
-    point = add(run, tokenizer, 7, 3.5)
-    plain, tensors = point.state()
-    assert plain["step"] == 7
-    assert torch.equal(tensors["live:x"], torch.full((3,), 7.0))
-    assert point.score() == ("chrf", 3.5)
-    assert numbers(steps(run)) == [7]
-    assert bundles.load_bundle(point.folder)
+def test_a_checkpoint_is_loaded_as_it_was_saved(run: Path, tokenizer: Tokenizer) -> None:
+    checkpoint = add(run, tokenizer, 7, 3.5)
+    values, tensors = checkpoint.load_state()
+    assert values["step"] == 7
+    assert torch.equal(tensors["weights:x"], torch.full((3,), 7.0))
+    assert checkpoint.score() == ("chrf", 3.5)
+    assert steps(list_checkpoints(run)) == [7]
+    assert bundles.load_bundle(checkpoint.folder)
 
 
-def test_the_steps_are_in_order_and_half_ones_are_none(run: Path, tokenizer: Tokenizer) -> None:
+def test_checkpoints_are_listed_in_order_without_incomplete_ones(run: Path, tokenizer: Tokenizer) -> None:
     for step in (10, 2, 100_000_000_000):
         add(run, tokenizer, step)
     (run / "step-00000005").mkdir()
     (run / "step-x").mkdir()
     add(run, tokenizer, 3).folder.replace(run / ".partial-step-00000003")
-    assert numbers(steps(run)) == [2, 10, 100_000_000_000]
-    assert steps(run / "nowhere") == []
+    assert steps(list_checkpoints(run)) == [2, 10, 100_000_000_000]
+    assert list_checkpoints(run / "nowhere") == []
 
 
 @pytest.mark.parametrize(("metric", "expected"), [("chrf", [2, 4, 1]), ("loss", [1, 2, 4])])
-def test_ranking_knows_which_way_is_better(
+def test_ranking_depends_on_the_metric(
     run: Path, tokenizer: Tokenizer, metric: str, expected: list[int]
 ) -> None:
     for step, value in ((1, 1.0), (2, 5.0), (3, None), (4, 5.0)):
         add(run, tokenizer, step, value, metric)
-    assert numbers(ranked(steps(run))) == expected
+    assert steps(ranked(list_checkpoints(run))) == expected
 
 
-def test_pruning_keeps_the_best_and_the_last(run: Path, tokenizer: Tokenizer) -> None:
+def test_pruning_keeps_the_best_and_the_last_checkpoints(run: Path, tokenizer: Tokenizer) -> None:
     for step, value in ((1, 9.0), (2, 1.0), (3, 8.0), (4, 2.0), (5, None), (6, 3.0)):
         add(run, tokenizer, step, value)
     prune(run, best=2, last=2)
-    assert numbers(steps(run)) == [1, 3, 5, 6]
-    assert [point.resumable() for point in steps(run)] == [False, False, True, True]
+    assert steps(list_checkpoints(run)) == [1, 3, 5, 6]
+    assert [checkpoint.resumable() for checkpoint in list_checkpoints(run)] == [False, False, True, True]
     assert not list(run.glob(".partial*"))
     prune(run, best=0, last=0)
-    assert numbers(steps(run)) == [6], "the newest is never removed"
+    assert steps(list_checkpoints(run)) == [6], "the newest is never removed"
 
 
-def test_of_a_killed_removal_nothing_is_left_that_looks_whole(
+def test_a_killed_pruning_leaves_nothing_that_looks_like_a_checkpoint(
     run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
         add(run, tokenizer, step)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     prune(run, best=0, last=1)
-    assert numbers(steps(run)) == [2]
+    assert steps(list_checkpoints(run)) == [2]
 
 
-def test_the_newest_whole_state_is_found(
+def test_the_newest_undamaged_state_is_found(
     run: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert checkpoints.newest_state(run) is None
@@ -97,24 +106,38 @@ def test_the_newest_whole_state_is_found(
         add(run, tokenizer, step)
     (run / "step-00000003/training/state.safetensors").write_bytes(b"junk")
     (run / "step-00000002/training/state.json").write_bytes(b"{}")
-    with pytest.raises(Damaged, match="checksum"):
-        steps(run)[-1].state()
+    with pytest.raises(DamagedState, match="checksum"):
+        list_checkpoints(run)[-1].load_state()
     state = checkpoints.newest_state(run)
     assert state is not None
     assert state[0]["step"] == 1
-    assert numbers(steps(run)) == [1]
+    assert steps(list_checkpoints(run)) == [1]
     said = capsys.readouterr().err
     for step in (2, 3):
         assert f"damaged-step-0000000{step}" in said
         assert (run / f"damaged-step-0000000{step}").is_dir()
 
 
-def test_a_state_of_another_format_is_no_damage(run: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (1, "begun by an older version of trmt .* finish it with the version that .* --init-from {run}"),
+        (9, "begun by a newer version of trmt; upgrade trmt"),
+    ],
+)
+def test_a_state_of_another_version_is_refused_and_not_taken_for_damaged(
+    run: Path, tokenizer: Tokenizer, number: int, message: str
+) -> None:
+    check_format(run)
     path = add(run, tokenizer, 1).folder / "training/state.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"format": 9}))
-    with pytest.raises(BundleError, match="is of format 9"):
-        checkpoints.newest_state(run)
-    assert numbers(steps(run)) == [1]
+    check_format(run)
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"format": number}))
+    for refused in (checkpoints.newest_state, check_format):
+        with pytest.raises(BundleError, match=message.format(run=run)) as caught:
+            refused(run)
+        assert str(caught.value).startswith(str(run)) and "\n" not in str(caught.value)
+    assert steps(list_checkpoints(run)) == [1]
+    assert bundles.load_bundle(find_bundle(run))
 
 
 def test_a_run_folder_stands_for_its_average_else_its_best_else_its_last(
@@ -131,12 +154,12 @@ def test_a_run_folder_stands_for_its_average_else_its_best_else_its_last(
     shutil.copytree(run / "step-00000001", run / "average")
     assert find_bundle(run) == run / "average"
     assert find_bundle(run / "step-00000002") == run / "step-00000002"
-    # Killed between its two renames, a writer leaves the old one like this.
+    # A process killed between its two renames leaves the old average like this.
     (run / "average").replace(run / ".partial-old-average")
     assert find_bundle(run) == run / "average"
 
 
-def test_the_default_is_the_named_or_the_newest(
+def test_the_default_bundle_is_the_named_or_the_newest_one(
     run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = run.parent
@@ -158,11 +181,11 @@ def test_the_default_is_the_named_or_the_newest(
         default_bundle(models)
 
 
-def test_an_average_older_than_its_run_is_said(
+def test_an_average_older_than_its_run_is_warned_of(
     run: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    points = [add(run, tokenizer, step, 1.0) for step in (1, 2)]
-    checkpoints.average([point.folder for point in points[::-1]], run / "average")
+    found = [add(run, tokenizer, step, 1.0) for step in (1, 2)]
+    average_bundles([checkpoint.folder for checkpoint in found[::-1]], run / "average")
     assert find_bundle(run) == run / "average"
     assert not capsys.readouterr().err
     add(run, tokenizer, 3, 9.0)

@@ -1,4 +1,4 @@
-"""Runs side by side, and what a folder says of itself: two real runs, one of them on another dev set."""
+"""trmt compare and trmt inspect, with real runs, one of them on another dev set."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trmt.validating import validate
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two runs on one set, one of them longer and another architecture, and one on a set of its own."""
+    """Two runs on one set, with different lengths and architectures, and a run on another set."""
     folder = tmp_path_factory.mktemp("runs")
     one, other = toy.make_set(folder / "one"), toy.make_set(folder / "other", seed=7)
     changes: dict[str, Any] = {"validation": {"metric": "chrf", "sentences": 30}}
@@ -47,16 +47,16 @@ def training_pairs(run: Path) -> int:
     return len(PreparedSet.open(run.parent / "one" / "set").split("train"))
 
 
-def options(*places: Path, **more: Any) -> CompareOptions:
-    return CompareOptions(runs=places, **{"beam": 1, "resamples": 50, **more})
+def options(*runs: Path, **more: Any) -> CompareOptions:
+    return CompareOptions(runs=runs, **{"beam": 1, "resamples": 50, **more})
 
 
-def test_what_is_the_same_is_not_listed(runs: dict[str, Path]) -> None:
+def test_only_settings_that_differ_are_listed(runs: dict[str, Path]) -> None:
     found = compare(options(runs["base"], runs["long"], log_only=True))
     assert found.differences["training.steps"] == [6, 12]
     assert found.differences["optim.lr"] == [0.003, 0.01]
     assert found.differences["architecture"] == ["transformer", "rnn"]
-    # A default of one network that the other does not have counts as well, though no recipe names it.
+    # Defaults that the other network does not have are listed as well.
     assert found.differences["network.norm_place"] == ["post", "-"]
     assert "optim.name" not in found.differences and "network.width" not in found.differences
     base, long = found.runs.values()
@@ -68,7 +68,7 @@ def test_what_is_the_same_is_not_listed(runs: dict[str, Path]) -> None:
     assert not found.dev and not found.test
 
 
-def test_scores_are_those_of_translations_made_with_each_run(runs: dict[str, Path]) -> None:
+def test_scores_are_those_of_the_translations_of_each_run(runs: dict[str, Path]) -> None:
     found = compare(options(runs["base"], runs["long"]))
     data = PreparedSet.open(runs["base"].parent / "one" / "set")
     sources, references = data.dev_text()
@@ -83,14 +83,14 @@ def test_scores_are_those_of_translations_made_with_each_run(runs: dict[str, Pat
     assert all("version:" in score.signature for row in found.dev.values() for score in row.values())
 
 
-def test_other_dev_sets_are_told_and_not_compared(
+def test_runs_with_other_dev_sets_are_left_out_with_a_warning(
     runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = compare(options(runs["base"], runs["elsewhere"], runs["long"]))
     assert list(found.dev) == ["base", "long"]
     assert list(found.left_out) == ["elsewhere"]
     assert "elsewhere is not compared on the dev set" in " ".join(capsys.readouterr().err.split())
-    # Of a test set that is named, all of them are.
+    # A test set is translated with all runs.
     corpus = toy.write_tsv(runs["base"].parent / "test.tsv", toy.pairs(20, seed=30))
     found = compare(options(runs["elsewhere"], runs["base"], test=corpus))
     assert list(found.test) == ["elsewhere", "base"] and list(found.dev) == ["elsewhere"]
@@ -99,9 +99,7 @@ def test_other_dev_sets_are_told_and_not_compared(
     assert tree["dev_left_out"]["base"] and tree["paired_bootstrap"]["baseline"] == "elsewhere"
 
 
-def test_a_first_run_without_weights_leaves_nothing_to_compare_with(
-    runs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_without_weights_of_the_first_run_nothing_is_compared(runs: dict[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "young"
     shutil.copytree(runs["base"], copy, ignore=shutil.ignore_patterns("step-*"))
     found = compare(options(copy, runs["long"]))
@@ -121,11 +119,11 @@ def test_a_dev_set_that_was_changed_is_refused(runs: dict[str, Path], tmp_path: 
         compare(options(copy, runs["long"]))
     changed = {**origin, "data": str(runs["base"].parent / "other" / "set")}
     (copy / "origin.json").write_text(json.dumps(changed))
-    with pytest.raises(DataError, match=r"another dev set.*--log-only"):
+    with pytest.raises(DataError, match=r"dev set in .* has changed.*--log-only"):
         compare(options(copy, runs["long"]))
 
 
-def test_what_makes_no_comparison_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_impossible_comparisons_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two runs"):
         options(runs["base"])
     with pytest.raises(ConfigError, match="--log-only"):
@@ -133,11 +131,11 @@ def test_what_makes_no_comparison_is_refused(runs: dict[str, Path], tmp_path: Pa
     with pytest.raises(ConfigError, match="twice"):
         compare(options(runs["base"], runs["base"]))
     shutil.copy(runs["base"] / "log.jsonl", tmp_path)
-    with pytest.raises(DataError, match="no run folder"):
+    with pytest.raises(DataError, match="not a run folder"):
         compare(options(tmp_path, runs["base"]))
 
 
-def test_differences_keep_what_some_runs_lack() -> None:
+def test_differences_include_settings_that_some_runs_lack() -> None:
     settings = [{"a": 1, "b": 2, "description": "x"}, {"a": 1, "c": True, "description": "y"}, {"a": 1}]
     assert differences(settings) == {"b": [2, "-", "-"], "c": ["-", True, "-"]}
 
@@ -145,8 +143,8 @@ def test_differences_keep_what_some_runs_lack() -> None:
 def test_the_command_shows_curves_settings_and_scores(
     runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = [str(runs["base"]), str(runs["long"])]
-    monkeypatch.setattr(sys, "argv", ["trmt", "compare", *places, "--beam", "1", "--resamples", "50"])
+    paths = [str(runs["base"]), str(runs["long"])]
+    monkeypatch.setattr(sys, "argv", ["trmt", "compare", *paths, "--beam", "1", "--resamples", "50"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     shown = capsys.readouterr().out
@@ -154,17 +152,17 @@ def test_the_command_shows_curves_settings_and_scores(
     assert "training loss" in shown and "signature" not in shown and "|version:" in shown
     [line] = [line for line in shown.splitlines() if line.startswith("optim.lr")]
     assert line.split() == ["optim.lr", "0.003", "0.01"]
-    monkeypatch.setattr(sys, "argv", ["trmt", "compare", *places, "--log-only", "--json"])
+    monkeypatch.setattr(sys, "argv", ["trmt", "compare", *paths, "--log-only", "--json"])
     with pytest.raises(SystemExit):
         cli.main()
     tree = json.loads(capsys.readouterr().out)
     assert tree["differences"]["training.steps"] == {"base": 6, "long": 12} and tree["dev"] == {}
 
 
-# What `trmt inspect` says of runs
+# trmt inspect
 
 
-def test_a_run_is_its_best_checkpoint_and_what_it_has_been_through(runs: dict[str, Path]) -> None:
+def test_a_run_is_described_by_its_best_checkpoint_and_its_history(runs: dict[str, Path]) -> None:
     facts = inspect(runs["long"])
     assert facts["folder"] == str(checkpoints.find_bundle(runs["long"]))
     assert facts["run"]["progress"]["step"] == 12 and facts["run"]["checkpoints"] == [3, 6, 9, 12]
@@ -188,10 +186,10 @@ def test_a_run_is_its_best_checkpoint_and_what_it_has_been_through(runs: dict[st
     assert facts["engine"] == "eager" and facts["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_where_weights_came_from(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_origin_of_weights(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["base"], run)
-    averaged = inspect(average(AverageOptions(places=(run,), last=2)))
+    averaged = inspect(average(AverageOptions(paths=(run,), last=2)))
     assert averaged["came_from"]["averaged"] == ["step-00000006", "step-00000003"]
     assert averaged["came_from"]["run"] == str(run.resolve())
     recipe = toy.recipe(tmp_path, {}, architecture="transformer")
@@ -206,12 +204,12 @@ def test_where_weights_came_from(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "run" not in inspect(moved)["came_from"] and "run" not in inspect(moved)
 
 
-def test_the_command_says_it_in_lines(
+def test_the_command_prints_lines(
     runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["trmt", "inspect", str(runs["base"])])
     with pytest.raises(SystemExit):
         cli.main()
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert "encoder" in lines["parts"] and "30 dev pairs" in lines["prepared"]
+    assert "encoder" in lines["components"] and "30 dev pairs" in lines["prepared"]
     assert "engine eager" in lines["runs"] and lines["trained"].startswith("6 steps")

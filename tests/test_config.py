@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from trmt.config import build, merged, parse_value, read_toml, to_toml, tree_of, with_settings
+from trmt.config import RENAMED_KEYS, apply_settings, build, merge, parse_value, read_toml, to_toml, to_tree
 from trmt.errors import ConfigError
+from trmt.registry import NETWORKS, OBJECTIVES, resolve
+from trmt.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ def test_a_tree_becomes_the_dataclass_and_back() -> None:
         "x", many=(1, 2), inner=Inner(2.0, "two"), free={"deep": {"er": [1]}}, counts={"a": 3}
     )
     assert isinstance(built.inner.rate, float)
-    assert build(Outer, tree_of(built), where="again") == built
-    assert "maybe" not in tree_of(built)
+    assert build(Outer, to_tree(built), where="again") == built
+    assert "maybe" not in to_tree(built)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,7 @@ def test_a_tree_becomes_the_dataclass_and_back() -> None:
         ({"name": "x", "counts": {"a": "b"}}, "recipe.counts.a"),
     ],
 )
-def test_what_does_not_fit_is_named(tree: dict[str, Any], expected: str) -> None:
+def test_errors_name_the_key(tree: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(Outer, tree, where="recipe")
     assert expected in str(caught.value)
@@ -111,7 +114,7 @@ def test_toml_makes_the_round_trip(seed: int, tmp_path: Path) -> None:
     assert read_toml(path) == tree
 
 
-def test_a_file_that_cannot_be_used_is_said(tmp_path: Path) -> None:
+def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no recipe"):
         read_toml(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot read"):
@@ -135,21 +138,21 @@ def test_a_file_that_cannot_be_used_is_said(tmp_path: Path) -> None:
         ("", ""),
     ],
 )
-def test_values_are_toml_or_else_text(text: str, value: Any) -> None:
+def test_values_are_toml_or_text(text: str, value: Any) -> None:
     assert parse_value(text) == value
     assert type(parse_value(text)) is type(value)
 
 
-def test_settings_are_put_in_without_touching_the_tree() -> None:
+def test_settings_do_not_change_the_tree_itself() -> None:
     tree: dict[str, Any] = {"optim": {"lr": 1.0}, "name": "x"}
-    changed = with_settings(tree, ["optim.lr=5e-4", "network.depth = 3", "name=a=b"])
+    changed = apply_settings(tree, ["optim.lr=5e-4", "network.depth = 3", "name=a=b"])
     assert changed == {"optim": {"lr": 5e-4}, "network": {"depth": 3}, "name": "a=b"}
     assert tree == {"optim": {"lr": 1.0}, "name": "x"}
 
 
-def test_a_date_in_a_recipe_survives_settings(tmp_path: Path) -> None:
+def test_a_date_in_a_recipe_is_an_error_of_its_key(tmp_path: Path) -> None:
     (tmp_path / "dated.toml").write_text("name = 2024-05-27\n", "utf-8")
-    tree = with_settings(read_toml(tmp_path / "dated.toml"), ["count=2"])
+    tree = apply_settings(read_toml(tmp_path / "dated.toml"), ["count=2"])
     with pytest.raises(ConfigError, match=r"recipe\.name"):
         build(Outer, tree, where="recipe")
 
@@ -157,19 +160,62 @@ def test_a_date_in_a_recipe_survives_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["optim.lr", "=3", " =3"])
 def test_a_setting_is_key_and_value(setting: str) -> None:
     with pytest.raises(ConfigError, match="--set takes key=value"):
-        with_settings({}, [setting])
+        apply_settings({}, [setting])
 
 
 def test_a_setting_below_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="'name' is a value"):
-        with_settings({"name": "x"}, ["name.first=1"])
+        apply_settings({"name": "x"}, ["name.first=1"])
 
 
-def test_merging_goes_table_by_table() -> None:
+def test_trees_are_merged_table_by_table() -> None:
     base = {"a": {"x": 1, "y": {"z": 2}}, "b": 1}
-    assert merged(base, {"a": {"y": {"w": 3}}, "c": {}}) == {
+    assert merge(base, {"a": {"y": {"w": 3}}, "c": {}}) == {
         "a": {"x": 1, "y": {"z": 2, "w": 3}},
         "b": 1,
         "c": {},
     }
     assert base == {"a": {"x": 1, "y": {"z": 2}}, "b": 1}
+
+
+@dataclass(frozen=True)
+class Renamed(Inner):
+    """A config class with an inherited field that had another name."""
+
+
+def test_old_keys_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trmt.config.RENAMED_KEYS", {"Inner": {"speed": "rate"}})
+    assert build(Renamed, {"speed": 0.25}, where="recipe") == Renamed(rate=0.25)
+    assert to_tree(build(Inner, {"speed": 0.25}, where="recipe")) == {"rate": 0.25, "kind": "one"}
+    with pytest.raises(ConfigError, match=r"recipe\.rate = 'fast'"):
+        build(Inner, {"speed": "fast"}, where="recipe")
+
+
+def test_of_the_old_and_the_present_key_the_later_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trmt.config.RENAMED_KEYS", {"Inner": {"speed": "rate"}})
+    old, new = {"speed": 1.0}, {"rate": 1.0}
+    assert build(Inner, apply_settings(old, ["rate=2"]), where="recipe").rate == 2
+    assert build(Inner, apply_settings(new, ["speed=2"]), where="recipe").rate == 2
+
+
+def config_classes() -> Iterator[type]:
+    """Every class that a recipe is built from, and its base classes."""
+    tables = [
+        Recipe,
+        *(each.default_factory for each in fields(Recipe) if is_dataclass(each.default_factory)),
+    ]
+    chosen = [resolve(table, name).config_class for table in (NETWORKS, OBJECTIVES) for name in table]
+    for cls in [*tables, *chosen]:
+        yield from cls.__mro__[:-1]
+
+
+def test_renamed_keys_are_of_config_classes() -> None:
+    classes = {cls.__name__: cls for cls in config_classes()}
+    for name, keys in RENAMED_KEYS.items():
+        known = {each.name for each in fields(classes[name])}
+        assert known >= set(keys.values()) and not known & set(keys)
+
+
+def test_an_old_recipe_is_read() -> None:
+    tree = {"batches": {"passage": 64}, "training": {"steps": 1}}
+    assert build(Recipe, tree, where="recipe").batches.passage_tokens == 64

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from trmt import console, pauses
+from trmt import clock, console
 
 
 def test_messages_go_to_standard_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -13,9 +13,9 @@ def test_messages_go_to_standard_error_in_one_line(capsys: pytest.CaptureFixture
     console.say(f"[bold]not markup[/bold] :smile: {long}")
     console.warn("careful")
     console.fail("no")
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.splitlines() == [
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.splitlines() == [
         f"[bold]not markup[/bold] :smile: {long}",
         "warning: careful",
         "error: no",
@@ -35,23 +35,23 @@ def test_quiet_keeps_warnings_and_errors(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_table_shows_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     console.table("counts", ["what", "how many"], [["[red]", "12"], ["other", "1,345"]])
-    said = capsys.readouterr().err
+    shown = capsys.readouterr().err
     for word in ("counts", "what", "how many", "[red]", "12", "1,345"):
-        assert word in said
+        assert word in shown
 
 
-def test_where_no_terminal_is_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_short_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("work", 10) as bar:
         for _ in range(10):
             bar.advance()
     assert capsys.readouterr().err == ""
 
 
-def test_where_no_terminal_is_long_work_says_lines(
+def test_without_a_terminal_long_work_prints_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = itertools.count(0, 40)
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    times = itertools.count(0, 40)
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
     with console.progress("reading", 4, unit="pairs") as bar:
         for _ in range(4):
             bar.advance(1, "fine")
@@ -61,17 +61,17 @@ def test_where_no_terminal_is_long_work_says_lines(
     assert lines[-1] == "reading: 4 of 4 pairs, 0 s left  fine"
 
 
-def test_what_was_done_before_does_not_count_as_speed(
+def test_earlier_work_does_not_count_for_the_estimate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = itertools.count(0, 40)
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    times = itertools.count(0, 40)
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
     with console.progress("training", 100, unit="steps", done=90) as bar:
         bar.advance()
     assert capsys.readouterr().err == "training: 91 of 100 steps, 6 min 00 s left\n"
 
 
-def test_a_pause_does_not_change_the_time_left(
+def test_suspended_time_does_not_count_for_the_estimate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -79,9 +79,9 @@ def test_a_pause_does_not_change_the_time_left(
     with console.progress("training", 4, unit="steps") as bar:
         for pause in (0, 86_400):
             now[0] += 40 + pause
-            pauses.leave_out(pause)
+            clock.exclude(pause)
             bar.advance()
-        bar.advance(-3)  # a run that goes back
+        bar.advance(-3)  # a rollback
         now[0] += 40
         bar.advance()
     lines = capsys.readouterr().err.splitlines()
@@ -100,12 +100,12 @@ def test_a_pause_does_not_change_the_time_left(
         (7500, "2 h 05 min"),
     ],
 )
-def test_durations_are_as_people_say_them(seconds: float, text: str) -> None:
+def test_durations_are_rounded_for_people(seconds: float, text: str) -> None:
     assert console.duration(seconds) == text
 
 
-def test_who_follows_says_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
-    console.set_following(True)
+def test_other_processes_print_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
+    console.set_main_process(False)
     try:
         console.say("hello")
         console.warn("careful")
@@ -116,4 +116,4 @@ def test_who_follows_says_errors_only(capsys: pytest.CaptureFixture[str]) -> Non
         console.fail("broken")
         assert capsys.readouterr().err == "error: broken\n"
     finally:
-        console.set_following(False)
+        console.set_main_process(True)

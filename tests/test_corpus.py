@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.text.corpus import Corpus, count, fingerprint, lines, pairs, parse_corpus
+from trmt.text.corpus import Corpus, parse_corpus
+from trmt.text.lines import read_lines
+from trmt.text.pairs import corpus_fingerprint, count_pairs, read_corpus
 
-# Everything that some reader takes for the end of a line or of a field, and pieces of broken UTF-8.
+# Characters that some programs take for the end of a line or of a field, and parts of UTF-8.
 NASTY = [b"\r", b"\r\n", b"\n", b"\n", b"\0", b"\x0b", b"\x0c", b"\x1c", b"\x1a", b'"', b"\\", b",", b" "]
 NASTY += ["\u2028".encode(), "\u0085".encode(), "\ufeff".encode(), "é".encode(), "😀".encode(), b"a", b"Zug"]
 
@@ -25,7 +27,7 @@ def corpus(name: object, **options: Any) -> Corpus:
 
 
 def read(name: object, **options: Any) -> list[tuple[str, str]]:
-    return list(pairs(corpus(name, **options)))
+    return list(read_corpus(corpus(name, **options)))
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -47,13 +49,13 @@ def fuzzed(seed: int, alphabet: Iterable[bytes] = tuple(NASTY)) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".gz"])
-def test_lines_end_at_newlines_and_nowhere_else(tmp_path: Path, suffix: str) -> None:
+def test_only_newlines_end_a_line(tmp_path: Path, suffix: str) -> None:
     for seed in range(300):
         content = fuzzed(seed)
-        assert list(lines(write(tmp_path / f"x{suffix}", content))) == naive_lines(content), content
+        assert list(read_lines(write(tmp_path / f"x{suffix}", content))) == naive_lines(content), content
 
 
-def test_every_byte_is_read_or_is_an_error(tmp_path: Path) -> None:
+def test_every_byte_is_decoded_or_is_an_error(tmp_path: Path) -> None:
     chooser = random.Random(5)
     path = tmp_path / "x"
     refused = 0
@@ -65,21 +67,21 @@ def test_every_byte_is_read_or_is_an_error(tmp_path: Path) -> None:
         except UnicodeDecodeError:
             refused += 1
             with pytest.raises(DataError, match="not valid UTF-8"):
-                list(lines(path))
+                list(read_lines(path))
         else:
-            assert list(lines(path)) == expected
+            assert list(read_lines(path)) == expected
     assert 0 < refused < 300
 
 
-def test_undecodable_bytes_name_file_and_line(tmp_path: Path) -> None:
+def test_errors_in_decoding_name_file_and_line(tmp_path: Path) -> None:
     path = write(tmp_path / "x", b"good\nalso\r good\nba\xffd\n")
     with pytest.raises(DataError, match=r"x, line 3: .* \(byte 0xff at position 3 of the line\)"):
-        list(lines(path))
+        list(read_lines(path))
 
 
-def test_lines_reads_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_lines_reads_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\r\nb\rc"), encoding="ascii"))
-    assert list(lines("-")) == ["a", "b\rc"]
+    assert list(read_lines("-")) == ["a", "b\rc"]
 
 
 def test_damaged_gzip_is_an_error(tmp_path: Path) -> None:
@@ -88,21 +90,21 @@ def test_damaged_gzip_is_an_error(tmp_path: Path) -> None:
     for content in (whole[:-20], whole[:2000] + b"\0\1\2" + whole[2003:], b"no gzip at all"):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"x\.gz is damaged"):
-            list(lines(path))
+            list(read_lines(path))
 
 
 @pytest.mark.parametrize("name", ["", "missing", "folder"])
 def test_unreadable_files_are_errors(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="check the path"):
-        list(lines(tmp_path / name))
+        list(read_lines(tmp_path / name))
 
 
 # Two files
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_two_files_and_a_prefix_are_the_same(tmp_path: Path, suffix: str) -> None:
+def test_two_files_and_a_prefix_give_the_same_pairs(tmp_path: Path, suffix: str) -> None:
     sides = [b"".join(fuzzed(seed).replace(b"\n", b"") + b"\n" for seed in range(99)) for _ in range(2)]
     source, target = (
         write(tmp_path / f"t.{language}{suffix}", side)
@@ -120,7 +122,7 @@ def test_unequal_line_counts_name_both_files(tmp_path: Path, english: int, germa
         read(tmp_path / "t")
 
 
-def test_missing_files_say_what_was_looked_for(tmp_path: Path) -> None:
+def test_errors_about_missing_files_name_them(tmp_path: Path) -> None:
     write(tmp_path / "t.en", b"x\n")
     with pytest.raises(DataError, match=r"t\.de or .*t\.de\.gz, not found"):
         corpus(tmp_path / "t")
@@ -139,7 +141,7 @@ def test_missing_files_say_what_was_looked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["t.tsv", "t.tsv.gz"])
-def test_tsv_splits_at_tabs_and_nowhere_else(tmp_path: Path, name: str) -> None:
+def test_only_tabs_split_a_row_of_tsv(tmp_path: Path, name: str) -> None:
     for seed in range(200):
         one, other = (fuzzed(seed + add).replace(b"\n", b"") for add in (0, 1000))
         content = b"a\tb\n" + one + b"\t" + other + b"\nc\td"
@@ -150,7 +152,7 @@ def test_tsv_splits_at_tabs_and_nowhere_else(tmp_path: Path, name: str) -> None:
 def test_tsv_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'"a\tb\n\n')))
     assert read("-") == [('"a', "b"), ("", "")]
-    assert fingerprint(corpus("-")) is None
+    assert corpus_fingerprint(corpus("-")) is None
 
 
 def test_tsv_columns(tmp_path: Path) -> None:
@@ -182,7 +184,9 @@ def test_tsv_with_another_number_of_columns(tmp_path: Path, line: bytes) -> None
         ([{"q": "a", "r": "b", "en": "x", "de": "y"}], {"source_column": "q", "target_column": "r"}),
     ],
 )
-def test_columns_of_rows(tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, str]) -> None:
+def test_the_columns_of_a_row_are_chosen_by_name(
+    tmp_path: Path, rows: list[dict[str, Any]], options: dict[str, str]
+) -> None:
     text = "\n".join(map(json.dumps, rows))
     assert read(write(tmp_path / "t.jsonl", text.encode()), **options) == [("a", "b")]
     assert read(write(tmp_path / "t.jsonl.gz", text.encode()), **options) == [("a", "b")]
@@ -190,7 +194,7 @@ def test_columns_of_rows(tmp_path: Path, rows: list[dict[str, Any]], options: di
     assert read(tmp_path / "t.parquet", **options) == [("a", "b")]
 
 
-def test_texts_in_rows_are_one_line_each(tmp_path: Path) -> None:
+def test_newlines_in_the_text_of_a_row_become_spaces(tmp_path: Path) -> None:
     texts = ["a\nb", "c\r\nd", "\u2028\0\x0b\r", ' "quotes", \t', "", None]
     rows = [{"en": text, "de": "x"} for text in texts]
     expected = [((text or "").replace("\n", " "), "x") for text in texts]
@@ -217,7 +221,7 @@ def test_bad_json_names_file_and_line(tmp_path: Path, line: str, message: str) -
         read(path)
 
 
-def test_rows_without_known_columns(tmp_path: Path) -> None:
+def test_rows_without_known_columns_are_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", b'{"fr": "a", "de": "b"}')
     with pytest.raises(DataError, match=r"neither 'en' and 'de' nor 'source' and 'target' .*'fr', 'de'"):
         read(path)
@@ -225,15 +229,15 @@ def test_rows_without_known_columns(tmp_path: Path) -> None:
 
 def test_broken_parquet_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", b"PAR1 nothing PAR1")
-    assert count(corpus(path)) is None
+    assert count_pairs(corpus(path)) is None
     with pytest.raises(DataError, match=r"cannot read .*t\.parquet at all"):
         read(path)
 
 
-# Data sets
+# Datasets
 
 
-def test_data_set_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.chdir(tmp_path)
@@ -246,13 +250,13 @@ def test_data_set_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert read("hf:plain:validation") == [("b", "b")]
     with pytest.raises(DataError, match="cannot read hf:plain:test"):
         read("hf:plain:test")
-    before = fingerprint(corpus("hf:plain"))
+    before = corpus_fingerprint(corpus("hf:plain"))
     Path("plain/more").write_bytes(b"x")
-    assert fingerprint(corpus("hf:plain")) != before
+    assert corpus_fingerprint(corpus("hf:plain")) != before
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.txt"])
-def test_unfaithful_readers_are_refused(tmp_path: Path, name: str) -> None:
+def test_datasets_readers_that_lose_rows_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("en,de\na,b\n", encoding="utf-8")
     with pytest.raises(DataError, match="does not read faithfully"):
         read(f"hf:{tmp_path}")
@@ -288,11 +292,11 @@ def test_weights(tmp_path: Path) -> None:
 
 def test_count_and_fingerprint_follow_the_content(tmp_path: Path) -> None:
     path = write(tmp_path / "t.tsv.gz", b"a\tb\n" * 7)
-    assert count(corpus(path)) == 7
-    first = fingerprint(corpus(path))
+    assert count_pairs(corpus(path)) == 7
+    first = corpus_fingerprint(corpus(path))
     path.touch()
-    assert fingerprint(corpus(path)) == first
+    assert corpus_fingerprint(corpus(path)) == first
     write(path, b"a\tb\n" * 8)
-    assert fingerprint(corpus(path)) != first
+    assert corpus_fingerprint(corpus(path)) != first
     pq.write_table(pa.table({"en": ["a"] * 5, "de": ["b"] * 5}), tmp_path / "t.parquet")
-    assert count(corpus(tmp_path / "t.parquet")) == 5
+    assert count_pairs(corpus(tmp_path / "t.parquet")) == 5

@@ -1,4 +1,4 @@
-"""A set whose pairs were encoded in parts is the same, byte for byte, whatever happens on the way."""
+"""A set whose pairs were encoded in parts is the same to the byte, whichever workers die."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from tests.fleets import Accident, FakeFleet
+from tests.pools import Accident, FakePool
 from tests.scripted import small_tokenizer
 from tests.texts import ENGLISH, GERMAN
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.scale import corpus_preparing
 from trmt.scale.corpus_preparing import prepare_in_parts
-from trmt.scale.fleet import Job
 from trmt.scale.partition import MANIFEST
+from trmt.scale.pool import WorkerJob
 from trmt.sets import encoding
 from trmt.sets.preparing import PrepareOptions, prepare
 
@@ -33,13 +33,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("tokenizer")
-    small_tokenizer(place / "text").save(place / "made")
-    return place / "made"
+    folder = tmp_path_factory.mktemp("tokenizer")
+    small_tokenizer(folder / "text").save(folder / "made")
+    return folder / "made"
 
 
 def some_pairs(count: int, seed: int) -> list[tuple[str, str]]:
-    """Some of them more than once, some without text, some of unequal sides."""
+    """Pairs, some of them repeated, some without text, some of unequal lengths."""
     chooser = random.Random(seed)
     texts = [
         *zip(ENGLISH, GERMAN, strict=True),
@@ -56,7 +56,7 @@ def some_pairs(count: int, seed: int) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def options(tmp_path: Path, tokenizer: Path) -> PrepareOptions:
-    """Four corpora of all kinds that are text, and a dev set that shares pairs with them."""
+    """Corpora of all text formats, and a dev set that shares pairs with them."""
     one, other = zip(*some_pairs(300, 1), strict=True)
     (tmp_path / "train.en").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(one).encode())
     (tmp_path / "train.de").write_bytes("\n".join(other).encode() + b"\n")
@@ -81,15 +81,15 @@ def options(tmp_path: Path, tokenizer: Path) -> PrepareOptions:
 def in_parts(
     options: PrepareOptions, *, accident: Accident = lambda part: None, size: int = SMALL
 ) -> list[str]:
-    """Prepare with fake workers; the names of the parts they did."""
-    fleets: list[FakeFleet] = []
+    """Prepare with fake workers; returns the names of the parts they did."""
+    pools: list[FakePool] = []
 
-    def fleet(job: Job) -> FakeFleet:
-        fleets.append(FakeFleet(job, accident=accident))
-        return fleets[-1]
+    def make_pool(job: WorkerJob) -> FakePool:
+        pools.append(FakePool(job, accident=accident))
+        return pools[-1]
 
-    prepare_in_parts(options, fleet, part_bytes=size)
-    return sorted(name for one in fleets for name in one.done)
+    prepare_in_parts(options, make_pool, part_bytes=size)
+    return sorted(name for pool in pools for name in pool.done)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -97,7 +97,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def alone(options: PrepareOptions) -> dict[str, bytes]:
-    """What one process makes of the same."""
+    """The files of the set that one process prepares."""
     assert options.out
     out = options.out.with_name("alone")
     prepare(replace(options, out=out))
@@ -110,7 +110,7 @@ def test_the_set_is_the_same(options: PrepareOptions, keep_duplicates: bool) -> 
     assert len(in_parts(options)) > 10
     assert options.out and contents(options.out) == alone(options)
     assert not options.out.with_name("set.parts").exists()
-    # So the ordinary command finds it up to date, too.
+    # The ordinary command finds it up to date.
     before = (options.out / "index.json").stat().st_mtime_ns
     prepare(options)
     assert (options.out / "index.json").stat().st_mtime_ns == before
@@ -133,7 +133,7 @@ def test_a_row_that_differs_from_the_first_is_an_error_in_any_part(
         in_parts(options)
 
 
-def test_going_on_does_what_is_missing_only(
+def test_a_second_start_encodes_only_missing_parts(
     options: PrepareOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def accident(part: Any) -> str | None:
@@ -156,21 +156,21 @@ def test_parts_of_other_text_or_options_are_refused(options: PrepareOptions, tmp
         in_parts(replace(options, dev=str(tmp_path / "wide.tsv"), columns=("0", "1")))
     with (tmp_path / "train.de").open("r+b") as stream:
         stream.write(b"#")
-    with pytest.raises(ConfigError, match=r"what is in .*train.de has changed"):
+    with pytest.raises(ConfigError, match=r"the contents of .*train.de have changed"):
         in_parts(options)
 
 
 def test_a_damaged_part_is_named(options: PrepareOptions) -> None:
     assert options.out
-    place = options.out.with_name("set.parts")
+    folder = options.out.with_name("set.parts")
     with pytest.raises(TrmtError):
         in_parts(options, accident=lambda part: "died" if part.name == "part-00001" else None)
-    (place / "part-00003").write_bytes((place / "part-00003").read_bytes()[:200])
+    (folder / "part-00003").write_bytes((folder / "part-00003").read_bytes()[:200])
     with pytest.raises(DataError, match=r"part-00003 cannot be read .*; remove it"):
         in_parts(options)
-    (place / "part-00003").unlink()
+    (folder / "part-00003").unlink()
     assert in_parts(options) == ["part-00003"] and (options.out / "index.json").exists()
-    assert not (place / MANIFEST).exists()
+    assert not (folder / MANIFEST).exists()
 
 
 def test_bad_text_names_the_line_of_the_file(options: PrepareOptions, tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def test_sides_of_different_length_are_refused(options: PrepareOptions, tmp_path
 
 
 @pytest.mark.parametrize("corpus", ["-", "hf:."])
-def test_what_is_no_file_is_refused(options: PrepareOptions, corpus: str) -> None:
-    with pytest.raises(ConfigError, match="is no file, which many could read"):
+def test_a_corpus_that_is_not_a_file_is_refused(options: PrepareOptions, corpus: str) -> None:
+    with pytest.raises(ConfigError, match="is not a file that all workers can read"):
         in_parts(replace(options, train=(corpus,)))
 
 

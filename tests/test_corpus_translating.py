@@ -1,4 +1,4 @@
-"""Files in parts are translated as a stream is, wherever they are cut and whoever dies."""
+"""The parts of a file contain its translation as a stream, wherever it is cut and whichever workers die."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from typing import Any
 
 import pytest
 
-from tests.fleets import Accident, FakeFleet
+from tests.pools import Accident, FakePool
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from trmt import cli
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.scale.corpus_translating import CorpusOptions, TextPart, translate_corpus
-from trmt.scale.fleet import Job
-from trmt.storage import remote
-from trmt.storage.files import only_one
+from trmt.scale.pool import WorkerJob
+from trmt.storage import files
+from trmt.storage.locks import exclusive
 from trmt.streaming import translate_stream
 from trmt.translating import TranslateOptions, Translator
 
 SHORT = TranslateOptions(search="greedy", max_length=6, device="cpu")
-SMALL = 0.001  # MiB in a part: a thousand bytes
+SMALL = 0.001  # MiB in a part, about a thousand bytes
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("bundle")
-    random_bundle(place / "random", small_tokenizer(place / "text"))
-    return place / "random"
+    folder = tmp_path_factory.mktemp("bundle")
+    random_bundle(folder / "random", small_tokenizer(folder / "text"))
+    return folder / "random"
 
 
 @pytest.fixture
 def run(bundle: Path) -> Callable[..., list[str]]:
-    """Translates, and tells which parts were done; `accident` befalls the fake workers."""
+    """Translates with fake workers; returns the names of the parts they did."""
 
     def run(
         source: str | Path, out: str | Path, *, accident: Accident = lambda part: None, **more: Any
     ) -> Any:
         done: list[str] = []
 
-        class Watched(FakeFleet):
+        class WatchedPool(FakePool):
             def __exit__(self, *_: object) -> None:
                 done.extend(self.done)
 
         options = {"part_mib": SMALL, "search": SHORT, "model": bundle, **more}
-        asked = CorpusOptions(source=str(source), out=str(out), **options)
-        translate_corpus(asked, lambda job: Watched(job, accident=accident))
+        corpus = CorpusOptions(source=str(source), out=str(out), **options)
+        translate_corpus(corpus, lambda job: WatchedPool(job, accident=accident))
         return sorted(done)
 
     return run
@@ -63,7 +63,7 @@ def streamed(bundle: Path, data: bytes, search: TranslateOptions = SHORT, **opti
 
 
 def parts(folder: Path) -> list[Path]:
-    """As a shell finds them: `part-*`."""
+    """The files that a shell finds with `part-*`."""
     return sorted(folder.glob("part-*"))
 
 
@@ -98,7 +98,7 @@ def test_every_file_is_translated_as_a_stream_is(
 
 
 @pytest.mark.parametrize("search", [SHORT, TranslateOptions(search="sampling", max_length=4, device="cpu")])
-def test_numbers_and_samples_are_those_of_the_whole_file(
+def test_line_numbers_and_samples_are_those_of_the_whole_file(
     bundle: Path, run: Callable[..., list[str]], tmp_path: Path, search: TranslateOptions
 ) -> None:
     data = b"It rains.\nNobody expected it.\n" * 60
@@ -107,7 +107,7 @@ def test_numbers_and_samples_are_those_of_the_whole_file(
     assert joined(tmp_path / "out") == streamed(bundle, data, search, as_json=True)
 
 
-def test_going_on_does_what_is_missing_only(run: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_second_start_translates_only_missing_parts(run: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(hostile(120, seed=4))
     assert len(run(tmp_path / "text", tmp_path / "out")) > 4
     before = {path.name: path.read_bytes() for path in parts(tmp_path / "out")}
@@ -122,17 +122,17 @@ def test_going_on_does_what_is_missing_only(run: Callable[..., list[str]], tmp_p
     assert not list((tmp_path / "out").glob(".partial*"))
 
 
-def test_from_store_to_store(bundle: Path, run: Callable[..., list[str]], tmp_path: Path) -> None:
-    place, data = f"memory://{uuid.uuid4().hex}", hostile(60, seed=5)
-    with remote.published(f"{place}/in/a.txt") as stream:
+def test_input_and_output_in_a_store(bundle: Path, run: Callable[..., list[str]], tmp_path: Path) -> None:
+    store, data = f"memory://{uuid.uuid4().hex}", hostile(60, seed=5)
+    with files.atomic_file(f"{store}/in/a.txt") as stream:
         stream.write(data)
-    run(f"{place}/in", f"{place}/out")
-    names = [name for name in remote.files_below(f"{place}/out/a.txt") if name.startswith("part-")]
+    run(f"{store}/in", f"{store}/out")
+    names = [name for name in files.list_files(f"{store}/out/a.txt") if name.startswith("part-")]
     assert len(names) > 1
-    found = b"".join(remote.opened(f"{place}/out/a.txt/{name}").read() for name in names)
+    found = b"".join(files.open_file(f"{store}/out/a.txt/{name}").read() for name in names)
     assert found == streamed(bundle, data)
-    remote.remove(f"{place}/out/a.txt/{names[1]}")
-    assert run(f"{place}/in", f"{place}/out") == [f"a.txt/{names[1]}"]
+    files.remove(f"{store}/out/a.txt/{names[1]}")
+    assert run(f"{store}/in", f"{store}/out") == [f"a.txt/{names[1]}"]
 
 
 def dies(*names: str) -> Accident:
@@ -142,7 +142,7 @@ def dies(*names: str) -> Accident:
     return accident
 
 
-def test_a_part_that_cannot_be_done_is_named_and_the_others_are_there(
+def test_a_part_that_fails_is_named_and_the_others_are_done(
     bundle: Path, run: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     data = hostile(120, seed=6)
@@ -168,7 +168,7 @@ def test_text_that_changes_after_the_cut_is_not_translated(
     assert parts(tmp_path / "out") == []
 
 
-def test_a_damaged_archive_is_named_and_the_others_are_there(
+def test_a_damaged_archive_is_named_and_the_others_are_done(
     run: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -180,7 +180,7 @@ def test_a_damaged_archive_is_named_and_the_others_are_there(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"search": TranslateOptions(beam=3, max_length=6, device="cpu")}, "search.beam was 4 and is 3"),
         ({"as_json": True}, "json was false and is true"),
@@ -189,22 +189,22 @@ def test_a_damaged_archive_is_named_and_the_others_are_there(
     ],
 )
 def test_a_second_start_with_other_options_is_refused(
-    run: Callable[..., list[str]], tmp_path: Path, change: dict[str, Any], said: str
+    run: Callable[..., list[str]], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "text").write_bytes(b"It rains.\n")
     run(tmp_path / "text", tmp_path / "out")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         run(tmp_path / "text", tmp_path / "out", **change)
 
 
-def test_batches_may_be_others(run: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_the_batch_size_may_change(run: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"It rains.\n")
     run(tmp_path / "text", tmp_path / "out")
     other = TranslateOptions(search="greedy", max_length=6, device="cpu", batch=3)
     assert run(tmp_path / "text", tmp_path / "out", search=other) == []
 
 
-def test_another_model_is_refused_and_so_is_one_that_changes(
+def test_another_model_and_a_changing_one_are_refused(
     bundle: Path, run: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "text").write_bytes(b"It rains.\n")
@@ -214,43 +214,43 @@ def test_another_model_is_refused_and_so_is_one_that_changes(
     with pytest.raises(ConfigError, match=r"model\.weights was"):
         run(tmp_path / "text", tmp_path / "out", model=other)
 
-    def exchanged(job: Job) -> FakeFleet:
+    def exchanged(job: WorkerJob) -> FakePool:
         random_bundle(other, small_tokenizer(tmp_path / "t"), eagerness=1.5)
-        return FakeFleet(job)
+        return FakePool(job)
 
     text, out = str(tmp_path / "text"), str(tmp_path / "out2")
     options = CorpusOptions(source=text, out=out, model=other, search=SHORT)
-    with pytest.raises(BundleError, match="other weights there than where the work was begun"):
+    with pytest.raises(BundleError, match="other weights on this machine than on the one that started"):
         translate_corpus(options, exchanged)
 
 
-def test_two_at_once_are_refused(run: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_two_commands_for_one_folder_are_refused(run: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"It rains.\n")
-    with only_one(tmp_path / "out"), pytest.raises(TrmtError, match="is at work in"):
+    with exclusive(tmp_path / "out"), pytest.raises(TrmtError, match="is at work in"):
         run(tmp_path / "text", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("source", "out", "kind", "said"),
+    ("source", "out", "error", "message"),
     [
-        ("nothing", "out", DataError, "there is no file .*nothing, and no folder"),
-        ("in", "in", ConfigError, "is in the folder that is translated"),
-        ("in", "in/out", ConfigError, "is in the folder that is translated"),
+        ("nothing", "out", DataError, "nothing is neither a file nor a folder"),
+        ("in", "in", ConfigError, "is inside the input folder"),
+        ("in", "in/out", ConfigError, "is inside the input folder"),
     ],
 )
-def test_places_that_cannot_be(
-    run: Callable[..., list[str]], tmp_path: Path, source: str, out: str, kind: type[TrmtError], said: str
+def test_impossible_paths_are_refused(
+    run: Callable[..., list[str]], tmp_path: Path, source: str, out: str, error: type[TrmtError], message: str
 ) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "text").write_bytes(b"It rains.\n")
-    with pytest.raises(kind, match=said):
+    with pytest.raises(error, match=message):
         run(tmp_path / source, tmp_path / out)
 
 
-def test_a_file_called_like_ours_is_refused(run: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_an_input_with_a_reserved_name_is_refused(run: Callable[..., list[str]], tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "manifest.json").write_bytes(b"It rains.\n")
-    with pytest.raises(ConfigError, match=r"manifest.json is called like a file of ours"):
+    with pytest.raises(ConfigError, match=r"manifest.json has a name that is reserved"):
         run(tmp_path / "in", tmp_path / "out")
 
 
@@ -258,7 +258,7 @@ def test_a_file_called_like_ours_is_refused(run: Callable[..., list[str]], tmp_p
 
 
 @pytest.mark.slow
-def test_the_command_works_in_processes(bundle: Path, tmp_path: Path) -> None:
+def test_the_command_translates_in_processes(bundle: Path, tmp_path: Path) -> None:
     data = hostile(80, seed=8)
     (tmp_path / "text").write_bytes(data)
     words = f"--input {tmp_path}/text --output {tmp_path}/out --part-size 0.001 --workers 2"
@@ -270,21 +270,25 @@ def test_the_command_works_in_processes(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--input x", "--input is for files translated in parts; give both"),
         ("--output x", "give both --input and --output"),
         ("--ray auto", "give both --input and --output"),
-        ("--input x --output y --part-size 0", "--part-size is more than 0"),
+        ("--input x --output y --part-size 0", "--part-size must be more than 0"),
         ("--input x --output y --ray 127.0.0.1:1 --threads 2", "leave out --threads"),
         ("--input x --output y --threads 2", "leave out --threads"),
     ],
 )
-def test_options_that_cannot_be_together(
-    bundle: Path, words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_options_that_exclude_each_other(
+    bundle: Path,
+    words: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["trmt", "translate", str(bundle), *words.split()])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     found = capsys.readouterr().err
-    assert caught.value.code == 1 and said in found and found.count("\n") == 1
+    assert caught.value.code == 1 and message in found and found.count("\n") == 1

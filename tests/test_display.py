@@ -17,11 +17,11 @@ from rich.cells import cell_len
 from tests import texts, toy
 from trmt import console
 from trmt.training import display
-from trmt.training.display import About, Picture, changes, harmless
+from trmt.training.display import LiveDisplay, RunInfo, remove_controls, word_diff
 from trmt.training.history import History
 
-ABOUT = About(
-    name="models/run", network="transformer, 1.9M parameters", steps_per_epoch=50, last=400, memory=2**35
+INFO = RunInfo(
+    name="models/run", network="transformer, 1.9M parameters", steps_per_epoch=50, last_step=400, memory=2**35
 )
 SAMPLE = {
     "source": "Two dogs play.",
@@ -31,9 +31,9 @@ SAMPLE = {
 
 
 def history(*, samples: list[list[dict[str, str]]], steps: int = 200) -> History:
-    made = History()
+    found = History()
     for step in range(10, steps + 1, 10):
-        made.add(
+        found.add(
             {
                 "event": "train", "step": step, "loss": 5 + 40 / step, "lr": 1e-4 * step,
                 "tokens_per_second": 12_345.6, "memory": 3 * 2**30, "waited": 0.0125,
@@ -42,25 +42,26 @@ def history(*, samples: list[list[dict[str, str]]], steps: int = 200) -> History
         number = len(samples) - 1 - (steps - step) // 10
         if number < 0:
             continue
-        found = samples[number]
         scores = [{"metric": "chrf", "value": 20.0 + number}, {"metric": "loss", "value": 4.0 - number / 10}]
-        made.add({"event": "validate", "step": step, "scores": scores, "samples": found})
-    return made
+        found.add({"event": "validate", "step": step, "scores": scores, "samples": samples[number]})
+    return found
 
 
-def picture(made: History, about: About = ABOUT) -> Picture:
-    shown = Picture(about, made)
+def display_of(entries: History, info: RunInfo = INFO) -> LiveDisplay:
+    shown = LiveDisplay(info, entries)
     shown.advance(100)
-    shown.looked([], "100 more steps (3 min 20 s) should bring about +0.4 dev chrF (80 %: +0.1 to +0.9)")
+    shown.show_validation(
+        [], "100 more steps (3 min 20 s) should bring info +0.4 dev chrF (80 %: +0.1 to +0.9)"
+    )
     return shown
 
 
-def lines(shown: Picture, width: int = 100, height: int = 40, **more: Any) -> list[str]:
+def lines(shown: LiveDisplay, width: int = 100, height: int = 40, **more: Any) -> list[str]:
     return [line.plain for line in shown.lines(width, height, **more)]
 
 
-def test_it_shows_where_a_run_stands() -> None:
-    shown = "\n".join(lines(picture(history(samples=[[SAMPLE], [SAMPLE]]))))
+def test_it_shows_the_state_of_a_run() -> None:
+    shown = "\n".join(lines(display_of(history(samples=[[SAMPLE], [SAMPLE]]))))
     for part in (
         "models/run", "step 100 of 400", " 25%", "left", "epoch 2.0",
         "train loss       5.2000", "dev loss         3.9000",
@@ -71,9 +72,9 @@ def test_it_shows_where_a_run_stands() -> None:
     assert "▁" in shown and "█" in shown
 
 
-def test_a_run_without_an_end_or_a_past_is_shown_too() -> None:
-    about = About(name="run", network="rnn", steps_per_epoch=50, last=None)
-    shown = "\n".join(lines(Picture(about, History())))
+def test_a_run_without_a_last_step_or_a_history_is_shown() -> None:
+    info = RunInfo(name="run", network="rnn", steps_per_epoch=50, last_step=None)
+    shown = "\n".join(lines(LiveDisplay(info, History())))
     assert "step 0" in shown and "epoch 0.0" in shown
     assert "left" not in shown
 
@@ -81,26 +82,26 @@ def test_a_run_without_an_end_or_a_past_is_shown_too() -> None:
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
 @pytest.mark.parametrize("height", [3, 10, 24, 60])
 @pytest.mark.parametrize("language", list(texts.ALL))
-def test_no_script_breaks_the_picture(width: int, height: int, language: str) -> None:
+def test_no_script_exceeds_the_size_of_the_terminal(width: int, height: int, language: str) -> None:
     found = [{"source": text, "translation": text * 3, "reference": text} for text in texts.ALL[language][:3]]
     before = [{**sample, "translation": sample["translation"][::-1]} for sample in found]
-    shown = picture(history(samples=[before, found])).lines(width, height)
+    shown = display_of(history(samples=[before, found])).lines(width, height)
     assert len(shown) < height
     assert max(cell_len(line.plain) for line in shown) < width
     assert not any(character in line.plain for line in shown for character in "\n\r\t\x1b\u202e\u2066")
 
 
-def test_as_many_samples_as_there_is_room_for() -> None:
+def test_as_many_samples_are_shown_as_fit() -> None:
     three = [{**SAMPLE, "source": f"Sentence {number}."} for number in range(3)]
-    shown = picture(history(samples=[three, three]))
+    shown = display_of(history(samples=[three, three]))
     counts = [sum("Sentence" in line for line in lines(shown, height=height)) for height in range(10, 40)]
     assert counts == sorted(counts)
     assert counts[0] == 0 and set(counts) == {0, 1, 2, 3}
 
 
-def test_words_that_changed_are_marked_on_both_sides() -> None:
+def test_changed_words_are_highlighted_in_both_translations() -> None:
     before = [{**SAMPLE, "translation": "Zwei Katzen spielen."}]
-    shown = picture(history(samples=[before, [SAMPLE]])).lines(100, 40)
+    shown = display_of(history(samples=[before, [SAMPLE]])).lines(100, 40)
     [old] = [line for line in shown if "Katzen" in line.plain]
     [new] = [line for line in shown if line.plain.startswith("step 200")]
     assert [
@@ -113,31 +114,31 @@ def test_words_that_changed_are_marked_on_both_sides() -> None:
     ]
 
 
-def test_changes_are_words_or_signs() -> None:
-    gone, new = changes("ich bin hier", "ich war gestern hier")
-    assert [piece for piece, changed in gone if changed] == ["bin"]
-    assert [piece for piece, changed in new if changed] == ["war", "gestern"]
-    gone, new = changes("我在这里", "我在那里")
-    assert [piece for piece, changed in gone if changed] == ["这"]
-    assert [piece for piece, changed in new if changed] == ["那"]
+def test_differences_are_words_or_characters() -> None:
+    old, new = word_diff("ich bin hier", "ich war gestern hier")
+    assert [word for word, changed in old if changed] == ["bin"]
+    assert [word for word, changed in new if changed] == ["war", "gestern"]
+    old, new = word_diff("我在这里", "我在那里")
+    assert [word for word, changed in old if changed] == ["这"]
+    assert [word for word, changed in new if changed] == ["那"]
 
 
 @pytest.mark.parametrize("language", list(texts.ALL))
-def test_the_pieces_are_the_text(language: str) -> None:
-    some = [harmless(text) for text in texts.ALL[language]]
-    for before, now in itertools.pairwise(some):
-        gone, new = changes(before, now)
-        assert "".join(piece for piece, _ in gone) == before
-        assert "".join(piece for piece, _ in new) == now
+def test_the_words_of_a_diff_are_the_text(language: str) -> None:
+    sentences = [remove_controls(text) for text in texts.ALL[language]]
+    for before, now in itertools.pairwise(sentences):
+        old, new = word_diff(before, now)
+        assert "".join(word for word, _ in old) == before
+        assert "".join(word for word, _ in new) == now
 
 
-def test_nothing_that_steers_a_terminal_gets_through() -> None:
-    assert harmless("a\x1b[2Jb\nc\td\x07\x9b1m\u202ee\u2028f\ud800") == "a [2Jb c d  1me f?"
-    assert harmless("می\u200cخواهم") == "می\u200cخواهم"
+def test_control_characters_are_removed() -> None:
+    assert remove_controls("a\x1b[2Jb\nc\td\x07\x9b1m\u202ee\u2028f\ud800") == "a [2Jb c d  1me f?"
+    assert remove_controls("می\u200cخواهم") == "می\u200cخواهم"
 
 
-def test_where_there_is_no_unicode_there_are_plain_bars() -> None:
-    shown = lines(picture(history(samples=[])), plain=True)
+def test_without_unicode_bars_and_curves_are_ascii() -> None:
+    shown = lines(display_of(history(samples=[])), plain=True)
     assert not re.search(r"[^\x00-\x7f]", "".join(shown))
 
 
@@ -152,7 +153,7 @@ class Terminal(io.StringIO):
 
 
 def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Put one in the place of standard error; no fixture: pytest exchanges the stream after those."""
+    """Replace standard error by a terminal; not a fixture, because pytest replaces it after fixtures."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -163,24 +164,24 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return stream
 
 
-def test_messages_stay_above_the_picture_and_the_cursor_is_left_alone(
+def test_messages_are_printed_above_the_display_and_the_cursor_stays_visible(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = at_a_terminal(monkeypatch)
-    with display.watching(ABOUT, history(samples=[])) as screen:
-        assert isinstance(screen, Picture)
+    with display.open_display(INFO, history(samples=[])) as shown:
+        assert isinstance(shown, LiveDisplay)
         console.say("a message")
         console.warn("a warning")
     drawn = terminal.getvalue()
     assert drawn.index("a message") < drawn.rindex("models/run")
     assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l")
-    # From its first picture on, long before the end.
+    # From the first update on.
     assert drawn.index("\x1b[?25h") < drawn.index("a message")
 
 
 def test_an_error_leaves_a_clean_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_a_terminal(monkeypatch)
-    with pytest.raises(KeyboardInterrupt), display.watching(ABOUT, history(samples=[])):
+    with pytest.raises(KeyboardInterrupt), display.open_display(INFO, history(samples=[])):
         raise KeyboardInterrupt
     assert terminal.getvalue().endswith("\n") or terminal.getvalue().endswith("\x1b[?25h")
     assert sys.stderr is terminal
@@ -188,11 +189,11 @@ def test_an_error_leaves_a_clean_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     assert terminal.getvalue().endswith("after\x1b[0m\n")
 
 
-def test_without_colour_nothing_is_coloured_but_changes_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_colour_changes_are_highlighted_in_other_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_a_terminal(monkeypatch)
     monkeypatch.setenv("NO_COLOR", "1")
     before = [{**SAMPLE, "translation": "Zwei Katzen spielen."}]
-    with display.watching(ABOUT, history(samples=[before, [SAMPLE]])):
+    with display.open_display(INFO, history(samples=[before, [SAMPLE]])):
         pass
     codes = {
         code for found in re.findall(r"\x1b\[([\d;]+)m", terminal.getvalue()) for code in found.split(";")
@@ -201,11 +202,11 @@ def test_without_colour_nothing_is_coloured_but_changes_are_marked(monkeypatch: 
     assert {"1", "4", "9"} <= codes
 
 
-def test_a_terminal_that_gets_narrower_pushes_the_folded_picture_out_of_sight(
+def test_a_terminal_that_gets_narrower_scrolls_the_wrapped_display_out_of_sight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = at_a_terminal(monkeypatch)
-    with display.watching(ABOUT, history(samples=[])):
+    with display.open_display(INFO, history(samples=[])):
         before = len(terminal.getvalue())
         console.stderr().size = (60, 40)
     assert "\n" * 40 in terminal.getvalue()[before:]
@@ -213,7 +214,7 @@ def test_a_terminal_that_gets_narrower_pushes_the_folded_picture_out_of_sight(
 
 
 @pytest.mark.parametrize("kind", ["quiet", "dumb", "file"])
-def test_elsewhere_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_nothing_is_drawn_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     at_a_terminal(monkeypatch)
     if kind == "quiet":
         console.set_quiet(True)
@@ -221,10 +222,10 @@ def test_elsewhere_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch, kind: str) 
         monkeypatch.setenv("TERM", "dumb")
     if kind == "file":
         monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with display.watching(ABOUT, history(samples=[])) as screen:
-        screen.advance(1)
-        screen.doing("validating")
-        screen.looked([{**SAMPLE, "translation": "a\x1b[2J"}], "5 more steps should bring little")
+    with display.open_display(INFO, history(samples=[])) as shown:
+        shown.advance(1)
+        shown.set_activity("validating")
+        shown.show_validation([{**SAMPLE, "translation": "a\x1b[2J"}], "5 more steps should bring little")
     assert isinstance(sys.stderr, io.StringIO)
     said = sys.stderr.getvalue()
     assert "\x1b" not in said
@@ -252,12 +253,12 @@ def test_a_real_run_on_a_real_terminal_ends_cleanly_on_ctrl_c(toy_set: Path, tmp
         env=environment,
     )
     os.close(follower)
-    seen, asked = "", False
-    with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
+    seen, interrupted = "", False
+    with contextlib.suppress(OSError):  # raised by Linux when the other end is closed
         while part := os.read(leader, 65536):
             seen += part.decode(errors="replace")
-            if not asked and "train loss" in seen and "dev loss" in seen:
-                asked = True
+            if not interrupted and "train loss" in seen and "dev loss" in seen:
+                interrupted = True
                 process.send_signal(signal.SIGINT)
     os.close(leader)
     assert process.communicate()[0] == b""

@@ -14,27 +14,26 @@ import pytest
 
 from trmt.errors import TrmtError
 from trmt.storage.files import (
-    LOCK,
     PARTIAL,
     atomic_file,
     atomic_folder,
     checksum,
-    only_one,
-    recover,
-    sweep,
+    recover_folder,
+    remove_partials,
     write_json,
 )
+from trmt.storage.locks import LOCK, exclusive
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_whole(tmp_path: Path) -> None:
+def test_a_file_appears_complete(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file"
     with atomic_file(path) as stream:
         stream.write(b"one")
@@ -44,7 +43,7 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, Killed, KeyboardInterrupt])
-def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(error), atomic_file(path) as stream:
@@ -54,7 +53,7 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path, error: type[BaseEx
     assert names(tmp_path) == ["file"]
 
 
-def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     for writer in (atomic_file, atomic_folder):
         with (
             pytest.raises(TrmtError, match=r"cannot write .*thing: No space left on device; free some space"),
@@ -64,7 +63,7 @@ def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_place_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+def test_a_path_below_a_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(TrmtError, match="cannot write"), atomic_file(tmp_path / "file" / "below"):
         pass
@@ -78,7 +77,7 @@ def fill(folder: Path, text: str) -> None:
         (partial / "sub" / "file").write_text(text)
 
 
-def test_a_folder_appears_whole_and_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_folder_appears_complete_and_is_replaced_as_a_whole(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "folder"
     fill(folder, "one")
     (folder / "stale").write_text("")
@@ -89,7 +88,7 @@ def test_a_folder_appears_whole_and_is_replaced_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, Killed])
-def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_error_while_writing_leaves_the_old_folder(tmp_path: Path, error: type[BaseException]) -> None:
     fill(tmp_path / "folder", "old")
     with pytest.raises(error), atomic_folder(tmp_path / "folder") as partial:
         (partial / "file").write_text("new")
@@ -98,7 +97,7 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path, error: type[Base
     assert names(tmp_path) == ["folder"]
 
 
-def test_a_folder_may_be_kept_from_being_replaced(tmp_path: Path) -> None:
+def test_with_replace_false_a_folder_is_not_replaced(tmp_path: Path) -> None:
     fill(tmp_path / "folder", "old")
     with pytest.raises(TrmtError, match="exists already"), atomic_folder(tmp_path / "folder", replace=False):
         pass
@@ -106,7 +105,7 @@ def test_a_folder_may_be_kept_from_being_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("death", range(1, 3))
-def test_whenever_a_writer_dies_one_of_the_two_is_there(
+def test_a_writer_killed_at_any_time_leaves_the_old_or_the_new_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: int
 ) -> None:
     """Killed before its first or its second rename, or before it has removed the old folder."""
@@ -124,29 +123,31 @@ def test_whenever_a_writer_dies_one_of_the_two_is_there(
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(Killed):
             fill(tmp_path / "folder", "new")
-    recover(tmp_path / "folder")
+    recover_folder(tmp_path / "folder")
     assert (tmp_path / "folder/sub/file").read_text() == "old"
-    sweep(tmp_path)
+    remove_partials(tmp_path)
     assert names(tmp_path) == ["folder"]
 
 
-def test_an_old_folder_that_was_not_removed_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_folder_that_was_not_removed_is_removed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(tmp_path / "folder", "old")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         fill(tmp_path / "folder", "new")
     assert len(names(tmp_path)) == 2
-    recover(tmp_path / "folder")
+    recover_folder(tmp_path / "folder")
     assert (tmp_path / "folder/sub/file").read_text() == "new"
     assert names(tmp_path) == ["folder"]
 
 
-def test_sweeping_brings_back_and_removes(tmp_path: Path) -> None:
+def test_remove_partials_restores_replaced_folders_and_removes_the_rest(tmp_path: Path) -> None:
     (tmp_path / f"{PARTIAL}file-1-2").write_text("")
     (tmp_path / f"{PARTIAL}folder-1-2").mkdir()
     (tmp_path / f"{PARTIAL}old-kept").mkdir()
     (tmp_path / "other").write_text("")
-    sweep(tmp_path)
+    remove_partials(tmp_path)
     assert names(tmp_path) == ["kept", "other"]
 
 
@@ -161,15 +162,15 @@ def test_the_checksum_is_sha256(tmp_path: Path) -> None:
     assert checksum(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
-# One process at a time
+# Locks
 
-HOLDER = "import sys\nfrom pathlib import Path\nfrom trmt.storage.files import only_one\n"
-HOLDER += "with only_one(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+HOLDER = "import sys\nfrom pathlib import Path\nfrom trmt.storage.locks import exclusive\n"
+HOLDER += "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 
 
 def holder(folder: Path) -> subprocess.Popen[str]:
-    """A process that keeps `folder` to itself until its input ends."""
+    """A process that holds the lock of `folder` until its input ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -178,70 +179,68 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 
 
 @posix
-def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     process = holder(tmp_path)
-    with pytest.raises(TrmtError, match=rf"process {process.pid} on .* is at work in"), only_one(tmp_path):
+    with pytest.raises(TrmtError, match=rf"process {process.pid} on .* is at work in"), exclusive(tmp_path):
         pass
     process.kill()
     process.communicate()
-    assert names(tmp_path) == [LOCK], "what was killed leaves its lock file"
-    with only_one(tmp_path):
+    assert names(tmp_path) == [LOCK], "a killed process leaves its lock file"
+    with exclusive(tmp_path):
         assert (tmp_path / LOCK).read_text() == f"{os.getpid()} {platform.node()}"
-        with pytest.raises(TrmtError, match="is at work"), only_one(tmp_path):
+        with pytest.raises(TrmtError, match="is at work"), exclusive(tmp_path):
             pass
     assert names(tmp_path) == []
 
 
 @posix
-def test_a_process_that_only_has_a_dead_ones_number_does_not_count(tmp_path: Path) -> None:
+def test_a_reused_process_id_does_not_count(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         (tmp_path / LOCK).write_text(f"{other.pid} {platform.node()}")
-        with only_one(tmp_path):
+        with exclusive(tmp_path):
             pass
     finally:
         other.communicate(b"\n")
 
 
-def test_another_machines_lock_counts(tmp_path: Path) -> None:
+def test_the_lock_of_another_host_counts(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text("17 elsewhere")
     with (
         pytest.raises(TrmtError, match=r"process 17 on elsewhere is at work in .* remove .*lock"),
-        only_one(tmp_path),
+        exclusive(tmp_path),
     ):
         pass
     assert (tmp_path / LOCK).read_text() == "17 elsewhere"
 
 
 @posix
-def test_where_the_system_has_no_locks_the_process_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_system_locks_the_process_id_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def without(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", without)
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     (tmp_path / LOCK).write_text(f"{other.pid} {platform.node()}")
-    with pytest.raises(TrmtError, match=f"process {other.pid} on"), only_one(tmp_path):
+    with pytest.raises(TrmtError, match=f"process {other.pid} on"), exclusive(tmp_path):
         pass
     other.communicate(b"\n")
-    with only_one(tmp_path):
+    with exclusive(tmp_path):
         pass
 
 
-def test_of_many_that_begin_at_once_one_is_let_in(tmp_path: Path) -> None:
-    """A lock that its owner has just removed must not let in two."""
+def test_of_processes_that_start_at_once_one_gets_the_lock(tmp_path: Path) -> None:
+    """Two processes must not both get a lock that its holder has just removed."""
     code = "import sys, time\nfrom pathlib import Path\nfrom trmt.errors import TrmtError\n"
-    code += "from trmt.storage.files import only_one\nfolder = Path(sys.argv[1])\n"
-    code += "for _ in range(300):\n    try:\n        with only_one(folder):\n"
+    code += "from trmt.storage.locks import exclusive\nfolder = Path(sys.argv[1])\n"
+    code += "for _ in range(300):\n    try:\n        with exclusive(folder):\n"
     code += "            (folder / 'mark').open('x').close()\n            (folder / 'mark').unlink()\n"
     code += "    except TrmtError:\n        pass\n"
     several = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
-    assert [process.wait(60) for process in several] == [0, 0, 0], "two were in at once"
+    assert [process.wait(60) for process in several] == [0, 0, 0], "two had the lock at once"
 
 
-def test_a_lock_of_another_machine_counts_unless_it_is_of_the_same_job(tmp_path: Path) -> None:
+def test_the_lock_of_another_host_does_not_count_within_a_job(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     for theirs, mine, refused in (
         ("", "", True),
@@ -253,10 +252,10 @@ def test_a_lock_of_another_machine_counts_unless_it_is_of_the_same_job(tmp_path:
         if refused:
             with (
                 pytest.raises(TrmtError, match=r"process 1 on .* is at work"),
-                only_one(tmp_path, job=mine),
+                exclusive(tmp_path, job=mine),
             ):
                 pass
             continue
-        with only_one(tmp_path, job=mine):
+        with exclusive(tmp_path, job=mine):
             assert lock.read_text().split() == [str(os.getpid()), platform.node(), mine]
         assert not lock.exists()

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.captured import Captured
+from trmt.decoding.eager import Eager
 
 from tests import toy
 from tests.contracts.test_engine import requests_of
@@ -15,8 +17,6 @@ from tests.fakes import random_sentences, small_network
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from trmt.decoding.base import Search
 from trmt.decoding.beam import Beam
-from trmt.decoding.captured import Captured
-from trmt.decoding.eager import Eager
 from trmt.decoding.engine import Batching, Request
 from trmt.decoding.greedy import Greedy
 from trmt.decoding.sampling import Sampling
@@ -24,7 +24,7 @@ from trmt.devices.choice import choose_device, choose_precision
 from trmt.nets.base import Ragged, Source
 from trmt.registry import ARCHITECTURES
 from trmt.resume_check import CheckOptions, check_resume
-from trmt.scale.workers import Workers
+from trmt.scale.parallel_translator import ParallelTranslator
 from trmt.training.run import Run, train
 from trmt.translating import TranslateOptions, Translator
 
@@ -149,7 +149,7 @@ def test_processes_with_a_gpu_each_translate_as_one_does(count: int, tmp_path: P
     texts = [line.decode(errors="replace") for line in hostile_lines(300, seed=2)]
     options = TranslateOptions(beam=2, max_length=12, device="cuda", precision="fp32")
     devices = [f"cuda:{number}" for number in range(count)]
-    with Workers(tmp_path / "bundle", devices=devices, options=options) as several:
+    with ParallelTranslator(tmp_path / "bundle", devices=devices, options=options) as several:
         found = dict(several.ready(texts))
     for number, expected in enumerate(Translator.load(tmp_path / "bundle", options=options).translate(texts)):
         assert found[number].status == expected.status

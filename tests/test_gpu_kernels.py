@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.choosing import highest
+from trmt.nets.looking_back import look_back
 
 import gpu_kernels
-from trmt.decoding.choosing import highest
 from trmt.native import gpu
-from trmt.nets.looking_back import look_back
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="no Triton here")

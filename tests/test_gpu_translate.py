@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trmt.decoding.captured import Captured
 
 import budget
 import gpu_suite
@@ -20,7 +21,6 @@ from translators import server
 from translators.client import Engine, Failed
 from translators.trmt_engine import TrmtEngine, batching
 from trmt import console, registry
-from trmt.decoding.captured import Captured
 
 
 class Here:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from trmt.objectives.guidance import Guide, Place, guidance
 
 from tests import toy
 from tests.fakes import random_sentences, small_network
@@ -19,14 +20,13 @@ from trmt.errors import ConfigError, DataError
 from trmt.lab.denoising import DenoisingConfig
 from trmt.nets.base import Ragged, Source, narrowed, one_head, place_of
 from trmt.objectives.base import Specials
-from trmt.objectives.guidance import Guide, Place, guidance
 from trmt.objectives.translation import Translation, TranslationConfig
 from trmt.registry import ARCHITECTURES
-from trmt.sets.batches import BatchConfig, Batches, Column, Examples
+from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.preparing import PrepareOptions, prepare
-from trmt.sets.shards import PreparedSet
+from trmt.sets.shards import PreparedSet, RaggedArray
 from trmt.text.tokenizer import Tokenizer
-from trmt.text.wording import words_of_pieces
+from trmt.text.words import word_indices
 from trmt.training.recipe import load_recipe
 from trmt.training.run import train
 
@@ -84,8 +84,8 @@ def test_links_of_words_become_links_of_pieces(plain: Path, guided_set: Path) ->
     ):
         texts = tokenizer.source.decode(source.tolist()), tokenizer.target.decode(target.tolist())
         words = (
-            words_of_pieces(tokenizer.source, texts[0], source.tolist()),
-            words_of_pieces(tokenizer.target, texts[1], target.tolist()),
+            word_indices(tokenizer.source, texts[0], source.tolist()),
+            word_indices(tokenizer.target, texts[1], target.tolist()),
         )
         links = {tuple(link) for link in flat.reshape(-1, 2).tolist()}
         last = len(texts[0].split()) - 1
@@ -126,7 +126,7 @@ def test_links_that_do_not_belong_to_the_pairs_are_refused(plain: Path, tmp_path
             prepare(options)
         assert not (tmp_path / "set").exists()
 
-    refused(lines[:-1], r"rest.align.gz has 149 lines and .*rest.tsv more pairs")
+    refused(lines[:-1], r"rest.align.gz has 149 lines but .*rest.tsv has more pairs")
     refused([*lines, ""], r"rest.align.gz has more lines than the 150 pairs")
     refused([*lines[:9], "0-99", *lines[10:]], r"rest.align.gz, line 10: 0-99 is beyond")
     refused([*lines[:9], "zero-0", *lines[10:]], r"rest.align.gz, line 10: 'zero-0' is no link")
@@ -148,7 +148,7 @@ def test_workers_find_the_same_links(plain: Path, guided_set: Path, tmp_path: Pa
 # The loss
 
 
-def examples(count: int, *, seed: int = 0) -> Examples:
+def examples(count: int, *, seed: int = 0) -> RaggedBatch:
     """Pairs with some links, one of them without any."""
     chooser = random.Random(seed)
     sides = [random_sentences(count, seed=seed), random_sentences(count, seed=seed + 1)]
@@ -158,19 +158,20 @@ def examples(count: int, *, seed: int = 0) -> Examples:
         some = chooser.sample(points, min(len(points), number * 2))
         links.append([place for point in some for place in point])
 
-    def column(rows: list[list[int]]) -> Column:
+    def column(rows: list[list[int]]) -> RaggedArray:
         flat = [value for row in rows for value in row]
-        return Column(np.array(flat, np.int64), np.array([len(row) for row in rows], np.int64))
+        return RaggedArray(np.array(flat, np.int64), np.array([len(row) for row in rows], np.int64))
 
-    return Examples(
+    return RaggedBatch(
         {"source.ids": column(sides[0]), "target.ids": column(sides[1]), "alignment": column(links)}
     )
 
 
-def by_hand(net: Any, batch: Examples, place: Place) -> float:
+def by_hand(net: Any, batch: RaggedBatch, place: Place) -> float:
     """The loss of the definition, one sentence and one link at a time."""
     columns = {
-        name: np.split(column.ids, np.cumsum(column.lengths)[:-1]) for name, column in batch.columns.items()
+        name: np.split(column.values, np.cumsum(column.lengths)[:-1])
+        for name, column in batch.columns.items()
     }
     total = 0.0
     for source, target, flat in zip(*columns.values(), strict=True):
@@ -209,8 +210,8 @@ def test_the_loss_is_that_of_the_definition(architecture: str, shift: bool) -> N
     assert float(after.nll) == pytest.approx(float(before.nll)) and after.tokens == before.tokens
 
 
-def without_links(batch: Examples) -> Examples:
-    return Examples({name: column for name, column in batch.columns.items() if name != "alignment"})
+def without_links(batch: RaggedBatch) -> RaggedBatch:
+    return RaggedBatch({name: column for name, column in batch.columns.items() if name != "alignment"})
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "rnn"])
@@ -219,7 +220,7 @@ def test_sums_and_gradients_add_up_over_any_split(architecture: str) -> None:
     objective = Translation(TranslationConfig(alignment_weight=0.3), SPECIALS)
     batch = examples(7)
 
-    def learned(parts: list[Examples]) -> tuple[float, list[torch.Tensor]]:
+    def learned(parts: list[RaggedBatch]) -> tuple[float, list[torch.Tensor]]:
         net.zero_grad()
         total = 0.0
         for part in parts:
@@ -230,9 +231,9 @@ def test_sums_and_gradients_add_up_over_any_split(architecture: str) -> None:
 
     whole = learned([batch])
     for parts in (
-        [batch.part(0, 3), batch.part(3, 7)],
-        [batch.share(rank, 3) for rank in range(3)],
-        [batch.part(at, at + 1) for at in range(7)],  # the first of which has no links
+        [batch.slice(0, 3), batch.slice(3, 7)],
+        [batch.shard(rank, 3) for rank in range(3)],
+        [batch.slice(at, at + 1) for at in range(7)],  # the first of which has no links
     ):
         total, gradients = learned(parts)
         assert total == pytest.approx(whole[0], rel=1e-5)
@@ -254,7 +255,7 @@ def test_only_the_taught_head_is_asked_for() -> None:
 
 def test_weights_of_zero_do_not_end_training() -> None:
     attention = torch.tensor([[[[[1.0, 0.0]]]]], requires_grad=True)
-    guide = Guide.of(Column(np.array([1, 0]), np.array([2])), torch.device("cpu"))
+    guide = Guide.of(RaggedArray(np.array([1, 0]), np.array([2])), torch.device("cpu"))
     loss = guidance(attention, guide, Place(0, 0, 0))
     loss.backward()
     assert attention.grad is not None
@@ -269,7 +270,7 @@ def test_what_cannot_be_taught_is_refused(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="subword_alpha"):
         load_recipe("transformer-tiny", ["batches.subword_alpha=0.1", "loss.alignment_weight=0.1"])
     with pytest.raises(ConfigError, match=r"has no alignments.*--alignments FILE"):
-        Batches(PreparedSet.open(plain), BatchConfig(), seed=1, also=("alignment",))
+        Batches(PreparedSet.open(plain), BatchConfig(), seed=1, extra_columns=("alignment",))
     objective = Translation(TranslationConfig(alignment_weight=1.0), SPECIALS)
     batch = objective.collate(examples(3), torch.device("cpu"))
     with pytest.raises(ConfigError, match="this network has none"):
@@ -302,11 +303,11 @@ def test_a_guided_run_resumes_exactly_and_says_where_it_looks(guided_set: Path, 
     train(toy.options(whole, guided_set, recipe))
     train(toy.options(run, guided_set, recipe, "training.steps=3"))
     train(toy.options(run, guided_set, recipe))
-    once, resumed = (checkpoints.steps(place)[-1].state()[1] for place in (whole, run))
+    once, resumed = (checkpoints.list_checkpoints(place)[-1].load_state()[1] for place in (whole, run))
     torch.testing.assert_close(dict(resumed), dict(once), rtol=0, atol=0, equal_nan=True)
     expected = {"layer": -2, "head": 0, "shift": 1}
-    assert checkpoints.steps(run)[-1].manifest.training["alignment"] == expected
-    averaged = average(AverageOptions(places=(run,), last=2))
+    assert checkpoints.list_checkpoints(run)[-1].manifest.training["alignment"] == expected
+    averaged = average(AverageOptions(paths=(run,), last=2))
     assert bundles.read_manifest(averaged).training["alignment"] == expected
     # What it is taught may not change on the way.
     with pytest.raises(ConfigError, match=r"loss\.alignment_weight"):

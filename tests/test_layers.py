@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from trmt.config import tree_of
+from trmt.config import to_tree
 from trmt.errors import ConfigError
 from trmt.nets import layers
 from trmt.registry import ARCHITECTURES, resolve
@@ -71,7 +71,7 @@ def test_merged_products_begin_like_separate_ones() -> None:
 def test_sizes_and_fractions_out_of_range_are_refused(architecture: str) -> None:
     kind = resolve(ARCHITECTURES, architecture).config_class
     good = {"source_vocabulary": 9, "target_vocabulary": 9}
-    for name, value in tree_of(kind(**good)).items():
+    for name, value in to_tree(kind(**good)).items():
         fraction = name not in ("temperature", "entropy")
         for wrong in {int: (0, -2), float: (-0.1, 1.0 if fraction else math.inf, math.nan)}.get(
             type(value), ()

@@ -1,4 +1,4 @@
-"""What happens to long runs, done for real: kills at any moment, full disks, pauses, two processes."""
+"""What can happen to long runs, with real processes: kills at any moment, full disks, pauses, two at once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import pytest
 
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
-from tests.test_training import ENDLESS, ends_as_if_never_killed, kill, newest, spawn, wait_for
+from tests.test_training import ENDLESS, check_same_as_uninterrupted, kill, newest, spawn, wait_for
 from tests.toy import options
 from trmt.bundles import checkpoints
 from trmt.errors import TrmtError
-from trmt.training.checkpointer import Keeper
-from trmt.training.run import Run, train
+from trmt.training.checkpointer import Checkpointer
+from trmt.training.run import TrainingRun, train
 from trmt.training.stopping import Interrupted
-from trmt.training.validation import Validation
+from trmt.training.validation import ValidationResult
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 ALL: dict[str, Any] = {
@@ -44,15 +44,15 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_survivors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A test that fails leaves no process behind that trains for ever."""
+    """Kill the processes that a failed test leaves behind."""
     started: list[subprocess.Popen[bytes]] = []
-    begin = subprocess.Popen.__init__
+    original = subprocess.Popen.__init__
 
-    def noted(self: subprocess.Popen[bytes], *rest: Any, **more: Any) -> None:
-        begin(self, *rest, **more)
+    def recorded(self: subprocess.Popen[bytes], *rest: Any, **more: Any) -> None:
+        original(self, *rest, **more)
         started.append(self)
 
-    monkeypatch.setattr(subprocess.Popen, "__init__", noted)
+    monkeypatch.setattr(subprocess.Popen, "__init__", recorded)
     yield
     for process in started:
         if process.poll() is None:
@@ -66,101 +66,100 @@ def _no_survivors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @posix
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(toy_set: Path, tmp_path: Path, run: Path) -> None:
-    """From anywhere in starting, resuming, stepping, saving, looking and removing."""
+    """While starting, resuming, training, saving, validating or removing checkpoints."""
     recipe = toy.recipe(tmp_path, ALL)
-    chooser = np.random.default_rng(11)
+    generator = np.random.default_rng(11)
     since = 0
     for number in range(KILLS):
         process = spawn(run, toy_set, recipe, *ENDLESS)
-        if number % 4:  # else as soon as it has begun, wherever it then is
-            goal = since + int(chooser.integers(1, 4)) * 5
-            while newest(run) < goal and process.poll() is None:
+        if number % 4:
+            target = since + int(generator.integers(1, 4)) * 5
+            while newest(run) < target and process.poll() is None:
                 time.sleep(0.001)
-        else:
+        else:  # soon after the start
             wait_for(process, run, "lock")
-        time.sleep(float(chooser.uniform(0, 0.3)))
+        time.sleep(float(generator.uniform(0, 0.3)))
         kill(process)
         since = newest(run)
-    ends_as_if_never_killed(run, toy_set, recipe)
-    losses = {entry["step"]: entry["loss"] for entry in log(tmp_path / "whole", "train")}
+    check_same_as_uninterrupted(run, toy_set, recipe)
+    losses = {entry["step"]: entry["loss"] for entry in log(tmp_path / "uninterrupted", "train")}
     assert {entry["step"]: entry["loss"] for entry in log(run, "train")} == losses
 
 
-@pytest.mark.parametrize("death", ["after saving", "after scoring", "before removing"])
-def test_whenever_looking_is_killed_it_is_done_again(
-    toy_set: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, death: str
+@pytest.mark.parametrize("moment", ["after saving", "after scoring", "before pruning"])
+def test_a_killed_validation_is_repeated(
+    toy_set: Path, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     recipe = toy.recipe(tmp_path, {**HARD, "training": {**HARD["training"], "keep_best": 2, "keep_last": 1}})
-    train(options(tmp_path / "whole", toy_set, recipe))
+    train(options(tmp_path / "uninterrupted", toy_set, recipe))
 
     class Killed(BaseException):
         pass
 
-    def die(*_: Any, **__: Any) -> Any:
+    def killed(*_: Any, **__: Any) -> Any:
         raise Killed
 
-    places = {
-        "after saving": (Run, "look"),
-        "after scoring": (checkpoints, "write_json"),  # the manifest has its scores, the state does not know
-        "before removing": (Keeper, "prune"),
+    functions = {
+        "after saving": (TrainingRun, "validate"),
+        "after scoring": (checkpoints, "write_json"),  # the manifest has the scores, the state has not
+        "before pruning": (Checkpointer, "prune"),
     }
-    save = checkpoints.save
+    save = checkpoints.save_checkpoint
 
     def saved(*rest: Any, **more: Any) -> Any:
-        point = save(*rest, **more)
+        checkpoint = save(*rest, **more)
         if more["step"] == 6:
-            monkeypatch.setattr(*places[death], die)
-        return point
+            monkeypatch.setattr(*functions[moment], killed)
+        return checkpoint
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save", saved)
+        patch.setattr(checkpoints, "save_checkpoint", saved)
         with pytest.raises(Killed):
             train(options(run, toy_set, recipe))
     monkeypatch.undo()
     train(options(run, toy_set, recipe))
-    assert final(run) == final(tmp_path / "whole")
-    kept = [
-        [(point.step, point.score()) for point in checkpoints.steps(r)] for r in (run, tmp_path / "whole")
-    ]
-    assert kept[0] == kept[1]
+    assert final(run) == final(tmp_path / "uninterrupted")
+    assert scores(run) == scores(tmp_path / "uninterrupted")
 
 
-# Asked to stop
+def scores(run: Path) -> list[Any]:
+    """The checkpoints that were kept, with their scores."""
+    return [(checkpoint.step, checkpoint.score()) for checkpoint in checkpoints.list_checkpoints(run)]
+
+
+# Signals
 
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_does_not_wait_for_the_dev_set(
-    toy_set: Path, tmp_path: Path, run: Path, number: int
-) -> None:
+def test_a_signal_ends_a_validation_at_once(toy_set: Path, tmp_path: Path, run: Path, number: int) -> None:
     recipe = toy.recipe(tmp_path, {**HARD, "validation": {"every": 2, "metric": "chrf", "sentences": 5}})
 
-    def scored(*_: Any) -> Validation:
-        return Validation(({"metric": "chrf", "value": 5.0, "signature": "scripted"},))
+    def scored(*_: Any) -> ValidationResult:
+        return ValidationResult(({"metric": "chrf", "value": 5.0, "signature": "scripted"},))
 
-    def endless(*_: Any) -> Validation:
+    def endless(*_: Any) -> ValidationResult:
         if newest(run) == 4:
             os.kill(os.getpid(), number)
-            raise AssertionError("the dev set was gone on with")
+            raise AssertionError("the validation went on")
         return scored()
 
-    train(options(tmp_path / "whole", toy_set, recipe), scored)
+    train(options(tmp_path / "uninterrupted", toy_set, recipe), scored)
     with pytest.raises(Interrupted, match="after step 4, which is saved") as caught:
         train(options(run, toy_set, recipe), endless)
     assert caught.value.exit_code == 128 + number
     assert [entry["step"] for entry in log(run, "validate")] == [2]
-    assert checkpoints.steps(run)[-1].score() is None
+    assert checkpoints.list_checkpoints(run)[-1].score() is None
     train(options(run, toy_set, recipe), scored)
     assert [entry["step"] for entry in log(run, "validate")] == [2, 4, 6, 8, 10]
-    assert final(run) == final(tmp_path / "whole")
-    scores = [[point.score() for point in checkpoints.steps(r)] for r in (run, tmp_path / "whole")]
-    assert scores[0] == scores[1]
+    assert final(run) == final(tmp_path / "uninterrupted")
+    assert scores(run) == scores(tmp_path / "uninterrupted")
 
 
 @posix
 @pytest.mark.slow
-def test_the_grace_of_a_scheduler_is_enough(toy_set: Path, tmp_path: Path, run: Path) -> None:
-    """SIGTERM, and SIGKILL soon after, while the dev set would take for ever: everything is saved."""
+def test_a_run_ends_soon_after_sigterm(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    """As before the SIGKILL of a scheduler, while the validation would take an hour; everything is saved."""
     recipe = toy.recipe(tmp_path, ALL)
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom tests.toy import options\n"
@@ -176,7 +175,7 @@ def test_the_grace_of_a_scheduler_is_enough(toy_set: Path, tmp_path: Path, run: 
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
     assert b"stopped by SIGTERM after step 10, which is saved" in said
-    assert checkpoints.steps(run)[-1].state()[0]["progress"]["look_due"]
+    assert checkpoints.list_checkpoints(run)[-1].load_state()[0]["progress"]["validation_pending"]
     assert not (run / "lock").exists()
 
 
@@ -185,7 +184,7 @@ def test_the_grace_of_a_scheduler_is_enough(toy_set: Path, tmp_path: Path, run: 
 
 @posix
 @pytest.mark.slow
-def test_a_pause_is_not_training(toy_set: Path, tmp_path: Path, run: Path) -> None:
+def test_a_pause_does_not_count_as_training_time(toy_set: Path, tmp_path: Path, run: Path) -> None:
     pause = 5.0
     recipe = toy.recipe(tmp_path, {**ALL, "training": {**ALL["training"], "log_every": 1}})
     process = spawn(run, toy_set, recipe, *ENDLESS)
@@ -199,11 +198,11 @@ def test_a_pause_is_not_training(toy_set: Path, tmp_path: Path, run: Path) -> No
     entries = log(run, "train") + log(run, "validate")
     times = sorted(entry["time"] for entry in entries)
     assert max(after - before for before, after in pairwise(times)) >= pause
-    plain = checkpoints.steps(run)[-1].state()[0]
-    assert plain["progress"]["seconds"] < times[-1] - times[0] - 0.9 * pause + 1
-    # The slowest step, had it taken the pause, would have been slower than this.
+    progress = checkpoints.list_checkpoints(run)[-1].load_state()[0]["progress"]
+    assert progress["seconds"] < times[-1] - times[0] - 0.9 * pause + 1
+    # A step that included the pause would be slower than this.
     speeds = [entry["tokens_per_second"] for entry in log(run, "train")]
-    assert min(speeds) > plain["progress"]["target_tokens"] / plain["progress"]["step"] / pause
+    assert min(speeds) > progress["target_tokens"] / progress["step"] / pause
 
 
 # A full disk
@@ -211,10 +210,10 @@ def test_a_pause_is_not_training(toy_set: Path, tmp_path: Path, run: Path) -> No
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own; mounting one takes rights that not everybody has."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    """A small disk; mounting it needs rights that not every user has."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     try:
         mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
@@ -222,33 +221,33 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if not mounted:
         pytest.skip("this user cannot mount a small disk")
     try:
-        yield place
+        yield folder
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)  # its tensors may still be mapped
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # its tensors may still be mapped
 
 
-def test_a_disk_that_is_really_full_loses_nothing(toy_set: Path, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_loses_nothing(toy_set: Path, tmp_path: Path, small_disk: Path) -> None:
     recipe = toy.recipe(tmp_path, {**HARD, "training": {**HARD["training"], "keep_best": 0, "keep_last": 2}})
-    train(options(tmp_path / "whole", toy_set, recipe))
+    train(options(tmp_path / "uninterrupted", toy_set, recipe))
     run = small_disk / "run"
     train(options(run, toy_set, recipe, "training.steps=2"))
     ballast = small_disk / "ballast"
     with ballast.open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space"):
         while True:
             stream.write(bytes(4096))
-    os.truncate(ballast, ballast.stat().st_size - 60_000)  # room for half a checkpoint
+    os.truncate(ballast, ballast.stat().st_size - 60_000)  # free space for half a checkpoint
     with pytest.raises(
         TrmtError, match=r"cannot write .*step-00000004.*No space left on device.*free some space"
     ):
         train(options(run, toy_set, recipe))
-    assert [point.step for point in checkpoints.steps(run)] == [2]
+    assert [checkpoint.step for checkpoint in checkpoints.list_checkpoints(run)] == [2]
     assert not list(run.glob(".partial*"))
     ballast.unlink()
     train(options(run, toy_set, recipe))
-    assert final(run) == final(tmp_path / "whole")
+    assert final(run) == final(tmp_path / "uninterrupted")
 
 
-# Two at once
+# Two processes
 
 
 @posix

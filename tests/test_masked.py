@@ -14,29 +14,30 @@ from trmt.lab.denoising import Denoising, DenoisingConfig, infilled
 from trmt.lab.masked import Masked, MaskedConfig
 from trmt.lab.masked_encoder import MaskedEncoder, MaskedEncoderConfig
 from trmt.objectives.base import Specials
-from trmt.sets.batches import Column, Examples
+from trmt.sets.batches import RaggedBatch
+from trmt.sets.shards import RaggedArray
 
 CPU = torch.device("cpu")
 BEGINS = np.arange(VOCABULARY) % 3 == 0
 SPECIALS = Specials(bos=2, eos=3, unk=1, vocabulary=VOCABULARY, begins_word=BEGINS)
 
 
-def examples(count: int = 8, *, longest: int = 30, second: bool = True) -> Examples:
+def examples(count: int = 8, *, longest: int = 30, second: bool = True) -> RaggedBatch:
     generator = np.random.default_rng(1)
 
-    def column(most: int) -> Column:
+    def column(most: int) -> RaggedArray:
         lengths = generator.integers(1, most + 1, count) if most else np.zeros(count, np.int64)
-        return Column(generator.integers(4, VOCABULARY, int(lengths.sum())), lengths)
+        return RaggedArray(generator.integers(4, VOCABULARY, int(lengths.sum())), lengths)
 
     ones = np.ones(count, np.int64)
     first = column(longest)
-    return Examples(
+    return RaggedBatch(
         {
             "first.ids": first,
             "second.ids": column(longest * second),
-            "sizes": Column(first.lengths, ones),
-            "follows": Column(generator.integers(0, 2, count), ones),
-            "key": Column(generator.integers(0, 1 << 60, count).astype(np.uint64), ones),
+            "sizes": RaggedArray(first.lengths, ones),
+            "follows": RaggedArray(generator.integers(0, 2, count), ones),
+            "key": RaggedArray(generator.integers(0, 1 << 60, count).astype(np.uint64), ones),
         }
     )
 
@@ -52,12 +53,12 @@ def encoder(**options: Any) -> MaskedEncoder:
 
 
 def test_an_example_is_two_parts_between_marks() -> None:
-    some = Examples(
+    some = RaggedBatch(
         {
-            "first.ids": Column(np.array([5, 6, 7]), np.array([2, 1])),
-            "second.ids": Column(np.array([8, 9, 10]), np.array([1, 2])),
-            "follows": Column(np.array([1, 0]), np.array([1, 1])),
-            "key": Column(np.array([11, 12], np.uint64), np.array([1, 1])),
+            "first.ids": RaggedArray(np.array([5, 6, 7]), np.array([2, 1])),
+            "second.ids": RaggedArray(np.array([8, 9, 10]), np.array([1, 2])),
+            "follows": RaggedArray(np.array([1, 0]), np.array([1, 1])),
+            "key": RaggedArray(np.array([11, 12], np.uint64), np.array([1, 1])),
         }
     )
     batch = masked(masked=0.0, random=0.0).collate(some, CPU)
@@ -107,7 +108,7 @@ def test_whole_words_are_asked_for() -> None:
 def test_an_example_is_masked_alike_whatever_is_beside_it(whole_words: bool) -> None:
     objective, some = masked(whole_words=whole_words), examples()
     whole = objective.collate(some, CPU)
-    parts = [objective.collate(some.part(n, n + 1), CPU) for n in range(len(some))]
+    parts = [objective.collate(some.slice(n, n + 1), CPU) for n in range(len(some))]
     assert torch.equal(whole.source.ids_N, torch.cat([part.source.ids_N for part in parts]))
     assert torch.equal(whole.pieces_N, torch.cat([part.pieces_N for part in parts]))
 
@@ -125,7 +126,7 @@ def test_the_loss_is_both_and_adds_up() -> None:
     torch.testing.assert_close(whole.nll, pieces.detach())
     told = [one.index(max(one)) == true for one, true in zip(judged.tolist(), batch.next_S, strict=True)]
     assert whole.right is not None and (int(whole.right), whole.questions) == (sum(told), len(some))
-    parts = [objective.loss(net, objective.collate(some.part(n, n + 2), CPU)) for n in range(0, 8, 2)]
+    parts = [objective.loss(net, objective.collate(some.slice(n, n + 2), CPU)) for n in range(0, 8, 2)]
     torch.testing.assert_close(whole.total, torch.stack([part.total for part in parts]).sum())
     whole.total.backward()
     assert not [name for name, parameter in net.named_parameters() if parameter.grad is None]
@@ -143,7 +144,7 @@ def test_neighbours_change_nothing_and_everything_counts(options: dict[str, Any]
     objective = masked()
     with torch.inference_mode():
         whole = net(objective.collate(some, CPU).source).hidden
-        alone = [net(objective.collate(some.part(n, n + 1), CPU).source).hidden for n in range(len(some))]
+        alone = [net(objective.collate(some.slice(n, n + 1), CPU).source).hidden for n in range(len(some))]
         torch.testing.assert_close(whole, torch.cat(alone), atol=2e-5, rtol=1e-4)
         source = objective.collate(some, CPU).source
         other = type(source)(source.ids_N, source.lengths_S, source.longest, {})
@@ -175,11 +176,11 @@ def test_the_target_is_the_text_and_the_source_what_is_left() -> None:
     batch = denoising().collate(some, CPU)
     text = some.columns["first.ids"]
     ends = np.cumsum(text.lengths)
-    assert batch.after_N.tolist() == np.insert(text.ids, ends, 3).tolist()
+    assert batch.after_N.tolist() == np.insert(text.values, ends, 3).tolist()
     assert batch.tokens == denoising().tokens(some) == len(batch.after_N)
     masks = (batch.source.ids_N == 1).sum()
     kept = len(batch.source.ids_N) - int(masks) - 100
-    assert kept / len(text.ids) == pytest.approx(0.7, abs=0.02)
+    assert kept / len(text.values) == pytest.approx(0.7, abs=0.02)
     assert (batch.source.lengths_S <= torch.from_numpy(text.lengths) + 2).all()
 
 
@@ -216,7 +217,7 @@ def test_sentences_come_in_another_order() -> None:
 def test_noise_depends_on_the_key_alone() -> None:
     some = examples(second=False)
     whole = denoising().collate(some, CPU).source.ids_N
-    parts = [denoising().collate(some.part(n, n + 1), CPU).source.ids_N for n in range(len(some))]
+    parts = [denoising().collate(some.slice(n, n + 1), CPU).source.ids_N for n in range(len(some))]
     assert torch.equal(whole, torch.cat(parts))
 
 

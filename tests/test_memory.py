@@ -1,4 +1,4 @@
-"""Memory that is too short, injected: found at the start, met by smaller parts, never the end of a run."""
+"""Out-of-memory errors, injected: found at the start, answered by micro-batches, never the end of a run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.eager import Eager
 
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import validating
 from trmt.bundles import checkpoints
-from trmt.decoding.eager import Eager
 from trmt.nets.transformer import Transformer
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
-from trmt.sets.batches import BatchConfig, Batches, Position
+from trmt.sets.batches import BatchConfig, Batches, DataPosition
 from trmt.sets.shards import PreparedSet
-from trmt.training.learner import Learner
+from trmt.training import run as run_module
+from trmt.training import validation
 from trmt.training.planning import TrainOptions
-from trmt.training.run import Run, train
+from trmt.training.run import TrainingRun, train
+from trmt.training.state import TrainState
+from trmt.training.step import rehearse, train_step
 
 TRANSLATED = {"validation": {"every": 3, "metric": "chrf", "sentences": 30}}
 
@@ -34,14 +37,14 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-class Short:
-    """How often memory was too short, and the sizes of what did fit."""
+class LimitedMemory:
+    """Counts the batches that did not fit, and records the sizes of those that did."""
 
     def __init__(self) -> None:
         self.refused = 0
         self.fitted: list[int] = []
 
-    def ask(self, size: int, limit: int) -> None:
+    def check(self, size: int, limit: int) -> None:
         if size > limit:
             self.refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 byte")
@@ -49,28 +52,30 @@ class Short:
 
 
 @contextmanager
-def memory_for(limit: int, *, training: bool) -> Iterator[Short]:
-    """Memory ends where a batch has more pairs, in training or else in looking at the dev set."""
-    short, loss = Short(), Translation.loss
+def memory_for(limit: int, *, training: bool) -> Iterator[LimitedMemory]:
+    """Memory for batches of up to `limit` pairs, in training or in validation."""
+    limited, loss = LimitedMemory(), Translation.loss
 
-    def scarce(self: Translation, net: Any, batch: Any) -> Loss:
+    def checked(self: Translation, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled() == training:
-            short.ask(len(batch.source), limit)
+            limited.check(len(batch.source), limit)
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", scarce)
-        yield short
+        patch.setattr(Translation, "loss", checked)
+        yield limited
 
 
 # At the start
 
 
-@pytest.mark.parametrize("architecture", ["transformer", "rnn"])  # in a row, and padded
-def test_the_largest_batches_come_first(toy_set: Path, tmp_path: Path, run: Path, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["transformer", "rnn"])  # without padding, and with
+def test_the_largest_batches_are_rehearsed_first(
+    toy_set: Path, tmp_path: Path, run: Path, architecture: str
+) -> None:
     sizes: list[tuple[int, int, int]] = []
     steps: list[int] = []
-    loss, learn = Translation.loss, Learner.learn
+    loss = Translation.loss
 
     def measured(self: Translation, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled():
@@ -79,55 +84,57 @@ def test_the_largest_batches_come_first(toy_set: Path, tmp_path: Path, run: Path
             sizes.append((int(lengths_S.sum()) if type(net).in_row else pairs * longest, pairs, longest))
         return loss(self, net, batch)
 
-    def counted(self: Learner, *rest: Any) -> Any:
+    def counted(state: TrainState, batches: Any) -> Any:
         steps.append(len(sizes))
-        return learn(self, *rest)
+        return train_step(state, batches)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Translation, "loss", measured)
-        patch.setattr(Learner, "learn", counted)
+        patch.setattr(run_module, "train_step", counted)
         recipe = toy.recipe(tmp_path, {"training": {"steps": 0, "epochs": 1}}, architecture=architecture)
         train(options(run, toy_set, recipe))
     first, later = sizes[: steps[0]], sizes[steps[0] :]
     assert 1 <= len(first) <= 3 and len(later) == len(steps)
-    for kind in range(3):
-        assert max(size[kind] for size in first) == max(size[kind] for size in later)
+    for measure in range(3):
+        assert max(size[measure] for size in first) == max(size[measure] for size in later)
 
 
-def test_what_is_rehearsed_has_its_subwords_drawn(toy_set: Path, tmp_path: Path) -> None:
+def test_subwords_are_sampled_in_the_rehearsal(toy_set: Path, tmp_path: Path) -> None:
     """They are more than those that are stored, and take more memory."""
     recipe = toy.recipe(tmp_path)
-    made = Run.planned(options(tmp_path / "run", toy_set, recipe, "batches.subword_alpha=0.3"), None)
-    stored = max(made.learner.objective.tokens(made.batches.load(pairs)) for pairs in made.batches.largest())
-    rehearsed, loss = [], Translation.loss
+    run = TrainingRun.from_options(options(tmp_path / "run", toy_set, recipe, "batches.subword_alpha=0.3"))
+    stored = max(
+        run.state.objective.tokens(run.batches.load(pairs)) for pairs in run.batches.largest_batches()
+    )
+    tokens, loss = [], Translation.loss
 
-    def noted(self: Translation, net: Any, batch: Any) -> Loss:
-        rehearsed.append(batch.tokens)
+    def recorded(self: Translation, net: Any, batch: Any) -> Loss:
+        tokens.append(batch.tokens)
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", noted)
-        made.learner.rehearse(made.batches)
-        most = max(rehearsed)
-        for position, step in made.batches.steps(Position(0, 0)):
-            made.learner.learn(step, position.step)
+        patch.setattr(Translation, "loss", recorded)
+        rehearse(run.state, run.batches)
+        rehearsed = max(tokens)
+        for position, step in run.batches.steps(DataPosition(0, 0)):
+            train_step(run.state, step)
             if position.epoch:
                 break
-    assert most > 1.1 * stored
-    assert max(rehearsed) < 1.1 * most
+    assert rehearsed > 1.1 * stored
+    assert max(tokens) < 1.1 * rehearsed
 
 
-def test_rehearsing_changes_nothing(toy_set: Path, tmp_path: Path, run: Path) -> None:
+def test_the_rehearsal_does_not_change_the_run(toy_set: Path, tmp_path: Path, run: Path) -> None:
     recipe = toy.recipe(tmp_path, HARD)
     train(options(run, toy_set, recipe))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "rehearse", lambda *_: None)
+        patch.setattr(run_module, "rehearse", lambda *_: None)
         train(options(tmp_path / "without", toy_set, recipe))
     assert final(run) == final(tmp_path / "without")
 
 
-class Counting(Transformer):
-    """A network that keeps more than weights: how often it was called."""
+class CountingTransformer(Transformer):
+    """A network with a buffer that counts its calls."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -138,108 +145,104 @@ class Counting(Transformer):
         return super().forward(*args, **more)
 
 
-def test_rehearsing_puts_buffers_and_gradients_back(toy_set: Path, tmp_path: Path) -> None:
-    recipe = toy.recipe(tmp_path)
-    made = Run.planned(
-        options(tmp_path / "run", toy_set, recipe, 'architecture="tests.test_memory:Counting"'), None
-    )
-    before = {name: value.clone() for name, value in made.learner.net.state_dict().items()}
-    made.learner.rehearse(made.batches)
-    after = made.learner.net.state_dict()
+def test_the_rehearsal_restores_buffers_and_removes_gradients(toy_set: Path, tmp_path: Path) -> None:
+    architecture = 'architecture="tests.test_memory:CountingTransformer"'
+    run = TrainingRun.from_options(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), architecture))
+    state = run.state
+    before = {name: value.clone() for name, value in state.net.state_dict().items()}
+    rehearse(state, run.batches)
+    after = state.net.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(parameter.grad is None for parameter in made.learner.net.parameters())
-    assert not made.learner.optimizer.state and not made.learner.guard.unread
+    assert all(parameter.grad is None for parameter in state.net.parameters())
+    assert not state.optimizer.state and not state.guard.pending
 
 
-def test_short_memory_shows_before_the_first_step_and_is_remembered(
+def test_short_memory_shows_before_the_first_step_and_is_saved(
     toy_set: Path, tmp_path: Path, run: Path
 ) -> None:
     recipe = toy.recipe(tmp_path, HARD)
-    with memory_for(7, training=True) as short:
-        train(options(tmp_path / "whole", toy_set, recipe))
-        refused = short.refused
-        assert refused and max(short.fitted) <= 7
+    with memory_for(7, training=True) as limited:
+        train(options(tmp_path / "uninterrupted", toy_set, recipe))
+        refused = limited.refused
+        assert refused and max(limited.fitted) <= 7
         train(options(run, toy_set, recipe, "training.steps=4"))
-        assert short.refused == 2 * refused
-        halvings = json.loads((run / "step-00000004/training/state.json").read_bytes())["learner"]["halvings"]
-        assert halvings == refused, "each refusal was the rehearsal's"
+        assert limited.refused == 2 * refused
+        halvings = json.loads((run / "step-00000004/training/state.json").read_bytes())["halvings"]
+        assert halvings == refused, "all were in the rehearsal"
         train(options(run, toy_set, recipe))
-        assert short.refused == 2 * refused, "a resumed run begins with what was learned"
-    assert final(run) == final(tmp_path / "whole")
+        assert limited.refused == 2 * refused, "a resumed run starts with the saved number of micro-batches"
+    assert final(run) == final(tmp_path / "uninterrupted")
 
 
-def test_the_plan_stays_what_it_was(toy_set: Path, tmp_path: Path, run: Path) -> None:
+def test_short_memory_does_not_change_the_order_of_the_data(toy_set: Path, tmp_path: Path, run: Path) -> None:
     recipe = toy.recipe(tmp_path, HARD)
-    train(options(tmp_path / "plenty", toy_set, recipe))
+    train(options(tmp_path / "unlimited", toy_set, recipe))
     with memory_for(7, training=True):
         train(options(run, toy_set, recipe))
-    ours, theirs = (final(folder)[2]["progress"] for folder in (run, tmp_path / "plenty"))
-    for key in ("step", "epoch", "position", "target_tokens"):
+    ours, theirs = (final(folder)[2]["progress"] for folder in (run, tmp_path / "unlimited"))
+    for key in ("step", "epoch", "epoch_step", "target_tokens"):
         assert ours[key] == theirs[key]
 
 
-def test_memory_that_ends_later_is_met_as_well(toy_set: Path, tmp_path: Path, run: Path) -> None:
-    learn, loss = Learner.learn, Translation.loss
-    short, now = Short(), [0]
+def test_memory_can_run_out_in_a_later_step(toy_set: Path, tmp_path: Path, run: Path) -> None:
+    loss, limited, step = Translation.loss, LimitedMemory(), [0]
 
-    def learned(self: Learner, examples: Any, step: int) -> Any:
-        now[0] = step
-        return learn(self, examples, step)
+    def recorded(state: TrainState, batches: Any) -> Any:
+        step[0] = state.progress.step
+        return train_step(state, batches)
 
-    def scarce(self: Translation, net: Any, batch: Any) -> Loss:
-        if torch.is_grad_enabled() and now[0] >= 3:
-            short.ask(len(batch.source), 7)
+    def checked(self: Translation, net: Any, batch: Any) -> Loss:
+        if torch.is_grad_enabled() and step[0] >= 3:
+            limited.check(len(batch.source), 7)
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "learn", learned)
-        patch.setattr(Translation, "loss", scarce)
+        patch.setattr(run_module, "train_step", recorded)
+        patch.setattr(Translation, "loss", checked)
         train(options(run, toy_set, toy.recipe(tmp_path)))
-    assert short.refused and checkpoints.steps(run)[-1].step == 6
+    assert limited.refused and checkpoints.list_checkpoints(run)[-1].step == 6
 
 
-# While looking at the dev set
+# In validation
 
 
-def test_the_dev_loss_in_parts_is_the_dev_loss(
-    toy_set: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dev_loss_in_micro_batches_is_the_dev_loss(toy_set: Path, tmp_path: Path, run: Path) -> None:
     recipe = toy.recipe(tmp_path)
-    train(options(tmp_path / "plenty", toy_set, recipe))
-    with memory_for(4, training=False) as short:
+    train(options(tmp_path / "unlimited", toy_set, recipe))
+    with memory_for(4, training=False) as limited:
         train(options(run, toy_set, recipe))
-    assert short.refused and max(short.fitted) <= 4
-    assert sum(short.fitted) == 2 * 30, "each pair of the dev set once in each of two looks"
+    assert limited.refused and max(limited.fitted) <= 4
+    assert sum(limited.fitted) == 2 * 30, "each pair of the dev set once in each of two validations"
     found, expected = (
         [entry["scores"][0]["value"] for entry in log(folder, "validate")]
-        for folder in (run, tmp_path / "plenty")
+        for folder in (run, tmp_path / "unlimited")
     )
     assert found == pytest.approx(expected, rel=1e-6)
-    assert final(run, 6)[:2] == final(tmp_path / "plenty", 6)[:2]
+    assert final(run, 6)[:2] == final(tmp_path / "unlimited", 6)[:2]
 
 
 def test_the_dev_set_is_translated_in_smaller_batches(
     toy_set: Path, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = toy.recipe(tmp_path, TRANSLATED)
-    train(options(tmp_path / "plenty", toy_set, recipe), validating.validate)
-    short, work = Short(), Eager._started
+    train(options(tmp_path / "unlimited", toy_set, recipe), validating.validate)
+    limited, started = LimitedMemory(), Eager._started
 
-    def scarce(self: Eager, requests: Any, indices: list[int], room: int) -> Any:
-        short.ask(len(indices), 5)
-        return work(self, requests, indices, room)
+    def checked(self: Eager, requests: Any, indices: list[int], room: int) -> Any:
+        limited.check(len(indices), 5)
+        return started(self, requests, indices, room)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Eager, "_started", scarce)
+        patch.setattr(Eager, "_started", checked)
         train(options(run, toy_set, recipe), validating.validate)
-    assert short.refused and max(short.fitted) <= 5
+    assert limited.refused and max(limited.fitted) <= 5
     assert "memory is short: translating goes on with fewer sentences" in capsys.readouterr().err
     scores = [
-        [point.manifest.scores for point in checkpoints.steps(folder)]
-        for folder in (run, tmp_path / "plenty")
+        [checkpoint.manifest.scores for checkpoint in checkpoints.list_checkpoints(folder)]
+        for folder in (run, tmp_path / "unlimited")
     ]
     assert scores[0] == scores[1]
-    assert final(run, 6) == final(tmp_path / "plenty", 6)
+    assert final(run, 6) == final(tmp_path / "unlimited", 6)
 
 
 @pytest.mark.parametrize("where", ["loss", "translations"])
@@ -252,52 +255,58 @@ def test_a_dev_set_that_does_not_fit_at_all_does_not_end_the_run(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*((Learner, "_dev_sums", full) if where == "loss" else (Eager, "_started", full)))
+        if where == "loss":
+            patch.setattr(validation, "loss_sums", full)
+        else:
+            patch.setattr(Eager, "_started", full)
         train(options(run, toy_set, recipe), validating.validate)
-    assert capsys.readouterr().err.count("training goes on without it") == 2
-    points = checkpoints.steps(run)
-    assert points[-1].step == 6, "what could not be judged does not use up patience"
-    assert not any(point.score() for point in points)
+    assert capsys.readouterr().err.count("training goes on without validating") == 2
+    found = checkpoints.list_checkpoints(run)
+    assert found[-1].step == 6, "a validation without a score does not count for patience"
+    assert not any(checkpoint.score() for checkpoint in found)
     assert [len(entry["scores"]) for entry in log(run, "validate")] == [where == "translations"] * 2
 
 
-def test_largest_batches_are_those_of_the_plan(toy_set: Path, tmp_path: Path) -> None:
-    made = Run.planned(TrainOptions(data=toy_set, recipe=toy.recipe(tmp_path), run=tmp_path / "run"), None)
-    batches: Batches = made.batches
+def test_the_largest_batches_are_batches_of_the_plan(toy_set: Path, tmp_path: Path) -> None:
+    run = TrainingRun.from_options(
+        TrainOptions(data=toy_set, recipe=toy.recipe(tmp_path), run=tmp_path / "run")
+    )
+    batches: Batches = run.batches
     plan = [pairs for step in batches.plan(0) for pairs in step]
-    largest = batches.largest()
+    largest = batches.largest_batches()
     assert all(any(pairs is planned for planned in plan) for pairs in largest)
     assert len({id(pairs) for pairs in largest}) == len(largest) <= 3
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch's compiler, about torch
-def test_parts_of_batches_are_of_one_shape_too(toy_set: Path, tmp_path: Path) -> None:
-    """For a network that is compiled: each new shape would be compiled anew."""
+def test_micro_batches_of_a_compiled_network_have_one_shape(toy_set: Path, tmp_path: Path) -> None:
+    """Each new shape would be compiled anew."""
     recipe = toy.recipe(tmp_path)
-    made = Run.planned(options(tmp_path / "run", toy_set, recipe, "training.compile=on"), None)
-    made.learner._forward = made.learner.net  # the shapes are the same without the compiler
-    assert made.learner.room
+    run = TrainingRun.from_options(options(tmp_path / "run", toy_set, recipe, "training.compile=on"))
+    state = run.state
+    state.forward = state.net  # the shapes are the same without the compiler
+    assert state.batch_shape
     shapes, loss = set(), Translation.loss
 
-    def noted(self: Translation, net: Any, batch: Any) -> Loss:
+    def recorded(self: Translation, net: Any, batch: Any) -> Loss:
         shapes.add(
             (len(batch.source.ids_N), len(batch.before.ids_N), len(batch.source), batch.source.longest)
         )
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", noted)
+        patch.setattr(Translation, "loss", recorded)
         for halvings in (0, 1):
-            made.learner.parts.halvings = halvings
-            made.learner.learn([made.batches.load(made.batches.plan(0)[0][0])], 0)
-            room = made.learner.room.part(2**halvings)
-            assert shapes == {(room.source, room.target, room.sentences, room.longest)}
+            state.micro_batches.halvings = halvings
+            train_step(state, [run.batches.load(run.batches.plan(0)[0][0])])
+            shape = state.batch_shape.part(2**halvings)
+            assert shapes == {(shape.source, shape.target, shape.sentences, shape.longest)}
             shapes.clear()
 
 
-def test_room_is_no_longer_than_the_network_has_positions(toy_set: Path, tmp_path: Path) -> None:
+def test_the_batch_shape_keeps_to_the_positions_of_the_network(toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path)
     longest = int(Batches(PreparedSet.open(toy_set), BatchConfig(), seed=1).lengths.max())
     changes = (f"network.longest={longest + 1}", "batches.subword_alpha=0.4")
-    made = Run.planned(options(tmp_path / "run", toy_set, recipe, *changes), None)
-    assert made.learner.room and made.learner.room.longest == longest + 1
+    shape = TrainingRun.from_options(options(tmp_path / "run", toy_set, recipe, *changes)).state.batch_shape
+    assert shape and shape.longest == longest + 1

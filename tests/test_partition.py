@@ -1,4 +1,4 @@
-"""A second start goes on with the same work only, and says what is different of any other."""
+"""A second start continues the same work only, and names the differences otherwise."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 
 from trmt.errors import ConfigError, DataError
-from trmt.scale.partition import MANIFEST, Input, Partition, begun, measured, missing, part_name
-from trmt.storage import remote
-from trmt.text.ranges import Range, cut
+from trmt.scale.partition import (
+    MANIFEST,
+    InputFile,
+    Partition,
+    cut_input,
+    missing_parts,
+    open_partition,
+    part_name,
+)
+from trmt.storage import files
+from trmt.text.ranges import LineRange, split_by_size
 
 OPTIONS: dict[str, Any] = {"search": {"beam": 4, "penalty": 0.6}, "model": "abc", "languages": ["en", "de"]}
 
@@ -26,59 +34,59 @@ def names(tmp_path: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def ranges_of(name: str) -> Sequence[Range]:
-    with remote.opened(name) as stream:
-        return cut(stream, size=20)
+def ranges_of(name: str) -> Sequence[LineRange]:
+    with files.open_file(name) as stream:
+        return split_by_size(stream, size=20)
 
 
-def cutting(names: Sequence[str]) -> Callable[[], list[Input]]:
-    return lambda: [measured(name, ranges_of) for name in names]
+def cutting(names: Sequence[str]) -> Callable[[], list[InputFile]]:
+    return lambda: [cut_input(name, ranges_of) for name in names]
 
 
 def start(folder: Path, names: Sequence[str], **changes: Any) -> Partition:
-    return begun(str(folder), "test", {**OPTIONS, **changes}, names=names, cut=cutting(names))
+    return open_partition(str(folder), "test", {**OPTIONS, **changes}, names=names, cut=cutting(names))
 
 
-def never() -> list[Input]:
-    raise AssertionError("nothing has changed, so nothing is read again")
+def never() -> list[InputFile]:
+    raise AssertionError("nothing has changed, so no input should be read again")
 
 
 def test_a_second_start_finds_what_the_first_wrote(tmp_path: Path, names: list[str]) -> None:
     first = start(tmp_path / "out", names)
     assert [each.name for each in first.inputs] == names
     written = (tmp_path / "out" / MANIFEST).read_bytes()
-    assert begun(str(tmp_path / "out"), "test", OPTIONS, names=names, cut=never) == first
+    assert open_partition(str(tmp_path / "out"), "test", OPTIONS, names=names, cut=never) == first
     assert (tmp_path / "out" / MANIFEST).read_bytes() == written
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model": "abd"}, 'model was "abc" and is "abd"'),
         ({"search": {"beam": 5, "penalty": 0.6}}, "search.beam was 4 and is 5"),
         ({"languages": ["en", "fr"]}, 'languages.1 was "de" and is "fr"'),
-        ({"more": None}, "more was not there and is null"),
+        ({"more": None}, "more was missing and is null"),
     ],
 )
 def test_other_options_are_refused_by_name(
-    tmp_path: Path, names: list[str], changes: dict[str, Any], said: str
+    tmp_path: Path, names: list[str], changes: dict[str, Any], message: str
 ) -> None:
     start(tmp_path / "out", names)
     with pytest.raises(ConfigError) as caught:
         start(tmp_path / "out", names, **changes)
-    assert f"was begun otherwise: {said}; ask" in str(caught.value)
+    assert f"was started with other options or inputs: {message}; use" in str(caught.value)
 
 
 def test_many_differences_are_counted(tmp_path: Path, names: list[str]) -> None:
     start(tmp_path / "out", names)
-    with pytest.raises(ConfigError, match=r"a was not there .*; c was not there .*, and 2 more; ask"):
+    with pytest.raises(ConfigError, match=r"a was missing .*; c was missing .*, and 2 more; use"):
         start(tmp_path / "out", names, a=1, b=2, c=3, d=4, e=5)
 
 
 def test_another_job_is_refused(tmp_path: Path, names: list[str]) -> None:
     start(tmp_path / "out", names)
     with pytest.raises(ConfigError, match='job was "test" and is "other"'):
-        begun(str(tmp_path / "out"), "other", OPTIONS, names=names, cut=never)
+        open_partition(str(tmp_path / "out"), "other", OPTIONS, names=names, cut=never)
 
 
 def test_inputs_that_have_changed_are_refused_by_name(tmp_path: Path, names: list[str]) -> None:
@@ -86,22 +94,22 @@ def test_inputs_that_have_changed_are_refused_by_name(tmp_path: Path, names: lis
     known = Path(names[1]).stat()
     Path(names[1]).write_text("one\ntwo\nthrew\n" * 5)  # as long as it was
     os.utime(names[1], ns=(known.st_atime_ns, known.st_mtime_ns + 1))
-    with pytest.raises(ConfigError, match=f"what is in {names[1]} has changed"):
+    with pytest.raises(ConfigError, match=f"the contents of {names[1]} have changed"):
         start(tmp_path / "out", names)
 
 
-def test_inputs_that_were_only_copied_are_not(
+def test_inputs_that_were_only_copied_are_accepted(
     tmp_path: Path, names: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = start(tmp_path / "out", names)
     os.utime(names[1])
     assert start(tmp_path / "out", names) == first
-    assert "comparing what is in all of them" in capsys.readouterr().err
+    assert "comparing the contents of all inputs" in capsys.readouterr().err
 
 
-def test_inputs_that_came_or_went_are_refused_by_name(tmp_path: Path, names: list[str]) -> None:
+def test_new_and_missing_inputs_are_refused_by_name(tmp_path: Path, names: list[str]) -> None:
     start(tmp_path / "out", names)
-    with pytest.raises(ConfigError, match=f"{names[1]} is gone"):
+    with pytest.raises(ConfigError, match=f"{names[1]} is missing"):
         start(tmp_path / "out", names[:1])
     third = tmp_path / "in" / "c"
     third.touch()
@@ -109,10 +117,10 @@ def test_inputs_that_came_or_went_are_refused_by_name(tmp_path: Path, names: lis
         start(tmp_path / "out", [*names, str(third)])
 
 
-def test_a_folder_with_other_things_is_refused(tmp_path: Path, names: list[str]) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, names: list[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match=r"holds thesis.tex and no manifest.json"):
+    with pytest.raises(ConfigError, match=r"contains thesis.tex but no manifest.json"):
         start(tmp_path / "out", names)
 
 
@@ -125,25 +133,25 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, names: list[str], da
 
 
 def test_an_input_that_grows_while_it_is_cut_is_refused(names: list[str]) -> None:
-    def slowly(name: str) -> Sequence[Range]:
+    def slowly(name: str) -> Sequence[LineRange]:
         with open(name, "ab") as stream:
             stream.write(b"more\n")
         return ranges_of(name)
 
     with pytest.raises(DataError, match="changes while it is read"):
-        measured(names[0], slowly)
+        cut_input(names[0], slowly)
 
 
-def test_what_is_missing_is_what_is_not_there(tmp_path: Path) -> None:
+def test_parts_without_a_file_are_missing(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for name in ("part-00001", "a/part-00000", ".partial-part-00000-1-00000000"):
         (tmp_path / name).touch()
     wanted = ["part-00000", "part-00001", "a/part-00000", "a/part-00001"]
-    assert missing(str(tmp_path), wanted) == ["part-00000", "a/part-00001"]
+    assert missing_parts(str(tmp_path), wanted) == ["part-00000", "a/part-00001"]
 
 
 @pytest.mark.parametrize("count", [1, 9, 100_000, 100_001, 1_234_567])
-def test_names_are_in_the_order_of_parts(count: int) -> None:
+def test_names_sort_in_the_order_of_parts(count: int) -> None:
     numbers = sorted({0, 1, 9, 10, 99_999, 100_000, count - 1})
     some = [part_name(number, count) for number in numbers if number < count]
     assert some == sorted(some) and len({len(name) for name in some}) == 1

@@ -28,11 +28,14 @@ def documents(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return prepare_documents(options)
 
 
-def passages(data: PreparedSet, *, passage: int = 40, pairs: bool = True, seed: int = 3) -> Passages:
-    return Passages(data, BatchConfig(tokens=200, passage=passage), seed=seed, in_row=True, pairs=pairs)
+def passages(
+    data: PreparedSet, *, passage_tokens: int = 40, next_sentence: bool = True, seed: int = 3
+) -> Passages:
+    config = BatchConfig(tokens=200, passage_tokens=passage_tokens)
+    return Passages(data, config, seed=seed, padding_free=True, next_sentence=next_sentence)
 
 
-def test_a_set_of_documents_holds_every_sentence(documents: PreparedSet, tokenizer_folder: Path) -> None:
+def test_a_set_of_documents_has_every_sentence(documents: PreparedSet, tokenizer_folder: Path) -> None:
     side = Tokenizer.load(tokenizer_folder).source
     text = Path(documents.index["corpora"][0]["name"]).read_text("utf-8")
     found = documents.split("train")
@@ -54,62 +57,62 @@ def test_preparing_again_does_nothing(documents: PreparedSet, tokenizer_folder: 
     assert (documents.folder / "index.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("pairs", [True, False])
-def test_an_epoch_has_every_passage_once_and_they_fit(documents: PreparedSet, pairs: bool) -> None:
-    found = passages(documents, pairs=pairs)
+@pytest.mark.parametrize("next_sentence", [True, False])
+def test_an_epoch_has_every_passage_once_and_they_fit(documents: PreparedSet, next_sentence: bool) -> None:
+    found = passages(documents, next_sentence=next_sentence)
     taken = np.concatenate([batch for step in found.plan(0) for batch in step])
     assert sorted(taken.tolist()) == list(range(len(found.begins)))
     for step in found.plan(1):
         for batch in step:
             examples = found.load(batch, seed=(1, 0, 0))
             total = examples.columns["first.ids"].lengths + examples.columns["second.ids"].lengths
-            assert (total <= found.space).all()
+            assert (total <= found.max_pieces).all()
             assert (total + 3 <= found.lengths[batch] + 1).all()
             assert (examples.columns["first.ids"].lengths > 0).all()
-            assert (examples.columns["second.ids"].lengths > 0).all() == pairs
+            assert (examples.columns["second.ids"].lengths > 0).all() == next_sentence
 
 
-def test_passages_without_pairs_are_the_text(documents: PreparedSet) -> None:
-    found = passages(documents, pairs=False)
+def test_passages_of_one_segment_are_the_text(documents: PreparedSet) -> None:
+    found = passages(documents, next_sentence=False)
     examples = found.load(np.arange(len(found.begins)))
     ids, _ = found.split.gather("text.ids", np.arange(len(found.split)))
-    assert np.array_equal(examples.columns["first.ids"].ids, ids)
-    assert int(examples.columns["sizes"].ids.sum()) == len(ids)
+    assert np.array_equal(examples.columns["first.ids"].values, ids)
+    assert int(examples.columns["sizes"].values.sum()) == len(ids)
 
 
-def test_what_follows_really_does_and_what_does_not_is_of_another_document(documents: PreparedSet) -> None:
+def test_the_second_segment_continues_the_first_or_is_of_another_document(documents: PreparedSet) -> None:
     found = passages(documents)
-    drawn = found.drawn(0)
-    document = found.ends  # unlike for unlike documents
-    here, there = document[drawn.first[0]], document[drawn.second[0]]
-    assert ((here == there) == drawn.follows).all()
-    assert (drawn.second[0] == drawn.first[1])[drawn.follows].all()
-    assert 0.25 < drawn.follows.mean() < 0.75
-    assert not np.array_equal(drawn.follows, found.drawn(1).follows)
+    segments = found.segments(0)
+    document = found.document_ends  # different for different documents
+    first, second = document[segments.first[0]], document[segments.second[0]]
+    assert ((first == second) == segments.follows).all()
+    assert (segments.second[0] == segments.first[1])[segments.follows].all()
+    assert 0.25 < segments.follows.mean() < 0.75
+    assert not np.array_equal(segments.follows, found.segments(1).follows)
 
 
-def test_what_is_drawn_depends_on_seed_epoch_and_passage_alone(documents: PreparedSet) -> None:
+def test_passages_depend_on_seed_epoch_and_number_alone(documents: PreparedSet) -> None:
     first, second = passages(documents), passages(documents)
-    second.drawn(5)  # another epoch in between
+    second.segments(5)  # another epoch in between
     some, all_of_them = np.array([4, 2, 7]), np.arange(10)
     one = first.load(some, seed=(1, 3, 0)).columns
     other = second.load(all_of_them, seed=(1, 9, 1)).columns
-    assert one["key"].ids.tolist() == other["key"].ids[some].tolist()
+    assert one["key"].values.tolist() == other["key"].values[some].tolist()
     assert one["second.ids"].lengths.tolist() == other["second.ids"].lengths[some].tolist()
-    assert one["key"].ids.tolist() != passages(documents, seed=4).load(some).columns["key"].ids.tolist()
-    assert len(set(first.load(all_of_them).columns["key"].ids.tolist())) == 10
+    assert one["key"].values.tolist() != passages(documents, seed=4).load(some).columns["key"].values.tolist()
+    assert len(set(first.load(all_of_them).columns["key"].values.tolist())) == 10
 
 
-def test_one_document_has_no_wrong_sentence(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_one_document_cannot_have_wrong_sentences(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("ka lomo\nti saru\n", encoding="utf-8")
     options = DocumentOptions((str(tmp_path / "one.txt"),), None, tmp_path / "set", tokenizer_folder)
     data = prepare_documents(options)
     with pytest.raises(ConfigError, match=r"loss\.next_sentence"):
         passages(data)
-    assert len(passages(data, pairs=False).begins) == 1
+    assert len(passages(data, next_sentence=False).begins) == 1
 
 
-def test_pairs_and_documents_are_not_taken_for_each_other(toy_set: Path, documents: PreparedSet) -> None:
+def test_pairs_and_documents_are_not_confused(toy_set: Path, documents: PreparedSet) -> None:
     with pytest.raises(ConfigError, match="trmt pretrain"):
         Batches(documents, BatchConfig(), seed=1)
     with pytest.raises(ConfigError, match="--documents"):

@@ -102,7 +102,7 @@ def test_bare_commands_lead_from_documents_to_a_network_that_reads(
         (tmp_path / f"{name}.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     tokenizer = ("--tokenizer", str(little / "data" / "tokenizer"))
     trmt("prepare", "data/read", "--documents", "train.txt", "--dev", "dev.txt", *tokenizer, cwd=tmp_path)
-    passages = ("network.dropout=0.0", "batches.passage=32", "batches.tokens=1024", "optim.warmup=30")
+    passages = ("network.dropout=0.0", "batches.passage_tokens=32", "batches.tokens=1024", "optim.warmup=30")
     few = ("training.steps=200", "validation.every=200", *settings)
     trmt("pretrain", "models/reads", "--recipe", recipe, *changes(*passages, *few), cwd=tmp_path)
     events = map(json.loads, (tmp_path / "models/reads/log.jsonl").read_text("utf-8").splitlines())

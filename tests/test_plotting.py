@@ -12,11 +12,11 @@ from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.insight.plotting import COLOURS, PlotOptions, panels, plot, read_runs, rows, summary
 
 
-def make_run(folder: Path, *, steps: int = 20, base: float = 0.0, places: bool = True) -> Path:
+def make_run(folder: Path, *, steps: int = 20, base: float = 0.0, with_tokens: bool = True) -> Path:
     folder.mkdir(parents=True)
     entries = [{"event": "begin", "step": 0}]
     for step in range(1, steps + 1):
-        where = {"tokens": 100 * step, "elapsed": 36.0 * step} if places else {}
+        progress = {"tokens": 100 * step, "elapsed": 36.0 * step} if with_tokens else {}
         entries.append(
             {
                 "event": "train",
@@ -24,7 +24,7 @@ def make_run(folder: Path, *, steps: int = 20, base: float = 0.0, places: bool =
                 "loss": base + 5 / step,
                 "lr": 1e-3,
                 "tokens_per_second": 50.0,
-                **where,
+                **progress,
             }
         )
         if step % 5 == 0:
@@ -32,7 +32,7 @@ def make_run(folder: Path, *, steps: int = 20, base: float = 0.0, places: bool =
                 {"metric": "chrf", "value": 30 + base + step},
                 {"metric": "loss", "value": base + 4 / step},
             ]
-            entries.append({"event": "validate", "step": step, "scores": scores, **where})
+            entries.append({"event": "validate", "step": step, "scores": scores, **progress})
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return folder
 
@@ -70,17 +70,17 @@ def test_curves_are_drawn_over_steps_tokens_or_hours(two: tuple[Path, Path]) -> 
 
 
 def test_a_log_without_tokens_is_refused_for_tokens_only(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", places=False)
+    run = make_run(tmp_path / "run", with_tokens=False)
     assert panels(read_runs([run]), "steps")
-    with pytest.raises(DataError, match=r"the log of run does not say tokens.*--x steps"):
+    with pytest.raises(DataError, match=r"the log of run has no tokens.*--x steps"):
         plot(PlotOptions(runs=(run,), axis="tokens"))
 
 
-def test_a_run_is_a_folder_or_its_log_and_names_tell_runs_apart(tmp_path: Path) -> None:
+def test_a_run_is_a_folder_or_its_log_and_names_are_unique(tmp_path: Path) -> None:
     one, same = make_run(tmp_path / "a/run"), make_run(tmp_path / "b/run")
     assert list(read_runs([one])) == list(read_runs([one / "log.jsonl"])) == ["run"]
     assert list(read_runs([one, same])) == [str(one), str(same)]
-    with pytest.raises(ConfigError, match="named twice"):
+    with pytest.raises(ConfigError, match="given twice"):
         read_runs([one, one])
 
 
@@ -96,17 +96,17 @@ def test_the_newest_run_is_drawn_if_none_is_named(
     assert "run: models/mine" in capsys.readouterr().err
 
 
-def test_what_cannot_be_drawn_is_one_sentence(tmp_path: Path) -> None:
+def test_runs_that_cannot_be_plotted_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read"):
         plot(PlotOptions(runs=(tmp_path,)))
     (tmp_path / "log.jsonl").write_text('{"event": "begin", "step": 0}\n')
     with pytest.raises(DataError, match="has no curves yet"):
         plot(PlotOptions(runs=(tmp_path,)))
-    with pytest.raises(ConfigError, match=r"says no known format; end it in \.png, \.svg, \.pdf"):
+    with pytest.raises(ConfigError, match=r"has no known file format; end it in \.png, \.svg, \.pdf"):
         plot(PlotOptions(runs=(make_run(tmp_path / "run"),), out=tmp_path / "curves.gif"))
 
 
-def test_the_summary_says_how_far_and_how_good(two: tuple[Path, Path]) -> None:
+def test_the_summary_gives_steps_and_best_scores(two: tuple[Path, Path]) -> None:
     columns, table = summary(read_runs(two))
     assert columns == ["run", "steps", "training", "best chrF", "best loss"]
     assert table[0] == ["first", "20", "12 min 00 s", "50 at 20", "0.2 at 20"]
@@ -115,9 +115,7 @@ def test_the_summary_says_how_far_and_how_good(two: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("width", [60, 79, 100, 160])
 @pytest.mark.parametrize("marked", [True, False])
-def test_text_keeps_to_the_terminal_and_names_the_runs(
-    two: tuple[Path, Path], width: int, marked: bool
-) -> None:
+def test_text_fits_the_terminal_and_names_the_runs(two: tuple[Path, Path], width: int, marked: bool) -> None:
     runs = read_runs(two)
     made = rows(panels(runs, "steps"), list(runs), width=width, axis="steps", marked=marked)
     lines = ["".join(text for text, _ in row) for row in made]
@@ -126,7 +124,7 @@ def test_text_keeps_to_the_terminal_and_names_the_runs(
     assert {number for row in made for _, number in row} == {None, 0, 1}
 
 
-def test_the_command_draws_text_on_standard_output(two: tuple[Path, Path]) -> None:
+def test_the_command_prints_text_on_standard_output(two: tuple[Path, Path]) -> None:
     command = [sys.executable, "-m", "trmt", "plot", *map(str, two)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "dev chrF" in done.stdout and "x other $run_2" in done.stdout
@@ -134,11 +132,11 @@ def test_the_command_draws_text_on_standard_output(two: tuple[Path, Path]) -> No
     assert "best chrF" in done.stderr
 
 
-# Pictures
+# Figures
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
-def test_pictures_are_written_whole_and_alike(two: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+def test_figures_are_complete_and_reproducible(two: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     pytest.importorskip("matplotlib")
     first, second = tmp_path / f"one.{kind}", tmp_path / f"two.{kind}"
     for out in (first, second):
@@ -151,23 +149,23 @@ def test_pictures_are_written_whole_and_alike(two: tuple[Path, Path], tmp_path: 
 
 def test_a_run_has_one_colour_in_every_panel(two: tuple[Path, Path]) -> None:
     pytest.importorskip("matplotlib")
-    from trmt.insight.plotting import picture
+    from trmt.insight.plotting import draw_figure
 
     runs = read_runs(two)
-    figure = picture(panels(runs, "steps"), list(runs), axis="steps")
-    for place in figure.axes[:5]:
-        assert [line.get_color() for line in place.get_lines()] == list(COLOURS[:2])
+    figure = draw_figure(panels(runs, "steps"), list(runs), axis="steps")
+    for axes in figure.axes[:5]:
+        assert [line.get_color() for line in axes.get_lines()] == list(COLOURS[:2])
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["first", "other $run_2"]
     assert len(set(COLOURS)) == len(COLOURS)
 
 
-def test_the_picture_shows_the_values(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_figure_shows_the_values(two: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from trmt.insight.plotting import picture
+    from trmt.insight.plotting import draw_figure
 
     runs = read_runs(two)
-    figure = picture(panels(runs, "tokens"), list(runs), axis="tokens")
+    figure = draw_figure(panels(runs, "tokens"), list(runs), axis="tokens")
     chrf = figure.axes[2].get_lines()[1]
     assert list(chrf.get_xdata()) == [500, 1000] and list(chrf.get_ydata()) == [36.0, 41.0]
     out = tmp_path / "curves.svg"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from trmt.nets.positions import bucket, slopes
 
 from tests.fakes import random_sentences, small_network
 from trmt.errors import ConfigError
@@ -17,7 +18,6 @@ from trmt.lab.masked_encoder import MaskedEncoderConfig
 from trmt.nets import layers, positions
 from trmt.nets.base import Ragged, Source
 from trmt.nets.linear import choose
-from trmt.nets.positions import bucket, slopes
 from trmt.nets.transformer import TransformerConfig
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -16,13 +16,21 @@ import pytest
 
 from tests.texts import CHINESE, ENGLISH, GERMAN
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.sets import preparing
-from trmt.sets.encoding import BLOCK_CHARACTERS, Encoder, blocks, encoded
+from trmt.sets import building
+from trmt.sets.encoding import BLOCK_CHARACTERS, BlockEncoder, encode_blocks, read_blocks
 from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
 from trmt.storage.files import PARTIAL
 from trmt.text.corpus import parse_corpus
-from trmt.text.filters import KEPT, RATIO_SLACK, RULES, Limits, first_occurrences, judge, pair_hashes
+from trmt.text.filters import (
+    FILTERS,
+    KEPT,
+    RATIO_SLACK,
+    LengthLimits,
+    filter_by_length,
+    first_occurrences,
+    pair_hashes,
+)
 from trmt.text.tokenizer import Tokenizer
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
@@ -70,7 +78,7 @@ def options(tmp_path: Path, tokenizer_folder: Path) -> PrepareOptions:
         dev=dev,
         out=tmp_path / "set",
         tokenizer=tokenizer_folder,
-        limits=Limits(max_ratio=0),
+        limits=LengthLimits(max_ratio=0),
         workers=1,
     )
 
@@ -97,21 +105,21 @@ def dropped(prepared: PreparedSet, corpus: int = 0) -> dict[str, int]:
 # What is in the set
 
 
-def test_the_first_of_each_pair_with_text_is_kept_in_order(options: PrepareOptions) -> None:
+def test_the_first_of_equal_pairs_is_kept_in_order(options: PrepareOptions) -> None:
     prepared = prepare(options)
     prepared.verify()
-    read = random_pairs(2000)
-    with_text = [pair for pair in read if all(pair)]
+    pairs = random_pairs(2000)
+    with_text = [pair for pair in pairs if all(pair)]
     expected = list(dict.fromkeys(with_text))
     assert decoded(prepared, "train") == expected
     assert decoded(prepared, "dev") == list(zip(*prepared.dev_text(), strict=True))
     assert prepared.dev_text() == (ENGLISH, GERMAN)
-    (head,) = prepared.index["corpora"]
+    (entry,) = prepared.index["corpora"]
     assert dropped(prepared) == {
-        "empty": len(read) - len(with_text),
+        "empty": len(pairs) - len(with_text),
         "duplicate": len(with_text) - len(expected),
     }
-    assert (head["read"], head["kept"]) == (len(read), len(expected))
+    assert (entry["read"], entry["kept"]) == (len(pairs), len(expected))
     assert prepared.languages == ("en", "de")
 
 
@@ -131,7 +139,7 @@ def test_duplicates_are_found_across_corpora(options: PrepareOptions, tmp_path: 
     assert not list(kept.folder.glob("first-pass*"))
 
 
-def test_every_rule_counts_what_it_takes(options: PrepareOptions, tmp_path: Path) -> None:
+def test_every_filter_counts_what_it_drops(options: PrepareOptions, tmp_path: Path) -> None:
     long = " ".join(["12"] * 40)
     train = [
         ("Zug", "train"),
@@ -145,13 +153,13 @@ def test_every_rule_counts_what_it_takes(options: PrepareOptions, tmp_path: Path
         ("Zug", "train"),
     ]
     source = write_tsv(tmp_path / "t.tsv", train)
-    prepared = prepare(dataclasses.replace(options, train=(source,), limits=Limits(70, 1.5)))
+    prepared = prepare(dataclasses.replace(options, train=(source,), limits=LengthLimits(70, 1.5)))
     assert dropped(prepared) == {"empty": 3, "too long": 1, "ratio": 1, "in dev set": 2, "duplicate": 1}
     assert decoded(prepared, "train") == [("Zug", "train")]
     assert prepared.index["corpora"][0]["read"] == len(train)
 
 
-def test_the_table_shows_every_rule(options: PrepareOptions, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_has_every_filter(options: PrepareOptions, capsys: pytest.CaptureFixture[str]) -> None:
     prepared = prepare(options)
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -159,11 +167,11 @@ def test_the_table_shows_every_rule(options: PrepareOptions, capsys: pytest.Capt
         [cell.strip() for cell in line.split("│")[1:-1]] for line in shown.err.splitlines() if "│" in line
     ]
     counts = {row[0]: int(row[1].replace(",", "")) for row in cells}
-    head = prepared.index["corpora"][0]
-    assert counts == {"read": head["read"], **head["dropped"], "kept": head["kept"]}
+    entry = prepared.index["corpora"][0]
+    assert counts == {"read": entry["read"], **entry["dropped"], "kept": entry["kept"]}
 
 
-def test_many_corpora_stand_in_rows(
+def test_many_corpora_are_rows_of_the_report(
     options: PrepareOptions,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -191,7 +199,7 @@ def test_dev_text_keeps_its_bytes_and_loses_empty_pairs_only(options: PrepareOpt
 
 
 @pytest.mark.parametrize("text", ["", "\tx\n"])
-def test_nothing_left_is_an_error(options: PrepareOptions, tmp_path: Path, text: str) -> None:
+def test_a_set_without_pairs_is_an_error(options: PrepareOptions, tmp_path: Path, text: str) -> None:
     (tmp_path / "e.tsv").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=r"no pair of .*e\.tsv is left"):
         prepare(dataclasses.replace(options, train=(str(tmp_path / "e.tsv"),)))
@@ -207,13 +215,13 @@ def test_no_dev_set(options: PrepareOptions) -> None:
         prepared.dev_text()
 
 
-# Rules
+# Filters
 
 
-def test_judge_against_one_pair_at_a_time() -> None:
+def test_filter_by_length_is_like_filtering_one_pair_at_a_time() -> None:
     chooser = np.random.default_rng(1)
     source, target = chooser.integers(0, 60, (2, 3000))
-    limits = Limits(max_length=50, max_ratio=2.0)
+    limits = LengthLimits(max_length=50, max_ratio=2.0)
 
     def slow(one: int, other: int) -> str | None:
         if one == 0 or other == 0:
@@ -225,7 +233,7 @@ def test_judge_against_one_pair_at_a_time() -> None:
         return None
 
     expected = [slow(one, other) for one, other in zip(source.tolist(), target.tolist(), strict=True)]
-    found = [(*RULES, None)[verdict] for verdict in judge(source, target, limits=limits)]
+    found = [(*FILTERS, None)[index] for index in filter_by_length(source, target, limits=limits)]
     assert found == expected
     assert {"empty", "too long", "ratio", None} == set(expected)
 
@@ -236,26 +244,28 @@ def test_real_translations_pass_the_ratio(tokenizer: Tokenizer) -> None:
             np.array([len(ids) for ids in side.encode(texts)])
             for side, texts in ((tokenizer.source, sources), (tokenizer.target, ENGLISH))
         ]
-        assert (judge(*lengths, limits=Limits()) == KEPT).all()
-    short = judge(np.array([1, 2, 1]), np.array([6, 9, 30]), limits=Limits())
-    assert short.tolist() == [KEPT, KEPT, RULES.index("ratio")]
-    assert judge(np.array([1]), np.array([200]), limits=Limits(max_ratio=0)).tolist() == [KEPT]
+        assert (filter_by_length(*lengths, limits=LengthLimits()) == KEPT).all()
+    short = filter_by_length(np.array([1, 2, 1]), np.array([6, 9, 30]), limits=LengthLimits())
+    assert short.tolist() == [KEPT, KEPT, FILTERS.index("ratio")]
+    assert filter_by_length(np.array([1]), np.array([200]), limits=LengthLimits(max_ratio=0)).tolist() == [
+        KEPT
+    ]
 
 
 @pytest.mark.parametrize("bad", [{"max_length": 0}, {"max_ratio": 0.5}, {"max_ratio": float("nan")}])
-def test_limits_that_would_leave_nothing(bad: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="would leave no pair"):
-        Limits(**bad)
+def test_limits_that_would_drop_everything(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="would drop every pair"):
+        LengthLimits(**bad)
 
 
 @pytest.mark.parametrize(("chunk", "bucket"), [(1, 1), (7, 5), (64, 100), (1 << 20, 1 << 22)])
-def test_first_occurrences_against_a_set(tmp_path: Path, chunk: int, bucket: int) -> None:
+def test_first_occurrences_are_those_of_a_set(tmp_path: Path, chunk: int, bucket: int) -> None:
     chooser = np.random.default_rng(3)
     extremes = np.array([0, 2**64 - 1, 2**63, 2**63 - 1], np.uint64)
     for count in (0, 1, 500):
         pool = np.concatenate([extremes, chooser.integers(0, 2**64, 99, np.uint64, endpoint=False)])
         hashes = chooser.choice(pool, count)
-        hashes[count // 3 : count // 2] = 5  # one hash that is everywhere
+        hashes[count // 3 : count // 2] = 5  # one hash that is very frequent
         path = tmp_path / f"hashes-{count}"
         path.write_bytes(hashes.astype("<u8").tobytes())
         seen: set[int] = set()
@@ -266,7 +276,7 @@ def test_first_occurrences_against_a_set(tmp_path: Path, chunk: int, bucket: int
     assert left == {"hashes", "mask"}
 
 
-def test_hashes_tell_sides_and_texts_apart() -> None:
+def test_hashes_differ_for_different_pairs() -> None:
     some = [("a b", "c"), ("a", "b c"), ("a", "b"), ("b", "a"), ("", "ab"), ("ab", "")]
     hashes = pair_hashes(*zip(*some, strict=True))
     assert len(set(hashes.tolist())) == len(some)
@@ -294,25 +304,25 @@ def test_blocks_are_in_order_and_bounded(tmp_path: Path, tokenizer: Tokenizer) -
 
     def counted() -> Iterator[Any]:
         nonlocal taken
-        for block in blocks([corpus] * 9):
+        for block in read_blocks([corpus] * 9):
             taken += 1
             yield block
 
-    results = encoded(counted(), Encoder(tokenizer, Limits()), workers=2)
+    results = encode_blocks(counted(), BlockEncoder(tokenizer, LengthLimits()), workers=2)
     first = next(results)
-    assert taken <= 6, "blocks wait in the file, not in memory"
+    assert taken <= 6, "blocks are not read long before they are encoded"
     corpora = [first.corpus, *(result.corpus for result in results)]
     assert corpora == sorted(corpora)
     assert taken == len(corpora) == 27
 
 
-def test_long_lines_make_short_blocks(tmp_path: Path) -> None:
+def test_blocks_of_long_lines_have_few_pairs(tmp_path: Path) -> None:
     line = "x" * (BLOCK_CHARACTERS // 4)
     corpus = parse_corpus(write_tsv(tmp_path / "t.tsv", [(line, line)] * 5), "en", "de")
-    assert [len(block.sources) for block in blocks([corpus])] == [2, 2, 1]
+    assert [len(block.sources) for block in read_blocks([corpus])] == [2, 2, 1]
 
 
-def test_errors_in_the_text_come_through_workers(options: PrepareOptions, tmp_path: Path) -> None:
+def test_errors_in_the_text_are_raised_with_workers(options: PrepareOptions, tmp_path: Path) -> None:
     path = tmp_path / "bad.tsv"
     path.write_bytes(b"a\tb\n" * 5000 + b"only one\n")
     with pytest.raises(DataError, match=r"bad\.tsv, line 5001"):
@@ -327,13 +337,15 @@ class _Dies:
 def test_a_worker_that_dies_is_an_error(tmp_path: Path) -> None:
     corpus = parse_corpus(write_tsv(tmp_path / "t.tsv", [("a", "b")]), "en", "de")
     with pytest.raises(TrmtError, match="a worker process died"):
-        list(encoded(blocks([corpus]), _Dies(), workers=2))
+        list(encode_blocks(read_blocks([corpus]), _Dies(), workers=2))
 
 
-# Again, changed, killed
+# Prepared again, changed, killed
 
 
-def test_running_again_does_nothing(options: PrepareOptions, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_set_that_is_up_to_date_is_not_prepared_again(
+    options: PrepareOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = prepare(options)
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
     Path(options.train[0]).touch()
@@ -346,10 +358,12 @@ def test_running_again_does_nothing(options: PrepareOptions, capsys: pytest.Capt
     assert (forced.folder / "index.json").stat().st_mtime_ns != before[first.folder / "index.json"]
 
 
-def test_whatever_is_changed_is_prepared_again(options: PrepareOptions, tmp_path: Path) -> None:
+def test_any_change_of_inputs_or_options_prepares_the_set_again(
+    options: PrepareOptions, tmp_path: Path
+) -> None:
     seen = {prepare(options).fingerprint}
     variants = [
-        dataclasses.replace(options, limits=Limits(max_length=7)),
+        dataclasses.replace(options, limits=LengthLimits(max_length=7)),
         dataclasses.replace(options, keep_duplicates=True),
         dataclasses.replace(options, train=(f"{options.train[0]}@2",)),
         dataclasses.replace(options, train=options.train * 2),
@@ -370,7 +384,7 @@ def test_a_damaged_set_is_prepared_again(options: PrepareOptions) -> None:
     again.verify()
 
 
-def test_an_error_halfway_leaves_the_old_set(
+def test_an_error_during_preparation_leaves_the_old_set(
     options: PrepareOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = contents(prepare(options).folder)
@@ -378,7 +392,7 @@ def test_an_error_halfway_leaves_the_old_set(
     def broken(*_: Any) -> None:
         raise RuntimeError("halfway")
 
-    monkeypatch.setattr(preparing, "first_occurrences", broken)
+    monkeypatch.setattr(building, "first_occurrences", broken)
     with pytest.raises(RuntimeError, match="halfway"):
         prepare(dataclasses.replace(options, force=True))
     assert options.out is not None
@@ -398,11 +412,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
-def test_a_kill_halfway_leaves_the_old_set_and_no_processes(options: PrepareOptions, tmp_path: Path) -> None:
+def test_a_kill_during_preparation_leaves_the_old_set_and_no_processes(
+    options: PrepareOptions, tmp_path: Path
+) -> None:
     old = contents(prepare(options).folder)
     script = tmp_path / "killed.py"
     script.write_text(KILLED, encoding="utf-8")
-    root = Path(preparing.__file__).parent.parent
+    root = Path(building.__file__).parent.parent
     process = subprocess.Popen(
         [sys.executable, script, str(options.out), options.tokenizer],
         stdin=subprocess.PIPE,
@@ -415,7 +431,7 @@ def test_a_kill_halfway_leaves_the_old_set_and_no_processes(options: PrepareOpti
         process.stdin.flush()
         _wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob(f"{PARTIAL}*/first-pass/train*")))
         os.kill(process.pid, signal.SIGKILL)
-        # Workers hold the other end of this pipe: it ends when the last of them has gone.
+        # Workers have the other end of this pipe: it ends when the last of them has ended.
         process.communicate(timeout=60)
     assert options.out is not None
     assert contents(options.out) == old
@@ -433,13 +449,13 @@ def _wait_for(condition: Any) -> None:
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("waited in vain")
+    raise AssertionError("timed out")
 
 
-# What is refused
+# Errors
 
 
-def test_a_folder_with_other_things_is_not_replaced(options: PrepareOptions) -> None:
+def test_a_folder_with_other_files_is_not_replaced(options: PrepareOptions) -> None:
     assert options.out is not None
     options.out.mkdir()
     (options.out / "thesis.tex").write_text("years of work", encoding="utf-8")
@@ -456,7 +472,7 @@ def test_a_folder_with_other_things_is_not_replaced(options: PrepareOptions) -> 
     ("change", "message"),
     [
         ({"train": ()}, "name a corpus"),
-        ({"workers": 0}, "leaves nobody"),
+        ({"workers": 0}, "choose at least 1"),
         ({"train": ("-", "-")}, "only once"),
         ({"languages": ("de", "en")}, "trained for en to de"),
         ({"out": Path()}, "cannot be replaced"),

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.fakes import small_network
+from trmt.averaging import average_bundles
 from trmt.bundles import bundles, quantised
-from trmt.bundles.bundles import describe, read_manifest, read_weights, save_bundle
-from trmt.bundles.checkpoints import average
+from trmt.bundles.bundles import make_manifest, read_manifest, read_weights, save_bundle
 from trmt.errors import BundleError, ConfigError
 from trmt.insight.inspecting import inspect
 from trmt.native import products
@@ -30,7 +30,7 @@ def bundle(request: pytest.FixtureRequest, toy_set: Path, tmp_path: Path) -> Pat
     net = small_network(
         request.param, source_vocabulary=60, target_vocabulary=60, width=64, **_wide(request.param)
     )
-    manifest = describe(
+    manifest = make_manifest(
         net,
         request.param,
         tokenizer,
@@ -52,12 +52,12 @@ def translations(folder: Path, **options: object) -> list[tuple[str, float]]:
     return [(each.text, each.candidates[0].score if each.candidates else 0.0) for each in found]
 
 
-def test_a_quantised_bundle_translates_as_quantising_on_the_way(bundle: Path, tmp_path: Path) -> None:
-    done = quantize(bundle, tmp_path / "int8")
+def test_a_quantised_bundle_translates_as_one_quantised_while_loading(bundle: Path, tmp_path: Path) -> None:
+    result = quantize(bundle, tmp_path / "int8")
     assert translations(tmp_path / "int8") == translations(bundle, precision="int8")
     assert translations(tmp_path / "int8") == translations(tmp_path / "int8", batch=1)
     assert translations(tmp_path / "int8") != translations(bundle)
-    assert done.bytes_after < 0.45 * done.bytes_before
+    assert result.bytes_after < 0.45 * result.bytes_before
     manifest = read_manifest(tmp_path / "int8")
     assert manifest.precision == "int8" and manifest.scores == ()
     assert [entry["translation"] for entry in manifest.golden] == [
@@ -73,7 +73,7 @@ def test_kernels_and_plain_pytorch_translate_alike(bundle: Path, monkeypatch: py
     assert translations(bundle, precision="int8") == native
 
 
-def test_weights_come_back_as_what_they_were_rounded_to(bundle: Path, tmp_path: Path) -> None:
+def test_weights_are_read_as_they_were_rounded(bundle: Path, tmp_path: Path) -> None:
     quantize(bundle, tmp_path / "int8")
     net = bundles.load_bundle(bundle).net
     quantised.round_weights(net)
@@ -81,25 +81,26 @@ def test_weights_come_back_as_what_they_were_rounded_to(bundle: Path, tmp_path: 
     assert all(torch.equal(tensor, found[name]) for name, tensor in net.state_dict().items())
 
 
-def test_what_cannot_be_done_is_said(bundle: Path, tmp_path: Path) -> None:
+def test_bundles_that_cannot_be_quantised_are_refused(bundle: Path, tmp_path: Path) -> None:
     quantize(bundle, tmp_path / "int8")
     with pytest.raises(BundleError, match="quantised already"):
         quantize(tmp_path / "int8", tmp_path / "again")
     with pytest.raises(BundleError, match="average the checkpoints it was made from"):
-        average([tmp_path / "int8"], tmp_path / "mean")
+        average_bundles([tmp_path / "int8"], tmp_path / "mean")
     with pytest.raises(BundleError, match="would be lost"):
         quantize(bundle, bundle)
     (tmp_path / "notes").mkdir()
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         quantize(bundle, tmp_path / "notes")
     with pytest.raises(ConfigError, match="no precision"):
         TranslateOptions(precision="int4")  # type: ignore[arg-type]
 
 
-def test_older_versions_refuse_what_they_cannot_read(bundle: Path, tmp_path: Path) -> None:
+def test_int8_bundles_have_a_format_that_older_versions_refuse(bundle: Path, tmp_path: Path) -> None:
     quantize(bundle, tmp_path / "int8")
     formats = [
-        json.loads((place / "manifest.json").read_bytes())["format"] for place in (bundle, tmp_path / "int8")
+        json.loads((folder / "manifest.json").read_bytes())["format"]
+        for folder in (bundle, tmp_path / "int8")
     ]
     assert formats == [1, 2]
 
@@ -115,7 +116,7 @@ def test_broken_weights_are_not_quantised(bundle: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "int8").exists()
 
 
-def test_inspect_says_what_it_is_and_what_runs_it(bundle: Path, tmp_path: Path) -> None:
+def test_inspect_shows_the_precision_and_the_backend(bundle: Path, tmp_path: Path) -> None:
     quantize(bundle, tmp_path / "int8")
     before, after = inspect(bundle), inspect(tmp_path / "int8")
     assert (before["precision"], after["precision"]) == ("fp32", "int8")

@@ -8,11 +8,20 @@ import torch
 
 from tests.fakes import VOCABULARY
 from trmt.bundles.bundles import build_network
-from trmt.config import build, read_toml, to_toml, tree_of
+from trmt.config import build, read_toml, to_toml, to_tree
 from trmt.errors import ConfigError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.training.optim import learning_rate
-from trmt.training.recipe import MAY_CHANGE, Recipe, differences, fitting, flat, load_recipe, names, safe_name
+from trmt.training.recipe import (
+    MAY_CHANGE,
+    Recipe,
+    differences,
+    fitting_recipe,
+    flat,
+    load_recipe,
+    names,
+    safe_name,
+)
 
 
 def sizes(source: int, target: int) -> dict[str, Any]:
@@ -40,18 +49,18 @@ def test_every_recipe_loads_and_builds(name: str, tmp_path: Path) -> None:
     objective = resolve(OBJECTIVES, recipe.objective)
     build(objective.config_class, recipe.loss, where="loss")
     assert issubclass(resolve(NETWORKS, recipe.architecture), objective.networks)
-    assert learning_rate(recipe.optim, width=512, steps=recipe.training.steps)(1) > 0
-    (tmp_path / "config.toml").write_bytes(to_toml(tree_of(recipe)).encode())
+    assert learning_rate(recipe.optim, d_model=512, total_steps=recipe.training.steps)(1) > 0
+    (tmp_path / "config.toml").write_bytes(to_toml(to_tree(recipe)).encode())
     assert build(Recipe, read_toml(tmp_path / "config.toml"), where="config") == recipe
 
 
-def test_the_base_model_has_the_papers_size() -> None:
+def test_the_base_model_has_the_size_of_the_paper() -> None:
     """The paper prints 65M and 213M; with biases and its shared vocabulary of 37,000 these are the sums."""
     assert round(parameters("transformer-base", sizes(37000, 37000)) / 1e6, 1) == 63.1
     assert round(parameters("transformer-big", sizes(37000, 37000)) / 1e6) == pytest.approx(214, abs=2)
 
 
-def test_the_base_recipe_is_the_papers() -> None:
+def test_the_base_recipe_is_that_of_the_paper() -> None:
     recipe = load_recipe("transformer-base", network=sizes(VOCABULARY, VOCABULARY))
     assert (recipe.optim.beta1, recipe.optim.beta2, recipe.optim.epsilon) == (0.9, 0.98, 1e-9)
     assert (recipe.optim.schedule, recipe.optim.lr, recipe.optim.warmup) == ("paper", 1.0, 4000)
@@ -60,14 +69,14 @@ def test_the_base_recipe_is_the_papers() -> None:
     assert recipe.training.steps == 100_000
 
 
-def test_a_recipe_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'transformer-base'"):
         load_recipe("transformer-bse")
     with pytest.raises(ConfigError, match="there is no recipe"):
         load_recipe(str(tmp_path / "mine.toml"))
 
 
-def test_a_recipe_of_ones_own_with_settings(tmp_path: Path) -> None:
+def test_a_recipe_file_can_be_used_with_settings(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('architecture = "rnn"\n[training]\nsteps = 5\n', "utf-8")
     recipe = load_recipe(
         str(tmp_path / "mine.toml"), ["training.steps=7", "optim.lr=1"], network={"width": 8}
@@ -75,7 +84,7 @@ def test_a_recipe_of_ones_own_with_settings(tmp_path: Path) -> None:
     assert (recipe.training.steps, recipe.optim.lr, recipe.network) == (7, 1.0, {"width": 8})
 
 
-def test_another_architecture_takes_its_own_network_along() -> None:
+def test_another_architecture_replaces_the_network_table() -> None:
     recipe = load_recipe("transformer-tiny", network={"width": 8}, architecture="rnn")
     assert (recipe.architecture, recipe.network) == ("rnn", {"width": 8})
 
@@ -97,12 +106,12 @@ def test_another_architecture_takes_its_own_network_along() -> None:
         (["optim.lr=fast"], "expected a value of type float"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: list[str], expected: str) -> None:
+def test_invalid_settings_are_refused(settings: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_recipe("transformer-tiny", settings)
 
 
-def test_differences_are_named_by_their_path() -> None:
+def test_differences_have_dotted_names() -> None:
     before = load_recipe("transformer-tiny")
     now = load_recipe("transformer-tiny", ["optim.lr=0.5", "network.heads=8", "network.extra=1"])
     assert differences(before, now) == {
@@ -113,14 +122,14 @@ def test_differences_are_named_by_their_path() -> None:
     assert differences(before, before) == {}
 
 
-def test_what_may_change_is_there() -> None:
-    assert set(flat(tree_of(load_recipe("transformer-tiny")))) >= MAY_CHANGE
+def test_the_settings_that_may_change_exist() -> None:
+    assert set(flat(to_tree(load_recipe("transformer-tiny")))) >= MAY_CHANGE
 
 
-def test_the_recipe_fits_the_data() -> None:
-    found = [fitting(pairs, gpu=True) for pairs in (1_000, 500_000, 4_000_000, 40_000_000)]
+def test_the_default_recipe_fits_the_size_of_the_data() -> None:
+    found = [fitting_recipe(pairs, gpu=True) for pairs in (1_000, 500_000, 4_000_000, 40_000_000)]
     assert found == ["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"]
-    assert fitting(40_000_000, gpu=False) == "transformer-small"
+    assert fitting_recipe(40_000_000, gpu=False) == "transformer-small"
     assert set(found) <= set(names())
 
 

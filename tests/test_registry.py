@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from torch import nn
+from trmt.nets.transformer_layers import Encoder
 
 import trmt
 from trmt import registry
@@ -15,7 +16,6 @@ from trmt.decoding.engine import Engine
 from trmt.errors import ConfigError
 from trmt.interop.base import Format
 from trmt.nets.base import Seq2Seq
-from trmt.nets.transformer_layers import Encoder
 from trmt.objectives.base import Objective
 from trmt.registry import (
     ARCHITECTURES,
@@ -45,7 +45,7 @@ CONTRACTS = [
 ENTRIES = [(table, name, contract) for table, contract in CONTRACTS for name in table]
 
 
-def test_every_table_is_tried_here() -> None:
+def test_every_table_is_tested_here() -> None:
     tables = [value for key, value in vars(registry).items() if key.isupper() and isinstance(value, dict)]
     assert tables == [table for table, _ in CONTRACTS]
 
@@ -75,7 +75,7 @@ def test_code_outside_is_loaded_with_trust_only(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["no_such_module:X", "json:NoSuchClass", ":X", "json:"])
-def test_what_cannot_be_loaded_is_said(name: str) -> None:
+def test_code_that_cannot_be_loaded_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match="check the module and class name"):
         resolve(ARCHITECTURES, name, trust_code=True)
 

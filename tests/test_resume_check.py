@@ -1,4 +1,4 @@
-"""`trmt check-resume`: what continues the same run passes, what does not is said precisely."""
+"""`trmt check-resume`: exact resuming passes, and every difference is named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trmt.training.run import train
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def everything(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -45,61 +45,63 @@ def command(run: Path, *more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [["training.steps=10"], ["training.steps=0", "training.epochs=1"]])
 def test_a_run_that_can_be_resumed_passes(toy_set: Path, tmp_path: Path, end: list[str]) -> None:
-    """One that has ended goes on beyond its end, validating in between."""
+    """A run that has ended is trained beyond its end, with validations."""
     run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path, HARD), *end))
-    before = everything(run)
-    done = command(run)
-    assert done.returncode == 0, done.stderr
-    assert "the same to the last byte" in done.stderr and not done.stdout
-    assert everything(run) == before, "the run itself is not touched"
+    before = contents(run)
+    process = command(run)
+    assert process.returncode == 0, process.stderr
+    assert "the same to the last byte" in process.stderr and not process.stdout
+    assert contents(run) == before, "the run itself is not changed"
 
 
 @pytest.mark.slow
-def test_a_run_in_the_middle_passes_from_its_newest_whole_checkpoint(toy_set: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_checked_from_its_newest_whole_checkpoint(toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, {**HARD, "optim": {"schedule": "linear", "warmup": 2}})
     run = train(options(tmp_path / "run", toy_set, recipe, "training.steps=6"))
     settings = run / "config.toml"
     settings.write_text(settings.read_text("utf-8").replace("steps = 6", "steps = 400"), "utf-8")
     damage(run / "step-00000006/training/state.safetensors", "flipped")
-    done = command(run, "--set", "training.deterministic=true")
-    assert done.returncode == 0, done.stderr
-    assert "checking from the one before" in done.stderr and "from step 4 to 10" in done.stderr
+    process = command(run, "--set", "training.deterministic=true")
+    assert process.returncode == 0, process.stderr
+    assert (
+        "checking from the checkpoint before it" in process.stderr and "from step 4 to 10" in process.stderr
+    )
 
 
 @pytest.mark.slow
-def test_a_network_that_forgets_is_found_out(toy_set: Path, tmp_path: Path) -> None:
+def test_a_network_with_state_that_is_not_saved_fails(toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, HARD)
     run = train(options(tmp_path / "run", toy_set, recipe, 'architecture="tests.forgetful:Forgetful"'))
     refused = command(run)
     assert refused.returncode == 1 and "--trust-code" in refused.stderr
-    done = command(run, "--trust-code")
-    assert done.returncode == 1
-    for said in ("weights: ", "optimiser: ", "running mean: ", "the log differs: "):
-        assert f"warning: {said}" in done.stderr
-    assert "data differs" not in done.stderr
-    assert "error: resuming" in done.stderr and "Traceback" not in done.stderr
+    process = command(run, "--trust-code")
+    assert process.returncode == 1
+    for difference in ("weights: ", "optimiser: ", "moving average: ", "the log differs: "):
+        assert f"warning: {difference}" in process.stderr
+    assert "data differs" not in process.stderr
+    assert "error: resuming" in process.stderr and "Traceback" not in process.stderr
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no checkpoint in"):
         check_resume(CheckOptions(run=tmp_path))
-    with pytest.raises(ConfigError, match="--steps is at least 2"):
+    with pytest.raises(ConfigError, match="--steps must be at least 2"):
         CheckOptions(run=tmp_path, steps=1)
 
 
 @pytest.mark.slow
-def test_what_ends_a_part_is_said(toy_set: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_process_is_reported(toy_set: Path, tmp_path: Path) -> None:
     run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path)))
-    with pytest.raises(TrmtError, match=r"could not be trained on: .*begun with optim\.lr"):
+    with pytest.raises(TrmtError, match=r"has failed: .*started with optim\.lr"):
         check_resume(CheckOptions(run=run, settings=("optim.lr=9",)))
 
 
-# What differs
+# Differences
 
 
 @pytest.fixture(scope="module")
 def copies(toy_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two copies of one run, with what each step saw."""
+    """Two copies of one run, with the hashes of each step's batches."""
     folder = tmp_path_factory.mktemp("copies")
     run = train(options(folder / "one", toy_set, toy.recipe(folder, HARD), "training.steps=4"))
     (run / ORDER).write_text('[3, "aa"]\n[4, "bb"]\n', encoding="utf-8")
@@ -119,22 +121,21 @@ def tensor(name: str) -> Callable[[Path], None]:
     return change
 
 
-def kept(run: Path) -> None:
+def bundle_weights(run: Path) -> None:
     path = run / "step-00000004/weights.safetensors"
     tensors = load_file(path)
     first = min(tensors)
-    # The same number, but not the same bits.
     save_file({**tensors, first: torch.zeros_like(tensors[first])}, path)
 
 
 def progress(run: Path) -> None:
     path = run / "step-00000004/training/state.json"
     state = json.loads(path.read_bytes())
-    state["progress"]["stale"] += 1
+    state["progress"]["validations_since_best"] += 1
     path.write_text(json.dumps(state), encoding="utf-8")
 
 
-def logged(run: Path) -> None:
+def log_entries(run: Path) -> None:
     path = run / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     for line in lines:
@@ -144,11 +145,11 @@ def logged(run: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def order(run: Path) -> None:
+def batches(run: Path) -> None:
     (run / ORDER).write_text('[3, "aa"]\n[4, "cc"]\n', encoding="utf-8")
 
 
-def missing(run: Path) -> None:
+def missing_step(run: Path) -> None:
     (run / ORDER).write_text('[3, "aa"]\n', encoding="utf-8")
 
 
@@ -160,26 +161,26 @@ def nothing(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (nothing, []),
-        (tensor("live:"), [r"weights: 1 of \d+ tensors differ, live:.* by up to 0\.5"]),
+        (tensor("weights:"), [r"weights: 1 of \d+ tensors differ, weights:.* by up to 0\.5"]),
         (tensor("exp_avg_sq:"), [r"optimiser: 1 of \d+ tensors differ, exp_avg_sq:"]),
-        (tensor("mean:"), [r"running mean: 1 of"]),
-        (tensor("guard:sums"), [r"guard: 1 of \d+ tensors differ, guard:sums"]),
-        (kept, [r"weights that are kept: 1 of"]),
+        (tensor("ema:"), [r"moving average: 1 of"]),
+        (tensor("guard:sums"), [r"gradient guard: 1 of \d+ tensors differ, guard:sums"]),
+        (bundle_weights, [r"weights of the bundle: 1 of"]),
         (progress, ["the saved progress differs"]),
-        (order, ["the data differs from step 4 on"]),
-        (missing, ["2 steps were taken without the kill and 1 with it"]),
-        (logged, [r"the log differs: .*\"validate\".* without the kill, .*\"scores\": \[\].* with it"]),
+        (batches, ["the data differs from step 4 on"]),
+        (missing_step, ["2 steps were taken without the kill and 1 with it"]),
+        (log_entries, [r"the log differs: .*\"validate\".* without the kill, .*\"scores\": \[\].* with it"]),
     ],
 )
 def test_each_difference_is_named(
-    copies: Path, tmp_path: Path, change: Callable[[Path], None], said: list[str]
+    copies: Path, tmp_path: Path, change: Callable[[Path], None], expected: list[str]
 ) -> None:
     shutil.copytree(copies, tmp_path, dirs_exist_ok=True)
     change(tmp_path / "two")
     found = list(differences(tmp_path / "one", tmp_path / "two", step=4))
-    assert len(found) == len(said)
-    for sentence, expected in zip(found, said, strict=True):
-        assert re.search(expected, sentence), sentence
+    assert len(found) == len(expected)
+    for sentence, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern, sentence), sentence

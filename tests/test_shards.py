@@ -12,9 +12,9 @@ import pytest
 
 from trmt.errors import DataError
 from trmt.sets.shards import (
-    Column,
+    ColumnSpec,
     PreparedSet,
-    Ragged,
+    RaggedArray,
     ShardWriter,
     Split,
     describe_file,
@@ -22,7 +22,11 @@ from trmt.sets.shards import (
     write_index,
 )
 
-COLUMNS = (Column("source.ids", "<u2"), Column("target.ids", "<u4"), Column("corpus", "<u2", ragged=False))
+COLUMNS = (
+    ColumnSpec("source.ids", "<u2"),
+    ColumnSpec("target.ids", "<u4"),
+    ColumnSpec("corpus", "<u2", ragged=False),
+)
 Pairs = list[tuple[list[int], list[int], int]]
 
 
@@ -30,7 +34,7 @@ def random_pairs(count: int, *, seed: int = 0) -> Pairs:
     chooser = np.random.default_rng(seed)
 
     def sentence(top: int) -> list[int]:
-        # Sentences without pieces and the highest ids of each type belong to the contract.
+        # With sentences without pieces, and the highest ids of each dtype.
         return chooser.integers(0, top, chooser.integers(0, 9), endpoint=True).tolist()
 
     return [(sentence(2**16 - 1), sentence(2**32 - 1), int(chooser.integers(9))) for _ in range(count)]
@@ -40,8 +44,9 @@ def joined(sentences: Iterable[list[int]]) -> list[int]:
     return list(chain.from_iterable(sentences))
 
 
-def ragged(sentences: list[list[int]], dtype: str) -> Ragged:
-    return Ragged(np.array(joined(sentences), dtype), np.array([len(sentence) for sentence in sentences]))
+def ragged(sentences: list[list[int]], dtype: str) -> RaggedArray:
+    lengths = np.array([len(sentence) for sentence in sentences])
+    return RaggedArray(np.array(joined(sentences), dtype), lengths)
 
 
 def block(some: Pairs) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def prepared(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("limits", [{"shard_pairs": 1}, {"shard_pairs": 100}, {"shard_bytes": 500}, {}])
-def test_what_was_written_is_read(tmp_path: Path, limits: dict[str, int]) -> None:
+def test_the_values_that_were_written_are_read(tmp_path: Path, limits: dict[str, int]) -> None:
     some = random_pairs(500)
     split = opened(tmp_path, write(tmp_path, some, **limits))
     assert len(split) == 500
@@ -103,7 +108,7 @@ def test_what_was_written_is_read(tmp_path: Path, limits: dict[str, int]) -> Non
     assert split.scalars("corpus", everything).tolist() == [pair[2] for pair in some]
 
 
-def test_gather_equals_picking_one_by_one(tmp_path: Path) -> None:
+def test_gather_is_like_indexing_one_by_one(tmp_path: Path) -> None:
     some = random_pairs(500)
     split = opened(tmp_path, write(tmp_path, some, shard_pairs=60))
     chooser = np.random.default_rng(2)
@@ -117,14 +122,14 @@ def test_gather_equals_picking_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 50])
-def test_pairs_that_are_not_there(tmp_path: Path, index: int) -> None:
+def test_indices_out_of_range_are_errors(tmp_path: Path, index: int) -> None:
     split = opened(tmp_path, write(tmp_path, random_pairs(50), shard_pairs=20))
     with pytest.raises(IndexError):
         split.gather("source.ids", np.array([3, index]))
 
 
 @pytest.mark.parametrize("size", [1, 33, 1000])
-def test_blocks_are_all_pairs_in_order(tmp_path: Path, size: int) -> None:
+def test_blocks_have_all_pairs_in_order(tmp_path: Path, size: int) -> None:
     some = random_pairs(200)
     split = opened(tmp_path, write(tmp_path, some, shard_pairs=70))
     copy = tmp_path / "copy"
@@ -152,20 +157,21 @@ def test_shards_of_empty_sentences(tmp_path: Path) -> None:
     assert (values.tolist(), lengths.tolist()) == ([], [0] * 5)
 
 
-def test_select_keeps_whole_runs() -> None:
+def test_select_and_split_keep_sequences() -> None:
     part = ragged([[1, 2], [], [3], [4, 5, 6]], "<u2").select(np.array([True, True, False, True]))
     assert (part.values.tolist(), part.lengths.tolist()) == ([1, 2, 4, 5, 6], [2, 0, 3])
+    assert [each.tolist() for each in part.split()] == [[1, 2], [], [4, 5, 6]]
 
 
-def test_a_split_can_be_sent_to_another_process(tmp_path: Path) -> None:
+def test_a_split_is_pickled_without_its_data(tmp_path: Path) -> None:
     split = opened(tmp_path, write(tmp_path, random_pairs(5000), shard_pairs=5000))
     expected = split.gather("source.ids", np.arange(5000))[0].tolist()
-    sent = pickle.dumps(split)
-    assert len(sent) < 2000, "maps are not sent"
-    assert pickle.loads(sent).gather("source.ids", np.arange(5000))[0].tolist() == expected
+    pickled = pickle.dumps(split)
+    assert len(pickled) < 2000
+    assert pickle.loads(pickled).gather("source.ids", np.arange(5000))[0].tolist() == expected
 
 
-def test_the_set(prepared: Path) -> None:
+def test_a_prepared_set_has_what_its_index_says(prepared: Path) -> None:
     found = PreparedSet.open(prepared)
     found.verify()
     assert found.languages == ("en", "de")
@@ -179,7 +185,7 @@ def test_the_set(prepared: Path) -> None:
         found.split("test")
 
 
-def test_a_truncated_or_missing_file_is_found_on_opening(prepared: Path) -> None:
+def test_a_truncated_or_missing_file_is_an_error_on_opening(prepared: Path) -> None:
     for name in PreparedSet.open(prepared).index["files"]:
         broken = prepared.with_name("broken")
         shutil.copytree(prepared, broken)
@@ -194,7 +200,7 @@ def test_a_truncated_or_missing_file_is_found_on_opening(prepared: Path) -> None
         shutil.rmtree(broken)
 
 
-def test_a_flipped_bit_is_found_by_verify(prepared: Path) -> None:
+def test_a_flipped_bit_is_an_error_in_verify(prepared: Path) -> None:
     for name in PreparedSet.open(prepared).index["files"]:
         path = prepared / name
         content = path.read_bytes()
@@ -212,6 +218,6 @@ def test_a_broken_index_is_an_error(prepared: Path, content: bytes) -> None:
         PreparedSet.open(prepared)
 
 
-def test_no_prepared_set(tmp_path: Path) -> None:
+def test_a_folder_without_an_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a prepared set; make one"):
         PreparedSet.open(tmp_path / "nowhere")

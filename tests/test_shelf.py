@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from trmt.native.shelf import Shelf
 
 from trmt.native import products, shelf
 from trmt.native.products import Precision
-from trmt.native.shelf import Shelf
 from trmt.nets import linear
 
 pytestmark = pytest.mark.skipif(not products.best(), reason="no C compiler here")

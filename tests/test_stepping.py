@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from trmt.native.stepping import Cache
 
 from tests.fakes import random_sentences, small_network
 from trmt.native import products
-from trmt.native.stepping import Cache
 from trmt.nets import linear
 from trmt.nets.base import Source
 from trmt.nets.transformer import TransformerStepper

@@ -1,4 +1,4 @@
-"""Subword sampling against enumerations by hand, without a sentencepiece model."""
+"""Subword sampling compared with enumerations by hand, without a sentencepiece model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from trmt.text import subwords
-from trmt.text.subwords import LONGEST_WORD, MARK, Sampler, draw_from_lattice, merge_with_dropout
+from trmt.text.subwords import MAX_WORD_PIECES, WORD_MARK, Sampler, draw_from_lattice, merge_with_dropout
 
 DRAWS = 20_000
-FIXED, OTHER = 0, 1  # ids that stay as they are
-PIECES = [None, None, f"{MARK}a", "ab", f"{MARK}ab", MARK, "a", "b", "c"]
+FIXED, OTHER = 0, 1  # ids that are never changed
+PIECES = [None, None, f"{WORD_MARK}a", "ab", f"{WORD_MARK}ab", WORD_MARK, "a", "b", "c"]
 UNIGRAM_SCORES = [0.0, 0.0, -2.5, -3.5, -4.25, -1.5, -2.0, -3.0, -5.5]
 KINDS = {"bpe": [0.0, 0.0, *map(float, range(0, -7, -1))], "unigram": UNIGRAM_SCORES}
 
@@ -40,23 +40,23 @@ def segmentations(text: str, pieces: Mapping[str, float]) -> Iterator[tuple[str,
             yield from ((text[:end], *rest) for rest in segmentations(text[end:], pieces))
 
 
-def shares(drawn: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+def frequencies(drawn: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
     return {segments: count / drawn.total() for segments, count in drawn.items()}
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_the_lattice_is_drawn_from_by_probability(alpha: float) -> None:
+def test_segmentations_are_drawn_by_their_probability(alpha: float) -> None:
     pieces = {"a": -1.0, "b": -2.5, "ab": -2.0, "ba": -4.0, "aba": -3.0, "bab": -5.0}
     text = "abab"
-    ways = list(segmentations(text, pieces))
-    weights = [math.exp(alpha * sum(pieces[segment] for segment in way)) for way in ways]
-    expected = {way: weight / sum(weights) for way, weight in zip(ways, weights, strict=True)}
+    all_of_them = list(segmentations(text, pieces))
+    weights = [math.exp(alpha * sum(pieces[segment] for segment in each)) for each in all_of_them]
+    expected = {each: weight / sum(weights) for each, weight in zip(all_of_them, weights, strict=True)}
     generator = random.Random(1)
     drawn = Counter(tuple(draw_from_lattice(text, pieces, alpha, generator)) for _ in range(DRAWS))
-    assert shares(drawn) == pytest.approx(expected, abs=0.015)
+    assert frequencies(drawn) == pytest.approx(expected, abs=0.015)
 
 
-def test_the_lattice_passes_over_what_no_piece_ends_at() -> None:
+def test_the_lattice_skips_positions_where_no_piece_ends() -> None:
     pieces = {"ab": -1.0, "abc": -1.0, "c": -1.0}
     ways = {tuple(draw_from_lattice("ababc", pieces, 0.5, random.Random(seed))) for seed in range(50)}
     assert ways == {("ab", "ab", "c"), ("ab", "abc")}
@@ -67,16 +67,16 @@ def test_long_words_do_not_underflow() -> None:
     assert "".join(draw_from_lattice("a" * 300, pieces, 1.0, random.Random(0))) == "a" * 300
 
 
-def test_dropout_overlooks_each_merge_by_chance_alpha_at_each_step() -> None:
-    # "ab" goes first unless it is overlooked, then "bc"; what is left whole is both overlooked.
+def test_dropout_drops_each_merge_with_probability_alpha_at_each_step() -> None:
+    # "ab" is merged first unless it is dropped, then "bc"; nothing is merged if both are dropped.
     alpha, pieces = 0.3, {"a": -3.0, "b": -4.0, "c": -5.0, "ab": 0.0, "bc": -1.0}
     generator = random.Random(1)
     drawn = Counter(tuple(merge_with_dropout("abc", pieces, alpha, generator)) for _ in range(DRAWS))
     expected = {("ab", "c"): 0.7, ("a", "bc"): 0.3 * 0.7, ("a", "b", "c"): 0.3 * 0.3}
-    assert shares(drawn) == pytest.approx(expected, abs=0.015)
+    assert frequencies(drawn) == pytest.approx(expected, abs=0.015)
 
 
-def test_dropout_of_nothing_merges_by_score_and_then_from_the_left() -> None:
+def test_without_dropout_merges_go_by_score_and_then_from_the_left() -> None:
     pieces = {"a": -3.0, "b": -4.0, "aa": -1.0, "ab": 0.0, "aab": -2.0}
     assert merge_with_dropout("aaab", pieces, 0.0, random.Random(0)) == ["aa", "ab"]
     assert merge_with_dropout("aaa", pieces, 0.0, random.Random(0)) == ["aa", "a"]
@@ -94,7 +94,7 @@ def test_text_and_fixed_pieces_are_kept(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_are_these_in_every_process_and_version(kind: str) -> None:
-    """Whoever changes what is drawn breaks the exact resuming of runs that are under way."""
+    """A change of these draws breaks the exact resuming of existing runs."""
     expected = {
         "bpe": [[0, 5, 3, 8, 3, 7, 5, 6, 6, 1, 3, 6, 7, 4, 7], [7, 5, 3, 3, 6, 7, 1, 6, 4, 3, 8, 5, 6, 7, 0]],
         "unigram": [
@@ -107,33 +107,33 @@ def test_results_are_these_in_every_process_and_version(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_drawn_before_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_draws_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sentences = some_sentences(50)
     fresh = sampler(kind).sample(sentences, seed=1)
     used = sampler(kind)
     assert used.sample(sentences, seed=2) != fresh
     assert used.sample(sentences, seed=1) == fresh
-    monkeypatch.setattr(subwords, "KEPT", 3)
+    monkeypatch.setattr(subwords, "CACHED_CANDIDATES", 3)
     assert sampler(kind).sample(sentences, seed=1) == fresh
 
 
-def test_words_and_fixed_pieces_are_bounds_of_merging() -> None:
+def test_merges_stay_within_words_and_fixed_pieces() -> None:
     drawn = sampler("bpe", alpha=0.0).sample([[5, 6, 7, FIXED, 6, 7, 6], [7, 5, 6, 7]], seed=0)
     assert drawn == [[4, FIXED, 3, 6], [7, 4]], "merged within words, and not across"
 
 
-def test_a_word_without_end_is_cut() -> None:
-    [drawn] = sampler("bpe", alpha=0.0).sample([[8] * (LONGEST_WORD - 1) + [6, 7]], seed=0)
-    assert drawn == [8] * (LONGEST_WORD - 1) + [6, 7], "a cut lies between the two that would merge"
+def test_a_long_word_is_split() -> None:
+    [drawn] = sampler("bpe", alpha=0.0).sample([[8] * (MAX_WORD_PIECES - 1) + [6, 7]], seed=0)
+    assert drawn == [8] * (MAX_WORD_PIECES - 1) + [6, 7], "the split is between the two that would merge"
 
 
-def test_a_word_with_a_character_that_is_no_piece_stays_whole() -> None:
-    lacking = Sampler(["xy", "x", f"{MARK}x"], [-0.0, -1.0, -2.0], alpha=0.9)
+def test_a_word_with_a_character_without_a_piece_is_not_changed() -> None:
+    lacking = Sampler(["xy", "x", f"{WORD_MARK}x"], [-0.0, -1.0, -2.0], alpha=0.9)
     sentence = [0, 1, 2, 0]
     assert all(lacking.sample([sentence], seed=seed) == [sentence] for seed in range(50))
 
 
 def test_every_candidate_is_drawn() -> None:
-    """For one word at alpha 0.3, many seeds bring both what merging yields and its alternatives."""
+    """For one word at alpha 0.3, many seeds give the merged word and its alternatives."""
     found = {tuple(sampler("bpe").sample([[4]], seed=seed)[0]) for seed in range(200)}
     assert {(4,), (5, 3), (2, 7)} <= found

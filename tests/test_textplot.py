@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from trmt.training.textplot import BLOCKS, MARKS, PLAIN_BLOCKS, Line, bounds, chart, short, sparkline
+from trmt.training.textplot import BLOCKS, MARKS, PLAIN_BLOCKS, Curve, bounds, chart, short, sparkline
 
 
 def text(rows: list[list[tuple[str, int | None]]]) -> list[str]:
@@ -24,13 +24,13 @@ def test_a_sparkline_is_never_wider_than_asked(count: int) -> None:
     assert sparkline(values, 0) == ""
 
 
-def test_a_sparkline_draws_means_of_neighbours() -> None:
+def test_a_sparkline_shows_means_of_neighbouring_values() -> None:
     coarse = [1.0, 5.0, 3.0, 7.0]
     fine = [mean + wiggle for mean in coarse for wiggle in (-2, 2, 0)]
     assert sparkline(fine, 4) == sparkline(coarse, 4)
 
 
-def test_a_sparkline_takes_what_training_logs() -> None:
+def test_a_sparkline_accepts_any_logged_values() -> None:
     assert sparkline([], 10) == ""
     assert sparkline([math.nan, math.inf], 10) == ""
     assert sparkline([math.nan, 1, 2], 10) == sparkline([1, 2], 10)
@@ -45,7 +45,7 @@ def test_a_huge_beginning_does_not_flatten_the_rest() -> None:
     assert len(set(sparkline(values, 50))) == len(BLOCKS)
 
 
-def test_what_is_never_far_off_stays_in_the_picture() -> None:
+def test_values_that_are_near_the_rest_are_all_shown() -> None:
     assert bounds([[1.0, 2.0, 3.0], [2.5, 4.0]]) == (1.0, 4.0)
     low, high = bounds([[0.0, 0.0]])
     assert low < 0 < high
@@ -54,30 +54,30 @@ def test_what_is_never_far_off_stays_in_the_picture() -> None:
 @pytest.mark.parametrize("width", [24, 40, 79, 200])
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_plot_keeps_to_its_size(width: int, marked: bool) -> None:
-    lines = [Line(range(50), [math.sin(step / 5) for step in range(50)]), Line([], [])]
-    rows = chart(lines, width, 8, unit="steps", marked=marked)
+    curves = [Curve(range(50), [math.sin(step / 5) for step in range(50)]), Curve([], [])]
+    rows = chart(curves, width, 8, unit="steps", marked=marked)
     assert len(rows) == 8 + 2
     assert all(len(row) <= width for row in text(rows))
     assert {number for row in rows for _, number in row} == {None, 0}
 
 
-def test_a_rising_line_rises() -> None:
-    rows = text(chart([Line([0, 10], [0.0, 1.0])], 60, 6, unit="steps", marked=True))
-    places = [row.index(MARKS[0]) for row in rows[:6]]
-    assert places == sorted(places, reverse=True)
+def test_a_rising_curve_rises() -> None:
+    rows = text(chart([Curve([0, 10], [0.0, 1.0])], 60, 6, unit="steps", marked=True))
+    columns = [row.index(MARKS[0]) for row in rows[:6]]
+    assert columns == sorted(columns, reverse=True)
     assert rows[0].startswith("  1 ┤") and rows[5].startswith("  0 ┤")
     assert rows[-1].split() == ["0", "10", "steps"]
 
 
-def test_lines_are_told_apart() -> None:
-    lines = [Line([0, 10], [0.0, 0.0]), Line([0, 10], [1.0, 1.0])]
-    rows = chart(lines, 40, 5, unit="steps", marked=True)
+def test_curves_have_different_marks() -> None:
+    curves = [Curve([0, 10], [0.0, 0.0]), Curve([0, 10], [1.0, 1.0])]
+    rows = chart(curves, 40, 5, unit="steps", marked=True)
     assert MARKS[1] in text(rows)[0] and MARKS[0] in text(rows)[4]
     assert not {MARKS[0], MARKS[1]} & set("".join(text(rows)[1:4]))
 
 
-def test_a_point_alone_is_drawn() -> None:
-    assert MARKS[0] in "".join(text(chart([Line([5], [2.0])], 30, 5, unit="steps", marked=True)))
+def test_a_single_point_is_shown() -> None:
+    assert MARKS[0] in "".join(text(chart([Curve([5], [2.0])], 30, 5, unit="steps", marked=True)))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_numbers_are_short(value: float, expected: str) -> None:
     assert short(value) == expected
 
 
-def test_rounding_is_no_movement() -> None:
-    """A rate that stays is a level line, though means of equal numbers differ in their last bits."""
-    drawn = sparkline([0.1] * 7 + [0.1 + 1e-17] + [0.30000000000000004 - 0.2] * 50, 20)
-    assert len(set(drawn)) == 1
+def test_rounding_errors_are_not_shown() -> None:
+    """A constant rate is a flat line, though means of equal numbers differ in their last bits."""
+    flat = sparkline([0.1] * 7 + [0.1 + 1e-17] + [0.30000000000000004 - 0.2] * 50, 20)
+    assert len(set(flat)) == 1

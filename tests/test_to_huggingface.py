@@ -15,20 +15,20 @@ from trmt.bundles import bundles
 from trmt.errors import ConfigError
 from trmt.interop.exporting import ExportOptions, export
 from trmt.interop.importing import ImportOptions, import_model
-from trmt.interop.pieces import normalising_model
+from trmt.interop.sentencepiece_files import normalising_model
 from trmt.nets.base import Ragged, Source
 from trmt.nets.transformer import Transformer
-from trmt.text.tokenizer import Tokenizer, _any_processor
+from trmt.text.tokenizer import Tokenizer, load_model
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 from trmt.translating import TranslateOptions, Translator
 
-KINDS: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"activation": "gelu", "output_bias": True},
     {"activation": "swish", "tied": "none"},
     {"tied": "target", "encoder_layers": 1},
 ]
-HOSTILE = [
+UNUSUAL = [
     "  white\u00a0space,\tin \u3000 many forms ",
     "Vie\u0323\u0302t Vie\u0302\u0323t cafe\u0301 \u212b \u1112\u1161\u11ab\u1100\u1173\u11af",
     "10² ﬁ ½ №5 😀 \u200b\u064b",
@@ -45,10 +45,12 @@ def exported(model: Path, **options: Any) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: "-".join(map(str, options.values())) or "base")
-def test_logits_are_ours(options: dict[str, Any], separate_set: Path, toy_set: Path, tmp_path: Path) -> None:
-    place = separate_set if options.get("tied") in ("target", "none") else toy_set
-    tokenizer = Tokenizer.load(place / "tokenizer")
+@pytest.mark.parametrize("options", OPTIONS, ids=moved.option_id)
+def test_logits_are_those_of_trmt(
+    options: dict[str, Any], separate_set: Path, toy_set: Path, tmp_path: Path
+) -> None:
+    data = separate_set if options.get("tied") in ("target", "none") else toy_set
+    tokenizer = Tokenizer.load(data / "tokenizer")
     folder = moved.bundle(tmp_path / "bundle", tokenizer, **options)
     out, net = exported(folder, check=False), bundles.load_bundle(folder).net
     model = transformers.MarianMTModel.from_pretrained(out).eval()
@@ -67,12 +69,12 @@ def test_generate_translates_as_trmt_does(tokenizer: Tokenizer, tmp_path: Path, 
     out = exported(folder)
     options = TranslateOptions(beam=beam, length_penalty=0, max_length=20)
     ours = Translator.load(folder, options=options).translate(moved.TEXTS)
-    # As anybody would: whatever transformers picks for the folder, and a padded batch.
-    cut = transformers.AutoTokenizer.from_pretrained(out)
+    # As a user of transformers would: with the Auto classes and a padded batch.
+    tokenize = transformers.AutoTokenizer.from_pretrained(out)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(out)
-    batch = cut(moved.TEXTS, return_tensors="pt", padding=True)
+    batch = tokenize(moved.TEXTS, return_tensors="pt", padding=True)
     found = model.generate(**batch, num_beams=beam, length_penalty=0.0, max_length=22, early_stopping="never")
-    texts = [text.strip() for text in cut.batch_decode(found, skip_special_tokens=True)]
+    texts = [text.strip() for text in tokenize.batch_decode(found, skip_special_tokens=True)]
     same = sum(mine.text == text for mine, text in zip(ours, texts, strict=True))
     assert same == len(texts) if beam == 1 else same >= len(texts) - 1
 
@@ -88,17 +90,17 @@ def test_texts_become_the_same_ids(tmp_path: Path) -> None:
         )
         tokenizer, _ = train_tokenizer(options)
         out = exported(moved.bundle(tmp_path / rule / "bundle", tokenizer), check=False)
-        cut = transformers.MarianTokenizer.from_pretrained(out)
-        for text in [*ENGLISH, "<name> is here", *(HOSTILE if rule != "none" else [])]:
-            assert cut(text).input_ids[:-1] == tokenizer.source.encode([text])[0], (rule, text)
+        tokenize = transformers.MarianTokenizer.from_pretrained(out)
+        for text in [*ENGLISH, "<name> is here", *(UNUSUAL if rule != "none" else [])]:
+            assert tokenize(text).input_ids[:-1] == tokenizer.source.encode([text])[0], (rule, text)
 
 
 @pytest.mark.slow
 def test_models_normalise_as_their_side_does(tmp_path: Path) -> None:
-    """All characters and their decompositions, which no corpus holds."""
+    """All characters and their decompositions."""
     tokenizer, _ = train_tokenizer(TokenizerOptions(corpora=(corpus(tmp_path),), size=400))
     side = tokenizer.source
-    model = _any_processor(normalising_model(side))
+    model = load_model(normalising_model(side))
     for code in range(0x20, 0x20000):
         character = chr(code)
         if unicodedata.category(character) in ("Cs", "Co", "Cn") or character in "\u2581\0":
@@ -108,27 +110,29 @@ def test_models_normalise_as_their_side_does(tmp_path: Path) -> None:
             assert model.normalize(text).replace("\u2581", " ").strip() == expected.replace("\u2581", " ")
 
 
-def test_pre_norm_and_its_kind_are_refused_with_the_reason(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_options_that_marian_lacks_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for option, value in (
-        ("norm_place", "pre"),
+        ("norm_position", "pre"),
         ("norm", "rms"),
         ("positions", "learned"),
         ("positions", "rotary"),
         ("activation", "swiglu"),
+        ("position_offset", 2),
     ):
-        folder = moved.bundle(tmp_path / value / "bundle", tokenizer, **{option: value})
-        with pytest.raises(ConfigError, match=f"Marian has no Transformer with {option} = '{value}'"):
+        path = tmp_path / str(value)
+        folder = moved.bundle(path / "bundle", tokenizer, **{option: value})
+        with pytest.raises(ConfigError, match=f"Marian has no Transformer with {option} = {value!r}"):
             exported(folder)
-        assert not (tmp_path / value / "out").exists()
+        assert not (path / "out").exists()
 
 
-def test_there_and_back_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_exported_model_is_imported_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = moved.bundle(tmp_path / "bundle", tokenizer, output_bias=True)
     back = import_model(ImportOptions(folder=exported(folder), out=tmp_path / "back"))
     options = TranslateOptions(search="greedy", max_length=20)
     before, after = (
-        [each.text for each in Translator.load(place, options=options).translate(moved.TEXTS)]
-        for place in (folder, back)
+        [each.text for each in Translator.load(bundle, options=options).translate(moved.TEXTS)]
+        for bundle in (folder, back)
     )
     assert before == after
     again = export(ExportOptions(model=back, to="huggingface", out=tmp_path / "again"))
@@ -140,6 +144,10 @@ def test_there_and_back_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 def test_special_ids_are_never_generated(tokenizer: Tokenizer, tmp_path: Path) -> None:
     out = exported(moved.bundle(tmp_path / "bundle", tokenizer))
-    told = json.loads((out / "generation_config.json").read_bytes())
-    assert told["bad_words_ids"] == [[0], [1], [2]]
-    assert (told["decoder_start_token_id"], told["pad_token_id"], told["eos_token_id"]) == (0, 0, 3)
+    generation = json.loads((out / "generation_config.json").read_bytes())
+    assert generation["bad_words_ids"] == [[0], [1], [2]]
+    assert (generation["decoder_start_token_id"], generation["pad_token_id"], generation["eos_token_id"]) == (
+        0,
+        0,
+        3,
+    )

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from tests import texts
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.text.tokenizer import BOS, EOS, NORMALISATIONS, PAD, UNK, Tokenizer, normaliser
-from trmt.text.tokenizer_training import LONGEST, TokenizerOptions, measure, train_tokenizer
+from trmt.text.tokenizer_training import MAX_LINE, TokenizerOptions, measure_side, train_tokenizer
 
 TAG, PLACEHOLDER = "<2de>", "{name}"
-MARK = "\u2581"  # what sentencepiece writes for white space, the one character that does not survive
+MARK = "\u2581"  # sentencepiece's sign for white space, the one character that is lost
 SPECIAL = {PAD, UNK, BOS, EOS}
-# Characters that something on the way could be tempted to treat in its own manner.
+# Characters that are easily changed by normalisation, splitting or decoding.
 AWKWARD = (
     "\0\t\r\x0b\x1c\x7f\x85\xa0²…，½™Åﬁ\u0301\u200b\u200c\u200d\u2028\u202b\u2585\u3000\ufeff\ufffd\uffff"
     "😀👩🏽🚀<>{}/s"
@@ -51,7 +51,7 @@ def tokenizer(options: TokenizerOptions, request: pytest.FixtureRequest) -> Toke
 
 
 def fuzzed(count: int, *, seed: int = 0) -> Iterator[str]:
-    """Texts from all of Unicode but surrogates, thick with what is awkward."""
+    """Texts from all of Unicode but surrogates, with many awkward characters."""
     chooser = random.Random(seed)
     draws: list[Callable[[], str]] = [
         lambda: chr(chooser.randrange(0x20, 0x7F)),
@@ -65,7 +65,7 @@ def fuzzed(count: int, *, seed: int = 0) -> Iterator[str]:
 
 @pytest.mark.parametrize("language", ["de", "zh", "ar", "fa", "hi"])
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_every_script_survives(options: TokenizerOptions, language: str, kind: str) -> None:
+def test_every_script_is_decoded_as_it_was(options: TokenizerOptions, language: str, kind: str) -> None:
     wanted = replace(options, languages=("en", language), kind=kind, size=1200, joint=False)
     tokenizer, report = train_tokenizer(wanted)
     for side, sentences in ((tokenizer.source, texts.ENGLISH), (tokenizer.target, texts.ALL[language])):
@@ -84,7 +84,7 @@ def test_every_script_survives(options: TokenizerOptions, language: str, kind: s
 
 
 @pytest.mark.parametrize("rule", NORMALISATIONS)
-def test_whatever_is_encoded_comes_back_normalised(tokenizer: Tokenizer, rule: str) -> None:
+def test_decoding_gives_the_normalised_text(tokenizer: Tokenizer, rule: str) -> None:
     settings = replace(tokenizer.settings, normalise_source=rule)  # type: ignore[arg-type]
     side = Tokenizer(settings, tokenizer.models).source
     originals = ["a  b   c", "a\0b", "x <s> y", *fuzzed(300)]
@@ -92,10 +92,10 @@ def test_whatever_is_encoded_comes_back_normalised(tokenizer: Tokenizer, rule: s
         assert side.decode(ids) == side.normalise(text)
 
 
-def test_the_white_space_mark_comes_back_as_a_space(tokenizer: Tokenizer) -> None:
+def test_the_white_space_mark_is_decoded_as_a_space(tokenizer: Tokenizer) -> None:
     side = tokenizer.source
     assert side.decode(side.encode([f"a{MARK}b"])[0]) == "a b"
-    report = measure(side, [f"a{MARK}b", "ok", MARK])
+    report = measure_side(side, [f"a{MARK}b", "ok", MARK])
     assert [(lost.character, lost.count) for lost in report.lost] == [(MARK, 2)]
     assert "U+2581" in str(report.lost[0])
 
@@ -109,7 +109,7 @@ def test_text_cannot_spell_special_symbols(tokenizer: Tokenizer) -> None:
         assert all(0 <= token < side.vocabulary for token in ids)
 
 
-def test_placeholders_stay_whole(tokenizer: Tokenizer) -> None:
+def test_placeholders_are_not_split(tokenizer: Tokenizer) -> None:
     side = tokenizer.source
     for text in (f"Dear {PLACEHOLDER},", PLACEHOLDER, f"a{PLACEHOLDER}b"):
         (ids,) = side.encode([text])
@@ -117,12 +117,12 @@ def test_placeholders_stay_whole(tokenizer: Tokenizer) -> None:
         assert side.decode(ids) == text
 
 
-def test_batches_equal_single_sentences(tokenizer: Tokenizer) -> None:
+def test_a_batch_is_encoded_like_single_sentences(tokenizer: Tokenizer) -> None:
     sentences = [*texts.ENGLISH, "", " ", *fuzzed(50, seed=2)]
     assert tokenizer.source.encode(sentences) == [tokenizer.source.encode([text])[0] for text in sentences]
 
 
-def test_encoding_equals_sentencepiece_itself(tokenizer: Tokenizer) -> None:
+def test_encoding_is_that_of_sentencepiece(tokenizer: Tokenizer) -> None:
     plain = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.models[0])
     for text in texts.ENGLISH + texts.GERMAN:
         assert tokenizer.source.encode([text]) == [plain.encode(text)]
@@ -174,7 +174,7 @@ def test_the_compatibility_rules_change_more() -> None:
         normaliser("nmt-nfkc")
 
 
-def test_what_a_rule_takes_away_is_reported(options: TokenizerOptions) -> None:
+def test_characters_lost_by_a_normalisation_are_reported(options: TokenizerOptions) -> None:
     _, report = train_tokenizer(replace(options, normalise_target="nmt_nfkc", joint=False))
     assert {lost.character for lost in report.target.lost} >= {"²", "…"}
     assert not report.source.lost
@@ -184,7 +184,7 @@ def test_without_byte_fallback_rare_characters_are_unknown(options: TokenizerOpt
     tokenizer, _ = train_tokenizer(replace(options, byte_fallback=False))
     (ids,) = tokenizer.source.encode(["to 😀 go there"])
     assert ids.count(UNK) == 1
-    report = measure(tokenizer.source, ["to 😀 go"])
+    report = measure_side(tokenizer.source, ["to 😀 go"])
     assert report.unknown == 1
     assert [lost.character for lost in report.lost] == ["😀"]
     head, tail = (tokenizer.source.decode(part) for part in (ids[: ids.index(UNK)], ids[ids.index(UNK) :]))
@@ -194,7 +194,7 @@ def test_without_byte_fallback_rare_characters_are_unknown(options: TokenizerOpt
         assert [tokenizer.source.decode(part) for part in (drawn[:place], drawn[place:])] == [head, tail]
 
 
-def test_sampling_keeps_the_text_and_depends_on_its_arguments_only(tokenizer: Tokenizer) -> None:
+def test_sampling_keeps_the_text_and_depends_on_its_arguments_alone(tokenizer: Tokenizer) -> None:
     side = tokenizer.source
     sentences = [*texts.ENGLISH, *texts.GERMAN, "", *map(side.normalise, fuzzed(50, seed=6))]
     encoded = side.encode([text.replace(MARK, "") for text in sentences])
@@ -209,10 +209,10 @@ def test_sampling_keeps_the_text_and_depends_on_its_arguments_only(tokenizer: To
 
 @pytest.mark.parametrize("byte_fallback", [True, False])
 @pytest.mark.parametrize(("kind", "alpha"), [("bpe", 0.0), ("unigram", 1000.0)])
-def test_sampling_without_chance_is_sentencepiece(
+def test_sampling_without_randomness_is_sentencepiece(
     options: TokenizerOptions, kind: str, alpha: float, byte_fallback: bool
 ) -> None:
-    """No merge overlooked, or only the most probable pieces: what the model itself does, in any script."""
+    """Without dropped merges, or with the most probable pieces alone, it is what the model does."""
     wanted = replace(options, kind=kind, byte_fallback=byte_fallback, size=900)
     side = train_tokenizer(wanted)[0].source
     sentences = [
@@ -224,7 +224,7 @@ def test_sampling_without_chance_is_sentencepiece(
     assert side.sample(encoded, alpha=alpha, seed=1) == encoded
 
 
-def test_sampling_in_several_threads_at_once_changes_nothing(tokenizer: Tokenizer) -> None:
+def test_sampling_in_several_threads_gives_the_same(tokenizer: Tokenizer) -> None:
     side = tokenizer.source
     encoded = side.encode(texts.ENGLISH)
     expected = {seed: side.sample(encoded, alpha=0.3, seed=seed) for seed in range(8)}
@@ -252,10 +252,10 @@ def test_sampling_keeps_tags_and_placeholders(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_sampling_spells_neither_bytes_nor_placeholders(
+def test_sampling_makes_neither_bytes_nor_placeholders(
     options: TokenizerOptions, tmp_path: Path, kind: str
 ) -> None:
-    """Where text holds all characters of their names, the names could be written with them."""
+    """The text has all characters of their names, from which sampling could make them."""
     corpus = tmp_path / "names.tsv"
     names = " ".join("<0x123456789ABCDEF>{name}")
     lines = (
@@ -294,7 +294,7 @@ def test_training_twice_gives_the_same_bytes(options: TokenizerOptions, kind: st
 
 def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer")
-    tokenizer.save(tmp_path / "tokenizer")  # a tokenizer may take the place of another
+    tokenizer.save(tmp_path / "tokenizer")  # a tokenizer may replace another
     for copy in (Tokenizer.load(tmp_path / "tokenizer"), pickle.loads(pickle.dumps(tokenizer))):
         assert copy.fingerprint == tokenizer.fingerprint
         assert (copy.languages, copy.tags, copy.placeholders) == (("en", "de"), (TAG,), (PLACEHOLDER,))
@@ -309,7 +309,7 @@ def test_the_fingerprint_covers_settings(tokenizer: Tokenizer) -> None:
     assert Tokenizer(other, tokenizer.models).fingerprint != tokenizer.fingerprint
 
 
-def test_a_damaged_tokenizer_is_one_sentence(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "whole")
 
     def damaged(name: str, change: Callable[[Path], object]) -> Path:
@@ -341,15 +341,15 @@ def test_a_damaged_tokenizer_is_one_sentence(tokenizer: Tokenizer, tmp_path: Pat
         Tokenizer.load(tmp_path / "nowhere")
 
 
-def test_a_tokenizer_replaces_no_other_folder(options: TokenizerOptions, tmp_path: Path) -> None:
+def test_a_tokenizer_does_not_replace_another_folder(options: TokenizerOptions, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep me")
-    for place in (tmp_path, tmp_path / "precious.txt"):
-        with pytest.raises(BundleError, match="another place"):
-            train_tokenizer(options, out=place)
+    for path in (tmp_path, tmp_path / "precious.txt"):
+        with pytest.raises(BundleError, match="another path"):
+            train_tokenizer(options, out=path)
     assert (tmp_path / "precious.txt").read_text() == "keep me"
 
 
-def test_a_size_too_large_takes_what_the_text_yields(
+def test_a_size_too_large_for_the_text_makes_a_smaller_vocabulary(
     options: TokenizerOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer, _ = train_tokenizer(replace(options, size=100_000))
@@ -357,10 +357,8 @@ def test_a_size_too_large_takes_what_the_text_yields(
     assert f"{tokenizer.source.vocabulary:,} pieces" in capsys.readouterr().err
 
 
-def test_long_lines_and_reserved_characters_are_learnt_from(
-    options: TokenizerOptions, tmp_path: Path
-) -> None:
-    filler = "qzx " * (3 * LONGEST)
+def test_long_lines_and_reserved_characters_are_trained_on(options: TokenizerOptions, tmp_path: Path) -> None:
+    filler = "qzx " * (3 * MAX_LINE)
     (tmp_path / "long.tsv").write_text(f"{filler}\tjvk\u2585jvk\n" * 3, encoding="utf-8")
     tokenizer, _ = train_tokenizer(replace(options, corpora=(str(tmp_path / "long.tsv"), *options.corpora)))
     assert tokenizer.source.pieces(tokenizer.source.encode(["qzx"])[0]) == ["▁qzx"]
@@ -375,13 +373,13 @@ def test_sampling_the_corpus_is_seeded_and_bounded(
 ) -> None:
     small = replace(options, sample=20, size=400)
     first, report = train_tokenizer(small)
-    assert "read 30 pairs, learning from 10" in capsys.readouterr().err
+    assert "read 30 pairs, training on 10" in capsys.readouterr().err
     assert report.source.sentences == report.target.sentences == 10
     assert train_tokenizer(small)[0].fingerprint == first.fingerprint
     assert train_tokenizer(replace(small, seed=2))[0].fingerprint != first.fingerprint
 
 
-def test_mistakes_are_sentences(options: TokenizerOptions, tmp_path: Path) -> None:
+def test_mistakes_are_errors_with_an_option_to_change(options: TokenizerOptions, tmp_path: Path) -> None:
     for change, word in (
         ({"size": 270}, "--size"),
         ({"kind": "word"}, "--kind"),
@@ -413,7 +411,7 @@ def test_the_command(corpus: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--separate", "--tag", TAG, "--kind", "unigram"])
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
-    assert "tokens/word" in result.stderr
+    assert "pieces/word" in result.stderr
     made = Tokenizer.load(tmp_path / "out")
     assert (made.joint, made.tags, made.languages) == (False, (TAG,), ("en", "fa"))
     assert CliRunner().invoke(app, ["tokenizer", "--help"]).exit_code == 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from trmt.decoding.choosing import highest
 
 from trmt.decoding import choosing
 from trmt.decoding.base import CHUNK, top
-from trmt.decoding.choosing import highest
 
 SIZES = [1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK - 1, 5 * CHUNK, 5 * CHUNK + 1, 40 * CHUNK + 17]
 

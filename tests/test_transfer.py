@@ -1,4 +1,4 @@
-"""Pretraining on documents, and what becomes of the encoder."""
+"""Pretraining on documents, and translation models that start from the encoder."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ BERT: dict[str, Any] = {
     "architecture": "masked-encoder",
     "objective": "masked",
     "network": {**NETWORK, "dropout": 0.1, "attention_dropout": 0.0},
-    "batches": {"tokens": 200, "passage": 40},
+    "batches": {"tokens": 200, "passage_tokens": 40},
 }
 BART = {**BERT, "architecture": "transformer", "objective": "denoising"}
 BART["network"] = {**NETWORK, "decoder_layers": 1}
 
 
-STILL = "optim.lr=1e-9"  # so that what was taken over is still there after training
+NO_UPDATES = "optim.lr=1e-9"  # so that the initial weights are still there after training
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ def pretrain(run: Path, data: Path, file: str, *settings: str, **more: Any) -> P
     )
 
 
-def of(run: Path) -> Path:
+def encoder_of(run: Path) -> Path:
     return Path(f"{run}:encoder")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    point = checkpoints.steps(run)[-1]
-    return bundles.read_weights(point.folder, point.manifest)
+    checkpoint = checkpoints.list_checkpoints(run)[-1]
+    return bundles.read_weights(checkpoint.folder, checkpoint.manifest)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +75,13 @@ def bert(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("tree", [BERT, BART], ids=["bert", "bart"])
-def test_pretraining_goes_on_exactly(tree: dict[str, Any], documents: Path, tmp_path: Path) -> None:
+def test_pretraining_is_resumed_exactly(tree: dict[str, Any], documents: Path, tmp_path: Path) -> None:
     file = recipe(tmp_path, tree)
     hard = ["batches.accumulate=2", "batches.subword_alpha=0.2", "optim.ema=0.9"]
-    pretrain(tmp_path / "whole", documents, file, *hard)
+    pretrain(tmp_path / "uninterrupted", documents, file, *hard)
     for steps in (2, 3, 6):
-        pretrain(tmp_path / "parted", documents, file, *hard, f"training.steps={steps}")
-    one, other = (weights(tmp_path / name) for name in ("whole", "parted"))
+        pretrain(tmp_path / "resumed", documents, file, *hard, f"training.steps={steps}")
+    one, other = (weights(tmp_path / name) for name in ("uninterrupted", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -95,18 +95,18 @@ def test_the_loss_falls(tree: dict[str, Any], documents: Path, tmp_path: Path) -
         "optim.lr=0.01",
         "validation.every=20",
     )
-    scores = [point.score() for point in checkpoints.steps(run)]
+    scores = [checkpoint.score() for checkpoint in checkpoints.list_checkpoints(run)]
     losses = [score[1] for score in scores if score]
     assert min(losses[1:]) < losses[0] - 0.1
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_run_says_how_often_it_tells_rightly_what_follows(
+def test_the_accuracy_of_next_sentence_prediction_is_validated(
     asked: bool, documents: Path, tmp_path: Path
 ) -> None:
     settings = (f"loss.next_sentence={str(asked).lower()}", "training.steps=2")
     run = pretrain(tmp_path / "run", documents, recipe(tmp_path, BERT), *settings)
-    assert bool(told(run)) == asked and all(0 <= value <= 100 for value in told(run))
+    assert bool(accuracies(run)) == asked and all(0 <= value <= 100 for value in accuracies(run))
 
 
 def topical(path: Path, *, count: int, seed: int) -> str:
@@ -122,28 +122,30 @@ def topical(path: Path, *, count: int, seed: int) -> str:
     return str(path)
 
 
-def test_what_follows_is_told_where_topics_last(toy_set: Path, tmp_path: Path) -> None:
-    """Chance would tell half of them; one that does not follow in six has the same topic."""
+def test_next_sentence_prediction_is_learned_from_topics(toy_set: Path, tmp_path: Path) -> None:
+    """Chance is 50 %; of the sentences that do not follow, one in six has the same topic."""
     tokenizer = PreparedSet.open(toy_set).tokenizer_folder
     train_file = topical(tmp_path / "train.txt", count=1500, seed=1)
     dev = topical(tmp_path / "dev.txt", count=150, seed=2)
     data = prepare_documents(DocumentOptions((train_file,), dev, tmp_path / "set", tokenizer)).folder
     network = {**BERT["network"], "width": 32, "encoder_layers": 2, "norm_place": "pre", "dropout": 0.0}
-    tree = {**BERT, "network": network, "batches": {"tokens": 1000, "passage": 60}}
+    tree = {**BERT, "network": network, "batches": {"tokens": 1000, "passage_tokens": 60}}
     settings = ("optim.lr=5e-3", "optim.warmup=20", "training.steps=80", "validation.every=80")
     run = pretrain(tmp_path / "run", data, recipe(tmp_path, tree), *settings)
-    assert told(run)[-1] > 70
+    assert accuracies(run)[-1] > 70
 
 
-def told(run: Path) -> list[float]:
-    """How many percent of the questions for what follows were answered rightly, at each look."""
+def accuracies(run: Path) -> list[float]:
+    """The accuracy in percent of next sentence prediction, at each validation."""
     events = map(json.loads, (run / "log.jsonl").read_text("utf-8").splitlines())
     scores = [score for event in events if event["event"] == "validate" for score in event["scores"]]
     return [score["value"] for score in scores if score["metric"] == "right"]
 
 
-def test_a_translator_begins_with_the_encoder(bert: Path, toy_set: Path, tmp_path: Path) -> None:
-    run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), STILL, init_from=of(bert)))
+def test_a_translation_model_starts_from_the_encoder(bert: Path, toy_set: Path, tmp_path: Path) -> None:
+    run = train(
+        options(tmp_path / "run", toy_set, toy.recipe(tmp_path), NO_UPDATES, init_from=encoder_of(bert))
+    )
     ours, theirs = weights(run), weights(bert)
     taken = [
         name
@@ -155,34 +157,40 @@ def test_a_translator_begins_with_the_encoder(bert: Path, toy_set: Path, tmp_pat
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0)
     torch.testing.assert_close(ours["positions"][0], theirs["positions"][0], atol=1e-6, rtol=0)
     assert not torch.allclose(ours["positions"][1], theirs["positions"][0], atol=1e-3)
-    network = checkpoints.steps(run)[-1].manifest.network
+    network = checkpoints.list_checkpoints(run)[-1].manifest.network
     assert (network["activation"], network["embedding_norm"], network["segments"]) == ("gelu", True, 2)
     assert len(list(Translator.load(run).translate(["ka lomo", "ti"]))) == 2
 
 
-def test_what_is_read_is_the_same_before_and_after(bert: Path, toy_set: Path, tmp_path: Path) -> None:
-    run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), STILL, init_from=of(bert)))
-    manifest = checkpoints.steps(bert)[-1].manifest
+def test_the_encoder_output_stays_the_same(bert: Path, toy_set: Path, tmp_path: Path) -> None:
+    run = train(
+        options(tmp_path / "run", toy_set, toy.recipe(tmp_path), NO_UPDATES, init_from=encoder_of(bert))
+    )
+    manifest = checkpoints.list_checkpoints(bert)[-1].manifest
     encoder = bundles.build_network(manifest.architecture, manifest.network).eval()
     bundles.load_weights(encoder, weights(bert), where="here")
-    translator = bundles.load_bundle(checkpoints.steps(run)[-1].folder).net
+    translator = bundles.load_bundle(checkpoints.list_checkpoints(run)[-1].folder).net
     source = Source.of([[5, 6, 7, 3], [8, 3]])
     with torch.inference_mode():
         torch.testing.assert_close(translator.read(source), encoder.read(source), atol=1e-4, rtol=1e-4)
 
 
-def test_the_encoder_of_a_translator_moves_on_too(toy_set: Path, tmp_path: Path) -> None:
+def test_the_encoder_of_a_translation_model_can_be_taken_over(toy_set: Path, tmp_path: Path) -> None:
     first = train(options(tmp_path / "first", toy_set, toy.recipe(tmp_path)))
-    second = train(options(tmp_path / "second", toy_set, toy.recipe(tmp_path), STILL, init_from=of(first)))
+    second = train(
+        options(tmp_path / "second", toy_set, toy.recipe(tmp_path), NO_UPDATES, init_from=encoder_of(first))
+    )
     torch.testing.assert_close(
         weights(first)["encoder.0.own.weight"], weights(second)["encoder.0.own.weight"]
     )
     assert not torch.equal(weights(first)["decoder.0.own.weight"], weights(second)["decoder.0.own.weight"])
 
 
-def test_what_was_denoised_is_gone_on_with_whole(documents: Path, toy_set: Path, tmp_path: Path) -> None:
+def test_a_denoising_model_can_be_fine_tuned_for_translation(
+    documents: Path, toy_set: Path, tmp_path: Path
+) -> None:
     bart = pretrain(tmp_path / "bart", documents, recipe(tmp_path, BART))
-    run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), STILL, init_from=bart))
+    run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), NO_UPDATES, init_from=bart))
     torch.testing.assert_close(weights(run)["decoder.0.own.weight"], weights(bart)["decoder.0.own.weight"])
 
 
@@ -191,7 +199,7 @@ def test_an_encoder_alone_cannot_translate(bert: Path) -> None:
         Translator.load(bert)
 
 
-def test_a_trained_encoder_goes_to_hugging_face(bert: Path, tmp_path: Path) -> None:
+def test_a_trained_encoder_can_be_exported_to_hugging_face(bert: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     export_bert(checkpoints.find_bundle(bert), tmp_path / "out")
     model = transformers.BertForPreTraining.from_pretrained(tmp_path / "out")
@@ -199,10 +207,10 @@ def test_a_trained_encoder_goes_to_hugging_face(bert: Path, tmp_path: Path) -> N
     torch.testing.assert_close(rows.detach(), weights(bert)["source_embedding.weight"])
 
 
-def test_what_does_not_go_together_is_refused(
+def test_combinations_that_do_not_work_are_refused(
     bert: Path, documents: Path, toy_set: Path, tmp_path: Path
 ) -> None:
-    encoder = of(bert)
+    encoder = encoder_of(bert)
     plain = toy.recipe(tmp_path)
 
     def refused(expected: str, run: Any) -> None:
@@ -220,10 +228,10 @@ def test_what_does_not_go_together_is_refused(
     refused("trmt pretrain", lambda: train(options(at, documents, plain)))
     file = recipe(tmp_path, BERT)
     refused("objective = 'masked'", lambda: pretrain(at, documents, file, "architecture=transformer"))
-    refused("batches.passage", lambda: pretrain(at, documents, file, "network.longest=20"))
+    refused("batches.passage_tokens", lambda: pretrain(at, documents, file, "network.longest=20"))
     rnn_run = train(options(tmp_path / "rnn", toy_set, rnn))
     refused(
         "no encoder",
-        lambda: train(options(at, toy_set, plain, init_from=of(rnn_run))),
+        lambda: train(options(at, toy_set, plain, init_from=encoder_of(rnn_run))),
     )
     assert not at.exists()

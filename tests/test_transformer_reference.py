@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from trmt.nets.transformer_layers import Layer
 
 from tests.fakes import random_sentences
 from trmt.nets.base import Ragged, Source
 from trmt.nets.layers import sinusoids
 from trmt.nets.linear import eager
 from trmt.nets.transformer import Transformer, TransformerConfig
-from trmt.nets.transformer_layers import Layer
 
 SOURCES = random_sentences(5, longest=21, seed=1)
 TARGETS = [[1, *sentence] for sentence in random_sentences(5, longest=17, seed=2)]

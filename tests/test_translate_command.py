@@ -1,4 +1,4 @@
-"""The command around the translator: its options, its messages, and how it ends."""
+"""The command trmt translate: options, messages, and how it ends."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def lose_all(folder: Path) -> None:
     "spoil",
     [spoil_manifest, spoil_longest, spoil_weights, cut_weights, lose_weights, lose_tokenizer, lose_all],
 )
-def test_a_bundle_that_cannot_be_used_is_one_sentence(
+def test_a_broken_bundle_is_one_sentence(
     trmt: Command,
     bundle: Path,
     tmp_path: Path,
@@ -110,10 +110,10 @@ def test_a_bundle_that_cannot_be_used_is_one_sentence(
     assert err.startswith("error: ") and err.count("\n") == 1 and str(copy) in err
 
 
-# The command around the stream
+# Standard input and output
 
 
-def test_the_model_by_itself_is_named_and_the_answer_is_alone(
+def test_the_default_model_is_printed_on_standard_error(
     trmt: Command,
     bundle: Path,
     tmp_path: Path,
@@ -136,7 +136,7 @@ def test_the_model_by_itself_is_named_and_the_answer_is_alone(
     assert trmt("--quiet", "translate", stdin=b"It rains.\n") == expected
 
 
-def test_what_could_not_be_translated_as_it_was_is_named(trmt: Command, bundle: Path) -> None:
+def test_split_and_undecodable_lines_are_named(trmt: Command, bundle: Path) -> None:
     long = " ".join(texts.GERMAN).encode()
     data = b"fine\nbad \xff\n%s\n\xed\xa0\x80\r\nreplaced \xef\xbf\xbd before\n" % long
     code, out, err = trmt("translate", bundle, "--max-length", "5", stdin=data)
@@ -170,7 +170,7 @@ def started(bundle: Path, *options: str, **streams: object) -> subprocess.Popen[
 
 
 def errors_of(process: subprocess.Popen[bytes]) -> bytes:
-    """What the process leaves on standard error until it has ended, which it must do by itself."""
+    """The standard error of a process, which must end by itself."""
     assert process.stderr
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()
@@ -192,7 +192,7 @@ def ask(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_an_interrupt_ends_at_once_though_the_input_stays_open(bundle: Path) -> None:
+def test_an_interrupt_ends_the_command_while_the_input_is_open(bundle: Path) -> None:
     process = started(bundle)
     ask(process)
     process.send_signal(signal.SIGINT)
@@ -202,7 +202,7 @@ def test_an_interrupt_ends_at_once_though_the_input_stays_open(bundle: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
-def test_a_reader_that_goes_ends_it_quietly_though_the_input_stays_open(bundle: Path) -> None:
+def test_a_closed_output_ends_the_command_while_the_input_is_open(bundle: Path) -> None:
     process = started(bundle)
     ask(process)
     assert process.stdin and process.stdout
@@ -214,9 +214,7 @@ def test_a_reader_that_goes_ends_it_quietly_though_the_input_stays_open(bundle: 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell")
-def test_head_takes_what_it_wants_and_a_closed_standard_error_hurts_nobody(
-    bundle: Path, tmp_path: Path
-) -> None:
+def test_head_and_a_closed_standard_error_cause_no_message(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "many").write_bytes(b"It rains.\n" * 3_000)
     program = f"'{sys.executable}' -m trmt translate '{bundle}' --max-length 2 --beam 1"
     shell = f"({program} < many; echo $? >> codes) {{}} | head -n 1"

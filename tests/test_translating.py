@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from trmt.decoding.eager import Eager
 
 from tests import texts
 from tests.scripted import Script, Scripted, random_bundle, small_tokenizer
 from trmt import streaming
 from trmt.decoding.base import Hypothesis
-from trmt.decoding.eager import Eager
 from trmt.decoding.engine import Engine, Request
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Ragged, Seq2Seq, Source
-from trmt.streaming import Report, translate_stream
-from trmt.text.splitting import Piece, joiner_for
+from trmt.streaming import StreamReport, translate_stream
+from trmt.text.splitting import TextSegment, joiner_for
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
@@ -218,7 +218,7 @@ def test_a_prefix_that_is_too_long_costs_no_other_line_its_translation(tokenizer
     report = translate_stream(translator, io.BytesIO(data), out, prefixed=True)
     first, second, third = out.getvalue().decode().split("\n")[:-1]
     assert first.startswith("x") and third.startswith("y") and second.startswith("Wort Wort")
-    assert report == Report(lines=3, prefix_cut=[2])
+    assert report == StreamReport(lines=3, prefix_cut=[2])
     [entry] = entries_of_prefixed(translator, b"two\t%s\n" % (b"Wort " * 200))
     assert entry["prefix_cut"] is True
 
@@ -252,7 +252,7 @@ def test_a_long_line_is_translated_sentence_by_sentence(tokenizer: Tokenizer) ->
 @pytest.mark.parametrize("longest", [5, 30])
 def test_nothing_of_a_long_line_is_lost(tokenizer: Tokenizer, language: str, longest: int) -> None:
     text = " ".join(texts.ALL[language])
-    report = Report()
+    report = StreamReport()
     out = io.BytesIO()
     report = translate_stream(
         echo(tokenizer, longest=longest), io.BytesIO(b"a\n%s\na\n" % text.encode()), out
@@ -279,28 +279,28 @@ def test_pieces_are_joined_as_the_target_is_written(
 
 
 @pytest.mark.parametrize(
-    ("piece", "language", "joiner"),
+    ("segment", "language", "joiner"),
     [
-        (Piece("One.", " ", " "), "de", " "),
-        (Piece("One.", " ", " "), "zh", ""),
-        (Piece("One.", " ", " "), "zh-Hant-TW", ""),
-        (Piece("One.", " ", " "), "JA_jp", ""),
-        (Piece("One.", " ", " "), "jpn", ""),
-        (Piece("One.", " ", " "), "ko", " "),
-        (Piece("One.", " ", " "), "th", " "),
-        (Piece("一。", "", ""), "en", " "),
-        (Piece("一", "", ""), "en", " "),
-        (Piece("カ", "", ""), "en", " "),
-        (Piece("หนึ่ง", "", ""), "en", " "),
-        (Piece("一。", "", ""), "ja", ""),
-        (Piece("一。", "", ""), "", ""),
-        (Piece("abc", "", ""), "en", ""),  # the middle of a long word
-        (Piece("एक।", "", " "), "en", " "),
-        (Piece("", " ", " "), "en", " "),
+        (TextSegment("One.", " ", " "), "de", " "),
+        (TextSegment("One.", " ", " "), "zh", ""),
+        (TextSegment("One.", " ", " "), "zh-Hant-TW", ""),
+        (TextSegment("One.", " ", " "), "JA_jp", ""),
+        (TextSegment("One.", " ", " "), "jpn", ""),
+        (TextSegment("One.", " ", " "), "ko", " "),
+        (TextSegment("One.", " ", " "), "th", " "),
+        (TextSegment("一。", "", ""), "en", " "),
+        (TextSegment("一", "", ""), "en", " "),
+        (TextSegment("カ", "", ""), "en", " "),
+        (TextSegment("หนึ่ง", "", ""), "en", " "),
+        (TextSegment("一。", "", ""), "ja", ""),
+        (TextSegment("一。", "", ""), "", ""),
+        (TextSegment("abc", "", ""), "en", ""),  # the middle of a long word
+        (TextSegment("एक।", "", " "), "en", " "),
+        (TextSegment("", " ", " "), "en", " "),
     ],
 )
-def test_the_joiner_suits_the_target(piece: Piece, language: str, joiner: str) -> None:
-    assert joiner_for(piece, language) == joiner
+def test_the_joiner_suits_the_target(segment: TextSegment, language: str, joiner: str) -> None:
+    assert joiner_for(segment, language) == joiner
 
 
 def test_scores_of_pieces_add_up(bundle: Path) -> None:
@@ -347,7 +347,7 @@ def test_a_line_does_not_wait_for_all_that_follow(
 def test_where_nobody_waits_windows_are_full() -> None:
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as stream:
-        windows = streaming.Reader(stream).windows(10, waited_for=False)
+        windows = streaming.LineReader(stream).windows(10, interactive=False)
         for number in range(25):
             os.write(writing, b"%d\n" % number)
         sizes = [len(next(windows)), len(next(windows))]
@@ -359,7 +359,7 @@ def test_a_window_can_be_larger_than_usual(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(streaming, "WINDOW", 4)
     monkeypatch.setattr(streaming, "WINDOW_BYTES", 4 * 100)
     data = io.BytesIO(b"short\n" * 40 + b"%s\n" % (b"long " * 30) * 40)
-    sizes = [len(window) for window in streaming.Reader(data).windows(20, waited_for=False)]
+    sizes = [len(window) for window in streaming.LineReader(data).windows(20, interactive=False)]
     assert sizes[:2] == [20, 20], "room for bytes grows with the window"
     assert sum(sizes) == 80 and max(sizes[2:]) < 20, "and long lines still end it"
 

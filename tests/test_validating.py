@@ -14,7 +14,7 @@ from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
 from trmt.training.recipe import Recipe, TrainingConfig, ValidationConfig
-from trmt.training.validation import Validation
+from trmt.training.validation import ValidationResult
 from trmt.validating import validate
 
 PAIRS = list(zip(texts.ENGLISH, texts.CHINESE, strict=True))
@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Prep
 
 
 def half_right(tokenizer: Tokenizer) -> Scripted:
-    """A network that knows the translations, but forgets the last piece, and in every third two of them."""
+    """A network that outputs the translations without their last piece, every third without the last two."""
     known = {}
     for number, (source, target) in enumerate(PAIRS):
         [ids], [answer] = tokenizer.source.encode([source]), tokenizer.target.encode([target])
@@ -55,13 +55,13 @@ def half_right(tokenizer: Tokenizer) -> Scripted:
     return Scripted(lambda ids: known[tuple(ids)], vocabulary=vocabulary, eos=eos)
 
 
-def found(tokenizer: Tokenizer, data: PreparedSet, **options: int) -> Validation:
+def found(tokenizer: Tokenizer, data: PreparedSet, **options: int) -> ValidationResult:
     recipe = Recipe(training=TrainingConfig(steps=1), validation=ValidationConfig(**options))  # type: ignore[arg-type]
     return validate(half_right(tokenizer), tokenizer, data, recipe)
 
 
 @pytest.mark.parametrize("beam", [1, 3])
-def test_scores_are_sacrebleus_for_the_target_language(
+def test_scores_are_those_of_sacrebleu_for_the_target_language(
     tokenizer: Tokenizer, data: PreparedSet, beam: int
 ) -> None:
     validation = found(tokenizer, data, sentences=500, samples=len(PAIRS), beam=beam)
@@ -82,11 +82,11 @@ def test_a_selection_is_spread_evenly_and_always_the_same(
     tokenizer: Tokenizer, data: PreparedSet, count: int
 ) -> None:
     validation = found(tokenizer, data, sentences=count, samples=count)
-    places = [texts.ENGLISH.index(sample["source"]) for sample in validation.samples]
-    assert len(places) == count and places == sorted(set(places))
-    gaps = [after - before for before, after in zip(places, [*places[1:], len(PAIRS)], strict=True)]
+    indices = [texts.ENGLISH.index(sample["source"]) for sample in validation.samples]
+    assert len(indices) == count and indices == sorted(set(indices))
+    gaps = [after - before for before, after in zip(indices, [*indices[1:], len(PAIRS)], strict=True)]
     assert max(gaps) - min(gaps) <= 1
-    assert [sample["reference"] for sample in validation.samples] == [texts.CHINESE[n] for n in places]
+    assert [sample["reference"] for sample in validation.samples] == [texts.CHINESE[n] for n in indices]
     assert found(tokenizer, data, sentences=count, samples=count) == validation
 
 
@@ -98,7 +98,7 @@ def test_scores_are_of_the_selection_and_not_of_the_samples(tokenizer: Tokenizer
     assert few.scores != found(tokenizer, data, sentences=30).scores
 
 
-def test_looking_draws_nothing_at_random(tokenizer: Tokenizer, data: PreparedSet) -> None:
+def test_validating_draws_no_random_numbers(tokenizer: Tokenizer, data: PreparedSet) -> None:
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(5)
     expected = torch.rand(3), random.random(), np.random.rand()
@@ -109,8 +109,8 @@ def test_looking_draws_nothing_at_random(tokenizer: Tokenizer, data: PreparedSet
     assert (random.random(), np.random.rand()) == expected[1:]
 
 
-def test_without_a_dev_set_nothing_is_found(
+def test_without_a_dev_set_the_result_is_empty(
     tmp_path: Path, tokenizer: Tokenizer, data: PreparedSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PreparedSet, "dev_text", lambda self: ([], []))
-    assert found(tokenizer, data) == Validation()
+    assert found(tokenizer, data) == ValidationResult()

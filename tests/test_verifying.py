@@ -36,7 +36,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(caught.value.code or 0)
 
 
-def test_a_bundle_that_nobody_touched_is_as_it_was(
+def test_an_unchanged_bundle_is_verified(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = verify(VerifyOptions(model=bundle))
@@ -48,7 +48,7 @@ def test_a_bundle_that_nobody_touched_is_as_it_was(
     assert f"whole, and {len(moved.TEXTS)} golden sentences are translated as before" in said.err
 
 
-def test_what_is_recorded_is_what_the_bundle_translates(bundle: Path) -> None:
+def test_golden_sentences_have_the_translations_of_the_bundle(bundle: Path) -> None:
     golden = bundles.read_manifest(bundle).golden
     greedy = Translator.load(bundle, options=TranslateOptions(search="greedy"))
     found = greedy.translate(moved.TEXTS)
@@ -56,7 +56,7 @@ def test_what_is_recorded_is_what_the_bundle_translates(bundle: Path) -> None:
     assert len({each["translation"] for each in golden}) > 1
 
 
-def test_each_sentence_is_searched_for_as_it_was(bundle: Path) -> None:
+def test_each_golden_sentence_is_translated_with_its_beam_size(bundle: Path) -> None:
     beam = Translator.load(bundle, options=TranslateOptions(beam=3)).translate(moved.TEXTS)
     golden = [
         {"source": text, "translation": each.text, "beam": 3}
@@ -75,7 +75,7 @@ def changed_weights(folder: Path, change: Any) -> None:
     bundles.save_bundle(folder, bundle.manifest, weights, bundle.tokenizer)
 
 
-def test_other_translations_are_told(
+def test_changed_translations_are_reported(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed_weights(bundle, lambda weights: weights["memory.weight"].mul_(-1))
@@ -92,12 +92,12 @@ def test_other_translations_are_told(
     assert "torch 1.0" in said
 
 
-def test_damage_is_an_error(bundle: Path) -> None:
+def test_damaged_weights_are_an_error(bundle: Path) -> None:
     def broken(weights: dict[str, torch.Tensor]) -> None:
         weights["memory.bias"][3] = float("nan")
 
     changed_weights(bundle, broken)
-    with pytest.raises(BundleError, match=r"'memory\.bias' .* not all numbers"):
+    with pytest.raises(BundleError, match=r"'memory\.bias' .* are not finite"):
         verify(VerifyOptions(model=bundle))
     path = bundle / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
@@ -108,7 +108,7 @@ def test_damage_is_an_error(bundle: Path) -> None:
         verify(VerifyOptions(model=bundle))
 
 
-def test_bundles_without_golden_sentences_say_so(
+def test_a_bundle_without_golden_sentences_is_warned_of(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundles.rewrite_manifest(bundle, golden=())
@@ -121,7 +121,7 @@ def test_runs_and_their_averages_can_be_verified(toy_set: Path, tmp_path: Path) 
     changes = {"validation": {"metric": "chrf", "sentences": 4, "beam": 2}}
     run = train(toy.options(tmp_path / "run", toy_set, toy.recipe(tmp_path, changes)), validate)
     assert verify(VerifyOptions(model=run)).sentences == 3
-    average(AverageOptions(places=(run,)), record)
+    average(AverageOptions(paths=(run,)), record)
     golden = json.loads((run / "average" / "manifest.json").read_bytes())["golden"]
     assert [each["source"] for each in golden] == [
         each["source"] for each in bundles.read_manifest(run / "step-00000006").golden
@@ -130,7 +130,7 @@ def test_runs_and_their_averages_can_be_verified(toy_set: Path, tmp_path: Path) 
     assert verify(VerifyOptions(model=run)).differences == ()
 
 
-def test_a_quantised_bundle_does_what_it_did(bundle: Path) -> None:
+def test_a_quantised_bundle_is_verified(bundle: Path) -> None:
     out = bundle.parent / "int8"
     quantize(bundle, out)
     golden = bundles.read_manifest(out).golden

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.fakes import SMALL
-from trmt.config import merged, to_toml
+from trmt.config import merge, to_toml
 from trmt.registry import ARCHITECTURES, resolve
 from trmt.sets.preparing import PrepareOptions, prepare
-from trmt.text.filters import Limits
+from trmt.text.filters import LengthLimits
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 from trmt.training.planning import TrainOptions
 
@@ -57,7 +57,7 @@ def make_set(
             dev=held_out if dev else None,
             out=folder / "set",
             tokenizer=folder / "tokenizer",
-            limits=Limits(max_ratio=0),
+            limits=LengthLimits(max_ratio=0),
             keep_duplicates=True,
             workers=1,
         )
@@ -80,7 +80,7 @@ def recipe(folder: Path, changes: dict[str, Any] | None = None, *, architecture:
     network = {
         name: value for name, value in sizes.items() if name in known and not name.endswith("vocabulary")
     }
-    tree = merged({"architecture": architecture, "network": network, **BASE}, changes or {})
+    tree = merge({"architecture": architecture, "network": network, **BASE}, changes or {})
     path = folder / f"{architecture}.toml"
     path.write_text(to_toml(tree), encoding="utf-8")
     return str(path)

@@ -1,22 +1,20 @@
 """The seam for speed: what `trmt.native` computes faster than plain PyTorch, asked for by name.
 
-The core computes everything in plain PyTorch. Where speed matters, it first asks here for a faster version. There
-is none while PyTorch traces (`torch.compile`), with TRMT_KERNELS=0, or where the package trmt.native was left out. A
-faster version takes the same arguments as the plain one and returns its result, or None where it cannot serve:
-another device or dtype, no C compiler.
+The core computes everything in plain PyTorch. Where speed matters, it first asks here for a faster version.
+There is none while PyTorch traces (`torch.compile`), with TRMT_KERNELS=0, or where the package trmt.native
+was left out. A faster version takes the same arguments as the plain one and returns its result, or None where
+it cannot serve: another device or dtype, no C compiler.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from trmt.registry import NATIVE
+from trmt.registry import NATIVE, optional
 
 
 def accelerated(name: str) -> Any | None:
@@ -28,7 +26,4 @@ def accelerated(name: str) -> Any | None:
 
 @functools.cache
 def _entry(name: str) -> Any | None:
-    module, _, attribute = NATIVE[name].partition(":")
-    if find_spec("trmt.native") is None:
-        return None
-    return getattr(import_module(module), attribute)
+    return optional(NATIVE[name])

@@ -1,7 +1,6 @@
-"""Recipes: TOML files and `--set key=value` turned into plain dataclasses, strictly.
+"""Recipes: TOML files and `--set key=value` as dataclasses, which are defined beside the code they configure.
 
-The dataclasses themselves live above the code they configure; this file only fills them in.
-An unknown key or a value of the wrong type is an error that names the key and the nearest known one.
+An unknown key or a value of the wrong type is an error that names the key and the closest known one.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import re
 import tomllib
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -21,9 +21,14 @@ from trmt.registry import suggestion
 T = TypeVar("T")
 Tree = dict[str, Any]
 
+# Old keys of a config class and their present names: recipes, run folders and bundles may still have them.
+RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
+    "BatchConfig": {"passage": "passage_tokens"},
+}
+
 
 def read_toml(path: Path) -> Tree:
-    """The tree in a TOML file."""
+    """The tables and values of a TOML file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -31,19 +36,19 @@ def read_toml(path: Path) -> Tree:
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}; check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}; mend it") from error
+        raise ConfigError(f"{path} is not valid TOML: {error}; correct it") from error
 
 
 def parse_value(text: str) -> Any:
-    """A value as TOML would read it; what is not TOML is a string (`--set network.norm=post`)."""
+    """The TOML value of `text`; text that is no TOML value is a string (`--set network.norm=post`)."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
 
 
-def with_settings(tree: Tree, settings: list[str]) -> Tree:
-    """A copy of `tree` with each dotted `key=value` put in."""
+def apply_settings(tree: Tree, settings: list[str]) -> Tree:
+    """A copy of `tree` with each dotted `key=value` set."""
     changed = copy.deepcopy(tree)
     for setting in settings:
         dotted, equals, text = setting.partition("=")
@@ -59,24 +64,32 @@ def with_settings(tree: Tree, settings: list[str]) -> Tree:
     return changed
 
 
-def merged(base: Tree, over: Tree) -> Tree:
-    """`base` with the entries of `over` laid on it, table by table."""
+def merge(base: Tree, override: Tree) -> Tree:
+    """`base` with the entries of `override`, table by table."""
     out = dict(base)
-    for key, value in over.items():
-        below = out.get(key)
-        out[key] = merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    for key, value in override.items():
+        known = out.get(key)
+        out[key] = merge(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
     return out
 
 
+def rename_keys(cls: type, tree: Tree) -> Tree:
+    """`tree` with the present names for old keys of the config class `cls`; of both, the later wins."""
+    renamed: dict[str, str] = {}
+    for each in cls.__mro__:
+        renamed |= RENAMED_KEYS.get(each.__name__, {})
+    return {renamed.get(key, key): value for key, value in tree.items()}
+
+
 def build(cls: type[T], tree: Tree, *, where: str) -> T:
-    """An instance of the dataclass `cls` from a tree; `where` names the source in error messages."""
+    """An instance of the dataclass `cls` from a tree; error messages name the source as `where`."""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     hints = get_type_hints(cls)
     values = {}
-    for key, value in tree.items():
+    for key, value in rename_keys(cls, tree).items():
         if key not in fields:
             raise ConfigError(f"{where} has an unknown key {key!r}; {suggestion(key, list(fields))}")
-        values[key] = _checked(hints[key], value, where=f"{where}.{key}")
+        values[key] = _convert(hints[key], value, where=f"{where}.{key}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -84,8 +97,8 @@ def build(cls: type[T], tree: Tree, *, where: str) -> T:
     return cls(**values)
 
 
-def _checked(hint: Any, value: Any, *, where: str) -> Any:
-    """`value` as the annotation `hint` wants it, or an error that says what was expected."""
+def _convert(hint: Any, value: Any, *, where: str) -> Any:
+    """`value` converted to the annotated type `hint`, or an error with the expected type."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -100,17 +113,17 @@ def _checked(hint: Any, value: Any, *, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _checked(next(arg for arg in args if arg is not type(None)), value, where=where)
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where=where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} is a list, not {value!r}")
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise ConfigError(f"{where} = {value!r}: expected {len(args)} values")
-        return tuple(_checked(args[0], item, where=where) for item in value)
+        return tuple(_convert(args[0], item, where=where) for item in value)
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where} is a table, not {value!r}")
-        return {key: _checked(args[1], item, where=f"{where}.{key}") for key, item in value.items()}
+        return {key: _convert(args[1], item, where=f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -118,10 +131,10 @@ def _checked(hint: Any, value: Any, *, where: str) -> Any:
     return value
 
 
-def tree_of(instance: Any) -> Tree:
-    """The tree that `build` would make this dataclass from; what is None is left out."""
+def to_tree(instance: Any) -> Tree:
+    """The tree from which `build` makes this dataclass; fields that are None are left out."""
     return {
-        field.name: tree_of(value) if dataclasses.is_dataclass(value) else _plain(value)
+        field.name: to_tree(value) if dataclasses.is_dataclass(value) else _plain(value)
         for field in dataclasses.fields(instance)
         if (value := getattr(instance, field.name)) is not None and field.init
     }
@@ -154,7 +167,7 @@ def _key(key: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    # JSON's escapes are TOML's too, but JSON lets DEL stand as it is.
+    # JSON's escapes are valid in TOML, but JSON does not escape DEL.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

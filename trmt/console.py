@@ -1,7 +1,7 @@
-"""What a person sees: messages, progress and tables, always on standard error.
+"""Messages, progress and tables for the user, always on standard error: standard output is for data.
 
-With display.py the only file that knows Rich. Standard output belongs to data. Progress is drawn only on a
-terminal; elsewhere a plain line now and then says the same.
+Progress is a bar on a terminal, and a plain line every half minute elsewhere. Only this file and
+training/display.py import Rich.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from trmt import pauses
+from trmt import clock
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
 
-PLAIN_INTERVAL = 30.0  # seconds between progress lines where no terminal is watching
+PLAIN_INTERVAL = 30.0  # seconds between progress lines where there is no terminal
 
 _quiet = False
-_following = False  # whether another process speaks for this one
-_drawing: Console | None = None  # the console of the bar that is on the screen: lines go above it
+_main_process = True  # of several processes, only this one prints messages
+_live: Console | None = None  # the console of the bar on the screen: messages go above it
 
 
 def set_quiet(quiet: bool) -> None:
@@ -32,49 +32,53 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
-def set_following(following: bool) -> None:
-    """Silence everything but errors: of several processes that do the same, one speaks."""
-    global _following
-    _following = following
+def set_main_process(main: bool) -> None:
+    """Silence everything but errors in this process unless it is the main one (rank 0)."""
+    global _main_process
+    _main_process = main
+
+
+def _silent() -> bool:
+    return _quiet or not _main_process
 
 
 def stderr() -> Console:
-    """Standard error as Rich sees it."""
+    """A Rich console on standard error."""
     from rich.console import Console
 
-    if _drawing is not None:
-        return _drawing
-    # Made anew each time: tests and callers exchange sys.stderr, and a cached console would keep the old one.
+    if _live is not None:
+        return _live
+    # Not cached: tests and callers replace sys.stderr.
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
-def watched() -> bool:
-    """Whether a person is looking at standard error, on a terminal that can be drawn on."""
-    if _quiet or _following or sys.stderr is None or not sys.stderr.isatty():
+def is_terminal() -> bool:
+    """Whether standard error is a terminal that progress can be drawn on."""
+    if _silent() or sys.stderr is None or not sys.stderr.isatty():
         return False
     return os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def say(message: str) -> None:
-    """One line of information: what was chosen, what was written."""
-    if not (_quiet or _following):
+    """Print one line of information: what was chosen, what was written."""
+    if not _silent():
         stderr().print(message, style="default")
 
 
 def warn(message: str) -> None:
-    """One line about something that is probably not what the user wants."""
-    if not _following:
+    """Print one line about something that is probably not what the user wants."""
+    if _main_process:
         stderr().print(f"warning: {message}", style="yellow")
 
 
 def fail(message: str) -> None:
-    """The one line an error ends with."""
+    """Print the one line of an error."""
     stderr().print(f"error: {message}", style="red")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A small table; columns whose cells are numbers are set to the right."""
-    if _quiet or _following:
+    """Print a small table; columns of numbers are right-aligned."""
+    if _silent():
         return
     from rich.table import Table
     from rich.text import Text
@@ -86,7 +90,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in body:
         grid.add_row(*(Text(cell) for cell in row))
-    # Rich would fold a title to the width of the table.
+    # Rich would wrap a title to the width of the table.
     stderr().print(title)
     stderr().print(grid, soft_wrap=False)
 
@@ -95,42 +99,42 @@ def _is_number(cell: str) -> bool:
     return cell.strip(" %+-").replace(",", "").replace(".", "").split(" ")[0].isdigit()
 
 
-class Progress(Protocol):
-    """Something that can be told how far the work has come."""
+class ProgressBar(Protocol):
+    """A display of how much of the work is done."""
 
     def advance(self, amount: float = 1, note: str = "") -> None: ...
 
 
-class _Silent:
+class _NoProgress:
     def advance(self, amount: float = 1, note: str = "") -> None:
         pass
 
 
-class _Lines:
-    """Progress for log files: a line every half minute, none for work that ends before."""
+class _ProgressLines:
+    """Progress for log files: a line every half minute, none for work that takes less."""
 
     def __init__(self, title: str, total: float | None, unit: str, done: int) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.before, self.done = done, float(done)
-        self.began = self.spoke = pauses.now()
+        self.done_before, self.done = done, float(done)
+        self.started = self.printed = clock.now()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
-        now = pauses.now()
-        if now - self.spoke < PLAIN_INTERVAL:
+        now = clock.now()
+        if now - self.printed < PLAIN_INTERVAL:
             return
-        self.spoke = now
+        self.printed = now
         of = f" of {self.total:,.0f}" if self.total else ""
         say(f"{self.title}: {self.done:,.0f}{of} {self.unit}{self._eta(now)}{'  ' + note if note else ''}")
 
     def _eta(self, now: float) -> str:
-        if not self.total or self.done <= self.before:  # less, where a run has gone back
+        if not self.total or self.done <= self.done_before:  # less after a rollback of a training run
             return ""
-        left = (now - self.began) * (self.total - self.done) / (self.done - self.before)
+        left = (now - self.started) * (self.total - self.done) / (self.done - self.done_before)
         return f", {duration(left)} left"
 
 
-class _Bar:
+class _RichBar:
     def __init__(self, bar: object, task: object) -> None:
         self.bar, self.task = bar, task
 
@@ -141,25 +145,25 @@ class _Bar:
 @contextmanager
 def progress(
     title: str, total: float | None = None, *, unit: str = "lines", done: int = 0
-) -> Iterator[Progress]:
+) -> Iterator[ProgressBar]:
     """Progress with an estimate of the time left: a bar on a terminal, plain lines elsewhere.
 
-    `done` is what was done before, at another time.
+    `done` is how much an earlier process did; it does not count for the estimate.
     """
-    if _quiet or _following:
-        yield _Silent()
+    if _silent():
+        yield _NoProgress()
         return
-    if not watched():
-        yield _Lines(title, total, unit, done)
+    if not is_terminal():
+        yield _ProgressLines(title, total, unit, done)
         return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
+        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description}"),
@@ -171,27 +175,30 @@ def progress(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with drawing() as console, Bars(*columns, console=console, transient=True, get_time=pauses.now) as bars:
-        yield _Bar(bars, bars.add_task(title, total=total, completed=done, note=""))
+    with (
+        live_console() as console,
+        Progress(*columns, console=console, transient=True, get_time=clock.now) as bars,
+    ):
+        yield _RichBar(bars, bars.add_task(title, total=total, completed=done, note=""))
 
 
 @contextmanager
-def drawing() -> Iterator[Console]:
-    """A console to draw on; until the block ends, messages go above what is drawn there."""
-    global _drawing
-    before, console = _drawing, stderr()
-    _drawing = console
+def live_console() -> Iterator[Console]:
+    """A console for a live display; until the block ends, messages are printed above the display."""
+    global _live
+    before, console = _live, stderr()
+    _live = console
     try:
         yield console
     finally:
-        _drawing = before
+        _live = before
 
 
 def duration(seconds: float) -> str:
-    """A time span as people say it: 42 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(max(seconds, 0))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    """A time span for people: 42 s, 3 min 20 s, 2 h 05 min."""
+    rounded = round(max(seconds, 0))
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"

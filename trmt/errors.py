@@ -1,19 +1,19 @@
-"""What can go wrong, as one tree.
+"""The errors that users can act on, as one tree.
 
-    TrmtError          a user's mistake or a broken file: one sentence saying what, where, and what to do
+    TrmtError          a user's mistake or a broken file: one sentence with what, where, and what to do
       ConfigError      a recipe, a flag or a combination of options
       DataError        text, shards or prepared sets
       BundleError      checkpoints, run folders and bundles
 
-The command line turns any of them into one line on standard error and exit code 1. Anything else that
-escapes is a bug of ours and shows its traceback.
+The command line prints any of them as one line on standard error and exits with code 1. Any other exception
+that gets there is a bug of trmt and shows its traceback.
 """
 
 from __future__ import annotations
 
 
 class TrmtError(Exception):
-    """Something the user can mend; the message says what, where and how."""
+    """Something that the user can correct; the message says what, where and how."""
 
     exit_code = 1
 

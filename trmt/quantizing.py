@@ -1,4 +1,4 @@
-"""Quantising: a bundle of a quarter of the size, whose matrix products run in int8."""
+"""Quantising: a bundle of a quarter of the size, with which matrix products run in int8."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from trmt.translating import TranslateOptions, Translator
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """What quantising a bundle gave."""
+class QuantizeResult:
+    """The bundle that was written, and how it compares to the original."""
 
-    folder: Path
-    bytes_before: int
-    bytes_after: int
-    golden: int  # sentences whose translations the manifest keeps
-    unchanged: int  # of these, translated as before
+    folder: Path  # of the quantised bundle
+    bytes_before: int  # size of the weights of the original
+    bytes_after: int  # size of the quantised weights
+    golden: int  # number of golden sentences in the manifest
+    unchanged: int  # number of these with the same translation as before
 
 
-def quantize(place: Path | None, out: Path, *, trust_code: bool = False) -> Quantised:
-    """Write the bundle in `place`, by default the newest one, to `out` with its matrices in int8."""
-    folder = checkpoints.find_bundle(place) if place else checkpoints.default_bundle()
+def quantize(model: Path | None, out: Path, *, trust_code: bool = False) -> QuantizeResult:
+    """Write a bundle or the best bundle of a run, by default the newest, to `out` with matrices in int8."""
+    folder = checkpoints.find_bundle(model) if model else checkpoints.default_bundle()
     if out.exists() and not bundles.is_bundle(out):
-        raise BundleError(f"{out} is there and is no bundle; choose another place with --out")
+        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --out")
     if (out / TRAINING).exists() or out.resolve() == folder.resolve():
-        raise BundleError(f"{out} is a model that would be lost; choose another place with --out")
+        raise BundleError(f"{out} is a model, which would be lost; choose another folder with --out")
     bundle = bundles.load_bundle(folder, trust_code=trust_code)
     if bundle.manifest.precision == "int8":
         raise BundleError(f"{folder} is quantised already; use it as it is")
@@ -44,7 +44,7 @@ def quantize(place: Path | None, out: Path, *, trust_code: bool = False) -> Quan
     manifest = replace(
         bundle.manifest,
         precision="int8",
-        scores=(),  # nobody has measured these weights yet
+        scores=(),  # those of the original do not hold for the rounded weights
         golden=tuple(
             {**entry, "translation": text, "beam": TranslateOptions().beam}
             for entry, text in zip(golden, after, strict=True)
@@ -52,11 +52,11 @@ def quantize(place: Path | None, out: Path, *, trust_code: bool = False) -> Quan
     )
     bundles.save_bundle(out, manifest, weights, bundle.tokenizer)
     unchanged = sum(one == other for one, other in zip(before, after, strict=True))
-    found = Quantised(out, _bytes(folder), _bytes(out), len(golden), unchanged)
-    console.say(f"{folder} ({_mebibytes(found.bytes_before)}) -> {out} ({_mebibytes(found.bytes_after)})")
+    result = QuantizeResult(out, _weight_bytes(folder), _weight_bytes(out), len(golden), unchanged)
+    console.say(f"{folder} ({_mebibytes(result.bytes_before)}) -> {out} ({_mebibytes(result.bytes_after)})")
     if golden:
         console.say(f"{unchanged} of {len(golden)} golden sentences are translated as before")
-    return found
+    return result
 
 
 def _translations(bundle: Bundle, golden: Sequence[dict[str, Any]], precision: Any) -> list[str]:
@@ -65,19 +65,21 @@ def _translations(bundle: Bundle, golden: Sequence[dict[str, Any]], precision: A
     translator = Translator(
         bundle.net,
         bundle.tokenizer,
-        longest=_longest(bundle.manifest, bundle.folder),
+        longest=_longest_source(bundle.manifest, bundle.folder),
         options=TranslateOptions(precision=precision, device="cpu"),
     )
-    return [found.text for found in translator.translate([str(entry["source"]) for entry in golden])]
+    return [
+        translation.text for translation in translator.translate([str(entry["source"]) for entry in golden])
+    ]
 
 
-def _longest(manifest: Manifest, folder: Path) -> int:
+def _longest_source(manifest: Manifest, folder: Path) -> int:
     if not manifest.longest.get("source"):
-        raise BundleError(f"the manifest of {folder} does not say longest.source; copy the bundle again")
+        raise BundleError(f"the manifest of {folder} has no longest.source; copy the bundle again")
     return manifest.longest["source"]
 
 
-def _bytes(folder: Path) -> int:
+def _weight_bytes(folder: Path) -> int:
     return (folder / bundles.WEIGHTS).stat().st_size
 
 

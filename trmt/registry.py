@@ -6,16 +6,12 @@ through the paths in these tables and through `optional`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from inspect import get_annotations
-from itertools import chain
-from typing import Any, get_type_hints
+from typing import Any
 
 from trmt.errors import ConfigError
 
@@ -50,7 +46,9 @@ ARCHITECTURES: Mapping[str, str] = {
     **{f"transformer-{name}": path for name, path in VARIANTS.items()},
 }
 
-# Networks that only encode: they are trained to be the encoder of another.
+COMBINED = "trmt.lab.combining:combined"  # makes one class of a network and its variants
+
+# Encoders without a decoder: they are pretrained to initialise the encoder of another network.
 ENCODERS: Mapping[str, str] = {
     "masked-encoder": "trmt.lab.masked_encoder:MaskedEncoder",
     **{f"masked-encoder-{name}": path for name, path in ENCODER_VARIANTS.items()},
@@ -93,7 +91,7 @@ NATIVE: Mapping[str, str] = {
     "backend": "trmt.native.products:backend",
 }
 
-# What `trmt export` writes.
+# The formats of `trmt export`.
 FORMATS: Mapping[str, str] = {
     "ctranslate2": "trmt.interop.to_ctranslate2:CTranslate2",
     "huggingface": "trmt.interop.to_huggingface:HuggingFace",
@@ -102,21 +100,22 @@ FORMATS: Mapping[str, str] = {
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """The tail of an error message: the nearest known name, or all of them."""
+    """The end of an error message about an unknown name: the closest known name, or all of them."""
     close = get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 
 def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) -> Any:
-    """The class that `name` stands for in `table`.
+    """The class that `table` has under `name`.
 
-    A full `module:Class` is imported only with `trust_code`: recipes are the user's own and pass it,
-    bundles come from elsewhere and must not be able to run code.
+    A full `module:Class` is imported only with `trust_code`: recipes are the user's own and may name code,
+    bundles come from elsewhere and must not run any.
     """
     if paths := _paths(table, name):
-        return combined(*(_load(path, name) for path in paths))
+        classes = [_load(path, name) for path in paths]
+        return classes[0] if len(classes) == 1 else _load(COMBINED, name)(*classes)
     if ":" not in name:
-        raise ConfigError(f"there is nothing called {name!r} here; {suggestion(name, list(table))}")
+        raise ConfigError(f"unknown name {name!r}; {suggestion(name, list(table))}")
     if not trust_code:
         raise ConfigError(
             f"{name!r} names code outside trmt; pass --trust-code if you trust where it came from"
@@ -154,28 +153,6 @@ def _load(path: str, name: str) -> Any:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot load {path!r}: {error}; check the module and class name") from error
-
-
-@cache
-def combined(*classes: Any) -> Any:
-    """One class that inherits from all, and whose config inherits from their configs."""
-    if len(classes) == 1:
-        return classes[0]
-    configs = [*dict.fromkeys(each.config_class for each in classes if hasattr(each, "config_class"))]
-    own = Counter(chain.from_iterable(map(get_annotations, configs[:-1])))
-    if twice := [field for field, count in own.items() if count > 1 and field != "not_rates"]:
-        names = " and ".join(each.__name__ for each in classes[:-1])
-        raise ConfigError(f"{names} cannot be combined: both define network.{twice[0]}; choose one")
-    config = configs[0]
-    if len(configs) > 1:
-        merged = type(config.__name__, tuple(configs), {})
-        hints = get_type_hints(merged)
-        # Declared again: dataclasses would take the defaults of the last config, attributes are of the first.
-        fields = {name: getattr(merged, name) for name in hints if hasattr(merged, name)}
-        namespace = {"__annotations__": hints, "__module__": __name__, **fields}
-        config = dataclass(frozen=True, kw_only=True)(type(config.__name__, tuple(configs), namespace))
-    name = "".join(each.__name__ for each in classes)
-    return type(name, classes, {"config_class": config, "__module__": __name__})
 
 
 def is_installed(package: str) -> bool:

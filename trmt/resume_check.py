@@ -1,10 +1,10 @@
-"""Proof that resuming continues the very same run: a copy is trained on twice, once with a kill in between.
+"""Checking that a resumed run is the same run: copies are trained with and without a kill in between.
 
-    one    copy -> K steps ---------------------------------> saved
-    two    copy -> K/2 steps -> saved, killed -> K/2 steps --> saved
+    uninterrupted    copy -> K steps --------------------------------> saved
+    interrupted      copy -> K/2 steps -> saved, killed -> K/2 steps -> saved
 
-Each part is a process of its own. Afterwards weights, optimiser, everything else that is saved, the pairs
-that each step saw and the log must be the same to the last byte.
+Each arrow is a process of its own. Afterwards weights, optimiser, everything else that is saved, the batches
+of each step and the log must be the same to the last byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,31 +28,36 @@ from torch import Tensor
 
 from trmt import console
 from trmt.bundles import bundles, checkpoints
-from trmt.bundles.checkpoints import CONFIG, STATE, TENSORS, TRAINING, Checkpoint, Damaged
+from trmt.bundles.checkpoints import CONFIG, STATE, TENSORS, TRAINING, Checkpoint, DamagedState
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.sets.batches import Examples
-from trmt.sets.unchanged import RECORD
-from trmt.storage.files import only_one
+from trmt.sets.batches import RaggedBatch
+from trmt.sets.record import RECORD
+from trmt.storage.locks import exclusive
 from trmt.training.history import LOG
 from trmt.training.planning import ORIGIN, TrainOptions
-from trmt.training.run import Run
-from trmt.training.spikes import ROLLBACKS, whole_points
+from trmt.training.run import TrainingRun
+from trmt.training.spikes import ROLLBACKS
 from trmt.training.stopping import Interrupted
 from trmt.validating import validate
 
-ORDER = "order.jsonl"  # in a copy: what each step saw
-# What the log says of the machine and not of the run.
-CLOCKS = ("time", "seconds", "elapsed", "tokens_per_second", "waited", "memory")
-PARTS = ("begin", "resume", "interrupted", "end")  # events that are about parts of a run
-# What saved tensors are called before the colon, in a person's words.
-KINDS = {
-    "live": "weights",
+ORDER = "order.jsonl"  # in a copy: a hash of the batches of each step
+# Values in the log that depend on the machine's speed.
+TIMINGS = ("time", "seconds", "elapsed", "tokens_per_second", "waited", "memory")
+PROCESS_EVENTS = (
+    "begin",
+    "resume",
+    "interrupted",
+    "end",
+)  # in the log, about processes and not about the run
+# Names for the prefixes of saved tensors.
+GROUPS = {
+    "weights": "weights",
     "buffer": "buffers",
     "step": "optimiser",
     "exp_avg": "optimiser",
     "exp_avg_sq": "optimiser",
-    "mean": "running mean",
-    "guard": "guard",
+    "ema": "moving average",
+    "guard": "gradient guard",
 }
 
 
@@ -60,60 +65,60 @@ KINDS = {
 class CheckOptions:
     """What `trmt check-resume` takes."""
 
-    run: Path
-    steps: int = 20
-    data: Path | None = None
-    settings: tuple[str, ...] = ()
-    threads: int = 0
-    trust_code: bool = False
+    run: Path  # the run folder
+    steps: int = 20  # to train for, with a kill in the middle
+    data: Path | None = None  # the prepared set; None: that of the run
+    settings: tuple[str, ...] = ()  # changes of the recipe as key=value
+    threads: int = 0  # CPU threads; 0 uses all
+    trust_code: bool = False  # allow the run folder to name code outside trmt
 
     def __post_init__(self) -> None:
         if self.steps < 2:
-            raise ConfigError("--steps is at least 2: one before the kill and one after it")
+            raise ConfigError("--steps must be at least 2: one before the kill and one after it")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What one process is to do."""
+class _TrainJob:
+    """What one process has to do."""
 
     run: str
     data: str | None
     settings: list[str]
     threads: int
     trust_code: bool
-    end: int  # of the last part
-    until: int  # this part's
-    killed: bool  # by force, where this part ends
+    last_step: int  # of the run
+    stop_after: int  # the step after which this process stops
+    kill: bool  # whether it then kills itself
 
 
 def check_resume(options: CheckOptions) -> list[str]:
-    """What is not the same after a kill and a resume, in sentences; the run itself is not touched."""
-    point = _newest(options.run)
-    middle, end = point.step + options.steps // 2, point.step + options.steps
-    console.say(f"{options.run}: from step {point.step:,} to {end:,}, and again with a kill after {middle:,}")
+    """The differences after a kill and a resume, one sentence each; the run itself is not changed."""
+    start = _newest_checkpoint(options.run)
+    middle, end = start.step + options.steps // 2, start.step + options.steps
+    console.say(f"{options.run}: from step {start.step:,} to {end:,}, and again with a kill after {middle:,}")
     with tempfile.TemporaryDirectory(prefix="trmt-check-") as folder:
-        one, two = (_copied(options.run, point, Path(folder) / name / options.run.name) for name in "ab")
-        _spawn(one, options, end=end, until=end)
-        _spawn(two, options, end=end, until=middle, killed=True)
-        _spawn(two, options, end=end, until=end)
+        one, two = (_copy_run(options.run, start, Path(folder) / name / options.run.name) for name in "ab")
+        _train_copy(one, options, last_step=end, stop_after=end)
+        _train_copy(two, options, last_step=end, stop_after=middle, kill=True)
+        _train_copy(two, options, last_step=end, stop_after=end)
         return list(differences(one, two, step=end))
 
 
-def _newest(run: Path) -> Checkpoint:
-    for point in reversed(whole_points(run)):
+def _newest_checkpoint(run: Path) -> Checkpoint:
+    for checkpoint in reversed(checkpoints.resumable_checkpoints(run)):
         try:
-            point.state()
-        except Damaged as error:
-            console.warn(f"{error}; checking from the one before")
+            checkpoint.load_state()
+        except DamagedState as error:
+            console.warn(f"{error}; checking from the checkpoint before it")
             continue
-        return point
-    raise BundleError(f"there is no checkpoint in {run} that can be gone on from; train first")
+        return checkpoint
+    raise BundleError(f"there is no checkpoint in {run} from which training can resume; train first")
 
 
-def _copied(run: Path, point: Checkpoint, copy: Path) -> Path:
-    """A run folder that has only this checkpoint, and no log yet."""
+def _copy_run(run: Path, checkpoint: Checkpoint, copy: Path) -> Path:
+    """A copy of a run folder with this checkpoint only, and without a log."""
     copy.mkdir(parents=True)
-    shutil.copytree(point.folder, copy / point.folder.name)
+    shutil.copytree(checkpoint.folder, copy / checkpoint.folder.name)
     for name in (CONFIG, ORIGIN, RECORD, ROLLBACKS):
         if (run / name).is_file():
             shutil.copy2(run / name, copy / name)
@@ -123,110 +128,116 @@ def _copied(run: Path, point: Checkpoint, copy: Path) -> Path:
 # The processes
 
 
-def _spawn(run: Path, options: CheckOptions, *, end: int, until: int, killed: bool = False) -> None:
-    part = _Part(
+def _train_copy(
+    run: Path, options: CheckOptions, *, last_step: int, stop_after: int, kill: bool = False
+) -> None:
+    job = _TrainJob(
         run=str(run),
         data=str(options.data) if options.data else None,
         settings=list(options.settings),
         threads=options.threads,
         trust_code=options.trust_code,
-        end=end,
-        until=until,
-        killed=killed,
+        last_step=last_step,
+        stop_after=stop_after,
+        kill=kill,
     )
-    command = [sys.executable, "-m", "trmt.resume_check", json.dumps(asdict(part))]
+    command = [sys.executable, "-m", "trmt.resume_check", json.dumps(asdict(job))]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
-    expected = -signal.SIGKILL if killed and hasattr(signal, "SIGKILL") else 0
+    expected = -signal.SIGKILL if kill and hasattr(signal, "SIGKILL") else 0
     if done.returncode != expected:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise TrmtError(f"the copy of {options.run} could not be trained on: {last.removeprefix('error: ')}")
+        last_line = (done.stderr.strip().splitlines() or ["there was no error message"])[-1]
+        raise TrmtError(f"training the copy of {options.run} has failed: {last_line.removeprefix('error: ')}")
 
 
-class _Watched(Run):
-    """A run that ends by itself after a step, and writes down what each step sees."""
+class _RecordedRun(TrainingRun):
+    """A run that stops after a given step, and records a hash of the batches of each step."""
 
-    until = 0
-    killed = False
+    stop_after = 0
+    kill = False
 
-    def _learn(self, examples: list[Examples]) -> None:
-        super()._learn(examples)
+    def step(self, batches: list[RaggedBatch]) -> None:
+        super().step(batches)
+        step = self.state.progress.step
         with (self.folder / ORDER).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([self.progress.step, _digest(examples)]) + "\n")
-        if self.progress.step >= self.until:
+            stream.write(json.dumps([step, _digest(batches)]) + "\n")
+        if step >= self.stop_after:
             self.signals.number = signal.SIGTERM
 
     def _stop(self, number: int) -> NoReturn:
-        if self.killed and hasattr(signal, "SIGKILL"):
+        if self.kill and hasattr(signal, "SIGKILL"):
             os.kill(os.getpid(), signal.SIGKILL)
         super()._stop(number)
 
 
-def _digest(examples: Sequence[Examples]) -> str:
+def _digest(batches: Iterable[RaggedBatch]) -> str:
     digest = hashlib.sha256()
-    for batch in examples:
+    for batch in batches:
         for name, column in sorted(batch.columns.items()):
             digest.update(name.encode())
-            digest.update(column.ids.tobytes())
+            digest.update(column.values.tobytes())
             digest.update(column.lengths.tobytes())
     return digest.hexdigest()
 
 
-def _work(part: _Part) -> None:
-    """What the processes do."""
-    if part.threads:
-        torch.set_num_threads(part.threads)
+def _run_job(job: _TrainJob) -> None:
+    """Train a copy as the job says."""
+    if job.threads:
+        torch.set_num_threads(job.threads)
     options = TrainOptions(
-        run=Path(part.run),
-        data=Path(part.data) if part.data else None,
-        settings=[*part.settings, "training.log_every=1"],
-        trust_code=part.trust_code,
+        run=Path(job.run),
+        data=Path(job.data) if job.data else None,
+        settings=[*job.settings, "training.log_every=1"],
+        trust_code=job.trust_code,
     )
-    run = _Watched.planned(options, validate)
-    longer = _going_on(run, part.end)
-    if longer:
-        run = _Watched.planned(replace(options, settings=[*options.settings, *longer]), validate)
-    run.until, run.killed = part.until, part.killed
-    with only_one(run.folder):
-        run.begin()
-        run.loop()
+    run = _RecordedRun.from_options(options, validate)
+    if longer := _settings_to_reach(job.last_step, run):
+        run = _RecordedRun.from_options(replace(options, settings=[*options.settings, *longer]), validate)
+    run.stop_after, run.kill = job.stop_after, job.kill
+    with exclusive(run.folder):
+        run.restore()
+        run.train()
 
 
-def _going_on(run: Run, end: int) -> list[str]:
-    """The settings with which a run that would end before `end` does not."""
+def _settings_to_reach(step: int, run: TrainingRun) -> list[str]:
+    """The settings with which a run does not end before `step`."""
     settings = []
-    if run.last_step is not None and run.last_step < end:
-        settings += [f"training.steps={end}", "training.epochs=0"]
+    if run.last_step is not None and run.last_step < step:
+        settings += [f"training.steps={step}", "training.epochs=0"]
     if run.recipe.training.patience:
         settings.append("training.patience=1000000")
     return settings
 
 
+# The comparison
+
+
 def differences(one: Path, two: Path, *, step: int) -> Iterator[str]:
-    """In what two copies of a run differ after `step`."""
-    places = [checkpoints.step_folder(run, step) for run in (one, two)]
-    yield from _order(*(_lines(run / ORDER) for run in (one, two)))
-    states = [load_file(place / TRAINING / TENSORS) for place in places]
-    yield from _tensors(*states, kinds=KINDS)
-    kept = [load_file(place / bundles.WEIGHTS) for place in places]
-    yield from _tensors(*kept, kinds={}, usual="weights that are kept")
-    plain = [json.loads((place / TRAINING / STATE).read_bytes()) for place in places]
-    for state in plain:
-        state["progress"].pop("seconds")
-        state.pop("sha256")  # of the tensors, which have been compared
-    keys = sorted(plain[0].keys() | plain[1].keys())
-    yield from (f"the saved {key} differs" for key in keys if _unlike(plain[0], plain[1], key))
-    yield from _log(*(_events(run / LOG) for run in (one, two)))
+    """The differences of two copies of a run after `step`."""
+    yield from _batch_differences(*(_json_lines(run / ORDER) for run in (one, two)))
+    folders = [checkpoints.step_folder(run, step) for run in (one, two)]
+    states = [load_file(folder / TRAINING / TENSORS) for folder in folders]
+    yield from _tensor_differences(*states, groups=GROUPS)
+    weights = [load_file(folder / bundles.WEIGHTS) for folder in folders]
+    yield from _tensor_differences(*weights, groups={}, default="weights of the bundle")
+    values = [json.loads((folder / TRAINING / STATE).read_bytes()) for folder in folders]
+    for each in values:
+        each["progress"].pop("seconds")
+        each.pop("sha256")  # of the tensors, which have been compared
+    keys = sorted(values[0].keys() | values[1].keys())
+    missing = object()
+    yield from (
+        f"the saved {key} differs"
+        for key in keys
+        if values[0].get(key, missing) != values[1].get(key, missing)
+    )
+    yield from _log_differences(*(_comparable_events(run / LOG) for run in (one, two)))
 
 
-def _unlike(one: Mapping[str, Any], two: Mapping[str, Any], key: str) -> bool:
-    return key not in one or key not in two or one[key] != two[key]
-
-
-def _lines(path: Path) -> list[Any]:
+def _json_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _order(one: list[Any], two: list[Any]) -> Iterator[str]:
+def _batch_differences(one: list[Any], two: list[Any]) -> Iterator[str]:
     for first, second in zip(one, two, strict=False):
         if first != second:
             yield f"the data differs from step {first[0]:,} on"
@@ -235,38 +246,44 @@ def _order(one: list[Any], two: list[Any]) -> Iterator[str]:
         yield f"{len(one)} steps were taken without the kill and {len(two)} with it"
 
 
-def _tensors(
-    one: Mapping[str, Tensor], two: Mapping[str, Tensor], *, kinds: Mapping[str, str], usual: str = "tensors"
+def _tensor_differences(
+    one: Mapping[str, Tensor],
+    two: Mapping[str, Tensor],
+    *,
+    groups: Mapping[str, str],
+    default: str = "tensors",
 ) -> Iterator[str]:
-    """One sentence for each kind of tensors that differ."""
-    groups: dict[str, list[str]] = {}
+    """One sentence for each group of tensors with differences."""
+    grouped: dict[str, list[str]] = {}
     for name in sorted({*one, *two}):
-        groups.setdefault(kinds.get(name.partition(":")[0], usual), []).append(name)
-    for kind, names in groups.items():
-        unlike = [name for name in names if _unlike_bytes(one.get(name), two.get(name))]
-        if unlike:
-            name = unlike[0]
-            far = f" by up to {_distance(one[name], two[name]):.3g}" if name in one and name in two else ""
-            yield f"{kind}: {len(unlike)} of {len(names)} tensors differ, {name}{far}"
+        grouped.setdefault(groups.get(name.partition(":")[0], default), []).append(name)
+    for group, names in grouped.items():
+        different = [name for name in names if not _same_bytes(one.get(name), two.get(name))]
+        if different:
+            name = different[0]
+            distance = (
+                f" by up to {_distance(one[name], two[name]):.3g}" if name in one and name in two else ""
+            )
+            yield f"{group}: {len(different)} of {len(names)} tensors differ, {name}{distance}"
 
 
-def _unlike_bytes(one: Tensor | None, two: Tensor | None) -> bool:
+def _same_bytes(one: Tensor | None, two: Tensor | None) -> bool:
     if one is None or two is None or one.shape != two.shape or one.dtype != two.dtype:
-        return True
-    return not torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)))
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)))
 
 
 def _distance(one: Tensor, two: Tensor) -> float:
     return float((one.double() - two.double()).abs().max()) if one.shape == two.shape else float("inf")
 
 
-def _events(path: Path) -> list[str]:
-    """The lines of a log that are about the run and not about its parts, without what clocks said."""
-    entries = [entry for entry in _lines(path) if entry["event"] not in PARTS]
-    return [json.dumps({key: entry[key] for key in entry if key not in CLOCKS}) for entry in entries]
+def _comparable_events(path: Path) -> list[str]:
+    """The entries of a log about the run, without the values that depend on the machine's speed."""
+    entries = [entry for entry in _json_lines(path) if entry["event"] not in PROCESS_EVENTS]
+    return [json.dumps({key: entry[key] for key in entry if key not in TIMINGS}) for entry in entries]
 
 
-def _log(one: list[str], two: list[str]) -> Iterator[str]:
+def _log_differences(one: list[str], two: list[str]) -> Iterator[str]:
     for first, second in zip(one, two, strict=False):
         if first != second:
             yield f"the log differs: {first} without the kill, {second} with it"
@@ -277,7 +294,7 @@ def _log(one: list[str], two: list[str]) -> Iterator[str]:
 
 if __name__ == "__main__":
     try:
-        _work(_Part(**json.loads(sys.argv[1])))
+        _run_job(_TrainJob(**json.loads(sys.argv[1])))
     except Interrupted:
         sys.exit(0)
     except TrmtError as error:

@@ -1,7 +1,7 @@
-"""Scores and whether they differ: BLEU, chrF and TER through sacreBLEU, equal to its own to the last digit.
+"""BLEU, chrF and TER with significance tests, by sacreBLEU and equal to its own scores to the last digit.
 
 sacreBLEU does all the counting and the statistics. This file chooses the settings, checks the input, and
-gives every number the signature that says how it was made. It knows nothing of models.
+attaches sacreBLEU's signature to every score.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trmt import console
 from trmt.errors import ConfigError, DataError
 from trmt.registry import suggestion
-from trmt.text.corpus import lines
+from trmt.text.lines import read_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 Sentences = Sequence[str]
 
 DEFAULT_TOKENIZER = "13a"
-OWN_TOKENIZER = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}  # sacreBLEU's choice for these languages
-SIGNIFICANT = 0.05
+LANGUAGE_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}  # sacreBLEU's choice
+SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
     """How to score; the defaults are sacreBLEU's."""
 
-    metrics: tuple[str, ...] = ("bleu", "chrf", "ter")
-    tokenize: str = DEFAULT_TOKENIZER  # of BLEU only: chrF and TER have one way each
-    lowercase: bool = False  # TER never minds the case
+    metrics: tuple[str, ...] = ("bleu", "chrf", "ter")  # names in METRICS
+    tokenize: str = DEFAULT_TOKENIZER  # sacreBLEU's tokenizer for BLEU; chrF and TER have one of their own
+    lowercase: bool = False  # ignore case in BLEU and chrF; TER always does
     resamples: int = (
-        0  # of the bootstrap or trials of the paired test; 0: no intervals, sacreBLEU's own in tests
+        0  # of the bootstrap, or trials of the test; 0: no intervals, sacreBLEU's default in tests
     )
-    paired: Literal["bs", "ar"] = "bs"  # paired bootstrap or approximate randomization
-    seed: int = 12345
+    paired: Literal["bs", "ar"] = "bs"  # the test: paired bootstrap or approximate randomization
+    seed: int = 12345  # of the resamples
 
     def __post_init__(self) -> None:
         if not self.metrics:
@@ -50,11 +50,9 @@ class ScoreOptions:
         if self.paired not in ("bs", "ar"):
             raise ConfigError(f"the paired test is bs or ar, not {self.paired!r}")
         if self.resamples < 0 or self.resamples == 1:
-            raise ConfigError(f"{self.resamples} resamples tell nothing; take 0 for none, or about 1000")
-        if self.seed < 1:
-            raise ConfigError(
-                f"the seed must be 1 or more, not {self.seed}"
-            )  # sacreBLEU takes 0 for "random"
+            raise ConfigError(f"{self.resamples} resamples are too few; use 0 for none, or about 1000")
+        if self.seed < 1:  # for sacreBLEU, 0 means a random seed
+            raise ConfigError(f"the seed must be 1 or more, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -67,18 +65,18 @@ class Interval:
 
 @dataclass(frozen=True)
 class MetricScore:
-    """One number of one system, with the signature that says how it was made."""
+    """One score of one system, with sacreBLEU's signature."""
 
     name: str  # as sacreBLEU writes it: BLEU, chrF2, TER
     value: float
-    signature: str
+    signature: str  # settings and versions that the score depends on
     interval: Interval | None = None
-    p_value: float | None = None  # of being no different from the baseline; none for the baseline itself
+    p_value: float | None = None  # of the test for a difference from the baseline; None for the baseline
 
     @property
     def significant(self) -> bool:
-        """Whether the difference from the baseline is one at the usual level."""
-        return self.p_value is not None and self.p_value < SIGNIFICANT
+        """Whether the difference from the baseline is significant."""
+        return self.p_value is not None and self.p_value < SIGNIFICANCE_LEVEL
 
 
 def score(
@@ -92,7 +90,7 @@ def score(
         for name in options.metrics:
             metric = METRICS[name](options)
             found = metric.corpus_score(hypotheses, references, n_bootstrap=max(options.resamples, 1))
-            # float(): resampled numbers come as numpy's, which JSON does not take
+            # float(): resampled numbers are numpy's, which JSON does not accept
             interval = Interval(float(found._mean), float(found._ci)) if options.resamples else None
             scores[name] = MetricScore(found.name, float(found.score), str(metric.get_signature()), interval)
     return scores
@@ -104,12 +102,12 @@ def compare(
     *,
     options: ScoreOptions | None = None,
 ) -> dict[str, dict[str, MetricScore]]:
-    """The scores of two or more systems, by system and metric; the first is the baseline of the tests."""
+    """The scores of two or more systems, by system and metric; the first system is the baseline."""
     from sacrebleu.significance import PairedTest, Result
 
     options = options or ScoreOptions()
     if len(systems) < 2:
-        raise ConfigError("a comparison takes two systems or more; use score for a single one")
+        raise ConfigError("a comparison needs two systems or more; use score for a single one")
     check_aligned(systems, _numbered(references))
     metrics = {name: METRICS[name](options) for name in options.metrics}
     with _seeded(options.seed):
@@ -119,7 +117,7 @@ def compare(
             references,
             test_type=options.paired,
             n_samples=options.resamples,
-            n_ar_confidence=0 if options.paired == "ar" else -1,  # 0: its default number of resamples
+            n_ar_confidence=0 if options.paired == "ar" else -1,  # 0: sacreBLEU's default number of resamples
         )
         signatures, results = test()
     compared: dict[str, dict[str, MetricScore]] = {system: {} for system in systems}
@@ -132,7 +130,7 @@ def compare(
     return compared
 
 
-# ------------------------------------------------------------------------------------ metrics
+# Metrics
 
 
 def _bleu(options: ScoreOptions) -> Any:
@@ -143,7 +141,7 @@ def _bleu(options: ScoreOptions) -> Any:
         raise ConfigError(f"sacreBLEU has no tokenizer {options.tokenize!r}; {known}")
     try:
         return BLEU(tokenize=options.tokenize, lowercase=options.lowercase)
-    except (RuntimeError, ImportError, OSError) as error:  # a package or a download it needs is not there
+    except (RuntimeError, ImportError, OSError) as error:  # a package or a download is missing
         why = " ".join(str(error).split())
         raise ConfigError(f"sacreBLEU's tokenizer {options.tokenize!r} cannot be used: {why}") from error
 
@@ -164,7 +162,7 @@ def _ter(options: ScoreOptions) -> Any:
     return TER()
 
 
-# By the name on the command line; each gives a `sacrebleu.metrics.base.Metric`.
+# By the name on the command line; each returns a `sacrebleu.metrics.base.Metric`.
 METRICS: Mapping[str, Callable[[ScoreOptions], Any]] = {
     "bleu": _bleu,
     "chrf": _chrf,
@@ -173,17 +171,17 @@ METRICS: Mapping[str, Callable[[ScoreOptions], Any]] = {
 }
 
 
-@cache  # so that a missing package is warned of once, not at every validation
+@cache  # so that there is one warning of a missing package, not one at every validation
 def bleu_tokenizer(language: str) -> str:
-    """The tokenizer that BLEU wants for a target language; `char` where its package is missing."""
+    """sacreBLEU's tokenizer for a target language; `char` where its package is missing."""
     code = language.lower().replace("_", "-").partition("-")[0]
-    name = OWN_TOKENIZER.get(code, DEFAULT_TOKENIZER)
+    name = LANGUAGE_TOKENIZERS.get(code, DEFAULT_TOKENIZER)
     try:
         _bleu(ScoreOptions(tokenize=name))
     except ConfigError:
         console.warn(
-            f"BLEU counts characters: for its {code} words do pip install 'sacrebleu[{code}]'; "
-            "the two are not comparable"
+            f"BLEU is computed on characters, because the tokenizer for {code} is missing: install it with "
+            f"pip install 'sacrebleu[{code}]'; scores on characters and on words are not comparable"
         )
         return "char"
     return name
@@ -191,7 +189,7 @@ def bleu_tokenizer(language: str) -> str:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """sacreBLEU reads the seed of its resamples from the environment and nowhere else."""
+    """Set the seed of the resamples, which sacreBLEU reads only from the environment."""
     before = os.environ.get("SACREBLEU_SEED")
     os.environ["SACREBLEU_SEED"] = str(seed)
     try:
@@ -203,16 +201,16 @@ def _seeded(seed: int) -> Iterator[None]:
             os.environ["SACREBLEU_SEED"] = before
 
 
-# -------------------------------------------------------------------------------------- input
+# Input
 
 
 def read_sentences(path: str | Path) -> list[str]:
-    """The lines of a file, or of standard input for `-`, without white space at the end, as in sacreBLEU."""
-    return [line.rstrip() for line in lines(path)]
+    """The lines of a file, or of standard input for `-`, without trailing white space, as in sacreBLEU."""
+    return [line.rstrip() for line in read_lines(path)]
 
 
 def check_aligned(systems: Mapping[str, Sentences], references: Mapping[str, Sentences]) -> None:
-    """An error naming both sides unless each system has as many lines as each reference, and at least one."""
+    """Raise an error unless each system has as many lines as each reference, and at least one."""
     if not references:
         raise ConfigError("there is no reference to score against; give one or more")
     for reference, expected in references.items():

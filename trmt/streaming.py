@@ -1,4 +1,4 @@
-"""Streams of bytes, line by line: one line out for one line in, in order, as soon as it is ready."""
+"""Translation of byte streams: one output line for each input line, in order, as soon as it is ready."""
 
 from __future__ import annotations
 
@@ -13,100 +13,116 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, Protocol
 
 from trmt import console
+from trmt.decoding.request import Batching
 from trmt.errors import DataError
 from trmt.translating import BREAKS, Candidate, Translation
 
 BOM = b"\xef\xbb\xbf"
-FIRST_WINDOW, WINDOW = 128, 4096  # lines translated together: few at first, so that the first are soon out
-WINDOW_BYTES = 1 << 20  # so many lines end here if they are long, so that they too are soon out
-PENDING = 64 << 20  # bytes read ahead of the translation, at most (a single line may be longer)
-LINE_BYTES = 48  # what a line takes besides its bytes
+FIRST_WINDOW, WINDOW = 128, 4096  # lines translated together; small at first, so that output starts early
+WINDOW_BYTES = 1 << 20  # a window of WINDOW lines ends here if they are long, so that output keeps coming
+MAX_PENDING_BYTES = 64 << 20  # read ahead of the translation (a single line may be longer)
+LINE_OVERHEAD = 48  # bytes of memory that a line takes besides its text
+CPU_CHUNK = (16, 512)  # lines handed to a process at a time: minimum and maximum
+GPU_CHUNK_BATCHES = (1, 16)  # the same in batches: less than a batch takes as long as a whole one
+CHUNKS_PER_WINDOW = 4  # chunks of maximum size for each process, so that all finish a window together
 
 
-class Translates(Protocol):
-    """What turns lines into translations: a `Translator`, or several in processes of their own."""
+class LineTranslator(Protocol):
+    """Translates lines: a `Translator`, or a `ParallelTranslator`."""
 
     def ready(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0
     ) -> Iterator[tuple[int, Translation]]:
-        """(number of the line, its translation) as they become ready."""
+        """(index of the line, its translation), in the order in which they are ready."""
 
 
 @dataclass
-class Report:
-    """What happened to a stream; the numbers of lines count from 1."""
+class StreamReport:
+    """The number of lines translated, and which were special; line numbers count from 1."""
 
-    lines: int = 0  # those that went before among them
+    lines: int = 0  # includes the `lines_before` of translate_stream
     split: list[int] = field(default_factory=list)
     undecodable: list[int] = field(default_factory=list)
     prefix_cut: list[int] = field(default_factory=list)
 
 
+def chunk_sizes(device: str, batch: int) -> tuple[int, int]:
+    """The minimum and maximum number of lines to hand to a process on this device at a time."""
+    if device.startswith("cuda"):
+        sentences = Batching.on(device, batch).sentences
+        return GPU_CHUNK_BATCHES[0] * sentences, GPU_CHUNK_BATCHES[1] * sentences
+    return CPU_CHUNK
+
+
+def window_size(devices: Sequence[str], batch: int) -> int:
+    """How many lines keep one process on each of these devices busy."""
+    return CHUNKS_PER_WINDOW * len(devices) * chunk_sizes(devices[0], batch)[1]
+
+
 def translate_stream(
-    translator: Translates,
+    translator: LineTranslator,
     source: BinaryIO,
     out: BinaryIO,
     *,
     as_json: bool = False,
     prefixed: bool = False,
-    before: int = 0,
+    lines_before: int = 0,
     window: int = WINDOW,
-    waited_for: bool = True,
-) -> Report:
-    """Translate lines of bytes as they come; every line is answered by one line, in order.
+    interactive: bool = True,
+) -> StreamReport:
+    """Translate lines of bytes as they arrive; each gives one output line, in order.
 
-    What continues a text of which so many lines went `before` is translated, and numbered, as in the whole.
-
-    A reader that waits for the answer to a line gets it: what is there is translated at once, and only
-    while that runs do further lines gather, `window` of them at most (or the usual number, if that is more).
-    With `waited_for` off nobody reads along, so as many gather from the first. With `prefixed` each line is
-    a source, a tab, and what its translation must begin with. Errors of `out` are its OSErrors; those of
-    `source` are DataErrors.
+    `lines_before` is the number of lines of the same text that were translated elsewhere: numbers of lines
+    and random draws continue from there. With `interactive`, whatever has arrived is translated at once, and
+    further lines gather only during a translation, at most `window` (or WINDOW, if that is more); without it
+    every window is full. With `prefixed` each line is a source, a tab, and a prefix of its translation.
+    Errors of writing to `out` are raised as OSError, errors of reading `source` as DataError.
     """
-    report = Report(before)
-    # Where the translations themselves are on the screen, a bar would run through them.
+    report = StreamReport(lines_before)
+    # A progress bar would break up translations that are printed to the same terminal.
     with nullcontext() if out.isatty() else console.progress("translating") as bar:
-        for lines in Reader(source).windows(max(window, WINDOW), waited_for=waited_for):
+        for lines in LineReader(source).windows(max(window, WINDOW), interactive=interactive):
             if report.lines == 0:
                 lines[0] = lines[0].removeprefix(BOM)
-            texts, prefixes = zip(*(_decoded(raw, prefixed=prefixed) for raw in lines), strict=True)
-            done = _in_order(translator.ready(texts, prefixes=prefixes, first_key=report.lines))
-            for text, raw, translation in zip(texts, lines, done, strict=True):
-                _note(report, raw, translation)
-                shown = _as_json(report.lines, text, translation) if as_json else _plain(translation)
-                out.write(shown.encode() + (b"\r\n" if raw.endswith(b"\r") and not as_json else b"\n"))
+            texts, prefixes = zip(*(_split_prefix(raw, prefixed=prefixed) for raw in lines), strict=True)
+            translations = _in_order(translator.ready(texts, prefixes=prefixes, first_key=report.lines))
+            for text, raw, translation in zip(texts, lines, translations, strict=True):
+                _record(report, raw, translation)
+                line = _as_json(report.lines, text, translation) if as_json else _as_text(translation)
+                out.write(line.encode() + (b"\r\n" if raw.endswith(b"\r") and not as_json else b"\n"))
             out.flush()
             if bar:
                 bar.advance(len(lines))
     return report
 
 
-def _note(report: Report, raw: bytes, translation: Translation) -> None:
+def decode_line(raw: bytes) -> tuple[str, bool]:
+    """The text of a line without its carriage return, and whether it was valid UTF-8."""
+    raw = raw.removesuffix(b"\r")
+    try:
+        return raw.decode(), True
+    except UnicodeDecodeError:
+        return raw.decode(errors="replace"), False
+
+
+def _record(report: StreamReport, raw: bytes, translation: Translation) -> None:
     report.lines += 1
     if translation.status == "split":
         report.split.append(report.lines)
     if translation.prefix_cut:
         report.prefix_cut.append(report.lines)
-    if not _is_utf8(raw):
+    if not decode_line(raw)[1]:
         report.undecodable.append(report.lines)
 
 
-def _decoded(raw: bytes, *, prefixed: bool) -> tuple[str, str]:
-    text = raw.removesuffix(b"\r").decode("utf-8", errors="replace")
+def _split_prefix(raw: bytes, *, prefixed: bool) -> tuple[str, str]:
+    text, _ = decode_line(raw)
     source, _, prefix = text.partition("\t") if prefixed else (text, "", "")
     return source, prefix
 
 
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _plain(translation: Translation) -> str:
-    """One line whatever is asked for: n-best translations stand behind one another, with tabs between."""
+def _as_text(translation: Translation) -> str:
+    """The candidates of a line, separated by tabs."""
     return "\t".join(candidate.text for candidate in translation.candidates)
 
 
@@ -124,7 +140,7 @@ def _as_json(number: int, source: str, translation: Translation) -> str:
         entry["prefix_cut"] = True
     if len(translation.candidates) > 1:
         entry["n_best"] = [asdict(candidate) for candidate in translation.candidates]
-    # JSON may hold these as they are, but then it would not be one line for everybody.
+    # JSON allows these characters in strings, but some programs take them for the end of a line.
     return BREAKS.sub(_escaped, json.dumps(entry, ensure_ascii=False))
 
 
@@ -143,11 +159,11 @@ def _in_order(ready: Iterable[tuple[int, Translation]]) -> Iterator[Translation]
     assert not waiting, "a line got no translation"
 
 
-class Reader:
-    """Lines of a binary stream, read by a thread: whoever asks gets all that are there.
+class LineReader:
+    """Reads lines of a binary stream in a thread, so that they gather while others are translated.
 
-    The thread may still wait for input when the process ends. Standard input has to come unbuffered then:
-    whoever waits in a buffered read holds a lock without which Python cannot exit.
+    The thread may still wait for input when the process ends. Standard input must be unbuffered then: a
+    thread waiting in a buffered read holds a lock that Python needs to exit.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -159,68 +175,70 @@ class Reader:
         self.changed = threading.Condition()
         threading.Thread(target=self._read, name="trmt-reader", daemon=True).start()
 
-    def windows(self, most: int = WINDOW, *, waited_for: bool = True) -> Iterator[list[bytes]]:
-        """Lists of lines, without their newlines: at least one, at most so many.
+    def windows(self, max_lines: int = WINDOW, *, interactive: bool = True) -> Iterator[list[bytes]]:
+        """Lists of 1 to `max_lines` lines, without their newlines.
 
-        What is `waited_for` comes as soon as there is something, and few at first; otherwise lists are full.
+        With `interactive` a list comes as soon as there is a line, and lists are short at first; without it
+        lists are full.
         """
-        size = min(FIRST_WINDOW, most) if waited_for else most
-        while window := self._next(size, least=1 if waited_for else size):
+        size = min(FIRST_WINDOW, max_lines) if interactive else max_lines
+        while window := self._next(size, min_lines=1 if interactive else size):
             yield window
-            size = min(2 * size, most)
+            size = min(2 * size, max_lines)
 
-    def _next(self, most: int, *, least: int) -> list[bytes]:
+    def _next(self, max_lines: int, *, min_lines: int) -> list[bytes]:
         window: list[bytes] = []
-        filled = 0
-        room = min(WINDOW_BYTES * max(most // WINDOW, 1), PENDING)
+        taken = 0
+        max_bytes = min(WINDOW_BYTES * max(max_lines // WINDOW, 1), MAX_PENDING_BYTES)
         with self.changed:
-            self.changed.wait_for(lambda: len(self.lines) >= least or self.size >= room or self.ended)
-            while self.lines and len(window) < most and filled < room:
+            self.changed.wait_for(
+                lambda: len(self.lines) >= min_lines or self.size >= max_bytes or self.ended
+            )
+            while self.lines and len(window) < max_lines and taken < max_bytes:
                 window.append(self.lines.popleft())
-                filled += _size(window[-1:])
-            self.size -= filled
+                taken += _size(window[-1:])
+            self.size -= taken
             self.changed.notify_all()
         if not window and isinstance(self.error, OSError):
             reason = self.error.strerror or self.error
             raise DataError(
-                f"cannot read the input: {reason}; what came before is translated"
+                f"cannot read the input: {reason}; the lines before this are translated"
             ) from self.error
         if not window and self.error:
             raise self.error
         return window
 
     def _read(self) -> None:
-        parts: list[bytes] = []  # of the line that has not ended yet
+        unfinished: list[bytes] = []  # pieces of the line whose end has not arrived yet
         try:
             while chunk := self._chunk():
                 first, *more = chunk.split(b"\n")
-                parts.append(first)
+                unfinished.append(first)
                 if more:
-                    self._add([b"".join(parts), *more[:-1]])
-                    parts = [more[-1]]
-        except BaseException as error:  # handed over to whoever reads the lines
+                    self._add([b"".join(unfinished), *more[:-1]])
+                    unfinished = [more[-1]]
+        except BaseException as error:  # raised again in the thread that takes the lines
             self.error = error
-        last = b"".join(parts)
-        if last:
+        if last := b"".join(unfinished):
             self._add([last])
         with self.changed:
             self.ended = True
             self.changed.notify_all()
 
     def _chunk(self) -> bytes:
-        """What is there, without waiting for more than something."""
+        """The bytes that have arrived; waits for at least one."""
         read = getattr(self.stream, "read1", self.stream.read)
-        while (chunk := read(1 << 16)) is None:  # a stream that does not block has nothing yet
+        while (chunk := read(1 << 16)) is None:  # a non-blocking stream without data
             time.sleep(0.01)
         return bytes(chunk)
 
     def _add(self, lines: list[bytes]) -> None:
         with self.changed:
-            self.changed.wait_for(lambda: self.size < PENDING)
+            self.changed.wait_for(lambda: self.size < MAX_PENDING_BYTES)
             self.lines.extend(lines)
             self.size += _size(lines)
             self.changed.notify_all()
 
 
 def _size(lines: Sequence[bytes]) -> int:
-    return sum(map(len, lines)) + LINE_BYTES * len(lines)
+    return sum(map(len, lines)) + LINE_OVERHEAD * len(lines)

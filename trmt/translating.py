@@ -1,8 +1,8 @@
 """Translation of text: a network, a tokenizer and a search behind one call.
 
-A line that is longer than anything the network was trained on is split at sentence ends and translated in segments.
-Blank lines stay blank. Whatever the network outputs, one line of input becomes one line of output, and no line can
-stop the translation of the others.
+A line that is longer than anything the network was trained on is split at sentence ends and translated in
+segments. Blank lines stay blank. Whatever the network outputs, one line of input becomes one line of output,
+and no line can stop the translation of the others.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Translator:
         options: TranslateOptions = TranslateOptions(),
         checksum: str = "",
     ) -> None:
-        """`longest` is the most source tokens that a segment may have; `checksum` is that of the weights' file."""
+        """`longest`: the most source tokens of a segment; `checksum`: that of the weights' file."""
         self.tokenizer, self.options = tokenizer, options
         device = next(net.parameters()).device
         source, target = tokenizer.source, tokenizer.target
@@ -138,7 +138,7 @@ class Translator:
             options.build_search(),
             bos=target.bos,
             eos=target.eos,
-            banned=target.never | set(padding),
+            banned=target.banned_ids | set(padding),
             batching=Batching.on(device.type, options.batch),
             precision="int8" if options.precision == "int8" else "fp32",
             checksum=checksum,
@@ -235,9 +235,9 @@ class Translator:
             if ids:
                 yield ids, ""
             return
-        lead, text = self.tokenizer.source.lead(self.tokenizer.source.normalise(text))
-        for segment in split_text(text, lambda part: len(self._encoded(lead + part)) <= self.longest):
-            ids = self._encoded(lead + segment.text)
+        tag, text = self.tokenizer.source.split_tag(self.tokenizer.source.normalise(text))
+        for segment in split_text(text, lambda part: len(self._encoded(tag + part)) <= self.longest):
+            ids = self._encoded(tag + segment.text)
             # A single character can have more bytes than a very small network has positions.
             for begin in range(0, len(ids), self.longest):
                 last = begin + self.longest >= len(ids)

@@ -1,4 +1,4 @@
-"""Validation by really translating: what the dev set scores with today's weights."""
+"""Validation by translation: the scores of the dev set with the current weights."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from trmt.scoring import ScoreOptions, bleu_tokenizer, score
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
 from trmt.training.recipe import Recipe
-from trmt.training.validation import Validation
+from trmt.training.validation import ValidationResult
 from trmt.translating import TranslateOptions, Translator
 
 METRICS = ("chrf", "bleu")
 
 
-def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Recipe) -> Validation:
+def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Recipe) -> ValidationResult:
     """Translate the dev set, or an even selection of it, and score it for the target language.
 
-    It draws nothing at random, so training goes on as if nobody had looked.
+    It draws no random numbers, so that training is not affected.
     """
-    sources, references = _selection(data, recipe.validation.sentences)
+    sources, references = _select(data, recipe.validation.sentences)
     if not sources:
-        return Validation()
+        return ValidationResult()
     longest = int(data.split("train").lengths("source.ids").max())
-    translations = _translated(net, tokenizer, sources, longest=longest, beam=recipe.validation.beam)
+    translations = _translate(net, tokenizer, sources, longest=longest, beam=recipe.validation.beam)
     scored = score(
         translations,
         [references],
@@ -35,7 +35,6 @@ def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Reci
         {"metric": name, "value": scored[name].value, "signature": scored[name].signature, "set": "dev"}
         for name in METRICS
     )
-    shown = range(min(recipe.validation.samples, len(sources)))
     samples = tuple(
         {
             "source": sources[n],
@@ -43,16 +42,15 @@ def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Reci
             "reference": references[n],
             "beam": recipe.validation.beam,
         }
-        for n in shown
+        for n in range(min(recipe.validation.samples, len(sources)))
     )
-    return Validation(scores, samples)
+    return ValidationResult(scores, samples)
 
 
-def _translated(
+def _translate(
     net: Seq2Seq, tokenizer: Tokenizer, sources: list[str], *, longest: int, beam: int
 ) -> list[str]:
-    """The translations."""
-    # Training has filled the memory of a GPU: no room there for what `captured` wants.
+    # Training fills the memory of a GPU, and the engine `captured` would need more of it.
     options = TranslateOptions(
         search="beam" if beam > 1 else "greedy", beam=beam, runs="direct", batch=Batching().sentences
     )
@@ -61,10 +59,10 @@ def _translated(
         return [translation.text for translation in translator.translate(sources)]
 
 
-def _selection(data: PreparedSet, count: int) -> tuple[list[str], list[str]]:
+def _select(data: PreparedSet, count: int) -> tuple[list[str], list[str]]:
     """At most `count` pairs of the dev set, spread evenly over it."""
     sources, references = data.dev_text()
     if count >= len(sources):
         return sources, references
-    places = [number * len(sources) // count for number in range(count)]
-    return [sources[place] for place in places], [references[place] for place in places]
+    indices = [number * len(sources) // count for number in range(count)]
+    return [sources[index] for index in indices], [references[index] for index in indices]

@@ -1,7 +1,7 @@
-"""Verifying: whether a bundle still does what it did when it was written.
+"""Verifying that a bundle still translates as it did when it was written.
 
-A manifest keeps golden sentences: sources, and what these very weights made of them. Replaying them after a
-copy, an upgrade or on another machine shows at once whether anything has changed that matters.
+A manifest contains golden sentences: sources, and their translations with the weights of the bundle.
+Translating them again after a copy, an upgrade or on another machine shows whether anything has changed.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from trmt.devices.choice import choose_device
 from trmt.errors import BundleError, TrmtError
 from trmt.translating import TranslateOptions, Translator
 
-Sentences = Sequence[Mapping[str, Any]]
+GoldenSentences = Sequence[Mapping[str, Any]]  # source, translation and beam, maybe reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
     """What `trmt verify` takes."""
 
-    model: Path | None = None  # None: the default one
-    device: str = "auto"
-    trust_code: bool = False
+    model: Path | None = None  # bundle or run folder; None: the newest one
+    device: str = "auto"  # on which to translate
+    trust_code: bool = False  # allow the bundle to name code outside trmt
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A golden sentence that is translated otherwise than it was."""
+class ChangedTranslation:
+    """A golden sentence that is no longer translated as it was."""
 
     source: str
     before: str
@@ -43,44 +43,46 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What verifying found; damaged files are errors and do not come this far."""
+class VerifyResult:
+    """What verifying found; damaged files raise an error instead."""
 
     folder: Path
-    sentences: int
-    differences: tuple[Difference, ...]
-    versions: tuple[str, ...]  # what is not the version that the bundle was written with
+    sentences: int  # number of golden sentences
+    differences: tuple[ChangedTranslation, ...]
+    versions: tuple[str, ...]  # versions that have changed since the bundle was written
 
     def problem(self) -> str | None:
-        """What is wrong, as a sentence; None if nothing is."""
+        """The error message for changed translations; None if there are none."""
         if not self.differences:
             return None
-        why = f", by other versions ({', '.join(self.versions)})" if self.versions else ""
+        why = f", with other versions ({', '.join(self.versions)})" if self.versions else ""
         return (
-            f"{len(self.differences)} of {self.sentences} golden sentences of {self.folder} are translated "
-            f"otherwise than when it was written{why}; compare the translations before you rely on it"
+            f"{len(self.differences)} of {self.sentences} golden sentences of {self.folder} are not "
+            f"translated as when it was written{why}; compare the translations before you use it"
         )
 
 
-def verify(options: VerifyOptions) -> Verified:
-    """Check a bundle's files and weights, and replay its golden sentences."""
+def verify(options: VerifyOptions) -> VerifyResult:
+    """Check a bundle's files and weights, and translate its golden sentences again."""
     folder = checkpoints.find_bundle(options.model) if options.model else checkpoints.default_bundle()
     manifest = bundles.read_manifest(folder)
-    weights = bundles.read_weights(folder, manifest)  # as they were written, or this fails
+    weights = bundles.read_weights(folder, manifest)  # checks the checksum
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise BundleError(f"the weights {name!r} of {folder} are not all numbers; use another checkpoint")
-    now = replayed(folder, manifest.golden, device=options.device, trust_code=options.trust_code)
+            raise BundleError(f"the weights {name!r} of {folder} are not finite; use another checkpoint")
+    now = translate_golden(folder, manifest.golden, device=options.device, trust_code=options.trust_code)
     differences = tuple(
-        Difference(str(golden["source"]), str(golden["translation"]), text)
+        ChangedTranslation(str(golden["source"]), str(golden["translation"]), text)
         for golden, text in zip(manifest.golden, now, strict=True)
         if golden["translation"] != text
     )
-    return Verified(folder, len(now), differences, _changed(manifest.versions))
+    return VerifyResult(folder, len(now), differences, _changed(manifest.versions))
 
 
-def replayed(folder: Path, golden: Sentences, *, device: str = "auto", trust_code: bool = False) -> list[str]:
-    """What the bundle makes of golden sentences today, each searched for as it was then."""
+def translate_golden(
+    folder: Path, golden: GoldenSentences, *, device: str = "auto", trust_code: bool = False
+) -> list[str]:
+    """Translations of golden sentences with the bundle, each with the beam size that it was made with."""
     beams = sorted({int(each.get("beam", 1)) for each in golden}) or [1]
     texts: dict[int, str] = {}
     for beam in beams:
@@ -88,26 +90,26 @@ def replayed(folder: Path, golden: Sentences, *, device: str = "auto", trust_cod
             search="greedy" if beam == 1 else "beam",
             beam=beam,
             device=device,
-            # They were made in the precision of the bundle.
+            # The precision that golden sentences are made with: that of the bundle on a CPU.
             precision="auto" if choose_device(device).type == "cpu" else "fp32",
         )
         translator = Translator.load(folder, options=options, trust_code=trust_code)
-        places = [place for place, each in enumerate(golden) if int(each.get("beam", 1)) == beam]
-        found = translator.translate([str(golden[place]["source"]) for place in places])
-        texts.update(zip(places, (each.text for each in found), strict=True))
-    return [texts[place] for place in range(len(golden))]
+        indices = [index for index, each in enumerate(golden) if int(each.get("beam", 1)) == beam]
+        found = translator.translate([str(golden[index]["source"]) for index in indices])
+        texts.update(zip(indices, (each.text for each in found), strict=True))
+    return [texts[index] for index in range(len(golden))]
 
 
-def record(folder: Path, sentences: Sentences) -> None:
-    """Make golden sentences of these: each has a source, and may have a reference.
+def record(folder: Path, sentences: GoldenSentences) -> None:
+    """Translate sentences, which have a source and maybe a reference, and store them as golden ones.
 
-    A bundle that cannot translate them is still a bundle; that it has none is said.
+    If the bundle cannot translate them, there is a warning and no golden sentences.
     """
     if not sentences:
         return
     plain = [{key: each[key] for key in ("source", "reference") if key in each} for each in sentences]
     try:
-        texts = replayed(folder, plain, device="cpu")
+        texts = translate_golden(folder, plain, device="cpu")
     except TrmtError as error:
         console.warn(f"{folder} has no golden sentences: {error}")
         return
@@ -116,9 +118,9 @@ def record(folder: Path, sentences: Sentences) -> None:
 
 
 def _changed(versions: Mapping[str, str]) -> tuple[str, ...]:
-    today = {"trmt": trmt.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    current = {"trmt": trmt.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return tuple(
         f"{name} {versions[name]} -> {version}"
-        for name, version in today.items()
+        for name, version in current.items()
         if name in versions and versions[name] != version
     )

@@ -72,9 +72,10 @@ def residual(table: Tensor, k: int) -> float:
 @torch.no_grad()
 def convolutions() -> dict[str, float]:
     """How far the feed-forward layer of a Transformer is from two convolutions of width one."""
+    from trmt.nets.transformer_layers import feed
+
     from claims.scale import SCALES
     from trmt.nets.transformer import Transformer, TransformerConfig
-    from trmt.nets.transformer_layers import feed
 
     torch.manual_seed(1)
     tree: dict[str, Any] = recipe(BY_NAME["transformer"], SCALES["phrasebook"], seed=1, device="cpu")

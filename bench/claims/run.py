@@ -118,22 +118,25 @@ def tested(place: Path, prepared: Path, scale: Scale, *, device: str) -> dict[st
 
 def translated(bundle: Any, sources: Sequence[str], *, device: str) -> list[str]:
     """Greedy translations, of whatever length the network gives them, up to a limit that holds for all."""
-    from trmt.decoding.eager import Eager
-    from trmt.decoding.engine import Batching, Request
+    from trmt.decoding.engine import Engine
     from trmt.decoding.greedy import Greedy
+    from trmt.decoding.request import Batching, Request
 
     source, target = bundle.tokenizer.source, bundle.tokenizer.target
-    engine = Eager(
+    engine = Engine(
         bundle.net,
         Greedy(),
         bos=target.bos,
         eos=target.eos,
-        banned=target.never,
+        banned=target.banned_ids,
         batching=Batching(sentences=64, tokens=1 << 15),
     )
-    requests = [Request((*ids, source.eos), limit=2 * len(ids) + 10) for ids in source.encode(sources)]
+    requests = [
+        Request((*ids, source.eos), 2 * len(ids) + 10, key=number)
+        for number, ids in enumerate(source.encode(sources))
+    ]
     ids: dict[int, Sequence[int]] = {
-        index: hypotheses[0].ids for index, hypotheses in engine.translate(requests)
+        request.key: hypotheses[0].ids for request, hypotheses in engine.translate(requests)
     }
     return [target.decode(ids[index]).strip() for index in range(len(requests))]
 

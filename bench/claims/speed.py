@@ -91,16 +91,14 @@ def loss(net: Any, source: Any, target: Any, after_N: Tensor) -> Tensor:
 
 def translating_rate(net: Any, length: int, device: str) -> float:
     """Target tokens a second, greedily, some sentences together."""
-    from trmt.decoding.eager import Eager
-    from trmt.decoding.engine import Batching, Request
+    from trmt.decoding.engine import Engine
     from trmt.decoding.greedy import Greedy
+    from trmt.decoding.request import Batching, Request
 
     net.eval()
-    engine = Eager(net, Greedy(), bos=2, eos=3, batching=Batching(SENTENCES, SENTENCES * length))
+    engine = Engine(net, Greedy(), bos=2, eos=3, batching=Batching(SENTENCES, SENTENCES * length))
     source = _sentences(net, SENTENCES, length, device)[0]
-    requests = [
-        Request(tuple(ids.tolist()), limit=length, least=length) for ids in source.ids_N.split(length)
-    ]
+    requests = [Request(tuple(ids.tolist()), length, min_tokens=length) for ids in source.ids_N.split(length)]
     return SENTENCES * length * _per_second(lambda: list(engine.translate(requests)), device)
 
 

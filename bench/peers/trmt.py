@@ -77,9 +77,9 @@ def listen(probe: Probe) -> None:
     import torch
 
     from trmt.sets.batches import Batches
-    from trmt.training.learner import Learner
+    from trmt.training import run
 
-    learn, steps = Learner.learn, Batches.steps
+    train_step, steps = run.train_step, Batches.steps
     waited, cells, seen = 0.0, [0, 0], [0, 0]
 
     def lengths(examples: Any, side: str) -> Any:
@@ -97,16 +97,16 @@ def listen(probe: Probe) -> None:
 
         return collated
 
-    def measured(self: Any, examples: Any, *given: Any, **named: Any) -> Any:
+    def measured(state: Any, examples: Any) -> Any:
         if not probe.parameters:
-            probe.parameters = self.parameters
-            self.objective.collate = counted(self.net, self.objective.collate)
-        learned = learn(self, examples, *given, **named)
+            probe.parameters = state.parameter_count
+            state.objective.collate = counted(state.net, state.objective.collate)
+        result = train_step(state, examples)
         new = [now - before for now, before in zip(cells, seen, strict=True)]
         seen[:] = cells
         probe.batch(lengths(examples, "source.ids"), lengths(examples, "target.ids"), *new)
         probe.update()
-        return learned
+        return result
 
     def waiting(self: Any, *given: Any, **named: Any) -> Iterator[Any]:
         nonlocal waited
@@ -124,7 +124,7 @@ def listen(probe: Probe) -> None:
         nonlocal waited
         waited = 0.0
 
-    Learner.learn, Batches.steps = measured, waiting
+    run.train_step, Batches.steps = measured, waiting
     probe.on_open = begin_to_count
     probe.extra["loader_wait_seconds"] = lambda: waited
     probe.install(optimiser_steps=False)

@@ -30,12 +30,12 @@ class Trmt:
 
     def _engine(self, beam: int, batch: int, penalty: float) -> Any:
         from trmt.decoding.beam import Beam
-        from trmt.decoding.eager import Eager
-        from trmt.decoding.engine import Batching
+        from trmt.decoding.engine import Engine
         from trmt.decoding.greedy import Greedy
+        from trmt.decoding.request import Batching
 
         side = self.tokenizer.target
-        return Eager(
+        return Engine(
             self.net,
             Greedy() if beam == 1 else Beam(size=beam, length_penalty=penalty),
             bos=side.bos,
@@ -46,17 +46,20 @@ class Trmt:
         )
 
     def translate(self, sentences: list[Pieces], how: How) -> Iterator[tuple[int, Pieces]]:
-        from trmt.decoding.engine import Request
+        from trmt.decoding.request import Request
 
         eos = self.tokenizer.source.eos
         requests = [
             Request(
-                (*map(self.ids.__getitem__, source), eos), limit=how.limit(source), least=how.least(source)
+                (*map(self.ids.__getitem__, source), eos),
+                how.limit(source),
+                key=number,
+                min_tokens=how.least(source),
             )
-            for source in sentences
+            for number, source in enumerate(sentences)
         ]
-        for number, hypotheses in self.engine(how.beam, how.batch, how.penalty).translate(requests):
-            yield number, [self.pieces[token] for token in hypotheses[0].ids]
+        for request, hypotheses in self.engine(how.beam, how.batch, how.penalty).translate(requests):
+            yield request.key, [self.pieces[token] for token in hypotheses[0].ids]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Any of trmt's engines on any device, given ids and giving ids: nothing of a tokenizer is in it.
+"""trmt's engine on any device, its steps run directly or as CUDA graphs, given ids and giving ids: nothing of
+a tokenizer is in it.
 
-`python -m translators.trmt_engine BUNDLE PRECISION THREADS DEVICE ENGINE`
+`python -m translators.trmt_engine BUNDLE PRECISION THREADS DEVICE direct|graphs`
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class TrmtEngine:
         self.graphs: int | None = None
 
     def translate(self, sentences: list[list[int]], how: How) -> Iterator[tuple[int, tuple[int, ...]]]:
-        from trmt.decoding.engine import Request
+        from trmt.decoding.request import Request
 
         if how != self.meter.how:
             self.engine = None  # so that its memory is free
@@ -46,13 +47,14 @@ class TrmtEngine:
             self.engine = self._made(how)
         eos = self.tokenizer.source.eos
         requests = [
-            Request((*source, eos), limit=how.limit(source), least=how.least(source)) for source in sentences
+            Request((*source, eos), how.limit(source), key=number, min_tokens=how.least(source))
+            for number, source in enumerate(sentences)
         ]
-        for number, hypotheses in self.engine.translate(requests):
-            yield number, hypotheses[0].ids
+        for request, hypotheses in self.engine.translate(requests):
+            yield request.key, hypotheses[0].ids
 
     def _made(self, how: How) -> Any:
-        from trmt.registry import ENGINES, resolve
+        from trmt.decoding.engine import Engine
         from trmt.translating import TranslateOptions
 
         kind = "beam" if how.beam > 1 else "greedy"
@@ -60,18 +62,19 @@ class TrmtEngine:
         target = self.tokenizer.target
         rows = self.net.config.target_vocabulary
         self.said.clear()
-        engine = resolve(ENGINES, self.name)(
+        engine = Engine(
             self.net,
             options.build_search(),
             bos=target.bos,
             eos=target.eos,
-            banned=target.never | set(range(target.vocabulary, rows)),
+            banned=target.banned_ids | set(range(target.vocabulary, rows)),
             batching=batching(how),
+            runs=self.name,
         )
         self.graphs = None
-        if record := getattr(engine, "recorded", None):
+        if self.name == "graphs":
             self.graphs = 0
-            engine.recorded = self._counted(record)
+            engine.runner.record = self._counted(engine.runner.record)
         return engine
 
     def _counted(self, record: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,17 +87,17 @@ class TrmtEngine:
 
     def more(self) -> dict[str, Any]:
         """Memory, graphs, and why there are none."""
-        figures = self.meter.figures() | {"batching_tokens": self.engine.batching.tokens}
+        figures = self.meter.figures() | {"batching_tokens": self.engine.decoder.batching.tokens}
         if self.graphs is not None:
             figures["graphs"] = self.graphs
-            if self.engine.eager:
+            if self.engine.runner.direct:
                 figures["fell_back"] = "; ".join(self.said) or "it does not say why"
         return figures
 
 
 def batching(how: How) -> Any:
     """That of `trmt translate` on a GPU."""
-    from trmt.decoding.engine import Batching
+    from trmt.decoding.request import Batching
 
     return Batching.on("cuda", how.batch)
 

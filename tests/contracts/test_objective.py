@@ -21,20 +21,21 @@ from trmt.objectives.base import Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy
 from trmt.objectives.translation import Translation, TranslationConfig
 from trmt.registry import ARCHITECTURES, OBJECTIVES, resolve
-from trmt.sets.batches import Batches, Column, Examples, Room
+from trmt.sets.batches import Batches, BatchShape, RaggedBatch
+from trmt.sets.shards import RaggedArray
 
 BOS, EOS = 2, 3
 ROWS = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name, trust_code=False).in_row]
 CPU = torch.device("cpu")
 
 
-def examples(count: int = 6) -> Examples:
-    def column(seed: int) -> Column:
+def examples(count: int = 6) -> RaggedBatch:
+    def column(seed: int) -> RaggedArray:
         sentences = random_sentences(count, seed=seed)
         lengths = np.array([len(sentence) for sentence in sentences])
-        return Column(np.concatenate(sentences).astype(np.uint16), lengths)
+        return RaggedArray(np.concatenate(sentences).astype(np.uint16), lengths)
 
-    return Examples({"source.ids": column(1), "target.ids": column(2)})
+    return RaggedBatch({"source.ids": column(1), "target.ids": column(2)})
 
 
 def learns_from_pairs(name: str) -> bool:
@@ -56,7 +57,7 @@ def test_sums_add_up_over_any_split(objective: Objective, architecture: str, cut
     net = small_network(architecture)
     whole = examples()
 
-    def gradients(parts: list[Examples]) -> tuple[float, float, int, list[torch.Tensor]]:
+    def gradients(parts: list[RaggedBatch]) -> tuple[float, float, int, list[torch.Tensor]]:
         net.zero_grad()
         losses = [objective.loss(net, objective.collate(part, CPU)) for part in parts]
         torch.stack([loss.total for loss in losses]).sum().backward()
@@ -67,7 +68,7 @@ def test_sums_add_up_over_any_split(objective: Objective, architecture: str, cut
         return total, nll, sum(loss.tokens for loss in losses), grads
 
     one = gradients([whole])
-    many = gradients([whole.part(begin, end) for begin, end in pairwise(cuts)])
+    many = gradients([whole.slice(begin, end) for begin, end in pairwise(cuts)])
     assert one[0] == pytest.approx(many[0], rel=1e-5)
     assert one[1] == pytest.approx(many[1], rel=1e-5)
     assert one[2] == many[2] == objective.tokens(whole)
@@ -76,9 +77,9 @@ def test_sums_add_up_over_any_split(objective: Objective, architecture: str, cut
 
 
 def test_the_target_is_shifted_by_one_and_the_source_ends_with_eos() -> None:
-    column = Column(np.array([5, 6, 7, 8], np.uint16), np.array([3, 1]))
+    column = RaggedArray(np.array([5, 6, 7, 8], np.uint16), np.array([3, 1]))
     objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
-    batch = objective.collate(Examples({"source.ids": column, "target.ids": column}), CPU)
+    batch = objective.collate(RaggedBatch({"source.ids": column, "target.ids": column}), CPU)
     assert batch.source.ids_N.tolist() == [5, 6, 7, EOS, 8, EOS]
     assert batch.before.ids_N.tolist() == [BOS, 5, 6, 7, BOS, 8]
     assert batch.after_N.tolist() == [5, 6, 7, EOS, 8, EOS]
@@ -248,8 +249,12 @@ def test_padding_counts_for_nothing_in_the_loss(kernels: bool, monkeypatch: pyte
 def padded_and_plain(architecture: str) -> tuple[Any, Any, Any]:
     objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
     some = examples()
-    room = Room(source=80, target=72, sentences=20, longest=30)
-    return small_network(architecture), objective.collate(some, CPU), objective.collate(some, CPU, room=room)
+    shape = BatchShape(source_tokens=80, target_tokens=72, sentences=20, max_length=30)
+    return (
+        small_network(architecture),
+        objective.collate(some, CPU),
+        objective.collate(some, CPU, shape=shape),
+    )
 
 
 @pytest.mark.parametrize("architecture", ROWS)
@@ -270,18 +275,24 @@ def test_filled_up_batches_have_one_shape_and_the_same_loss(architecture: str) -
 
 
 @pytest.mark.parametrize(
-    "room", [Room(10, 72, 20, 30), Room(80, 72, 6, 30), Room(80, 72, 20, 2), Room(80, 2000, 20, 30)]
+    "shape",
+    [
+        BatchShape(10, 72, 20, 30),
+        BatchShape(80, 72, 6, 30),
+        BatchShape(80, 72, 20, 2),
+        BatchShape(80, 2000, 20, 30),
+    ],
 )
-def test_what_does_not_fit_is_left_as_it_is(room: Room) -> None:
+def test_what_does_not_fit_is_left_as_it_is(shape: BatchShape) -> None:
     objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
     some = examples()
-    plain, left = objective.collate(some, CPU), objective.collate(some, CPU, room=room)
+    plain, left = objective.collate(some, CPU), objective.collate(some, CPU, shape=shape)
     assert torch.equal(plain.source.ids_N, left.source.ids_N)
     assert torch.equal(plain.after_N, left.after_N)
 
 
 @pytest.mark.parametrize("architecture", ROWS)
-def test_a_network_in_rows_compiles_whole_and_once_for_one_room(
+def test_a_padding_free_network_compiles_whole_and_once_for_one_shape(
     architecture: str,
 ) -> None:
     net, _, _ = padded_and_plain(architecture)
@@ -295,9 +306,9 @@ def test_a_network_in_rows_compiles_whole_and_once_for_one_room(
     torch._dynamo.reset()
     compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=False)
     objective = Translation(TranslationConfig(), Specials(bos=BOS, eos=EOS))
-    room = Room(source=80, target=72, sentences=20, longest=30)
-    for some in (examples(), examples().part(0, 3), examples().part(2, 6)):
-        objective.loss(compiled, objective.collate(some, CPU, room=room)).total.backward()
+    shape = BatchShape(source_tokens=80, target_tokens=72, sentences=20, max_length=30)
+    for some in (examples(), examples().slice(0, 3), examples().slice(2, 6)):
+        objective.loss(compiled, objective.collate(some, CPU, shape=shape)).total.backward()
     torch._dynamo.reset()
     assert len(graphs) == 1
 

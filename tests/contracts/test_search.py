@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from trmt.decoding.eager import Eager
 
 from tests.fakes import Table
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.beam import Beam, BeamState
-from trmt.decoding.eager import Eager
 from trmt.decoding.engine import Batching, Request
 from trmt.decoding.greedy import Greedy
 from trmt.decoding.sampling import Sampling

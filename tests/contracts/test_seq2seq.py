@@ -1,157 +1,95 @@
-"""Every registered architecture answers to these; adding one to the registry adds its tests."""
+"""What every registered architecture promises; one that is added to the registry is tested here."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.fakes import VOCABULARY, random_sentences, small_network
-from trmt.nets.base import Ragged, Seq2Seq, Source
-from trmt.nets.conv import ConvS2S
-from trmt.nets.linear import choose, eager
-from trmt.nets.rnn import RNN
+from tests.variants import Variant, variants
+from trmt.decoding.engine import frozen
+from trmt.nets.base import Decoding, Ragged, Seq2Seq, Source, State, Stepper, WantedWeights
+from trmt.nets.linear import PlainProducts
 from trmt.registry import ARCHITECTURES
 
-# Every way to look at a source, each in some combination with the rest.
-RNNS: list[dict[str, Any]] = [
-    {"decoder_layers": 1, "encoder_layers": 1, "heads": 1, "tied": "none"},
-    {"context": "start", "cell": "lstm", "reads": "backward"},
-    {"context": "start", "cell": "rnn", "reads": "forward", "summary": "mean"},
-    {"context": "every", "cell": "gru", "summary": "max", "residual": True},
-    {"context": "every", "cell": "lstm", "summary": "attention", "decoder_layers": 3},
-    {"score": "dot", "place": "after", "cell": "lstm", "residual": True},
-    {"score": "scaled", "cell": "rnn"},
-    {"score": "general", "place": "after", "input_feeding": True, "cell": "lstm"},
-    {"score": "cosine", "place": "after", "heads": 1},
-    {"score": "location", "reads": "forward"},
-    {"score": "general", "focus": "monotonic", "place": "after", "reach": 2},
-    {"score": "general", "focus": "predictive", "reach": 2, "input_feeding": True, "place": "after"},
-    {"score": "location", "focus": "predictive", "reach": 3, "place": "after"},
-    {"focus": "sampled", "summary": "mean"},
-    {"focus": "sampled", "place": "after", "score": "dot"},
-    {"focus": "gumbel", "heads": 1},
-    {"static": True},
-    {"static": True, "place": "after", "input_feeding": True, "score": "dot"},
-    {"static": True, "focus": "gumbel", "place": "after"},
-    {"static": True, "focus": "predictive", "reach": 4, "summary": "max"},
-]
-
-# Every option of the Transformer, in some combination with the rest.
-TRANSFORMERS: list[dict[str, Any]] = [
-    {"positions": "none", "residual": False, "cross_source": "same"},
-    {"positions": "complex", "cross_focus": "gumbel", "heads": 1},
-    {"positions": "complex", "tied": "target", "norm_place": "pre", "residual": False},
-    {"positions": "relative", "reach": 3, "cross_source": "same", "norm_place": "pre", "heads": 4},
-    {"positions": "relative", "reach": 1, "score_scale": False, "norm": "batch"},
-    {"positions": "t5", "buckets": 8, "farthest": 6, "score_scale": False, "norm_place": "pre"},
-    {"positions": "alibi", "norm": "batch", "heads": 16, "tied": "none"},
-    {"position_join": "concatenate", "position_width": 6, "cross_focus": "sampled", "tied": "none"},
-    {
-        "position_join": "concatenate",
-        "position_width": 4,
-        "positions": "learned",
-        "norm": "batch",
-        "norm_place": "pre",
-        "cross_source": "same",
-        "cross_focus": "sampled",
-        "score_scale": False,
-    },
-]
-
-# The registered networks as they are, and the Transformer's options, which change how states work.
-VARIANTS = [
-    *((name, {}) for name in ARCHITECTURES),
-    ("transformer", {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}),
-    ("transformer", {"positions": "learned", "activation": "gelu", "tied": "none", "decoder_layers": 1}),
-    *(("transformer", options) for options in TRANSFORMERS),
-    *(("conv", {"encoder_attention": place}) for place in ("before", "after", "pooling")),
-    *(("rnn", options) for options in RNNS),
-    ("hierarchical", {"mark": 7, "score": "dot", "place": "after", "input_feeding": True}),
-    ("hierarchical", {"mark": 7, "score": "location", "summary": "mean", "sentence_layers": 2}),
-    ("hierarchical", {"mark": 7, "static": True}),
-    ("universal", {"halting": "fixed", "norm_place": "pre", "norm": "rms", "activation": "swiglu"}),
-    ("rnn", {"decoder_layers": 1, "encoder_layers": 1, "tied": "none"}),
-]
-
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
-
-
-@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *map(str, variant[1].values())]))
-def net(request: pytest.FixtureRequest) -> Seq2Seq:
-    name, options = request.param
-    return small_network(name, **options)
-
-
-linear = eager
-
-
-@pytest.fixture(params=[eager, choose()], ids=["plain", "best"], autouse=True)
-def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every contract with plain products, and with the best there are here."""
-    monkeypatch.setattr(f"{__name__}.linear", request.param)
-
-
 SOURCES = random_sentences(4, seed=1)
 TARGETS = [[1, *sentence] for sentence in random_sentences(4, seed=2)]
+ALL_WEIGHTS = WantedWeights(cross=True, encoder=True, decoder=True)
+
+Freeze = Callable[[Seq2Seq], Stepper]
 
 
-def teacher_forced(net: Seq2Seq, sources: list[list[int]], targets: list[list[int]]) -> list[Tensor]:
+@pytest.fixture(params=variants(), ids=str)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    return request.param
+
+
+@pytest.fixture
+def net(variant: Variant) -> Seq2Seq:
+    return small_network(variant.name, **variant.options)
+
+
+def plainly(net: Seq2Seq) -> Stepper:
+    return net.frozen(PlainProducts())
+
+
+@pytest.fixture(params=[plainly, frozen], ids=["plain", "fastest"])
+def freeze(request: pytest.FixtureRequest) -> Freeze:
+    """The ways to freeze a network: plain PyTorch, and the fastest on this machine."""
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["growing", "static"])
+def static(request: pytest.FixtureRequest) -> bool:
+    """Whether tensors of the state keep their shapes."""
+    return request.param
+
+
+def started(
+    stepper: Stepper,
+    sources: Sequence[list[int]],
+    max_tokens: int,
+    *,
+    hypotheses: int = 1,
+    reorders: bool = True,
+    static: bool = False,
+) -> State:
+    """The state before the first token; steppers without static states are not asked for one."""
+    if static and not stepper.static:
+        pytest.skip("no static states")
+    return stepper.start(Source.of(sources), Decoding(hypotheses, max_tokens, reorders, static))
+
+
+def teacher_forced(net: Seq2Seq, sources: Sequence[list[int]], targets: Sequence[list[int]]) -> list[Tensor]:
     """The logits [T, V] of each sentence."""
-    target = Ragged.of(targets)
-    hidden = net(Source.of(sources), target).hidden
+    hidden = net(Source.of(sources), Ragged.of(targets)).hidden
     return list(net.readout(hidden).split([len(sentence) for sentence in targets]))
 
 
-def same(first: list[Tensor], second: list[Tensor]) -> None:
+def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("chunks", [[1] * 6, [6], [2, 3, 1], [1, 4, 1]])
-def test_any_split_into_steps_equals_teacher_forcing(net: Seq2Seq, chunks: list[int]) -> None:
-    targets = [sentence[:6] for sentence in random_sentences(8, longest=20, seed=3) if len(sentence) >= 6][:4]
-    sources = SOURCES[: len(targets)]
-    stepper = net.frozen(linear)
-    state = stepper.start(Source.of(sources), hypotheses=1, room=6)
-    parts, at = [], 0
-    for size in chunks:
-        tokens = torch.tensor([sentence[at : at + size] for sentence in targets])[:, None]
-        output, state = stepper.step(tokens, state)
-        parts.append(stepper.readout(output.hidden)[:, 0])
-        at += size
-    same(list(torch.cat(parts, 1)), teacher_forced(net, sources, targets))
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("reorders", [True, False])
-def test_long_translations_outgrow_the_first_room(net: Seq2Seq, reorders: bool) -> None:
-    target = torch.randint(4, VOCABULARY, (70,), generator=torch.Generator().manual_seed(4)).tolist()
-    stepper = net.frozen(linear)
-    state = stepper.start(Source.of(SOURCES[:1]), hypotheses=3, room=70, reorders=reorders)
-    for token in target:
-        output, state = stepper.step(torch.tensor([[[5], [token], [6]]]), state)
-        if reorders:
-            state = state.reorder(torch.tensor([[1, 1, 1]]))
-    want = teacher_forced(net, SOURCES[:1], [target])[0][-1]
-    torch.testing.assert_close(stepper.readout(output.hidden)[0, 1, 0], want, **CLOSE)
+# Training
 
 
 @torch.inference_mode()
 def test_a_batch_equals_its_sentences_one_by_one(net: Seq2Seq) -> None:
     together = teacher_forced(net, SOURCES, TARGETS)
     alone = [teacher_forced(net, [s], [t])[0] for s, t in zip(SOURCES, TARGETS, strict=True)]
-    same(together, alone)
+    assert_same(together, alone)
 
 
 @torch.inference_mode()
 def test_padding_changes_nothing(net: Seq2Seq) -> None:
     longer = [*SOURCES, list(range(4, 22)) * 2]
     wide = teacher_forced(net, longer, [*TARGETS, [1, *range(4, 22)]])
-    same(wide[:-1], teacher_forced(net, SOURCES, TARGETS))
+    assert_same(wide[:-1], teacher_forced(net, SOURCES, TARGETS))
 
 
 @torch.inference_mode()
@@ -160,209 +98,239 @@ def test_the_future_does_not_leak(net: Seq2Seq) -> None:
     changed = [sentence[:-1] + [sentence[-1] % 19 + 4 - 1] for sentence in TARGETS]
     assert changed != TARGETS
     after = teacher_forced(net, SOURCES, changed)
-    same([logits[:-1] for logits in before], [logits[:-1] for logits in after])
+    assert_same([logits[:-1] for logits in before], [logits[:-1] for logits in after])
     assert any(not torch.allclose(b[-1], a[-1], **CLOSE) for b, a in zip(before, after, strict=True))
 
 
 @torch.inference_mode()
-def test_every_source_word_counts(net: Seq2Seq) -> None:
+def test_every_source_token_counts(net: Seq2Seq) -> None:
     source, target = [5, 6, 7, 8, 9], [1, 4, 5]
     base = teacher_forced(net, [source], [target])[0]
-    for place in range(len(source)):
-        other = source[:place] + [11] + source[place + 1 :]
+    for position in range(len(source)):
+        other = source[:position] + [11] + source[position + 1 :]
         assert not torch.allclose(teacher_forced(net, [other], [target])[0], base, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_fresh_network_is_not_all_but_silent(name: str) -> None:
+def test_the_logits_of_a_fresh_network_differ(name: str) -> None:
     """Logits that hardly differ at first take hundreds of steps to grow."""
     torch.manual_seed(1)
-    net = small_network(name, width=128).eval()
+    net = small_network(name, d_model=128).eval()
     assert torch.cat(teacher_forced(net, SOURCES, TARGETS)).std() > 0.5
 
 
 def test_every_parameter_gets_a_gradient(net: Seq2Seq) -> None:
     output = net.train()(Source.of(SOURCES), Ragged.of(TARGETS))
-    own = sum(weighted for weighted, _ in output.aux.values())
-    (net.readout(output.hidden).logsumexp(-1).sum() + own).backward()
+    (net.readout(output.hidden).logsumexp(-1).sum() + sum(output.aux.values())).backward()
     assert not [name for name, parameter in net.named_parameters() if parameter.grad is None]
 
 
 @torch.inference_mode()
-def test_readout_of_some_ids_is_a_part_of_the_whole(net: Seq2Seq) -> None:
+def test_the_readout_has_a_logit_for_each_token(net: Seq2Seq, freeze: Freeze) -> None:
     hidden = net(Source.of(SOURCES), Ragged.of(TARGETS)).hidden
-    only = torch.tensor([3, 20, 5])
-    torch.testing.assert_close(net.readout(hidden, only), net.readout(hidden)[:, only], **CLOSE)
-    stepper = net.frozen(linear)
-    torch.testing.assert_close(stepper.readout(hidden, only), net.readout(hidden, only), **CLOSE)
-    assert net.readout(hidden).shape[-1] == VOCABULARY
+    logits = net.readout(hidden)
+    assert logits.shape == (sum(map(len, TARGETS)), VOCABULARY)
+    torch.testing.assert_close(freeze(net).readout(hidden), logits, **CLOSE)
+    matrix = net.readout_matrix()
+    if matrix is not None:
+        torch.testing.assert_close(hidden @ matrix.T, logits, **CLOSE)
+
+
+# Attention weights
+
+
+def weights_of(net: Seq2Seq, side: str, sources: list[list[int]], targets: list[list[int]]) -> Tensor | None:
+    """The weights of "cross", "encoder" or "decoder", which alone are wanted."""
+    output = net(Source.of(sources), Ragged.of(targets), want=WantedWeights(**{side: True}))
+    found = {each: getattr(output, f"{each}_attention") for each in ("cross", "encoder", "decoder")}
+    assert all(weights is None for each, weights in found.items() if each != side), "only what is wanted"
+    return found[side]
 
 
 @torch.inference_mode()
-def test_attention_is_a_distribution_over_the_real_source(net: Seq2Seq) -> None:
-    source, target = Source.of(SOURCES), Ragged.of(TARGETS)
-    assert net(source, target).attention is None
-    weights = net(source, target, want=("attention",)).attention
-    if getattr(net.config, "context", "attention") != "attention":
-        assert weights is None
-        return
-    assert weights is not None
-    layers, sentences, _, queries, _width = weights.shape
-    assert (sentences, queries) == (len(SOURCES), target.longest) and layers >= 1
-    for row, sentence in enumerate(SOURCES):
-        real = weights[:, row, :, :, : len(sentence)].sum(-1)
-        torch.testing.assert_close(real, torch.ones_like(real))
-    stepper = net.frozen(linear)
-    tokens = torch.tensor([[sentence[:1]] for sentence in TARGETS])
-    output, _ = stepper.step(tokens, stepper.start(source, hypotheses=1, room=1), want=("attention",))
-    assert output.attention is not None
-    width = min(output.attention.shape[-1], weights.shape[-1])  # behind it there is only padding
-    torch.testing.assert_close(output.attention[..., 0, :width], weights[..., 0, :width], **CLOSE)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_attention_of_a_side_to_itself_is_a_distribution_over_what_it_may_see(
-    net: Seq2Seq, side: str
+@pytest.mark.parametrize("side", ["cross", "encoder", "decoder"])
+def test_attention_weights_are_distributions_over_the_sentence(
+    variant: Variant, net: Seq2Seq, side: str
 ) -> None:
-    source, target, name = Source.of(SOURCES), Ragged.of(TARGETS), f"{side}_attention"
-    assert getattr(net(source, target), name) is None
-    weights = getattr(net(source, target, want=(name,)), name)
-    if not looks_at_itself(net, side):
-        assert weights is None
+    assert getattr(net(Source.of(SOURCES), Ragged.of(TARGETS)), f"{side}_attention") is None
+    weights = weights_of(net, side, SOURCES, TARGETS)
+    assert variant.weights is None or (weights is not None) == (side in variant.weights)
+    if weights is None:
         return
-    layers, sentences, _, rows, columns = weights.shape
+    layers, sentences, _, queries, keys = weights.shape
     assert sentences == len(SOURCES) and layers >= 1
-    for number, sentence in enumerate(SOURCES if side == "encoder" else TARGETS):
-        length = len(sentence)
-        assert rows >= length and columns >= length
-        real = weights[:, number, :, :length, :length]
+    for number, (source, target) in enumerate(zip(SOURCES, TARGETS, strict=True)):
+        rows = len(source) if side == "encoder" else len(target)
+        columns = len(target) if side == "decoder" else len(source)
+        assert queries >= rows and keys >= columns
+        real = weights[:, number, :, :rows, :columns]
         torch.testing.assert_close(real.sum(-1), torch.ones_like(real[..., 0]))
         if side == "decoder":
             assert not real.triu(1).any()
-        alone = net(
-            Source.of(SOURCES[number : number + 1]), Ragged.of(TARGETS[number : number + 1]), want=(name,)
-        )
-        torch.testing.assert_close(getattr(alone, name)[:, 0, :, :length, :length], real, **CLOSE)
+        alone = weights_of(net, side, [source], [target])
+        assert alone is not None
+        torch.testing.assert_close(alone[:, 0, :, :rows, :columns], real, **CLOSE)
 
 
-def looks_at_itself(net: Seq2Seq, side: str) -> bool:
-    """Transformers on both sides, convolutions where they were told to."""
-    if isinstance(net, ConvS2S):
-        return side == "encoder" and net.config.encoder_attention in ("before", "after")
-    return not isinstance(net, RNN)
+@torch.inference_mode()
+def test_wanting_weights_changes_no_hidden_state(net: Seq2Seq) -> None:
+    source, target = Source.of(SOURCES), Ragged.of(TARGETS)
+    wanted = net(source, target, want=ALL_WEIGHTS)
+    torch.testing.assert_close(wanted.hidden, net(source, target).hidden, **CLOSE)
 
 
-def beam_of(net: Seq2Seq, prefixes: list[list[list[int]]], *, hypotheses: int, reorders: bool = True):
-    """A state in which hypothesis k of sentence s has seen `prefixes[s][k]`, all equally long."""
-    stepper = net.frozen(linear)
-    sources = SOURCES[: len(prefixes)]
-    state = stepper.start(Source.of(sources), hypotheses=hypotheses, room=12, reorders=reorders)
-    for token in torch.tensor(prefixes).unbind(2):
-        _, state = stepper.step(token[:, :, None], state)
-    return stepper, state
+# Decoding
 
 
-def expected(net: Seq2Seq, sentence: int, prefix: list[int]) -> Tensor:
-    """The logits after `prefix`, recomputed from nothing."""
-    return teacher_forced(net, [SOURCES[sentence]], [prefix])[0][-1]
+@torch.inference_mode()
+@pytest.mark.parametrize("chunks", [[1] * 6, [6], [2, 3, 1], [1, 4, 1]])
+def test_any_split_into_steps_equals_teacher_forcing(
+    net: Seq2Seq, freeze: Freeze, static: bool, chunks: list[int]
+) -> None:
+    targets = [sentence[:6] for sentence in random_sentences(8, longest=20, seed=3) if len(sentence) >= 6][:4]
+    sources = SOURCES[: len(targets)]
+    stepper = freeze(net)
+    state = started(stepper, sources, 6, static=static)
+    logits, begin = [], 0
+    for count in chunks:
+        tokens = torch.tensor([sentence[begin : begin + count] for sentence in targets])[:, None]
+        hidden, state = stepper.step(tokens, state)
+        logits.append(stepper.readout(hidden)[:, 0])
+        begin += count
+    assert_same(list(torch.cat(logits, 1)), teacher_forced(net, sources, targets))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("reorders", [True, False])
+def test_long_translations_outgrow_the_first_columns(
+    net: Seq2Seq, freeze: Freeze, static: bool, reorders: bool
+) -> None:
+    target = torch.randint(4, VOCABULARY, (70,), generator=torch.Generator().manual_seed(4)).tolist()
+    stepper = freeze(net)
+    state = started(stepper, SOURCES[:1], 70, hypotheses=3, reorders=reorders, static=static)
+    for token in target:
+        hidden, state = stepper.step(torch.tensor([[[5], [token], [6]]]), state)
+        if reorders:
+            state = state.reorder(torch.tensor([[1, 1, 1]]))
+    expected = teacher_forced(net, SOURCES[:1], [target])[0][-1]
+    torch.testing.assert_close(stepper.readout(hidden)[0, 1, 0], expected, **CLOSE)
+
+
+class Decoded:
+    """Sentences that are decoded with random tokens, and the prefix of each hypothesis so far."""
+
+    def __init__(self, net: Seq2Seq, stepper: Stepper, seed: int) -> None:
+        self.net, self.stepper = net, stepper
+        self.draw = torch.Generator().manual_seed(seed)
+        self.sources: list[list[int]] = []
+        self.prefixes: list[list[list[int]]] = []
+
+    def begun(
+        self, sources: list[list[int]], length: int, hypotheses: int, reorders: bool, static: bool
+    ) -> State:
+        """A state with `length` tokens, of which every hypothesis has others."""
+        layout = {"hypotheses": hypotheses, "reorders": reorders, "static": static}
+        state = started(self.stepper, sources, 60, **layout)
+        prefixes = torch.randint(4, VOCABULARY, (len(sources), hypotheses, length), generator=self.draw)
+        for tokens_SK in prefixes.unbind(2):
+            _, state = self.stepper.step(tokens_SK[:, :, None], state)
+        self.sources, self.prefixes = list(sources), prefixes.tolist()
+        return state
+
+    def step(self, state: State, *, reorders: bool = True) -> tuple[Tensor, State]:
+        """Random parents and tokens: the logits [S, K, V]."""
+        shape = len(self.prefixes), len(self.prefixes[0])
+        parents_SK = torch.arange(shape[1]).expand(shape)
+        if reorders:
+            parents_SK = torch.randint(0, shape[1], shape, generator=self.draw)
+        tokens_SK = torch.randint(4, VOCABULARY, shape, generator=self.draw)
+        self.prefixes = [
+            [rows[parent] + [token] for parent, token in zip(parents, tokens, strict=True)]
+            for rows, parents, tokens in zip(
+                self.prefixes, parents_SK.tolist(), tokens_SK.tolist(), strict=True
+            )
+        ]
+        hidden_SKTD, state = self.stepper.step(tokens_SK[:, :, None], state.reorder(parents_SK))
+        return self.stepper.readout(hidden_SKTD)[:, :, 0], state
+
+    def assert_recomputed(self, logits_SKV: Tensor) -> None:
+        """The logits are those of teacher forcing, of every hypothesis or of some."""
+        hypotheses = logits_SKV.shape[1]
+        for s, source in enumerate(self.sources):
+            for k in range(0, hypotheses, 1 if hypotheses < 8 else 7):
+                expected = teacher_forced(self.net, [source], [self.prefixes[s][k]])[0][-1]
+                torch.testing.assert_close(logits_SKV[s, k], expected, **CLOSE)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("hypotheses", "reorders"), [(3, True), (3, False), (20, True)])
-def test_reorder_keep_and_fork_equal_recomputing(net: Seq2Seq, hypotheses: int, reorders: bool) -> None:
-    draw = torch.Generator().manual_seed(5)
-    prefixes = torch.randint(4, VOCABULARY, (3, hypotheses, 3), generator=draw).tolist()
-    stepper, state = beam_of(net, prefixes, hypotheses=hypotheses, reorders=reorders)
-    for _ in range(2):  # twice, so that ancestors of ancestors are met
-        parents = torch.randint(0, hypotheses, (3, hypotheses), generator=draw)
-        tokens = torch.randint(4, VOCABULARY, (3, hypotheses), generator=draw)
-        prefixes = [
-            [prefixes[s][parents[s, k]] + [int(tokens[s, k])] for k in range(hypotheses)] for s in range(3)
-        ]
-        output, state = stepper.step(tokens[:, :, None], state.reorder(parents))
-    other = state.fork()
-    stepper.step(tokens[:, :, None], other)  # going on with the copy must leave the original as it was
-    kept = torch.tensor([2, 0])
-    output, _ = stepper.step(tokens[kept][:, :, None], state.keep(kept))
-    logits = stepper.readout(output.hidden)[:, :, 0]
-    for row, s in enumerate(kept.tolist()):
-        for k in range(0, hypotheses, 1 if hypotheses < 8 else 7):
-            want = expected(net, s, prefixes[s][k] + [int(tokens[s, k])])
-            torch.testing.assert_close(logits[row, k], want, **CLOSE)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("older_first", [True, False])
-def test_joined_sentences_of_different_age_equal_recomputing(net: Seq2Seq, older_first: bool) -> None:
-    stepper = net.frozen(linear)
-    old = {"source": [6] * 20, "prefixes": [[4, 9, 5, 7, 8], [6, 5, 4, 10, 8]]}
-    young = {"source": [9, 4, 7], "prefixes": [[12, 4], [13, 5]]}
-    parts = [old, young] if older_first else [young, old]
-    states = []
-    for part in parts:
-        state = stepper.start(Source.of([part["source"]]), hypotheses=2, room=12)
-        for token in torch.tensor([part["prefixes"]]).unbind(2):
-            _, state = stepper.step(token[:, :, None], state)
-        states.append(state)
-    state = states[0].join(states[1])
-    seen = [part["prefixes"] for part in parts]
-    for token in (14, 15):
-        parents = torch.tensor([[1, 1], [1, 0]])
-        output, state = stepper.step(torch.full((2, 2, 1), token), state.reorder(parents))
-        seen = [[rows[parent] + [token] for parent in row] for rows, row in zip(seen, parents, strict=True)]
-    logits = stepper.readout(output.hidden)[:, :, 0]
-    for s, part in enumerate(parts):
-        for k in range(2):
-            want = teacher_forced(net, [part["source"]], [seen[s][k]])[0][-1]
-            torch.testing.assert_close(logits[s, k], want, **CLOSE)
+def test_reorder_and_keep_equal_recomputing(
+    net: Seq2Seq, freeze: Freeze, static: bool, hypotheses: int, reorders: bool
+) -> None:
+    decoded = Decoded(net, freeze(net), seed=5)
+    state = decoded.begun(SOURCES[:3], 3, hypotheses, reorders, static)
+    for _ in range(2):  # twice, for ancestors of ancestors
+        logits, state = decoded.step(state)
+    decoded.assert_recomputed(logits)
+    kept = [2, 0]
+    state = state.keep(torch.tensor(kept))
+    decoded.sources = [decoded.sources[s] for s in kept]
+    decoded.prefixes = [decoded.prefixes[s] for s in kept]
+    for _ in range(2):
+        logits, state = decoded.step(state)
+    decoded.assert_recomputed(logits)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("hypotheses", "reorders"), [(1, True), (3, True), (3, False), (20, True)])
-@pytest.mark.parametrize("young", [0, 2, 40])
+@pytest.mark.parametrize("theirs", [0, 2, 40])
 def test_replaced_sentences_equal_recomputing(
-    net: Seq2Seq, hypotheses: int, reorders: bool, young: int
+    net: Seq2Seq, freeze: Freeze, static: bool, hypotheses: int, reorders: bool, theirs: int
 ) -> None:
-    """Sentences that are younger or older, with longer or shorter sources, take the places of others."""
-    draw = torch.Generator().manual_seed(6)
-    stepper = net.frozen(eager)
-
-    def begun(sources: list[list[int]], length: int) -> tuple[Any, list[Any]]:
-        state = stepper.start(Source.of(sources), hypotheses=hypotheses, room=60, reorders=reorders)
-        prefixes = torch.randint(4, VOCABULARY, (len(sources), hypotheses, length), generator=draw)
-        for token in prefixes.unbind(2):
-            _, state = stepper.step(token[:, :, None], state)
-        return state, prefixes.tolist()
-
-    sources = [[5, 6, 7], [9] * 20, [4, 8], [7, 7, 4]]
-    state, prefixes = begun(sources, 5)
-    others = [[6] * 18, [10, 11]] if young else [[6] * 19]
-    fresh, their_prefixes = begun(others, young)
-    places = [2, 0][: len(others)]
-    state = state.replace(torch.tensor(places), fresh)
-    for place, source, prefix in zip(places, others, their_prefixes, strict=True):
-        sources[place], prefixes[place] = source, prefix
-    for token in (14, 15):
-        parents = torch.randint(0, hypotheses, (4, hypotheses), generator=draw)
-        if not reorders:
-            parents = torch.arange(hypotheses).expand(4, -1)
-        output, state = stepper.step(torch.full((4, hypotheses, 1), token), state.reorder(parents))
-        prefixes = [
-            [rows[parent] + [token] for parent in row] for rows, row in zip(prefixes, parents, strict=True)
-        ]
-    logits = stepper.readout(output.hidden)[:, :, 0]
-    for s, source in enumerate(sources):
-        for k in range(0, hypotheses, 1 if hypotheses < 8 else 7):
-            want = teacher_forced(net, [source], [prefixes[s][k]])[0][-1]
-            torch.testing.assert_close(logits[s, k], want, **CLOSE)
+    """Sentences with fewer or more tokens, and longer or shorter sources, take the slots of others."""
+    stepper = freeze(net)
+    decoded, other = Decoded(net, stepper, seed=6), Decoded(net, stepper, seed=7)
+    layout = (hypotheses, reorders, static)
+    state = decoded.begun([[5, 6, 7], [9] * 20, [4, 8], [7, 7, 4]], 5, *layout)
+    joining = [[6] * 18, [10, 11]] if theirs else [[6] * 19]
+    slots = [2, 0][: len(joining)]
+    state = state.replace(torch.tensor(slots), other.begun(joining, theirs, *layout))
+    for slot, source, prefixes in zip(slots, other.sources, other.prefixes, strict=True):
+        decoded.sources[slot], decoded.prefixes[slot] = source, prefixes
+    for _ in range(2):
+        logits, state = decoded.step(state, reorders=reorders)
+    decoded.assert_recomputed(logits)
 
 
 @torch.inference_mode()
-def test_a_consumed_state_raises(net: Seq2Seq) -> None:
-    stepper = net.frozen(linear)
-    state = stepper.start(Source.of(SOURCES), hypotheses=1, room=4)
+def test_a_consumed_state_raises(net: Seq2Seq, freeze: Freeze) -> None:
+    stepper = freeze(net)
     tokens = torch.full((len(SOURCES), 1, 1), 4)
-    stepper.step(tokens, state)
-    with pytest.raises(RuntimeError, match="fork"):
-        stepper.step(tokens, state)
+    everyone = torch.arange(len(SOURCES))
+    uses: list[Callable[[State], object]] = [
+        lambda state: stepper.step(tokens, state),
+        lambda state: state.reorder(torch.zeros(len(SOURCES), 1, dtype=torch.long)),
+        lambda state: state.keep(everyone),
+        lambda state: state.replace(everyone, started(stepper, SOURCES, 4)),
+        lambda state: started(stepper, SOURCES, 4).replace(everyone, state),
+    ]
+    for use in uses:
+        state = started(stepper, SOURCES, 4)
+        use(state)
+        for again in uses:
+            with pytest.raises(RuntimeError, match="consumed"):
+                again(state)
+
+
+@torch.inference_mode()
+def test_freezing_leaves_the_network_as_it_is(net: Seq2Seq, freeze: Freeze) -> None:
+    """It stays in training mode, and its parameters still get gradients."""
+    net.train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    stepper = freeze(net)
+    stepper.step(torch.full((len(SOURCES), 1, 1), 4), started(stepper, SOURCES, 4))
+    assert net.training and all(module.training for module in net.modules())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    after = net.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

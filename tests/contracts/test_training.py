@@ -1,9 +1,8 @@
-"""Training of every registered architecture: stopped and gone on with, it is the same to the last bit."""
+"""Training of every registered architecture; a resumed run is the same to the last bit."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from trmt.bundles import checkpoints
 from trmt.registry import ARCHITECTURES
 from trmt.training.run import train
 
-# Everything that could go astray at once.
+# All features that resuming could get wrong, at once.
 HARD: dict[str, Any] = {
     "batches": {"tokens": 150, "accumulate": 2, "subword_alpha": 0.2},
     "optim": {"ema": 0.9, "clip": 1.0},
@@ -28,7 +27,7 @@ HARD: dict[str, Any] = {
 
 
 def final(run: Path, step: int = 10) -> tuple[bytes, bytes, dict[str, Any]]:
-    """Weights, training state and progress at a step."""
+    """The weights of the bundle, the tensors and the values of the training state at a step."""
     folder = run / f"step-{step:08d}"
     state = json.loads((folder / "training/state.json").read_bytes())
     state["progress"].pop("seconds")
@@ -42,19 +41,20 @@ def final(run: Path, step: int = 10) -> tuple[bytes, bytes, dict[str, Any]]:
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_resuming_is_exact(architecture: str, toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, HARD, architecture=architecture)
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    train(options(whole, toy_set, recipe))
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    train(options(uninterrupted, toy_set, recipe))
     for steps in (4, 6, 10):
-        torch.manual_seed(steps)  # what went on between the runs must not matter
-        train(options(parted, toy_set, recipe, f"training.steps={steps}"))
-    assert final(whole) == final(parted)
-    ranks = [[point.step for point in checkpoints.ranked(checkpoints.steps(run))] for run in (whole, parted)]
-    assert ranks[0] == ranks[1]
-    assert len(ranks[0]) == 5
+        torch.manual_seed(steps)  # the state of the generator must not matter
+        train(options(resumed, toy_set, recipe, f"training.steps={steps}"))
+    assert final(uninterrupted) == final(resumed)
+    assert ranking(uninterrupted) == ranking(resumed)
+    assert len(ranking(resumed)) == 5
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_validating_and_saving_do_not_disturb(architecture: str, toy_set: Path, tmp_path: Path) -> None:
+def test_validating_and_saving_do_not_change_the_run(
+    architecture: str, toy_set: Path, tmp_path: Path
+) -> None:
     recipe = toy.recipe(tmp_path, HARD, architecture=architecture)
     often, never = tmp_path / "often", tmp_path / "never"
     train(options(often, toy_set, recipe))
@@ -70,8 +70,10 @@ def _deterministic_only_here() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_deterministic_only_here")
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_every_network_can_be_deterministic(architecture: str, toy_set: Path, tmp_path: Path) -> None:
-    """Torch refuses what it has no deterministic kernel for; on the CPU nothing else changes."""
+def test_every_network_supports_training_deterministic(
+    architecture: str, toy_set: Path, tmp_path: Path
+) -> None:
+    """Torch raises an error where it has no deterministic kernel; on the CPU results stay the same."""
     recipe = toy.recipe(tmp_path, HARD, architecture=architecture)
     train(options(tmp_path / "usual", toy_set, recipe))
     train(options(tmp_path / "run", toy_set, recipe, "training.deterministic=true"))
@@ -88,19 +90,20 @@ def test_the_loss_falls(architecture: str, toy_set: Path, tmp_path: Path) -> Non
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_a_run_can_be_moved_between_its_parts(toy_set: Path, tmp_path: Path) -> None:
+def test_a_moved_run_can_be_resumed(toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = toy.recipe(tmp_path, HARD)
-    train(options(tmp_path / "whole", toy_set, recipe))
-    train(options(tmp_path / "here", toy_set, recipe, "training.steps=4"))
-    shutil.move(tmp_path / "here", tmp_path / "there")
-    copied = shutil.copytree(toy_set, tmp_path / "set")
-    before = Path.cwd()
-    os.chdir(tmp_path)
-    try:
-        train(options(Path("there"), copied, recipe))
-    finally:
-        os.chdir(before)
-    assert final(tmp_path / "whole") == final(tmp_path / "there")
+    train(options(tmp_path / "uninterrupted", toy_set, recipe))
+    train(options(tmp_path / "before", toy_set, recipe, "training.steps=4"))
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    copy = shutil.copytree(toy_set, tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    train(options(Path("after"), copy, recipe))
+    assert final(tmp_path / "uninterrupted") == final(tmp_path / "after")
+
+
+def ranking(run: Path) -> list[int]:
+    """The steps of the validated checkpoints, best first."""
+    return [found.step for found in checkpoints.ranked(checkpoints.list_checkpoints(run))]
 
 
 def log(run: Path, event: str) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from tests.scripted import (
     small_tokenizer,
 )
 from trmt.errors import DataError
-from trmt.streaming import Report, translate_stream
+from trmt.streaming import StreamReport, translate_stream
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
@@ -66,7 +66,7 @@ def in_chunks(data: bytes, *, seed: int) -> Iterator[bytes]:
         place += size
 
 
-def through_pipes(translator: Translator, chunks: Iterable[bytes]) -> tuple[bytes, Report]:
+def through_pipes(translator: Translator, chunks: Iterable[bytes]) -> tuple[bytes, StreamReport]:
     """What a program at the other ends of two real pipes gets."""
     their_end, source = os.pipe()
     result, our_end = os.pipe()

@@ -1,12 +1,12 @@
 """Bundles: a folder that holds a trained network and everything needed to translate with it.
 
-    manifest.json         what it is, where it came from, what it scored, and the checksum of the weights
-    weights.safetensors   each tensor once; the manifest says which names share one, and whether matrices
-                          are whole numbers beside their scales (trmt/bundles/quantised.py)
+    manifest.json         architecture, origin, scores, and the checksum of the weights
+    weights.safetensors   each tensor once; the manifest lists the names that share one, and whether matrices
+                          are int8 with scales (trmt/bundles/quantised.py)
     tokenizer/            text to ids and back
 
 A bundle is data: nothing in it is unpickled, and its manifest may name registered architectures only, so
-that a copied model cannot run code. Copy the folder and translate.
+that a copied model cannot run code. To use a bundle elsewhere, copy its folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 import trmt
 from trmt.bundles import quantised, upgrade
-from trmt.config import build, tree_of
+from trmt.config import build, to_tree
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Network, Seq2Seq
 from trmt.registry import NETWORKS, resolve
@@ -41,24 +41,24 @@ MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights.safetensors", "tokenize
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself."""
+    """What manifest.json holds."""
 
-    architecture: str
+    architecture: str  # its name in the registry
     network: dict[str, Any]  # the fields of the architecture's config
-    languages: tuple[str, str]
-    tokenizer: str  # its fingerprint
-    longest: dict[str, int]  # pieces of the longest source and target in training
+    languages: tuple[str, str]  # source and target
+    tokenizer: str  # fingerprint of the tokenizer
+    longest: dict[str, int]  # length in pieces of the longest source and target in training
     tied: dict[str, str] = field(default_factory=dict)  # name of a tensor -> the name it is stored under
-    special: dict[str, int] = field(default_factory=dict)
-    normalisation: dict[str, str] = field(default_factory=dict)
+    special: dict[str, int] = field(default_factory=dict)  # ids of pad, unk, bos and eos
+    normalisation: dict[str, str] = field(default_factory=dict)  # Unicode normalisation of each side
     data: dict[str, Any] = field(default_factory=dict)  # the prepared set it was trained on
-    training: dict[str, Any] = field(default_factory=dict)  # step, and what else describes the run
-    scores: tuple[dict[str, Any], ...] = ()  # each with its signature
-    golden: tuple[dict[str, Any], ...] = ()  # sentences and what these weights make of them
-    licences: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=dict)
-    weights: dict[str, Any] = field(default_factory=dict)  # size and checksum of the file
-    precision: Literal["fp32", "int8"] = "fp32"  # of the matrices in it
+    training: dict[str, Any] = field(default_factory=dict)  # step, epoch and whatever else describes the run
+    scores: tuple[dict[str, Any], ...] = ()  # metric, value and signature of each score
+    golden: tuple[dict[str, Any], ...] = ()  # sentences and their translations with these weights
+    licences: tuple[str, ...] = ()  # of the training data
+    versions: dict[str, str] = field(default_factory=dict)  # of trmt, torch and Python, when it was written
+    weights: dict[str, Any] = field(default_factory=dict)  # size and checksum of the weights file
+    precision: Literal["fp32", "int8"] = "fp32"  # of the stored matrices
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,22 @@ def build_network(architecture: str, options: Mapping[str, Any], *, trust_code: 
     network: type[Any] = resolve(NETWORKS, architecture, trust_code=trust_code)
     config = build(network.config_class, dict(options), where="network")
     try:
-        made: Network = network(config)
-        return made
+        built: Network = network(config)
+        return built
     except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        # Torch's own words for sizes that no machine could hold; they go on for lines.
+        # For sizes that no machine could hold, torch's messages are many lines long.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"cannot make a network of architecture {architecture!r} with these sizes ({reason}); "
+            f"cannot build a network of architecture {architecture!r} with these sizes ({reason}); "
             "choose smaller ones"
         ) from error
 
 
-def describe(net: Network, architecture: str, tokenizer: Tokenizer, **rest: Any) -> Manifest:
+def make_manifest(net: Network, architecture: str, tokenizer: Tokenizer, **rest: Any) -> Manifest:
     """The manifest of a network and its tokenizer; `rest` are further fields."""
     return Manifest(
         architecture=architecture,
-        network=tree_of(net.config),
+        network=to_tree(net.config),
         languages=tokenizer.languages,
         tokenizer=tokenizer.fingerprint,
         special={name: getattr(tokenizer.target, name) for name in ("pad", "unk", "bos", "eos")},
@@ -106,7 +106,7 @@ def describe(net: Network, architecture: str, tokenizer: Tokenizer, **rest: Any)
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names that stand for a tensor which another name stands for already."""
+    """The names of shared tensors but the first of each, with that first name."""
     first: dict[int, str] = {}
     return {
         name: first[id(tensor)]
@@ -118,14 +118,16 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
 def write_bundle(
     folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> Manifest:
-    """Write a bundle into an existing folder, which its caller makes appear atomically."""
+    """Write a bundle into an existing folder; making it appear atomically is up to the caller."""
     stored = {name: tensor for name, tensor in weights.items() if name not in manifest.tied}
-    write_tensors(folder / WEIGHTS, quantised.store(stored) if manifest.precision == "int8" else stored)
-    return seal(folder, manifest, tokenizer)
+    write_tensors(
+        folder / WEIGHTS, quantised.quantise_weights(stored) if manifest.precision == "int8" else stored
+    )
+    return finish_bundle(folder, manifest, tokenizer)
 
 
-def seal(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Manifest:
-    """Make a bundle of a folder in which the weights are already."""
+def finish_bundle(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Manifest:
+    """Add tokenizer and manifest to a folder that holds the weights."""
     tokenizer.save(folder / TOKENIZER)
     size = (folder / WEIGHTS).stat().st_size
     manifest = replace(manifest, weights={"bytes": size, "sha256": checksum(folder / WEIGHTS)})
@@ -134,22 +136,22 @@ def seal(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Manifest:
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_json(folder / MANIFEST, {"format": FORMATS[manifest.precision], **tree_of(manifest)})
+    write_json(folder / MANIFEST, {"format": FORMATS[manifest.precision], **to_tree(manifest)})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors; a disk that is full is an OSError."""
+    """Write tensors as safetensors; a full disk raises an OSError."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(stored, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # its own kind even where the system refused to write
+    except SafetensorError as error:  # raised even where the operating system refused to write
         raise OSError(str(error)) from error
 
 
 def save_bundle(
     folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Write a whole bundle, atomically."""
+    """Write a bundle, atomically."""
     with atomic_folder(folder) as partial:
         write_bundle(partial, manifest, weights, tokenizer)
 
@@ -161,7 +163,7 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether the folder looks like a bundle."""
+    """Whether the folder has a manifest."""
     return (folder / MANIFEST).is_file()
 
 
@@ -185,7 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = build(Manifest, {k: v for k, v in tree.items() if k in known}, where=str(path))
     except TrmtError as error:
-        what = str(error).partition(";")[0]  # what follows is advice about recipes
+        what = str(error).partition(";")[0]  # the rest is advice about recipes
         raise BundleError(f"{what}; copy the bundle again") from error
     try:
         architecture, network = upgrade.upgrade_network(manifest.architecture, manifest.network)
@@ -196,7 +198,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> dict[str, Tensor]:
-    """The weights of a bundle by name, in floating point, tied names included; altered ones are an error."""
+    """The weights of a bundle by name, in floating point and with tied names; altered ones are an error."""
     path = folder / WEIGHTS
     try:
         if verify and checksum(path) != manifest.weights.get("sha256"):
@@ -209,7 +211,7 @@ def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> di
     except SafetensorError as error:
         raise BundleError(f"{path} is damaged: {error}; copy the bundle again") from error
     if manifest.precision == "int8":
-        stored = quantised.restore(stored)
+        stored = quantised.dequantise_weights(stored)
     stored = upgrade.upgrade_weights(stored, manifest.architecture, manifest.network)
     for alias, name in manifest.tied.items():
         if name in stored:
@@ -226,24 +228,24 @@ def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code:
             f"{folder / TOKENIZER} is not the tokenizer this network was trained with; copy it again"
         )
     try:
-        with _Undrawn():
+        with _SkipInitialisation():
             net = build_network(manifest.architecture, manifest.network, trust_code=trust_code)
     except TrmtError as error:
         raise BundleError(f"cannot build the network of {folder}: {error}") from error
     if not isinstance(net, Seq2Seq):
         raise BundleError(
-            f"{folder} holds a network that reads and cannot translate; train one that begins with it: "
-            f"trmt train --init-from {folder}:encoder"
+            f"{folder} holds an encoder only, which cannot translate; train a translator that starts from it "
+            f"with trmt train --init-from {folder}:encoder"
         )
     weights = read_weights(folder, manifest)
     check_weights(net, weights, where=str(folder))
-    # The tensors themselves and not copies: they are the file, mapped, which other processes share.
+    # Assigned, not copied: the tensors are the memory-mapped file, which processes share.
     net.load_state_dict(weights, assign=True)
     return Bundle(folder, manifest, net.to(device).eval(), tokenizer)
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves fresh weights undrawn, for a network that is about to get others; drawing takes seconds."""
+class _SkipInitialisation(TorchFunctionMode):
+    """Skips the random initialisation of weights that are about to be replaced; it takes seconds."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -254,22 +256,25 @@ class _Undrawn(TorchFunctionMode):
 
 
 def load_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Put weights into a network; a difference in names or shapes is an error that names one."""
+    """Load weights into a network; an error names the first difference in names or shapes."""
     check_weights(net, weights, where=where)
     net.load_state_dict(dict(weights))
 
 
 def check_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Refuse weights that differ in names or shapes from a network's."""
+    """Raise an error if weights differ from a network's in names or shapes."""
     expected = net.state_dict()
     for name, tensor in expected.items():
         if name not in weights:
-            raise BundleError(f"{where} lacks the weights {name!r}; it belongs to another architecture")
+            raise BundleError(f"{where} has no weights {name!r}; it belongs to another architecture")
         if weights[name].shape != tensor.shape:
             raise BundleError(
                 f"{where} has {name!r} of shape {list(weights[name].shape)}, "
-                f"the network wants {list(tensor.shape)}; the two do not fit together"
+                f"but the network needs {list(tensor.shape)}; it belongs to a network of another size"
             )
     extra = sorted(set(weights) - set(expected))
     if extra:
-        raise BundleError(f"{where} has weights {extra[0]!r} that the network has not; they do not fit")
+        raise BundleError(
+            f"{where} has weights {extra[0]!r}, which the network does not have; it belongs to another "
+            "architecture"
+        )

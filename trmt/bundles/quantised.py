@@ -1,7 +1,9 @@
-"""Matrices as whole numbers with a scale for each row: how int8 bundles hold weights.
+"""Matrices as int8 with a scale for each row: how int8 bundles store weights.
 
-Whole numbers times scale are exact in fp32, and quantising the result gives the same numbers and scales
-again. So a network with rounded weights is the int8 network, whoever holds it in fp32.
+int8 times scale is exact in fp32, and quantising the product gives the same int8 and scales again. So a
+network in fp32 whose weights were rounded this way computes what the int8 network computes.
+
+Axes: N rows of a matrix, K columns.
 """
 
 from __future__ import annotations
@@ -14,27 +16,27 @@ from torch import Tensor, nn
 from trmt.errors import BundleError
 from trmt.nets.linear import quantize
 
-SCALE = ".scale"  # what the name of a matrix's scales ends in
+SCALE = ".scale"  # suffix of the name of a matrix's scales
 
 
-def store(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with each matrix as int8 and, beside it, its scales; the others as they are."""
+def quantise_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with each matrix as int8, and its scales under a name of their own; the rest unchanged."""
     stored: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if not _is_matrix(tensor):
             stored[name] = tensor
             continue
-        whole_NK, stored[name + SCALE] = quantize(tensor.detach().float().cpu())
+        int8_NK, stored[name + SCALE] = quantize(tensor.detach().float().cpu())
         if not stored[name + SCALE].isfinite().all():
-            raise BundleError(f"{name!r} holds numbers that are not finite; quantise another checkpoint")
-        stored[name] = whole_NK
+            raise BundleError(f"{name!r} has values that are not finite; quantise another checkpoint")
+        stored[name] = int8_NK
     return stored
 
 
-def restore(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in fp32, exactly what the whole numbers stand for."""
+def dequantise_weights(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in fp32, with the exact values of int8 times scale."""
     return {
-        name: _product(tensor, stored[name + SCALE]) if name + SCALE in stored else tensor
+        name: _dequantise(tensor, stored[name + SCALE]) if name + SCALE in stored else tensor
         for name, tensor in stored.items()
         if not (name.endswith(SCALE) and name.removesuffix(SCALE) in stored)
     }
@@ -42,15 +44,15 @@ def restore(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def round_weights(net: nn.Module) -> None:
-    """Give every matrix of a network the values that int8 can hold."""
+    """Round every matrix of a network to the values that int8 can represent."""
     for parameter in net.parameters():
         if _is_matrix(parameter):
-            parameter.copy_(_product(*quantize(parameter)))
+            parameter.copy_(_dequantise(*quantize(parameter)))
 
 
 def _is_matrix(tensor: Tensor) -> bool:
     return tensor.dim() == 2 and tensor.is_floating_point()
 
 
-def _product(whole_NK: Tensor, scale_N: Tensor) -> Tensor:
-    return whole_NK.float() * scale_N[:, None]
+def _dequantise(int8_NK: Tensor, scale_N: Tensor) -> Tensor:
+    return int8_NK.float() * scale_N[:, None]

@@ -1,10 +1,10 @@
-"""Tensors that lie in slices: each process writes the rows it has, and reads the rows it wants.
+"""Tensors saved in row slices: each process writes the rows it has, and reads the rows it needs.
 
-    slices-00000-of-00002.safetensors    the rows that one process held, in whole tensors' names
-    slices.json                          which rows of which tensor each file has, and its checksum
+    slices-00000-of-00002.safetensors    the rows of one process, under the names of the whole tensors
+    slices.json                          which rows of which tensor each file has, and the file's checksum
 
-A slice is a range of rows, so a tensor's bytes are those of its slices one after another: merging them into
-one file, or cutting them anew for another number of processes, needs no more memory than a slice.
+A slice is a range of rows, so the bytes of a tensor are those of its slices one after another. Merging them
+into one file, or reading them on another number of processes, needs no more memory than one slice.
 """
 
 from __future__ import annotations
@@ -25,59 +25,61 @@ from trmt.storage.files import checksum, write_json
 
 INDEX = "slices.json"
 FORMAT = 1
-BLOCK = 2**20  # bytes copied at a time
+COPY_BYTES = 2**20  # copied at a time
 
 
 @dataclass(frozen=True)
-class Slice:
+class TensorSlice:
     """Some rows of a tensor."""
 
     rows: Tensor
-    begin: int  # the number of the first row
+    first_row: int  # the index of rows[0] in the whole tensor
     shape: tuple[int, ...]  # of the whole tensor
 
 
-def chunk(length: int, number: int, count: int) -> tuple[int, int]:
-    """The rows from and up to which one of `count` processes holds a tensor of so many; some hold none."""
-    size = -(-length // count)
-    return min(number * size, length), min((number + 1) * size, length)
+def row_range(length: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The first row of a rank and the row after its last, as torch splits tensors; some ranks have none."""
+    size = -(-length // world_size)
+    return min(rank * size, length), min((rank + 1) * size, length)
 
 
-def write(folder: Path, slices: Mapping[str, Slice], *, number: int, count: int) -> dict[str, Any]:
-    """Write the slices of one process; what the index has to know of them."""
-    path = folder / f"slices-{number:05d}-of-{count:05d}.safetensors"
+def write_slices(
+    folder: Path, slices: Mapping[str, TensorSlice], *, rank: int, world_size: int
+) -> dict[str, Any]:
+    """Write the slices of one process; returns what the index has to know of them."""
+    path = folder / f"slices-{rank:05d}-of-{world_size:05d}.safetensors"
     stored = {name: each.rows.detach().cpu().contiguous() for name, each in slices.items()}
     try:
         save_file(stored, path)
-    except SafetensorError as error:  # its own kind even where the system refused to write
+    except SafetensorError as error:  # raised even where the operating system refused to write
         raise OSError(str(error)) from error
     return {
         "file": path.name,
         "sha256": checksum(path),
         "tensors": {
-            name: {"shape": list(each.shape), "begin": each.begin, "rows": _rows(each.rows)}
+            name: {"shape": list(each.shape), "begin": each.first_row, "rows": _row_count(each.rows)}
             for name, each in slices.items()
         },
     }
 
 
-def _rows(tensor: Tensor) -> int:
+def _row_count(tensor: Tensor) -> int:
     return tensor.shape[0] if tensor.dim() else 1
 
 
 def write_index(folder: Path, written: Sequence[Mapping[str, Any]]) -> None:
-    """Join what `write` said of each process's slices; without this file there are no slices."""
+    """Write the index from what `write_slices` returned on each process; it makes the slices complete."""
     tensors: dict[str, Any] = {}
-    for part in written:
-        for name, about in part["tensors"].items():
-            entry = tensors.setdefault(name, {"shape": about["shape"], "slices": []})
-            if about["rows"]:
-                entry["slices"].append([part["file"], about["begin"], about["begin"] + about["rows"]])
-    files = {part["file"]: part["sha256"] for part in written}
+    for file in written:
+        for name, entry in file["tensors"].items():
+            tensor = tensors.setdefault(name, {"shape": entry["shape"], "slices": []})
+            if entry["rows"]:
+                tensor["slices"].append([file["file"], entry["begin"], entry["begin"] + entry["rows"]])
+    files = {file["file"]: file["sha256"] for file in written}
     write_json(folder / INDEX, {"format": FORMAT, "files": files, "tensors": tensors})
 
 
-class Slices(Mapping[str, Tensor]):
+class SlicedTensors(Mapping[str, Tensor]):
     """The tensors of a folder with an index, each read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -89,8 +91,8 @@ class Slices(Mapping[str, Tensor]):
         self.tensors: dict[str, Any] = index["tensors"]
         self._open: dict[str, Any] = {}
 
-    def altered(self) -> Path | None:
-        """A file that is not as it was written, if there is one."""
+    def altered_file(self) -> Path | None:
+        """A file that is missing or whose checksum differs, if there is one."""
         paths = [self.folder / name for name in self.files]
         return next((p for p in paths if not p.is_file() or checksum(p) != self.files[p.name]), None)
 
@@ -102,24 +104,25 @@ class Slices(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.tensors[name]["shape"]
-        return (
-            self.rows(name, 0, shape[0]) if shape else self._file(self._places(name)[0][0]).get_tensor(name)
-        )
+        if shape:
+            return self.rows(name, 0, shape[0])
+        return self._file(self._ranges(name)[0][0]).get_tensor(name)
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """The rows of a tensor from `begin` up to `end`, from whatever files they are in."""
-        parts = [
+        """The rows of a tensor from `begin` up to `end`, from the files that have them."""
+        ranges = self._ranges(name)
+        pieces = [
             self._file(file).get_slice(name)[max(begin - first, 0) : min(end, last) - first]
-            for file, first, last in self._places(name)
+            for file, first, last in ranges
             if first < end and last > begin
         ]
-        if parts:
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-        file = self._places(name)[0][0]
-        return self._file(file).get_slice(name)[0:0]
+        if pieces:
+            return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        return self._file(ranges[0][0]).get_slice(name)[0:0]
 
-    def _places(self, name: str) -> list[tuple[str, int, int]]:
-        return sorted((tuple(place) for place in self.tensors[name]["slices"]), key=lambda place: place[1])
+    def _ranges(self, name: str) -> list[tuple[str, int, int]]:
+        """The slices of a tensor in order: file, first row, row after the last."""
+        return sorted((tuple(entry) for entry in self.tensors[name]["slices"]), key=lambda entry: entry[1])
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -127,48 +130,50 @@ class Slices(Mapping[str, Tensor]):
         return self._open[name]
 
     def merge(self, path: Path, names: Mapping[str, str]) -> None:
-        """Write tensors as one safetensors file, `names` giving for each its name there."""
-        heads = {file: _header(self.folder / file) for file in self.files}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name, merged in names.items():
-            places = self._places(name)
-            size = sum(_span(heads[file][name])[1] for file, _, _ in places)
-            kind = heads[places[0][0]][name]["dtype"]
-            shape = self.tensors[name]["shape"]
-            header[merged] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + size]}
-            at += size
-        words = json.dumps(header).encode()
-        words += b" " * (-len(words) % 8)  # what follows is aligned, as safetensors wants it
+        """Write whole tensors to one safetensors file; `names` maps the saved names to those in the file."""
+        headers = {file: _read_header(self.folder / file) for file in self.files}
+        merged_header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, merged_name in names.items():
+            ranges = self._ranges(name)
+            size = sum(_byte_range(headers[file][name])[1] for file, _, _ in ranges)
+            merged_header[merged_name] = {
+                "dtype": headers[ranges[0][0]][name]["dtype"],
+                "shape": self.tensors[name]["shape"],
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        encoded = json.dumps(merged_header).encode()
+        encoded += b" " * (-len(encoded) % 8)  # safetensors wants the data aligned to 8 bytes
         with path.open("wb") as out:
-            out.write(len(words).to_bytes(8, "little") + words)
+            out.write(len(encoded).to_bytes(8, "little") + encoded)
             for name in names:
-                for file, _, _ in self._places(name):
-                    _copy(self.folder / file, *_span(heads[file][name]), out)
+                for file, _, _ in self._ranges(name):
+                    _copy_bytes(self.folder / file, *_byte_range(headers[file][name]), out)
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """What a safetensors file holds; places are counted from the beginning of the file."""
+def _read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, with offsets counted from the beginning of the file."""
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        found: dict[str, Any] = json.loads(stream.read(length))
-    found.pop("__metadata__", None)
-    for entry in found.values():
+        header: dict[str, Any] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    for entry in header.values():
         entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
-    return found
+    return header
 
 
-def _span(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Where a tensor begins in its file, and how many bytes it has."""
+def _byte_range(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """The offset of a tensor in its file, and its size in bytes."""
     begin, end = entry["data_offsets"]
     return begin, end - begin
 
 
-def _copy(path: Path, begin: int, size: int, out: Any) -> None:
+def _copy_bytes(path: Path, begin: int, size: int, out: Any) -> None:
     with path.open("rb") as stream:
         stream.seek(begin)
         left = size
         while left:
-            block = stream.read(min(left, BLOCK))
+            block = stream.read(min(left, COPY_BYTES))
             out.write(block)
             left -= len(block)

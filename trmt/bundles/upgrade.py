@@ -1,8 +1,8 @@
 """Bundles of formats 1 and 2, and recipes of their time, in the words of today.
 
 Options that are networks of their own today change the architecture; options and weights have other names.
-What is in today's words is left as it is. Where an option is given under its old and its new name, the old one
-wins: it was given later, with `--set`.
+What is in today's words is left as it is. Where an option is given under its old and its new name, the old
+one wins: it was given later, with `--set`.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ def without_segments(options: Mapping[str, Any]) -> Tree:
     if positions not in ("sinusoidal", "learned") or "position_columns" in options:
         what = "concatenated positions" if "position_columns" in options else f"positions = {positions!r}"
         raise ConfigError(
-            f"a Transformer cannot take over segments = {segments} with {what}: it adds the vector of the one "
-            "segment that it knows to a table of positions; train one without segments"
+            f"a Transformer cannot take over segments = {segments} with {what}: it adds the vector of the "
+            "one segment that it knows to a table of positions; train one without segments"
         )
     return {**options, "positions": "learned"}
 
@@ -264,7 +264,7 @@ def upgrade_weights(
 
 
 def fold_segments(weights: dict[str, Tensor], segments: Tensor, count: int) -> None:
-    """Add the vector of segment 0 to the encoder's positions; sinusoidal ones of both sides become learned."""
+    """Add the vector of segment 0 to the encoder's positions; sinusoids of both sides become learned."""
     if POSITIONS[0] not in weights:
         table = sinusoids(count, segments.shape[1])[None]
         weights |= dict.fromkeys(POSITIONS, table)

@@ -1,42 +1,47 @@
-"""The `trmt` command: a shell over the library, one file for each subcommand, one place for errors."""
+"""The `trmt` command line: a table of commands, and the place where errors end."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from trmt import __version__, console
-from trmt.cli import (
-    align,
-    attend,
-    average,
-    bert,
-    check_resume,
-    compare,
-    env,
-    export,
-    importing,
-    inspect,
-    plot,
-    prepare,
-    pretrain,
-    quantize,
-    score,
-    tokenizer,
-    train,
-    translate,
-    vectors,
-    verify,
-)
 from trmt.errors import TrmtError
+from trmt.registry import is_installed
+
+# name -> (module of trmt.cli and the command in it, the optional package that it needs)
+COMMANDS: Mapping[str, tuple[str, str | None]] = {
+    "tokenizer": ("tokenizer:command", None),
+    "prepare": ("prepare:command", None),
+    "vectors": ("vectors:command", None),
+    "train": ("train:command", None),
+    "pretrain": ("train:pretrain", "trmt.lab"),
+    "check-resume": ("check_resume:command", None),
+    "average": ("average:command", None),
+    "translate": ("translate:command", None),
+    "quantize": ("quantize:command", None),
+    "inspect": ("inspect:command", "trmt.insight"),
+    "verify": ("verify:command", None),
+    "export": ("interop:export_command", "trmt.interop"),
+    "import": ("interop:import_command", "trmt.interop"),
+    "align": ("align:command", "trmt.insight"),
+    "score": ("score:command", None),
+    "attend": ("attend:command", "trmt.insight"),
+    "plot": ("plot:command", "trmt.insight"),
+    "compare": ("compare:command", "trmt.insight"),
+    "env": ("env:command", None),
+    "bert": ("interop:bert", "trmt.interop"),
+}
 
 
-class _Commands(TyperGroup):
-    """Ends that Typer would meet without a word, or with a traceback."""
+class _CommandGroup(TyperGroup):
+    """Handles two exits for which Typer prints nothing or a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -45,13 +50,13 @@ class _Commands(TyperGroup):
             console.fail("interrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            # The reader has gone: end quietly, and keep the interpreter from complaining when it flushes.
+            # The reader of standard output has gone. Python must not complain when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(141) from None
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=_CommandGroup,
     name="trmt",
     help="Train your own translator: tokenizer, prepare, train, average, translate, score, plot.",
     no_args_is_help=True,
@@ -70,7 +75,7 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -78,32 +83,26 @@ def _root(
     console.set_quiet(quiet)
 
 
-app.command("tokenizer")(tokenizer.command)
-app.command("prepare")(prepare.command)
-app.command("vectors")(vectors.command)
-app.command("train")(train.command)
-app.command("pretrain")(pretrain.command)
-app.command("check-resume")(check_resume.command)
-app.command("average")(average.command)
-app.command("translate")(translate.command)
-app.command("quantize")(quantize.command)
-app.command("inspect")(inspect.command)
-app.command("verify")(verify.command)
-app.command("export")(export.command)
-app.command("import")(importing.command)
-app.command("align")(align.command)
-app.command("score")(score.command)
-app.command("attend")(attend.command)
-app.command("plot")(plot.command)
-app.command("compare")(compare.command)
-app.command("env")(env.command)
-app.add_typer(bert.app, name="bert")
+def _add_commands() -> None:
+    """Add the commands whose packages are installed."""
+    for name, (path, package) in COMMANDS.items():
+        if package is not None and not is_installed(package):
+            continue
+        module, _, attribute = path.partition(":")
+        command = getattr(import_module(f"trmt.cli.{module}"), attribute)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+
+
+_add_commands()
 
 
 def main() -> None:
-    """Run the command line; every TrmtError ends here as one sentence and exit code 1."""
-    # Before torch is loaded: threads that wait for each other by spinning keep a busy core from the one they
-    # wait for. So they spin for a moment only.
+    """Run the command line; a TrmtError becomes one line on standard error and exit code 1."""
+    # Must be set before torch is loaded. OpenMP threads that wait spin only briefly, because a spinning
+    # thread takes a busy core from the one that it waits for.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         try:
@@ -113,8 +112,8 @@ def main() -> None:
             sys.exit(error.exit_code)
     except SystemExit as end:
         if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(end.code, int | None):
-            # One of several processes: threads of torch that are still about abort it now and then when the
-            # interpreter takes itself apart, and torchrun would call a run a failure that has ended well.
+            # In a distributed run, threads of torch that are still running sometimes abort the interpreter at
+            # exit, and torchrun would report a successful run as failed.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code or 0)

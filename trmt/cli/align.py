@@ -1,4 +1,4 @@
-"""`trmt align`: which word of a translation comes from which word of its source."""
+"""`trmt align`: word alignment."""
 
 from __future__ import annotations
 
@@ -7,142 +7,163 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trmt.cli.options import Device, Model, TrustCode
-from trmt.cli.score import aligned
-from trmt.cli.translate import leave
-from trmt.cli.translate import streams as standard_streams
+from trmt.cli.common import (
+    Device,
+    Model,
+    TrustCode,
+    exit_after_write_error,
+    format_table,
+    input_stream,
+    output_stream,
+    warn_about_encoding,
+    warn_about_lines,
+)
 from trmt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trmt.insight.alignment.aligning_streams import Report
-    from trmt.insight.alignment.linking import Aligner, Look
-    from trmt.text.links import Agreement
-
-SHOWN = 5  # lines that a message names
+    from trmt.insight.alignment.aligners import Aligner, AttentionHead
+    from trmt.insight.alignment.pipeline import AlignmentReport, AlignOptions
+    from trmt.text.links import AlignmentScore
 
 
 def command(
     model: Model = None,
     reverse: Annotated[
         Path | None,
-        typer.Option("--reverse", help="A model of the other direction; links are those of both."),
+        typer.Option("--reverse", help="Model of the reverse direction; both alignments are symmetrised."),
     ] = None,
-    counts: Annotated[
+    model1: Annotated[
         Path | None,
-        typer.Option("--counts", metavar="SET", help="Count in a prepared set instead of asking a model."),
+        typer.Option(
+            "--ibm-model1",
+            metavar="SET",
+            help="Train IBM Model 1 on a prepared set instead of using a model.",
+        ),
     ] = None,
     pairs: Annotated[
         str | None,
-        typer.Option("--pairs", metavar="CORPUS", help="As for trmt prepare. [default: TSV on stdin]"),
+        typer.Option(
+            "--pairs", metavar="CORPUS", help="Corpus to align, as for trmt prepare. [default: TSV on stdin]"
+        ),
     ] = None,
     symmetrise: Annotated[
         str | None,
         typer.Option(
             "--symmetrise",
             help="intersection, union, grow-diag, grow-diag-final or grow-diag-final-and. "
-            "[default: the last, for two directions]",
+            "[default: the last, if there are two directions]",
         ),
     ] = None,
     layer: Annotated[
         int | None,
         typer.Option(
-            "--layer", help="Whose attention, from 1. [default: the guided one, or the last but one]"
+            "--layer", help="Layer of the attention, from 1. [default: the guided one, else the penultimate]"
         ),
     ] = None,
     head: Annotated[
-        int | None, typer.Option("--head", help="From 1. [default: the guided one, else the mean of all]")
+        int | None,
+        typer.Option(
+            "--head", help="Attention head, from 1. [default: the guided one, else the mean of all]"
+        ),
     ] = None,
     shift: Annotated[
         bool | None,
-        typer.Option("--shift/--no-shift", help="Look a step later, when the word goes in. [default: no]"),
+        typer.Option(
+            "--shift/--no-shift",
+            help="Use the attention of the next decoding step, which has the target piece as its input. "
+            "[default: no]",
+        ),
     ] = None,
     gold: Annotated[
-        Path | None, typer.Option("--gold", help="Links that people found: how far from these?")
+        Path | None, typer.Option("--gold", help="Gold links to compare with: alignment error rate.")
     ] = None,
-    choose: Annotated[
-        bool, typer.Option("--choose", help="With --gold: a table of all layers and heads, best first.")
+    rank_heads: Annotated[
+        bool, typer.Option("--rank-heads", help="With --gold: list all layers and heads, the best first.")
     ] = False,
-    given: Annotated[
-        Path | None, typer.Option("--given", help="With --gold: judge the links in this file, find none.")
+    evaluate: Annotated[
+        Path | None,
+        typer.Option("--evaluate", help="With --gold: compare the links in this file and align nothing."),
     ] = None,
     device: Device = "auto",
     trust_code: TrustCode = False,
+    counts: Annotated[Path | None, typer.Option("--counts", hidden=True)] = None,
+    choose: Annotated[bool, typer.Option("--choose", hidden=True)] = False,
+    given: Annotated[Path | None, typer.Option("--given", hidden=True)] = None,
 ) -> None:
-    """Find which words belong together: source TAB target in, links such as 0-0 1-2 out."""
-    if not gold and (choose or given):
-        raise ConfigError(
-            f"{'--choose' if choose else '--given'} needs gold to compare with; add --gold FILE"
-        )
-    from trmt.insight.alignment import aligning_streams as streams
-    from trmt.insight.alignment.linking import AttentionAligner, LookOptions
+    """Align the words of sentence pairs. Lines of source TAB target give lines of links such as 0-0 1-2."""
+    from trmt.insight.alignment.aligners import HeadOptions
+    from trmt.insight.alignment.pipeline import AlignOptions, evaluate_file
 
-    if given and gold:
-        typer.echo(_verdict(streams.judge_given(given, gold)))
+    # --counts, --choose and --given are the former names of --ibm-model1, --rank-heads and --evaluate.
+    evaluate, rank_heads = evaluate or given, rank_heads or choose
+    if not gold and (rank_heads or evaluate):
+        name = "--rank-heads" if rank_heads else "--evaluate"
+        raise ConfigError(f"{name} needs gold links to compare with; add --gold FILE")
+    if evaluate and gold:
+        typer.echo(_format_agreement(evaluate_file(evaluate, gold)))
         return
-    options = streams.AlignOptions(
+    options = AlignOptions(
         model=model,
         reverse=reverse,
-        counts=counts,
-        look=LookOptions(layer=layer, head=head, shift=shift),
+        model1=model1 or counts,
+        head=HeadOptions(layer=layer, head=head, shift=shift),
         method=symmetrise,
         device=device,
         trust_code=trust_code,
     )
-    source, out = standard_streams()
-    aligner = streams.build_aligner(options)
-    if choose and gold:
+    _align(options, pairs, gold, rank_heads=rank_heads)
+
+
+def _align(options: AlignOptions, corpus: str | None, gold: Path | None, *, rank_heads: bool) -> None:
+    from trmt.insight.alignment import pipeline
+    from trmt.insight.alignment.aligners import AttentionAligner
+
+    source, out = input_stream(), output_stream()
+    aligner = pipeline.build_aligner(options)
+    if rank_heads and gold:
         if not isinstance(aligner, AttentionAligner):
-            raise ConfigError("--choose is for the layers of one model; leave --reverse and --counts out")
-        some = streams.read_pairs(aligner, pairs or source)
-        typer.echo(_looks(streams.judge_looks(aligner, some, gold)))
+            raise ConfigError("--rank-heads is for one model; leave --reverse and --ibm-model1 out")
+        batch = pipeline.read_pairs(aligner, corpus or source)
+        typer.echo(_format_heads(pipeline.rank_heads(aligner, batch, gold)))
         return
     try:
-        if pairs:
-            report = streams.align_corpus(aligner, pairs, out, gold=gold)
+        if corpus:
+            report = pipeline.align_corpus(aligner, corpus, out, gold=gold)
         else:
-            report = streams.align_stream(aligner, source, out, gold=gold)
+            report = pipeline.align_stream(aligner, source, out, gold=gold)
     except OSError as error:
-        leave(error, "links")
-    _explain(report, aligner)
+        exit_after_write_error(error, "links")
+    _print_report(report, aligner)
 
 
-def _explain(report: Report, aligner: Aligner) -> None:
+def _print_report(report: AlignmentReport, aligner: Aligner) -> None:
     from trmt import console
 
-    for numbers, one, several in (
-        (
-            report.halves,
-            "has no tab and so no links; write source TAB target",
-            "have no tab and so no links; write source TAB target",
-        ),
-        (
-            report.undecodable,
-            "is not valid UTF-8; what could not be read was replaced",
-            "are not valid UTF-8; what could not be read was replaced",
-        ),
-    ):
-        if len(numbers) == 1:
-            console.warn(f"line {numbers[0]} {one}")
-        elif numbers:
-            shown = ", ".join(map(str, numbers[:SHOWN])) + (", ..." if len(numbers) > SHOWN else "")
-            console.warn(f"{len(numbers):,} lines {several}: {shown}")
-    if aligner.cut:
-        console.warn(f"pairs longer than what is looked at: {aligner.cut:,}; the words behind have no links")
+    warn_about_lines(
+        report.without_tab,
+        "has no tab and gets no links; write source TAB target",
+        "have no tab and get no links; write source TAB target",
+    )
+    warn_about_encoding(report.undecodable)
+    if aligner.truncated:
+        console.warn(f"pairs that were truncated because of their length: {aligner.truncated:,}")
     if report.agreement:
-        console.say(_verdict(report.agreement))
+        console.say(_format_agreement(report.agreement))
 
 
-def _verdict(seen: Agreement) -> str:
+def _format_agreement(agreement: AlignmentScore) -> str:
     return (
-        f"alignment error rate {seen.error_rate:.4f}, precision {seen.precision:.4f}, "
-        f"recall {seen.recall:.4f} ({seen.found:,} links, {seen.sure:,} sure ones in gold)"
+        f"alignment error rate {agreement.error_rate:.4f}, precision {agreement.precision:.4f}, "
+        f"recall {agreement.recall:.4f} ({agreement.found:,} links, {agreement.sure:,} sure links in gold)"
     )
 
 
-def _looks(verdicts: list[tuple[Look, Agreement]]) -> str:
+def _format_heads(ranked: list[tuple[AttentionHead, AlignmentScore]]) -> str:
     rows = [["layer", "head", "shift", "AER", "precision", "recall"]]
-    for look, seen in verdicts:
-        head = "mean" if look.head is None else str(look.head + 1)
-        figures = [f"{value:.4f}" for value in (seen.error_rate, seen.precision, seen.recall)]
-        rows.append([str(look.layer + 1), head, "yes" if look.shift else "no", *figures])
-    return aligned(rows)
+    for each, agreement in ranked:
+        head = "mean" if each.head is None else str(each.head + 1)
+        numbers = (agreement.error_rate, agreement.precision, agreement.recall)
+        rows.append(
+            [str(each.layer + 1), head, "yes" if each.shift else "no", *map("{:.4f}".format, numbers)]
+        )
+    return format_table(rows)

@@ -1,4 +1,4 @@
-"""`trmt attend`: where a network looks while it writes."""
+"""`trmt attend`: attention maps."""
 
 from __future__ import annotations
 
@@ -8,55 +8,55 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from trmt.cli.options import Device, Model, TrustCode
+from trmt.cli.common import Device, Model, TrustCode, input_stream, output_style
 
 if TYPE_CHECKING:
-    from trmt.insight.heatmaps.showing import Attender, Line
+    from trmt.insight.heatmaps.extractor import AttendLine, AttentionExtractor
 
 
 def command(
     model: Model = None,
     source: Annotated[
-        str | None, typer.Option("--source", help="A sentence. [default: the lines of standard input]")
+        str | None, typer.Option("--source", help="A source sentence. [default: the lines of standard input]")
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help="Its translation. [default: what the model makes of it]")
+        str | None, typer.Option("--target", help="Its translation. [default: translated by the model]")
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            help="Page (.html) or picture (.png, .svg, .pdf) to write. [default: text on the terminal]",
+            help="Page (.html) or figure (.png, .svg, .pdf) to write. [default: text on the terminal]",
         ),
     ] = None,
     kinds: Annotated[
         list[str] | None,
         typer.Option(
             "--kind",
-            help="cross (target to source), encoder or decoder (to themselves); can be repeated for a page. "
-            "[default: cross, on a page all]",
+            help="cross (attention), encoder or decoder (self-attention); repeatable for a page. "
+            "[default: cross, for a page all]",
         ),
     ] = None,
-    layer: Annotated[
-        int | None, typer.Option("--layer", min=1, help="Which layer. [default: mean of all]")
-    ] = None,
+    layer: Annotated[int | None, typer.Option("--layer", min=1, help="Layer. [default: mean of all]")] = None,
     head: Annotated[
-        int | None, typer.Option("--head", min=1, help="Which head. [default: mean of all]")
+        int | None, typer.Option("--head", min=1, help="Attention head. [default: mean of all]")
     ] = None,
-    words: Annotated[bool, typer.Option("--words/--pieces", help="Pieces joined to words.")] = False,
-    beam: Annotated[int, typer.Option("--beam", help="Size of the beam; 1 is greedy search.")] = 4,
+    words: Annotated[
+        bool, typer.Option("--words/--pieces", help="Show the weights between words or subword pieces.")
+    ] = False,
+    beam: Annotated[int, typer.Option("--beam", help="Beam size; 1 is greedy search.")] = 4,
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
-    """Draw where a network looks while it writes: lines of a source, or of a source, a tab and a target."""
+    """Show the attention of a network. Input lines are a source, or a source, a tab and a target."""
     from trmt.errors import ConfigError
-    from trmt.insight.heatmaps.showing import Attender, AttendOptions, Line, write
+    from trmt.insight.heatmaps.extractor import AttendLine, AttendOptions, AttentionExtractor, write_maps
 
     if source is None and target is not None:
         raise ConfigError("--target is the translation of a --source; give both, or lines with a tab between")
     options = AttendOptions(
         model=model,
-        kinds=cast(Any, tuple(kinds or ())),  # checked there
+        kinds=cast(Any, tuple(kinds or ())),  # AttendOptions checks them
         layer=layer or 0,
         head=head or 0,
         by_words=words,
@@ -65,51 +65,44 @@ def command(
         device=device,
         trust_code=trust_code,
     )
-    attender = Attender(options)
-    lines = _stdin() if source is None else iter([[Line(1, source, target)]])
+    extractor = AttentionExtractor(options)
+    windows = _read_lines() if source is None else iter([[AttendLine(1, source, target)]])
     if out:
-        write(attender, (line for window in lines for line in window))
+        write_maps(extractor, (line for window in windows for line in window))
     else:
-        for window in lines:
-            _show(attender, window)
+        for window in windows:
+            _print_maps(extractor, window)
 
 
-def _stdin() -> Iterator[list[Line]]:
-    """The lines that are there, as they come."""
-    import sys
-
+def _read_lines() -> Iterator[list[AttendLine]]:
+    """The lines of standard input, as they arrive."""
     from trmt import console
-    from trmt.errors import DataError
-    from trmt.insight.heatmaps.showing import Line
-    from trmt.streaming import BOM, Reader
+    from trmt.insight.heatmaps.extractor import AttendLine
+    from trmt.streaming import BOM, LineReader
 
-    if sys.stdin is None:
-        raise DataError("standard input is closed; connect it to a file, a pipe or a terminal")
-    if sys.stdin.isatty():
-        console.say("type a line to see where the model looks while it translates it, Ctrl-D to end")
-    number = 0
-    for window in Reader(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)).windows():
-        if not number:
+    source = input_stream()
+    if source.isatty():
+        console.say("type a line to see the attention of its translation, Ctrl-D to end")
+    count = 0
+    for window in LineReader(source).windows():
+        if not count:
             window[0] = window[0].removeprefix(BOM)
-        yield [Line.read(raw, number + at) for at, raw in enumerate(window, start=1)]
-        number += len(window)
+        yield [AttendLine.parse(raw, number) for number, raw in enumerate(window, start=count + 1)]
+        count += len(window)
 
 
-def _show(attender: Attender, lines: list[Line]) -> None:
-    """The matrices as text on standard output."""
-    import os
-    import shutil
+def _print_maps(extractor: AttentionExtractor, lines: list[AttendLine]) -> None:
+    """Print the maps as text on standard output."""
     import sys
 
-    from trmt.insight.heatmaps import text
-    from trmt.insight.heatmaps.matrix import matrix
+    from trmt.insight.heatmaps import terminal
+    from trmt.insight.heatmaps.maps import choose_map
     from trmt.training import display
 
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    width = shutil.get_terminal_size().columns
-    for line, looks in attender.looks(lines):
-        drawn = matrix(looks, attender.choice)
-        head = [(f"{line.number}  {attender.choice}", None)]
-        rows = text.rows(drawn, width=width, coloured=coloured)
-        display.draw([head, [], *rows, [], text.legend(drawn, coloured=coloured), []], text.SHADES)
+    width, coloured = output_style()
+    for line, maps in extractor.maps(lines):
+        drawn = choose_map(maps, extractor.choice)
+        title = [(f"{line.number}  {extractor.choice}", None)]
+        rows = terminal.rows(drawn, width=width, coloured=coloured)
+        display.draw([title, [], *rows, [], terminal.legend(drawn, coloured=coloured), []], terminal.SHADES)
     sys.stdout.flush()

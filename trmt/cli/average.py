@@ -25,4 +25,4 @@ def command(
     from trmt.averaging import AverageOptions, average
     from trmt.verifying import record
 
-    average(AverageOptions(places=tuple(places or ()), best=best, last=last, out=out), record)
+    average(AverageOptions(paths=tuple(places or ()), best=best, last=last, out=out), record)

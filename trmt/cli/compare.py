@@ -1,48 +1,46 @@
-"""`trmt compare`: runs side by side, and whether one is better than another."""
+"""`trmt compare`: runs side by side, and whether their scores differ significantly."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trmt.cli.options import Device
-from trmt.cli.plot import Across
-from trmt.cli.score import aligned, shown
+from trmt.cli.common import Device, format_table
+from trmt.cli.plot import CurvesAxis, CurvesOut, XAxis, draw_curves
+from trmt.cli.score import format_systems
 
 if TYPE_CHECKING:
-    from trmt.insight.comparing import Comparison, Scores
+    from trmt.insight.comparing import Comparison
 
-WIDEST = 40  # columns of a cell
+MAX_CELL = 40  # characters
 
 
 def command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, the baseline first.")],
     test: Annotated[
         str | None,
-        typer.Option("--test", metavar="CORPUS", help="Pairs to translate and score besides the dev set."),
+        typer.Option(
+            "--test", metavar="CORPUS", help="Test set to translate and score, besides the dev set."
+        ),
     ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option("--metric", "-m", help="bleu, chrf, chrf++ or ter; repeatable.  [default: bleu chrf]"),
     ] = None,
-    beam: Annotated[int, typer.Option("--beam", min=1, help="Size of the beam; 1 is greedy search.")] = 4,
-    resamples: Annotated[int, typer.Option(min=2, help="Of the paired bootstrap.")] = 1000,
+    beam: Annotated[int, typer.Option("--beam", min=1, help="Beam size; 1 is greedy search.")] = 4,
+    resamples: Annotated[int, typer.Option(min=2, help="Resamples of the paired bootstrap.")] = 1000,
     log_only: Annotated[
-        bool, typer.Option("--log-only", help="Translate nothing: only what folders and logs say.")
+        bool, typer.Option("--log-only", help="Translate nothing: compare only run folders and logs.")
     ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Picture of the curves: .png, .svg or .pdf. [default: text]"),
-    ] = None,
-    across: Annotated[Across, typer.Option("--x", help="What the curves are drawn over.")] = Across.steps,
+    out: CurvesOut = None,
+    x_axis: CurvesAxis = XAxis.steps,
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON; no curves.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything but the curves as JSON.")] = False,
 ) -> None:
-    """Compare runs: curves, data, settings that differ, speed, scores and whether they differ by chance."""
-    import json
-
+    """Compare runs. Curves, data, settings that differ, speed, scores, and whether they differ by chance."""
     from trmt.insight.comparing import CompareOptions, as_tree, compare
 
     options = CompareOptions(
@@ -55,45 +53,30 @@ def command(
         device=device,
     )
     found = compare(options)
-    if as_json and not out:
-        typer.echo(json.dumps(as_tree(found, options), indent=2, ensure_ascii=False))
-        return
-    _draw(options.runs, out, across)
+    if out or not as_json:
+        draw_curves(options.runs, out, x_axis)
     if as_json:
         typer.echo(json.dumps(as_tree(found, options), indent=2, ensure_ascii=False))
-        return
-    typer.echo(_table(found))
+    else:
+        _print(found, options.test, beam)
+
+
+def _print(found: Comparison, test: str | None, beam: int) -> None:
+    from trmt import console
+
+    typer.echo(_format_runs(found))
     for title, scores in (("dev set", found.dev), (f"test set {test}", found.test)):
         if scores:
-            typer.echo(f"\n{title}, beam {beam}\n{_scores(scores)}")
+            typer.echo(f"\n{title}, beam {beam}\n{format_systems('run', scores)}")
     if found.dev or found.test:
-        from trmt import console
-
         base = next(iter(found.runs))
         console.say(
             f"in brackets: mean and 95% interval; p: paired bootstrap against {base}; * differs at p < 0.05"
         )
 
 
-def _draw(runs: tuple[Path, ...], out: Path | None, across: Across) -> None:
-    """The curves, as `trmt plot` draws them."""
-    import os
-    import shutil
-    import sys
-
-    from trmt.insight.plotting import ON_DARK, PlotOptions, plot, rows
-    from trmt.training import display
-
-    histories, drawn = plot(PlotOptions(runs=runs, out=out, axis=across.value))
-    if out is None:
-        coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        width = shutil.get_terminal_size().columns
-        pictured = rows(drawn, list(histories), width=width, axis=across.value, marked=not coloured)
-        display.draw(pictured, ON_DARK)
-
-
-def _table(found: Comparison) -> str:
-    """A column for each run: what it is, how far it came, and the settings that differ."""
+def _format_runs(found: Comparison) -> str:
+    """A column for each run: data, size, progress, and the settings that differ."""
     from trmt import console
 
     runs = found.runs.values()
@@ -101,7 +84,7 @@ def _table(found: Comparison) -> str:
 
     def add(name: str, cells: list[str]) -> None:
         if any(cells):
-            lines.append([name, *(_cut(cell) for cell in cells)])
+            lines.append([name, *map(_truncate, cells)])
 
     add("languages", [" -> ".join(run.languages) if any(run.languages) else "" for run in runs])
     add("data", [str(run.data.get("set", "")) for run in runs])
@@ -115,14 +98,13 @@ def _table(found: Comparison) -> str:
         [console.duration(run.progress["seconds"]) if "seconds" in run.progress else "" for run in runs],
     )
     add("target tokens/s", [_number(run.progress.get("tokens_per_second")) for run in runs])
-    metrics = dict.fromkeys(score["metric"] for run in runs for score in run.best)
-    for metric in metrics:
+    for metric in dict.fromkeys(score["metric"] for run in runs for score in run.best):
         add(f"best {metric}", [_best(run.best, metric) for run in runs])
     for setting, values in found.differences.items():
-        lines.append([setting, *(_cut(_plain(value)) for value in values)])
+        add(setting, [str(value).lower() if isinstance(value, bool) else str(value) for value in values])
     for name, why in found.left_out.items():
         lines.append([f"not compared: {name}", why])
-    return aligned([[*line, *[""] * (len(lines[0]) - len(line))] for line in lines])
+    return format_table([[*line, *[""] * (len(lines[0]) - len(line))] for line in lines])
 
 
 def _best(scores: list[dict[str, Any]], metric: str) -> str:
@@ -134,18 +116,5 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
 
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _cut(cell: str) -> str:
-    return cell if len(cell) <= WIDEST else f"…{cell[1 - WIDEST :]}"
-
-
-def _scores(table: Scores) -> str:
-    """As `trmt score` shows several systems."""
-    first = next(iter(table.values()))
-    rows = [["run", *(found.name for found in first.values())]]
-    rows += [[name, *(shown(found) for found in scores.values())] for name, scores in table.items()]
-    signatures = [[found.name, found.signature] for found in first.values()]
-    return f"{aligned(rows)}\n\n{aligned(signatures)}"
+def _truncate(cell: str) -> str:
+    return cell if len(cell) <= MAX_CELL else f"…{cell[1 - MAX_CELL :]}"

@@ -1,4 +1,4 @@
-"""`trmt translate --input` and `trmt prepare --ray`: a corpus in parts, by workers here or on Ray."""
+"""`trmt translate --input` and `trmt prepare --ray`: corpora in parts, by processes or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trmt.scale.fleet import Fleets
+    from trmt.scale.pool import PoolFactory
     from trmt.sets.preparing import PrepareOptions
     from trmt.translating import TranslateOptions
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What is translated, into what, and in which form."""
+    """The files to translate, the output folder, and the format."""
 
     source: str
     out: str
@@ -33,8 +33,9 @@ def translate(
     """Translate files in parts."""
     from trmt.scale.corpus_translating import GPU_PART_MIB, PART_MIB, CorpusOptions, translate_corpus
 
-    with _on_ray(ray, workers, options.device) if ray else _here(workers, options.device) as (fleets, device):
-        usual = GPU_PART_MIB if device == "cuda" else PART_MIB
+    pool = _ray_pool(ray, workers, options.device) if ray else _process_pool(workers, options.device)
+    with pool as (make_pool, device):
+        default = GPU_PART_MIB if device == "cuda" else PART_MIB
         translate_corpus(
             CorpusOptions(
                 source=files.source,
@@ -43,41 +44,43 @@ def translate(
                 search=replace(options, device=device),
                 as_json=files.as_json,
                 prefixed=files.prefixed,
-                part_mib=usual if files.part_mib is None else files.part_mib,
+                part_mib=default if files.part_mib is None else files.part_mib,
                 trust_code=files.trust_code,
             ),
-            fleets,
+            make_pool,
         )
 
 
 def prepare(options: PrepareOptions, *, ray: str, workers: int | None) -> None:
-    """Prepare a set whose pairs are encoded in parts."""
+    """Prepare a set whose training pairs are encoded in parts on a Ray cluster."""
     from trmt.scale.corpus_preparing import prepare_in_parts
 
-    with _on_ray(ray, None if workers is None else str(workers), "cpu") as (fleets, _):
-        prepare_in_parts(options, fleets)
+    with _ray_pool(ray, None if workers is None else str(workers), "cpu") as (make_pool, _):
+        prepare_in_parts(options, make_pool)
 
 
 @contextmanager
-def _here(workers: str | None, asked: str) -> Iterator[tuple[Fleets, str]]:
-    """What makes workers on this machine, and the kind of device that each works with."""
+def _process_pool(workers: str | None, device: str) -> Iterator[tuple[PoolFactory, str]]:
+    """A factory of pools on this machine, and the type of their devices."""
     from trmt.scale.devices import devices_for
-    from trmt.scale.fleet import LocalFleet
+    from trmt.scale.pool import ProcessPool
 
-    devices = devices_for(asked, workers)
-    yield partial(LocalFleet, devices=devices), devices[0].partition(":")[0]
+    devices = devices_for(device, workers)
+    yield partial(ProcessPool, devices=devices), devices[0].partition(":")[0]
 
 
 @contextmanager
-def _on_ray(address: str, workers: str | None, asked: str) -> Iterator[tuple[Fleets, str]]:
-    """What makes workers on a Ray cluster, and the kind of device that each works with."""
+def _ray_pool(address: str, workers: str | None, device: str) -> Iterator[tuple[PoolFactory, str]]:
+    """A factory of pools on a Ray cluster, and the type of their devices."""
     from trmt.errors import ConfigError
-    from trmt.scale.devices import ALL, number_of
-    from trmt.scale.ray_fleet import connected
+    from trmt.scale.devices import ALL, worker_count
+    from trmt.scale.ray_pool import ray_cluster
 
-    if asked not in ("auto", "cpu", "cuda", ALL):
-        raise ConfigError(f"--device {asked} is for Ray to choose; write cpu, cuda or auto beside --ray")
-    count = None if workers is None else number_of(workers)
-    with connected(address, workers=count) as cluster:
-        gpu = asked in ("cuda", ALL) or (asked == "auto" and cluster.gpus > 0)
-        yield partial(cluster.fleet, count=count, gpu=gpu), "cuda" if gpu else "cpu"
+    if device not in ("auto", "cpu", "cuda", ALL):
+        raise ConfigError(
+            f"--device {device} cannot be used with --ray, which assigns the GPUs; write cpu, cuda or auto"
+        )
+    count = None if workers is None else worker_count(workers)
+    with ray_cluster(address, workers=count) as cluster:
+        gpu = device in ("cuda", ALL) or (device == "auto" and cluster.gpus > 0)
+        yield partial(cluster.pool, count=count, gpu=gpu), "cuda" if gpu else "cpu"

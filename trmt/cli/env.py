@@ -1,10 +1,10 @@
-"""`trmt env`: what a bug report needs."""
+"""`trmt env`: print the environment, for bug reports."""
 
 from __future__ import annotations
 
 
 def command() -> None:
-    """Print versions, machine and devices: what a bug report needs."""
+    """Print versions, machine and devices, for bug reports."""
     import os
     import platform
     from contextlib import suppress
@@ -24,12 +24,8 @@ def command() -> None:
             typer.echo(f"{name:<14} {version(name)}")
         except PackageNotFoundError:
             typer.echo(f"{name:<14} missing")
-    for name in (
-        "ctranslate2",
-        "transformers",
-        "onnxruntime",
-        "optimum-onnx",
-    ):  # what exports are checked with
+    # Exported models are checked with these.
+    for name in ("ctranslate2", "transformers", "onnxruntime", "optimum-onnx"):
         with suppress(PackageNotFoundError):
             typer.echo(f"{name:<14} {version(name)}")
     capability = torch.backends.cpu.get_cpu_capability()

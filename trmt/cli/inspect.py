@@ -1,4 +1,4 @@
-"""`trmt inspect`: what a bundle or a run is, and how it would run here."""
+"""`trmt inspect`: describe a bundle or a run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from trmt.cli.options import Model
+from trmt.cli.common import Model
 
-Lines = list[tuple[str, str]]
+NamedLines = list[tuple[str, str]]
 
 
 def command(
     model: Model = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what a model is: its parts, data, scores, where it came from, and what would run it here."""
+    """Describe a model or a run. Components, data, scores, origin, and how it would run on this machine."""
     import json
 
     from trmt.insight.inspecting import inspect
@@ -29,18 +29,18 @@ def command(
         typer.echo(f"{name:<13}{value}")
 
 
-def _bundle_lines(facts: dict[str, Any]) -> Lines:
+def _bundle_lines(facts: dict[str, Any]) -> NamedLines:
     sizes = ", ".join(f"{name} {value}" for name, value in facts["network"].items())
     lines = [
         ("bundle", facts["folder"]),
         ("languages", " -> ".join(facts["languages"])),
         ("network", f"{facts['architecture']}: {sizes}"),
         ("parameters", f"{facts['parameters']:,} in {facts['bytes'] / 2**20:.1f} MiB"),
-        *_part_lines(facts),
+        _component_line(facts),
         ("precision", facts["precision"]),
-        ("runs here", f"engine {facts['engine']} on {facts['device']}, {facts['backend']}"),
-        ("on this CPU", ", ".join(facts["processors"]) or "no kernels"),
-        *[("came from", told) for told in _origins(facts["came_from"])],
+        ("runs here", f"{facts['steps']} steps on {facts['device']}, {facts['backend']}"),
+        ("CPU kernels", ", ".join(facts["processors"]) or "none"),
+        *[("origin", text) for text in _origins(facts["came_from"])],
     ]
     for name in ("training", "data", "versions"):
         shown = ", ".join(f"{key} {value}" for key, value in facts[name].items() if _is_plain(value))
@@ -50,32 +50,32 @@ def _bundle_lines(facts: dict[str, Any]) -> Lines:
     return lines
 
 
-def _part_lines(facts: dict[str, Any]) -> Lines:
-    parts = [f"{name} {count:,}" for name, count in facts["parts"].items()]
-    parts += [f"{name} is {other}" for name, other in facts["shared"].items()]
-    return [("parts", ", ".join(parts))]
+def _component_line(facts: dict[str, Any]) -> tuple[str, str]:
+    components = [f"{name} {count:,}" for name, count in facts["parts"].items()]
+    components += [f"{name} shared with {other}" for name, other in facts["shared"].items()]
+    return "components", ", ".join(components)
 
 
 def _origins(known: dict[str, Any]) -> list[str]:
-    told = {
-        "imported": "another program's model {}",
-        "averaged": "the average of {}",
-        "run": "the run {}",
-        "init_from": "begun with the weights of {}",
+    templates = {
+        "imported": "imported model {}",
+        "averaged": "average of {}",
+        "run": "run {}",
+        "init_from": "initialised with the weights of {}",
     }
     return [
         text.format(", ".join(found) if isinstance(found := known[name], list) else found)
-        for name, text in told.items()
+        for name, text in templates.items()
         if name in known
     ]
 
 
-def _run_lines(run: dict[str, Any] | None) -> Lines:
+def _run_lines(run: dict[str, Any] | None) -> NamedLines:
     if not run:
         return []
     settings, data, progress = (run[name] for name in ("settings", "data", "progress"))
     lines = [("recipe", f"{settings['architecture']} for {settings['objective']}: {settings['description']}")]
-    lines += [("begun with", run["origin"]["init_from"])] if "init_from" in run["origin"] else []
+    lines += [("init from", run["origin"]["init_from"])] if "init_from" in run["origin"] else []
     if data:
         pairs = ", ".join(f"{data[name]:,} {name} pairs" for name in ("train", "dev") if name in data)
         corpora = ", ".join(f"{each['name']} ({each['pairs']:,})" for each in data["corpora"])
@@ -91,14 +91,14 @@ def _run_lines(run: dict[str, Any] | None) -> Lines:
 def _progress(progress: dict[str, Any]) -> str:
     from trmt import console
 
-    told = [f"{progress['step']:,} steps"]
+    parts = [f"{progress['step']:,} steps"]
     if "target_tokens" in progress:
-        told.append(f"{progress['target_tokens']:,} target tokens")
+        parts.append(f"{progress['target_tokens']:,} target tokens")
     if "seconds" in progress:
-        told.append(console.duration(progress["seconds"]))
+        parts.append(console.duration(progress["seconds"]))
     if "tokens_per_second" in progress:
-        told.append(f"{progress['tokens_per_second']:,.0f} target tokens/s")
-    return ", ".join(told)
+        parts.append(f"{progress['tokens_per_second']:,.0f} target tokens/s")
+    return ", ".join(parts)
 
 
 def _score_line(score: dict[str, Any], *, at: str = "") -> tuple[str, str]:

@@ -1,48 +1,58 @@
-"""`trmt plot`: the curves of one run or of several side by side."""
+"""`trmt plot`: training curves of one run or several."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trmt.cli.common import output_style
 
-class Across(StrEnum):
-    """What curves are drawn over."""
+if TYPE_CHECKING:
+    from trmt.training.history import History
+
+
+class XAxis(StrEnum):
+    """The quantity on the x axis."""
 
     steps = "steps"
     tokens = "tokens"
     hours = "hours"
 
 
+CurvesOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Figure of the curves to write: .png, .svg or .pdf. [default: text]"),
+]
+CurvesAxis = Annotated[XAxis, typer.Option("--x", help="The x axis of the curves.")]
+
+
 def command(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders, or their log.jsonl files. [default: the newest run in models/]"),
+        typer.Argument(help="Run folders or their log.jsonl files. [default: the newest run in models/]"),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Picture to write: .png, .svg or .pdf. [default: text on the terminal]"),
-    ] = None,
-    across: Annotated[Across, typer.Option("--x", help="What the curves are drawn over.")] = Across.steps,
+    out: CurvesOut = None,
+    x_axis: CurvesAxis = XAxis.steps,
 ) -> None:
-    """Draw losses, scores, learning rate and speed of runs: trmt plot models/a models/b --out curves.svg."""
-    import os
-    import shutil
-    import sys
-
+    """Plot the training curves of runs. For example, trmt plot models/a models/b --out curves.svg."""
     from trmt import console
-    from trmt.insight.plotting import ON_DARK, PlotOptions, plot, rows, summary
+    from trmt.insight.plotting import summary
+
+    console.table("on the dev set", *summary(draw_curves(tuple(runs or ()), out, x_axis)))
+
+
+def draw_curves(runs: tuple[Path, ...], out: Path | None, x_axis: XAxis) -> dict[str, History]:
+    """Write the curves to a figure, or print them as text; returns the histories of the runs."""
+    from trmt.insight.plotting import LINE_COLOURS, PlotOptions, plot, rows
     from trmt.training import display
 
-    options = PlotOptions(runs=tuple(runs or ()), out=out, axis=across.value)
-    histories, drawn = plot(options)
+    histories, panels = plot(PlotOptions(runs=runs, out=out, axis=x_axis.value))
     if out is None:
-        coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        width, coloured = output_style()
         marked = len(histories) > 1 and not coloured
-        width = shutil.get_terminal_size().columns
-        pictured = rows(drawn, list(histories), width=width, axis=options.axis, marked=marked)
-        display.draw(pictured, ON_DARK)
-    console.table("on the dev set", *summary(histories))
+        text = rows(panels, list(histories), width=width, axis=x_axis.value, marked=marked)
+        display.draw(text, LINE_COLOURS)
+    return histories

@@ -1,4 +1,4 @@
-"""`trmt prepare`: turn text into a set to train on."""
+"""`trmt prepare`: encode text as a prepared set for training."""
 
 from __future__ import annotations
 
@@ -8,88 +8,96 @@ from typing import Annotated
 import typer
 
 from trmt.errors import ConfigError
+from trmt.registry import require
 
 CORPUS = (
-    "train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix; hf:NAME or hf:NAME/CONFIG:SPLIT; - for TSV "
-    "on standard input"
+    "train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix of two files; hf:NAME or "
+    "hf:NAME/CONFIG:SPLIT; - for TSV on standard input"
 )
 
 
 def command(
     out: Annotated[
         Path | None,
-        typer.Argument(help="The folder to write.", show_default="data/SOURCE-TARGET"),
+        typer.Argument(help="Folder to write.", show_default="data/SOURCE-TARGET"),
     ] = None,
     train: Annotated[
         list[str] | None,
         typer.Option(
-            "--train", metavar="CORPUS", help=f"Pairs to train on, repeatable: {CORPUS}. @2.5 is a weight."
+            "--train",
+            metavar="CORPUS",
+            help=f"Training pairs, repeatable: {CORPUS}. A suffix @2.5 is a sampling weight.",
         ),
     ] = None,
     dev: Annotated[
-        str | None, typer.Option("--dev", metavar="CORPUS", help="Pairs to validate on, never filtered.")
+        str | None, typer.Option("--dev", metavar="CORPUS", help="Validation pairs, which are not filtered.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", metavar="LANGUAGE", help="By itself the tokenizer's source.")
+        str | None,
+        typer.Option("--from", metavar="LANGUAGE", help="Source language. [default: the tokenizer's]"),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--to", metavar="LANGUAGE", help="By itself the tokenizer's target.")
+        str | None,
+        typer.Option("--to", metavar="LANGUAGE", help="Target language. [default: the tokenizer's]"),
     ] = None,
     documents: Annotated[
         list[str] | None,
         typer.Option(
             "--documents",
             metavar="FILE",
-            help="For pretraining, instead of --train: one sentence a line, blank lines between documents; "
-            "--dev is such a file too. Repeatable.",
+            help="For pretraining, instead of --train: one sentence per line, blank lines between documents; "
+            "then --dev is such a file too. Repeatable.",
         ),
     ] = None,
     language: Annotated[
-        str | None, typer.Option("--language", help="Of the documents. By itself the tokenizer's source.")
+        str | None,
+        typer.Option("--language", help="Language of the documents. [default: the tokenizer's source]"),
     ] = None,
-    tokenizer: Annotated[Path, typer.Option(help="The folder of the tokenizer.")] = Path("data/tokenizer"),
-    max_length: Annotated[int, typer.Option(help="The most pieces that a side of a pair may have.")] = 250,
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
+    max_length: Annotated[int, typer.Option(help="Maximum number of subword pieces of each side.")] = 250,
     max_ratio: Annotated[
         float,
-        typer.Option(help="How many times longer one side may be, in pieces beyond the first few; 0: any."),
+        typer.Option(
+            help="Drop pairs with a higher ratio of pieces; short sentences may differ more; 0: off."
+        ),
     ] = 3.0,
-    keep_duplicates: Annotated[
-        bool, typer.Option("--keep-duplicates", help="Keep pairs that come more than once.")
-    ] = False,
+    keep_duplicates: Annotated[bool, typer.Option("--keep-duplicates", help="Keep repeated pairs.")] = False,
     alignments: Annotated[
         list[str] | None,
         typer.Option(
-            "--alignments", metavar="FILE", help="Links of words (trmt align), one file for each --train."
+            "--alignments",
+            metavar="FILE",
+            help="Word alignment of a --train corpus (trmt align); one file for each.",
         ),
     ] = None,
-    source_column: Annotated[str | None, typer.Option(help="The column of the source text.")] = None,
-    target_column: Annotated[str | None, typer.Option(help="The column of the target text.")] = None,
+    source_column: Annotated[str | None, typer.Option(help="Column of the source text.")] = None,
+    target_column: Annotated[str | None, typer.Option(help="Column of the target text.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Worker processes.", show_default="one for each core")
+        int | None, typer.Option(help="Number of worker processes.", show_default="one for each core")
     ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
             "--ray",
             metavar="ADDRESS",
-            help="Have the workers of a Ray cluster encode: host:port, auto, or local for one here.",
+            help="Encode on a Ray cluster: host:port, auto, or local for a new one here.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Prepare again even what is up to date.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Prepare the set even if it is up to date.")] = False,
 ) -> None:
-    """Encode and filter pairs of sentences, or documents, into a checksummed set of shards."""
+    """Encode text as a prepared set. Sentence pairs are filtered; --documents is for pretraining."""
     if documents or language:
         for_pairs = {"--train": train, "--from": source, "--to": target, "--workers": workers}
         for name, value in {**for_pairs, "--alignments": alignments, "--ray": ray}.items():
             if value:
-                raise ConfigError(f"{name} is for pairs and --documents or --language is not; leave one out")
+                raise ConfigError(f"{name} is for pairs, --documents and --language are not; leave one out")
         _prepare_documents(documents, dev, out, tokenizer, language, max_length, force)
         return
     from trmt.sets.preparing import PrepareOptions, prepare
-    from trmt.text.filters import Limits
+    from trmt.text.filters import LengthLimits
 
     if ray and alignments:
-        raise ConfigError("--alignments cannot be cut into the parts that --ray makes; leave one out")
+        raise ConfigError("--alignments and --ray exclude each other; leave one out")
     options = PrepareOptions(
         train=tuple(train or ()),
         dev=dev,
@@ -97,13 +105,14 @@ def command(
         tokenizer=tokenizer,
         languages=(source, target),
         columns=(source_column, target_column),
-        limits=Limits(max_length, max_ratio),
+        limits=LengthLimits(max_length, max_ratio),
         keep_duplicates=keep_duplicates,
         alignments=tuple(alignments or ()),
         workers=workers,
         force=force,
     )
     if ray:
+        require("trmt.scale", "--ray")
         from trmt.cli import corpus
 
         corpus.prepare(options, ray=ray, workers=workers)
@@ -123,7 +132,7 @@ def _prepare_documents(
     from trmt.sets.documents import DocumentOptions, prepare_documents
 
     if not documents:
-        raise ConfigError("--language is that of --documents, and there are none; name a file")
+        raise ConfigError("--language is the language of --documents; name a file of documents")
     prepare_documents(
         DocumentOptions(tuple(documents), dev, out, tokenizer, language, max_length, force=force)
     )

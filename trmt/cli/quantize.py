@@ -1,4 +1,4 @@
-"""`trmt quantize`: a bundle with its weights in int8."""
+"""`trmt quantize`: quantise a bundle to int8."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from trmt.cli.options import Model, TrustCode
+from trmt.cli.common import Model, TrustCode
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", help="Where to write the bundle.")],
+    out: Annotated[Path, typer.Option("--out", help="Bundle to write.")],
     model: Model = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Write a bundle of a quarter of the size, which translates in int8 on the CPU."""
+    """Quantise the weights of a model to int8. A quarter of the size, for translation on the CPU."""
     from trmt.quantizing import quantize
 
     quantize(model, out, trust_code=trust_code)

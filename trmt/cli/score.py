@@ -1,4 +1,4 @@
-"""`trmt score`: how good translations are, and whether one system is better than another."""
+"""`trmt score`: score translations and compare systems."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trmt import console
+from trmt.cli.common import format_table
 from trmt.errors import ConfigError
 
 if TYPE_CHECKING:
     from trmt.scoring import MetricScore, ScoreOptions
 
-    Table = dict[str, dict[str, MetricScore]]
+    SystemScores = dict[str, dict[str, MetricScore]]
 
 STDIN = "-"
 
 
-class Paired(StrEnum):
-    """The paired significance tests of sacreBLEU."""
+class PairedTest(StrEnum):
+    """The paired significance tests of sacreBLEU: bootstrap and approximate randomization."""
 
     bs = "bs"
     ar = "ar"
@@ -28,10 +29,10 @@ class Paired(StrEnum):
 def command(
     systems: Annotated[
         list[str] | None,
-        typer.Argument(help="Translations to score, one file per system, the baseline first; - is stdin."),
+        typer.Argument(help="Translations to score, a file for each system, the baseline first; - is stdin."),
     ] = None,
     ref: Annotated[
-        list[str] | None, typer.Option("--ref", "-r", help="A reference translation; repeatable.")
+        list[str] | None, typer.Option("--ref", "-r", help="File of reference translations; repeatable.")
     ] = None,
     metric: Annotated[
         list[str] | None,
@@ -40,15 +41,18 @@ def command(
         ),
     ] = None,
     to: Annotated[
-        str | None, typer.Option("--to", help="Target language: BLEU splits words as it wants (zh, ja, ko).")
+        str | None, typer.Option("--to", help="Target language; selects the BLEU tokenizer of zh, ja and ko.")
     ] = None,
     tokenize: Annotated[
         str | None, typer.Option(help="sacreBLEU's tokenizer for BLEU.  [default: by --to, else 13a]")
     ] = None,
     lowercase: Annotated[bool, typer.Option(help="Ignore case in BLEU and chrF; TER always does.")] = False,
     paired: Annotated[
-        Paired, typer.Option(help="Test of several systems: paired bootstrap, or approximate randomization.")
-    ] = Paired.bs,
+        PairedTest,
+        typer.Option(
+            help="Test of several systems: paired bootstrap (bs) or approximate randomization (ar)."
+        ),
+    ] = PairedTest.bs,
     resamples: Annotated[
         int | None,
         typer.Option(
@@ -57,9 +61,9 @@ def command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=1, help="Seed of the resamples.")] = 12345,
-    as_json: Annotated[bool, typer.Option("--json", help="All digits, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with all digits.")] = False,
 ) -> None:
-    """Score translations against references with sacreBLEU: trmt score output.de --ref test.de."""
+    """Score translations with sacreBLEU. For example, trmt score output.de --ref test.de."""
     from trmt.scoring import ScoreOptions, bleu_tokenizer, compare, score
 
     names = systems or [STDIN]
@@ -75,18 +79,18 @@ def command(
     )
     texts, reference_texts = _read(names, references)
     if len(texts) == 1 or resamples == 0:
-        table = {name: score(text, reference_texts, options=options) for name, text in texts.items()}
+        scores = {name: score(text, reference_texts, options=options) for name, text in texts.items()}
     else:
-        table = compare(texts, reference_texts, options=options)
-    typer.echo(_as_json(table, references) if as_json else _as_text(table))
-    _explain(table, options)
+        scores = compare(texts, reference_texts, options=options)
+    typer.echo(_as_json(scores, references) if as_json else _as_text(scores))
+    _explain(scores, options)
 
 
 def _check_names(systems: list[str], references: list[str]) -> None:
     if not references:
-        raise ConfigError("there is no reference to score against; name one with --ref FILE")
+        raise ConfigError("there are no references to score against; name a file with --ref FILE")
     if len(set(systems)) < len(systems):
-        raise ConfigError("a system is named twice; name each file once")
+        raise ConfigError("a system is given twice; name each file once")
     if (systems + references).count(STDIN) > 1:
         raise ConfigError("standard input can be read only once; name files for the rest")
 
@@ -107,7 +111,7 @@ def _read(systems: list[str], references: list[str]) -> tuple[dict[str, list[str
     return texts, [expected[name] for name in references]
 
 
-def _as_json(table: Table, references: list[str]) -> str:
+def _as_json(scores: SystemScores, references: list[str]) -> str:
     import json
     from dataclasses import asdict
 
@@ -116,27 +120,33 @@ def _as_json(table: Table, references: list[str]) -> str:
             "system": system,
             "scores": {
                 metric: {key: value for key, value in asdict(found).items() if value is not None}
-                for metric, found in scores.items()
+                for metric, found in row.items()
             },
         }
-        for system, scores in table.items()
+        for system, row in scores.items()
     ]
     return json.dumps({"references": references, "systems": systems}, indent=2, ensure_ascii=False)
 
 
-def _as_text(table: Table) -> str:
-    """Aligned columns: one row per metric for one system, one row per system for several."""
-    first = next(iter(table.values()))
-    if len(table) == 1:
-        return aligned([[found.name, shown(found), found.signature] for found in first.values()])
-    rows = [["system", *(found.name for found in first.values())]]
-    rows += [[system, *(shown(found) for found in scores.values())] for system, scores in table.items()]
+def _as_text(scores: SystemScores) -> str:
+    """A row for each metric if there is one system, else a row for each system."""
+    if len(scores) > 1:
+        return format_systems("system", scores)
+    [row] = scores.values()
+    return format_table([[found.name, format_score(found), found.signature] for found in row.values()])
+
+
+def format_systems(heading: str, scores: SystemScores) -> str:
+    """A table with a row for each system and a column for each metric, and the signatures of the metrics."""
+    first = next(iter(scores.values()))
+    rows = [[heading, *(found.name for found in first.values())]]
+    rows += [[system, *map(format_score, row.values())] for system, row in scores.items()]
     signatures = [[found.name, found.signature] for found in first.values()]
-    return f"{aligned(rows)}\n\n{aligned(signatures)}"
+    return f"{format_table(rows)}\n\n{format_table(signatures)}"
 
 
-def shown(found: MetricScore) -> str:
-    """A score in a cell, with its interval and p-value where it has them."""
+def format_score(found: MetricScore) -> str:
+    """A score with its interval and p-value, if it has them."""
     text = f"{found.value:.2f}"
     if found.interval is not None:
         text += f" ({found.interval.mean:.2f} ± {found.interval.half_width:.2f})"
@@ -145,17 +155,10 @@ def shown(found: MetricScore) -> str:
     return text
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Rows as text, each column as wide as its widest cell."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in padded)
-
-
-def _explain(table: Table, options: ScoreOptions) -> None:
-    scores = [found for row in table.values() for found in row.values()]
-    if any(found.interval for found in scores):
+def _explain(scores: SystemScores, options: ScoreOptions) -> None:
+    all_scores = [found for row in scores.values() for found in row.values()]
+    if any(found.interval for found in all_scores):
         console.say("in brackets: mean and 95% interval of the resamples")
-    if any(found.p_value is not None for found in scores):
+    if any(found.p_value is not None for found in all_scores):
         test = {"bs": "paired bootstrap", "ar": "approximate randomization"}[options.paired]
-        console.say(f"p: {test} against {next(iter(table))}; * differs at p < 0.05")
+        console.say(f"p: {test} against {next(iter(scores))}; * differs at p < 0.05")

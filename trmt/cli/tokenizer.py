@@ -1,4 +1,4 @@
-"""`trmt tokenizer`: learn how to cut text into pieces."""
+"""`trmt tokenizer`: train a subword tokenizer."""
 
 from __future__ import annotations
 
@@ -10,52 +10,59 @@ import typer
 from trmt import console
 
 if TYPE_CHECKING:
-    from trmt.text.tokenizer_training import Report
+    from trmt.text.tokenizer_training import TokenizerReport
 
 CORPUS = (
-    "Text to learn from, repeatable: train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix; "
+    "Training text, repeatable: train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix of two files; "
     "hf:NAME; - for TSV on standard input."
 )
 RULE = "nfc, nfkc, nmt_nfkc, nmt_nfkc_cf or none; stored with the tokenizer."
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("data/tokenizer"),
+    out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("data/tokenizer"),
     train: Annotated[
         list[str] | None,
         typer.Option("--train", metavar="CORPUS", help=CORPUS),
     ] = None,
-    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="The source language.")] = "",
-    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="The target language.")] = "",
-    size: Annotated[int, typer.Option(help="Pieces in each model, special ids and bytes included.")] = 8000,
-    kind: Annotated[str, typer.Option(help="How pieces are found: bpe or unigram.")] = "bpe",
+    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="Source language.")] = "",
+    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="Target language.")] = "",
+    size: Annotated[
+        int, typer.Option(help="Vocabulary size of each model, with special ids and bytes.")
+    ] = 8000,
+    kind: Annotated[str, typer.Option(help="Subword algorithm: bpe or unigram.")] = "bpe",
     joint: Annotated[
-        bool, typer.Option("--joint/--separate", help="One model for both sides, or two.")
+        bool, typer.Option("--joint/--separate", help="One model for both languages, or two.")
     ] = True,
     coverage: Annotated[
         float | None,
         typer.Option(
-            help="Share of running characters that get pieces of their own; "
-            "by itself 1 for small alphabets, 0.9995 for others.",
+            help="Share of the characters of the text that get pieces of their own. "
+            "[default: 1 for small alphabets, 0.9995 for others]",
             show_default=False,
         ),
     ] = None,
-    byte_fallback: Annotated[bool, typer.Option(help="Spell other characters in bytes.")] = True,
-    split_digits: Annotated[bool, typer.Option(help="Make every digit a piece of its own.")] = True,
-    normalise_source: Annotated[str, typer.Option(metavar="RULE", help=f"For source text: {RULE}")] = "nfc",
-    normalise_target: Annotated[str, typer.Option(metavar="RULE", help=f"For target text: {RULE}")] = "nfc",
+    byte_fallback: Annotated[bool, typer.Option(help="Encode other characters as bytes.")] = True,
+    split_digits: Annotated[bool, typer.Option(help="Make every digit a separate piece.")] = True,
+    normalise_source: Annotated[
+        str, typer.Option(metavar="RULE", help=f"Normalisation of source text: {RULE}")
+    ] = "nfc",
+    normalise_target: Annotated[
+        str, typer.Option(metavar="RULE", help=f"Normalisation of target text: {RULE}")
+    ] = "nfc",
     tag: Annotated[
-        list[str] | None, typer.Option(help="A symbol that text cannot spell, such as <2de>; repeatable.")
+        list[str] | None,
+        typer.Option(help="A symbol that never results from text, such as <2de>; repeatable."),
     ] = None,
     placeholder: Annotated[
-        list[str] | None, typer.Option(help="A symbol that stays whole in text; repeatable.")
+        list[str] | None, typer.Option(help="A symbol that is a single piece in text; repeatable.")
     ] = None,
-    source_column: Annotated[str | None, typer.Option(help="The column of the source text.")] = None,
-    target_column: Annotated[str | None, typer.Option(help="The column of the target text.")] = None,
-    sample: Annotated[int, typer.Option(help="Sentences to learn from at most.")] = 2_000_000,
-    seed: Annotated[int, typer.Option(help="The seed of that sample.")] = 1,
+    source_column: Annotated[str | None, typer.Option(help="Column of the source text.")] = None,
+    target_column: Annotated[str | None, typer.Option(help="Column of the target text.")] = None,
+    sample: Annotated[int, typer.Option(help="Maximum number of training sentences, sampled.")] = 2_000_000,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 1,
 ) -> None:
-    """Learn a sentencepiece tokenizer from pairs of sentences, and report how it fits them."""
+    """Train a subword tokenizer with sentencepiece. Statistics of its tokens are printed."""
     from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
     options = TokenizerOptions(
@@ -83,7 +90,7 @@ def command(
     console.say(f"wrote {out}: {'joint' if joint else 'separate'} {kind}, {sizes} pieces")
 
 
-def _show(report: Report) -> None:
+def _show(report: TokenizerReport) -> None:
     sides = (("source", report.source), ("target", report.target))
     rows = [
         [
@@ -101,4 +108,4 @@ def _show(report: Report) -> None:
     console.table("Tokens in a sample of the training text", columns, rows)
     for name, side in sides:
         if side.lost:
-            console.say(f"{name} characters that do not survive: {'; '.join(map(str, side.lost))}")
+            console.say(f"{name} characters that are lost: {'; '.join(map(str, side.lost))}")

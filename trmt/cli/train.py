@@ -1,4 +1,4 @@
-"""`trmt train`: from a prepared set and a recipe to a run folder."""
+"""`trmt train` and `trmt pretrain`: train a network in a run folder."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Annotated
 
 import typer
 
-# What `trmt pretrain` takes as well.
 RunFolder = Annotated[
     Path | None,
-    typer.Argument(help="Run folder; one that exists is gone on with. [default: models/<data>-<recipe>]"),
+    typer.Argument(help="Run folder; an existing run is resumed. [default: models/<data>-<recipe>]"),
 ]
-Settings = Annotated[
+RecipeSettings = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: --set optim.lr=5e-4. Repeatable.")
 ]
-Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. [default: the best there is]")
+TrainDevice = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. [default: the fastest available]")
 ]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what it would take: memory, time, disk.")]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Let a bundle or run folder name code outside trmt.")
+TrainThreads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only estimate the memory, time and disk space of the run.")
+]
+TrustRunCode = Annotated[
+    bool, typer.Option("--trust-code", help="Allow bundles and run folders to load code from outside trmt.")
 ]
 
 
@@ -32,18 +33,19 @@ def command(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="Recipe by name or path. [default: the one that fits the data's size]"),
+        typer.Option("--recipe", help="Recipe by name or path. [default: chosen by the size of the data]"),
     ] = None,
-    settings: Settings = None,
+    settings: RecipeSettings = None,
     init_from: Annotated[
-        Path | None, typer.Option("--init-from", help="Start from the weights of this bundle: fine-tuning.")
+        Path | None,
+        typer.Option("--init-from", help="Start from the weights of this bundle (fine-tuning)."),
     ] = None,
-    device: Device = None,
-    threads: Threads = 0,
+    device: TrainDevice = None,
+    threads: TrainThreads = 0,
     dry_run: DryRun = False,
-    trust_code: TrustCode = False,
+    trust_code: TrustRunCode = False,
 ) -> None:
-    """Train a network. Run it again and it goes on exactly where it stopped."""
+    """Train a network. The same command resumes a stopped run exactly."""
     from trmt.training.planning import TrainOptions
     from trmt.training.run import train
     from trmt.validating import validate
@@ -53,7 +55,7 @@ def command(
         run=run,
         data=data,
         recipe=recipe,
-        settings=with_device(settings, device),
+        settings=_with_device(settings, device),
         init_from=init_from,
         dry_run=dry_run,
         trust_code=trust_code,
@@ -61,17 +63,53 @@ def command(
     train(options, validate)
 
 
+def pretrain(
+    run: RunFolder = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Prepared set of documents. [default: the newest in data/]")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Recipe by name or path: bert-tiny, bert-base, bart-tiny, bart-base."),
+    ] = None,
+    settings: RecipeSettings = None,
+    init_from: Annotated[
+        Path | None, typer.Option("--init-from", help="Start from the weights of this bundle.")
+    ] = None,
+    device: TrainDevice = None,
+    threads: TrainThreads = 0,
+    dry_run: DryRun = False,
+    trust_code: TrustRunCode = False,
+) -> None:
+    """Pretrain a network on documents. Then fine-tune it: trmt train --init-from RUN:encoder."""
+    from trmt.training.planning import TrainOptions
+    from trmt.training.run import train
+
+    make_ready(threads)
+    options = TrainOptions(
+        run=run,
+        data=data,
+        recipe=recipe,
+        settings=_with_device(settings, device),
+        init_from=init_from,
+        pretrain=True,
+        dry_run=dry_run,
+        trust_code=trust_code,
+    )
+    train(options)
+
+
 def make_ready(threads: int) -> None:
-    """What a process does before it trains."""
+    """Set the number of threads and the memory allocator, before training."""
     import torch
 
-    from trmt.devices.choice import keep_memory
+    from trmt.devices.choice import keep_freed_memory
 
     if threads:
         torch.set_num_threads(threads)
-    keep_memory()
+    keep_freed_memory()
 
 
-def with_device(settings: list[str] | None, device: str | None) -> list[str]:
+def _with_device(settings: list[str] | None, device: str | None) -> list[str]:
     """The settings, and the device as the last of them."""
     return [*(settings or []), *([f'training.device="{device}"'] if device else [])]

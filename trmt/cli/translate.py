@@ -1,46 +1,69 @@
-"""`trmt translate`: standard input to standard output, line by line."""
+"""`trmt translate`: translate standard input line by line, or files in parts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
-from trmt.cli.options import Model
+from trmt.cli.common import (
+    Model,
+    Threads,
+    TrustCode,
+    exit_after_write_error,
+    input_stream,
+    output_stream,
+    warn_about_encoding,
+    warn_about_lines,
+)
+from trmt.errors import ConfigError
+from trmt.registry import require
 
 if TYPE_CHECKING:
-    from trmt.streaming import Report
+    from trmt.scale.parallel_translator import ParallelTranslator
+    from trmt.streaming import StreamReport
+    from trmt.translating import TranslateOptions, Translator
 
 
 def command(
     model: Model = None,
     beam: Annotated[
-        int | None, typer.Option("--beam", help="Size of the beam; 1 is greedy search. [default: 4]")
+        int | None, typer.Option("--beam", help="Beam size; 1 is greedy search. [default: 4]")
     ] = None,
     length_penalty: Annotated[
         float | None,
-        typer.Option("--length-penalty", help="Exponent of the length penalty of Wu et al. [default: 0.6]"),
+        typer.Option("--length-penalty", help="Alpha of the length penalty of Wu et al. [default: 0.6]"),
     ] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw translations instead of searching.")] = False,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample translations instead of searching.")
+    ] = False,
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="For --sample. [default: 1]")
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", help="For --sample: only the k most probable. [default: all]")
+        int | None,
+        typer.Option("--top-k", help="For --sample: only the k most probable tokens. [default: all]"),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="For --sample: only the nucleus. [default: 1]")
+        float | None,
+        typer.Option("--top-p", help="For --sample: only the nucleus of this probability. [default: 1]"),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="For --sample. [default: 1]")] = None,
     n_best: Annotated[
-        int, typer.Option("--n-best", help="So many translations of a line, with tabs between them.")
+        int, typer.Option("--n-best", help="Number of translations of each line, separated by tabs.")
     ] = 1,
     prefixed: Annotated[
         bool,
-        typer.Option("--prefixed", help="Lines are a source, a tab, and what the translation begins with."),
+        typer.Option("--prefixed", help="Lines are a source, a tab, and a prefix of the translation."),
     ] = False,
     max_length: Annotated[
-        int, typer.Option("--max-length", help="Tokens of a translation. [default: those of the source + 50]")
+        int,
+        typer.Option(
+            "--max-length",
+            help="Tokens of a translation. [default: length of the source + 50]",
+            show_default=False,
+        ),
     ] = 0,
     batch: Annotated[
         int,
@@ -48,43 +71,39 @@ def command(
             "--batch", help="Sentences translated together. [default: 64, on a GPU 512]", show_default=False
         ),
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines with scores.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with scores.")] = False,
     device: Annotated[
         str,
         typer.Option(
-            "--device", help="cpu, cuda, cuda:1, mps or auto; several, as cuda:0,cuda:1; all: every GPU."
+            "--device", help="cpu, cuda, cuda:1, mps or auto; a list such as cuda:0,cuda:1; or all GPUs: all."
         ),
     ] = "auto",
     precision: Annotated[
         str,
         typer.Option(
             "--precision",
-            help="fp32, bf16 or fp16 (GPU), int8 (CPU), or auto: as the bundle is; on a GPU bf16.",
+            help="fp32, bf16 or fp16 (GPU), int8 (CPU), or auto: that of the bundle, on a GPU bf16.",
         ),
     ] = "auto",
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
-    ] = None,
+    threads: Threads = None,
     workers: Annotated[
         str | None,
         typer.Option(
             "--workers",
-            help="Processes of one core or GPU each, for many lines; auto: as many as there are. "
-            "[default: 1; all that a Ray cluster has room for]",
+            help="Processes with a core or GPU each; auto: one for each core or GPU. "
+            "[default: 1; on Ray one for each core or GPU]",
         ),
     ] = None,
-    source_files: Annotated[
+    input_path: Annotated[
         str | None,
-        typer.Option(
-            "--input", metavar="PLACE", help="A file, or all files in a folder, instead of standard input."
-        ),
+        typer.Option("--input", metavar="PATH", help="Translate a file, or all files in a folder, in parts."),
     ] = None,
     out_folder: Annotated[
         str | None,
         typer.Option(
             "--output",
             metavar="FOLDER",
-            help="Where the parts go; the same command goes on with the missing.",
+            help="Folder of the translated parts; the same command continues with missing parts.",
         ),
     ] = None,
     ray: Annotated[
@@ -92,157 +111,142 @@ def command(
         typer.Option(
             "--ray",
             metavar="ADDRESS",
-            help="Have a Ray cluster do it: host:port, auto, or local for one here.",
+            help="Translate files on a Ray cluster: host:port, auto, or local for a new one here.",
         ),
     ] = None,
     part_size: Annotated[
-        float | None, typer.Option("--part-size", help="MiB of text in each part. [default: 1; 4 on GPUs]")
+        float | None,
+        typer.Option("--part-size", help="MiB of source text in a part. [default: 1; on GPUs 4]"),
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Let the bundle name code outside trmt.")
-    ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
-    """Translate standard input to standard output: one line out for one line in."""
-    searching = {"beam": beam, "length_penalty": length_penalty}
-    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    asked = _asked(searching, drawing, sample=sample)
-    in_parts = _in_parts(source_files, out_folder, ray, part_size)
+    """Translate standard input or files. Each input line gives one output line."""
+    search = _search_options(
+        {"beam": beam, "length_penalty": length_penalty},
+        {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
+        sample=sample,
+    )
+    in_parts = _check_file_options(input_path, out_folder, ray, part_size)
 
-    from contextlib import ExitStack
-    from dataclasses import replace
-
-    import torch
-
-    from trmt import console
-    from trmt.errors import ConfigError
-    from trmt.scale.devices import devices_for, window_for
-    from trmt.scale.workers import Workers
-    from trmt.streaming import translate_stream
-    from trmt.translating import TranslateOptions, Translator, find_model
+    from trmt.translating import TranslateOptions
 
     if in_parts and threads:
-        raise ConfigError("files are translated by workers of one thread each; leave out --threads")
+        raise ConfigError("files are translated by workers with one thread each; leave out --threads")
     options = TranslateOptions(
         search="sampling" if sample else "greedy" if beam == 1 and n_best == 1 else "beam",
         n_best=n_best,
         max_length=max_length,
         batch=batch,
         device=device,
-        precision=cast(Any, precision),  # checked there
-        **asked,
+        precision=cast(Any, precision),  # TranslateOptions checks it
+        **search,
     )
     if in_parts:
         from trmt.cli import corpus
 
         files = corpus.TextFiles(*in_parts, as_json=as_json, prefixed=prefixed, trust_code=trust_code)
         corpus.translate(model, options, files, ray=ray, workers=workers)
-        return
-    devices = devices_for(device, workers)
-    if threads and len(devices) > 1:
-        raise ConfigError("processes that translate together have one thread each; leave out --threads")
-    if threads:
-        torch.set_num_threads(threads)
-    source, out = streams()
-    with ExitStack() as ends:
-        translator: Translator | Workers
-        if len(devices) == 1:
-            options = replace(options, device=devices[0])
-            translator = Translator.load(model, options=options, trust_code=trust_code)
-        else:
-            folder = find_model(model)
-            translator = ends.enter_context(
-                Workers(folder, devices=devices, options=options, trust_code=trust_code)
-            )
-        if source.isatty():
-            console.say("type a line to have it translated, Ctrl-D to end")
-        try:
-            report = translate_stream(
-                translator, source, out, as_json=as_json, prefixed=prefixed, window=window_for(devices, batch)
-            )
-        except OSError as error:
-            leave(error)
-    _warn(report)
+    else:
+        source, out = input_stream(), output_stream()
+        translator, window = _make_translator(model, options, workers, threads, trust_code)
+        _translate_stream(translator, source, out, window, as_json=as_json, prefixed=prefixed)
 
 
-def _in_parts(
-    source: str | None, out: str | None, ray: str | None, size: float | None
+def _search_options(beam: dict[str, Any], sampling: dict[str, Any], *, sample: bool) -> dict[str, Any]:
+    """The options that were given; an option of the method that is not used is an error."""
+    for name, value in (beam if sample else sampling).items():
+        if value is not None:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{option} and --sample exclude each other; leave one out"
+                if sample
+                else f"{option} is only for sampling; add --sample or leave it out"
+            )
+    return {name: value for name, value in {**beam, **sampling}.items() if value is not None}
+
+
+def _check_file_options(
+    source: str | None, out: str | None, ray: str | None, part_size: float | None
 ) -> tuple[str, str, float | None] | None:
-    """Input and output, if they are files; what asks for half of that is an error."""
-    from trmt.errors import ConfigError
-
+    """The input, output and part size if files are translated; incomplete options are an error."""
     if source and out:
-        return source, out, size
-    for name, value in {"--input": source, "--output": out, "--ray": ray, "--part-size": size}.items():
+        require("trmt.scale", "--input")
+        return source, out, part_size
+    for name, value in {"--input": source, "--output": out, "--ray": ray, "--part-size": part_size}.items():
         if value:
             raise ConfigError(f"{name} is for files translated in parts; give both --input and --output")
     return None
 
 
-def _asked(searching: dict[str, Any], drawing: dict[str, Any], *, sample: bool) -> dict[str, Any]:
-    """The options that were given; those of the other way to translate must not be among them."""
-    from trmt.errors import ConfigError
+def _make_translator(
+    model: Path | None, options: TranslateOptions, workers: str | None, threads: int | None, trust_code: bool
+) -> tuple[Translator | ParallelTranslator, int]:
+    """A translator with one process or with several, and how many lines it should get at a time."""
+    from dataclasses import replace
 
-    for name, value in (searching if sample else drawing).items():
-        if value is not None:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} and --sample exclude each other; leave one out"
-                if sample
-                else f"{flag} is only for drawing; add --sample or leave it out"
-            )
-    return {name: value for name, value in {**searching, **drawing}.items() if value is not None}
+    import torch
 
+    from trmt.devices.choice import choose_device
+    from trmt.streaming import window_size
+    from trmt.translating import Translator, find_model
 
-def streams() -> tuple[BinaryIO, BinaryIO]:
-    """Standard input and output as streams of bytes."""
-    import sys
+    devices: tuple[str, ...]
+    if workers is not None or options.device == "all" or "," in options.device:
+        require("trmt.scale", "--workers" if workers is not None else f"--device {options.device}")
+        from trmt.scale.devices import devices_for
 
-    from trmt.errors import DataError
+        devices = devices_for(options.device, workers)
+    else:
+        devices = (str(choose_device(options.device)),)
+    window = window_size(devices, options.batch)
+    if len(devices) > 1:
+        from trmt.scale.parallel_translator import ParallelTranslator
 
-    if None in (sys.stdin, sys.stdout):
-        raise DataError("standard input or output is closed; connect it to a file, a pipe or a terminal")
-    # Without its buffer, so that a thread which still waits for input cannot keep Python from exiting.
-    return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), sys.stdout.buffer
-
-
-def leave(error: OSError, what: str = "translations") -> NoReturn:
-    """End after a failed write: quietly if the reader has gone."""
-    import os
-    import sys
-
-    from trmt.errors import DataError
-
-    # What the buffer still holds cannot be written either, and Python would try again when it exits.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if isinstance(error, BrokenPipeError):
-        raise typer.Exit(141) from error
-    raise DataError(
-        f"cannot write the {what}: {error.strerror}; free some space or choose another place"
-    ) from error
+        if threads:
+            raise ConfigError("several processes have one thread each; leave out --threads")
+        folder = find_model(model)
+        return ParallelTranslator(folder, devices=devices, options=options, trust_code=trust_code), window
+    if threads:
+        torch.set_num_threads(threads)
+    options = replace(options, device=devices[0])
+    return Translator.load(model, options=options, trust_code=trust_code), window
 
 
-def _warn(report: Report) -> None:
+def _translate_stream(
+    translator: Translator | ParallelTranslator,
+    source: BinaryIO,
+    out: BinaryIO,
+    window: int,
+    *,
+    as_json: bool,
+    prefixed: bool,
+) -> None:
+    """Translate a stream; translators with several processes end with it."""
+    from contextlib import nullcontext
+
     from trmt import console
+    from trmt.streaming import translate_stream
+    from trmt.translating import Translator
 
-    for numbers, one, several in (
-        (
-            report.split,
-            "is longer than anything in training and was translated in pieces",
-            "are longer than anything in training and were translated in pieces",
-        ),
-        (
-            report.undecodable,
-            "is not valid UTF-8; what could not be read was replaced",
-            "are not valid UTF-8; what could not be read was replaced",
-        ),
-        (
-            report.prefix_cut,
-            "has a prefix longer than any translation; its end was left out",
-            "have prefixes longer than any translation; their ends were left out",
-        ),
-    ):
-        if len(numbers) == 1:
-            console.warn(f"line {numbers[0]} {one}")
-        elif numbers:
-            shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-            console.warn(f"{len(numbers):,} lines {several}: {shown}")
+    with nullcontext(translator) if isinstance(translator, Translator) else translator as ready:
+        if source.isatty():
+            console.say("type a line to have it translated, Ctrl-D to end")
+        try:
+            report = translate_stream(ready, source, out, as_json=as_json, prefixed=prefixed, window=window)
+        except OSError as error:
+            exit_after_write_error(error, "translations")
+    _warn(report)
+
+
+def _warn(report: StreamReport) -> None:
+    warn_about_lines(
+        report.split,
+        "is longer than anything in training and was translated in pieces",
+        "are longer than anything in training and were translated in pieces",
+    )
+    warn_about_encoding(report.undecodable)
+    warn_about_lines(
+        report.prefix_cut,
+        "has a prefix longer than any translation, which was truncated",
+        "have prefixes longer than any translation, which were truncated",
+    )

@@ -1,23 +1,17 @@
-"""`trmt verify`: whether a bundle still does what it did when it was written."""
+"""`trmt verify`: check a bundle and its golden translations."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from trmt.cli.options import Device, Model, TrustCode
+from trmt.cli.common import Device, Model, Threads, TrustCode
 
 
 def command(
     model: Model = None,
     device: Device = "auto",
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
-    ] = None,
+    threads: Threads = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Check a model's files, and that it translates its golden sentences as when it was written."""
+    """Check the integrity of a model. Files must be intact and golden sentences translated as before."""
     import torch
 
     from trmt import console
@@ -28,12 +22,12 @@ def command(
         torch.set_num_threads(threads)
     found = verify(VerifyOptions(model=model, device=device, trust_code=trust_code))
     for each in found.differences:
-        console.warn(f"{each.source!r} was {each.before!r} and is now {each.now!r}")
+        console.warn(f"the translation of {each.source!r} was {each.before!r} and is now {each.now!r}")
     if problem := found.problem():
         raise BundleError(problem)
     if not found.sentences:
-        console.warn(f"{found.folder} has no golden sentences: only its files were checked")
+        console.warn(f"{found.folder} has no golden sentences; only its files were checked")
     else:
-        console.say(f"{found.folder}: whole, and {found.sentences} golden sentences are translated as before")
+        console.say(f"{found.folder}: files intact, {found.sentences} golden sentences translated as before")
     if found.versions:
-        console.say(f"other versions than it was written with: {', '.join(found.versions)}")
+        console.say(f"versions differ from those it was written with: {', '.join(found.versions)}")

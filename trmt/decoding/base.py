@@ -2,9 +2,9 @@
 
 Axes: S sentence, K hypothesis, V vocabulary, T target position, R rows (S * K).
 
-A search gets logits and returns which hypotheses to continue with which tokens. It works on tensors of fixed shapes
-and needs no value from an accelerator; the engine owns the loop, the masks (bans, prefixes) and asks when everything
-is done. A search may overwrite the logits.
+A search gets logits and returns which hypotheses to continue with which tokens. It works on tensors of fixed
+shapes and needs no value from an accelerator; the engine owns the loop, the masks (bans, prefixes) and asks
+when everything is done. A search may overwrite the logits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from trmt.devices.transfer import Fetched
+from trmt.devices.transfer import HostCopy
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -57,8 +58,8 @@ class SearchState:
 
     def fetched(self) -> Callable[[], Self]:
         """Start copying it to the host; what is returned waits for the copy."""
-        copy = Fetched([getattr(self, field.name) for field in fields(self)])
-        return lambda: self._with(copy.there())
+        copy = HostCopy([getattr(self, field.name) for field in fields(self)])
+        return lambda: self._with(copy.wait())
 
     def replace(self, slots: Tensor, other: Self) -> Self:
         """The sentences of `other` in these slots; both must have space for as many tokens."""
@@ -77,7 +78,9 @@ class Search(ABC):
     reorders: bool  # whether `advance` ever returns other parents than 0, 1, 2, ...
 
     @abstractmethod
-    def start(self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device) -> Any:
+    def start(
+        self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device
+    ) -> Any:
         """The state before the first token, with space for `max_tokens`, the most that any request has."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ from torch import Tensor
 from trmt.acceleration import accelerated
 from trmt.decoding.base import Hypothesis, Search, SearchRequest, SearchState
 from trmt.decoding.top import top
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 
 ROUNDING = 1e-6  # what normalised scores are off by, at most, relative to themselves
@@ -68,8 +68,10 @@ class Beam(Search):
         """A beam of one never exchanges its hypothesis."""
         return self.size > 1
 
-    def start(self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device) -> BeamState:
-        max_tokens_S = sent([request.max_tokens for request in requests], device)
+    def start(
+        self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device
+    ) -> BeamState:
+        max_tokens_S = to_device([request.max_tokens for request in requests], device)
         zero_S = torch.zeros_like(max_tokens_S)
         score_SK = torch.full((len(requests), self.size), -torch.inf, device=device)
         score_SK[:, 0] = 0  # all slots begin with the same prefix: only one may count

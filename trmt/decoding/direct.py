@@ -1,4 +1,5 @@
-"""Runs the steps of a batch directly: PyTorch operation by operation, or several steps in one call of a kernel.
+"""Runs the steps of a batch directly: PyTorch operation by operation, or several steps in one call of a
+kernel.
 
 Axes: S sentence, K hypothesis.
 """
@@ -10,13 +11,11 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from trmt.acceleration import accelerated
 from trmt.decoding.base import Hypothesis
 from trmt.decoding.batch import Batch, BatchDecoder
 from trmt.decoding.request import Request
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 from trmt.nets.base import Decoding
 
 COMPACT_AT = 0.25  # share of finished sentences at which others take their slots, or the batch shrinks
@@ -47,8 +46,8 @@ class DirectRunner:
     def admit(self, queue: deque[Request]) -> bool:
         """Give free slots to requests of the queue, or drop them; False when there is nothing left to decode.
 
-        Requests that join are as long as those beside them, or little shorter: what is much shorter would be padded, and
-        waits for the next batch.
+        Requests that join are as long as those beside them, or little shorter: what is much shorter would be
+        padded, and waits for the next batch.
         """
         free = [slot for slot, request in enumerate(self.slots) if request is None]
         if len(free) == len(self.slots):
@@ -57,13 +56,13 @@ class DirectRunner:
             joining = self.decoder.take(queue, len(free))
             taken, free = free[: len(joining)], free[len(joining) :]
             self.batch.replace(
-                sent(taken, self.decoder.device), self.decoder.start(joining, self.max_tokens)
+                to_device(taken, self.decoder.device), self.decoder.start(joining, self.max_tokens)
             )
             for slot, request in zip(taken, joining, strict=True):
                 self.slots[slot] = request
         if free:
             kept = [slot for slot, request in enumerate(self.slots) if request is not None]
-            self.batch.keep(sent(kept, self.decoder.device))
+            self.batch.keep(to_device(kept, self.decoder.device))
             self.slots = [self.slots[slot] for slot in kept]
         self.tokens = int(self.batch.search_state.length_S.max())
         return True
@@ -102,7 +101,7 @@ class DirectRunner:
     def finished(self) -> Iterator[tuple[Request, list[Hypothesis]]]:
         """The sentences that are done; their slots are free from now on."""
         slots = [slot for slot, is_done in enumerate(self.done) if is_done]
-        search_state = self.batch.search_state.keep(sent(slots, self.decoder.device))
+        search_state = self.batch.search_state.keep(to_device(slots, self.decoder.device))
         for slot, hypotheses in zip(slots, self.decoder.results(search_state), strict=True):
             request, self.slots[slot] = self.slots[slot], None
             assert request is not None, "a finished sentence was there"

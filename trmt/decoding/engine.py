@@ -1,8 +1,8 @@
 """The decode loop: requests in, hypotheses out, with continuous batching.
 
-Requests are sorted by length. A batch is kept going: hypotheses that are finished leave it, and the next requests of
-the queue take their slots. What runs a batch's steps is a `Runner`: `DirectRunner` calls PyTorch, or a kernel for
-several steps at once where there is one; `GraphRunner` replays CUDA graphs.
+Requests are sorted by length. A batch is kept going: hypotheses that are finished leave it, and the next
+requests of the queue take their slots. What runs a batch's steps is a `Runner`: `DirectRunner` calls PyTorch,
+or a kernel for several steps at once where there is one; `GraphRunner` replays CUDA graphs.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class Engine:
         stepper = frozen(net, precision, checksum, static=graphs)
         ids = tuple(sorted(banned))
         self.decoder = BatchDecoder(stepper, search, bos, eos, ids, device, batching)
-        self.runner = (
-            GraphRunner(self.decoder, net.max_positions) if graphs else DirectRunner(self.decoder)
-        )
+        self.runner = GraphRunner(self.decoder, net.max_positions) if graphs else DirectRunner(self.decoder)
 
     def translate(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Each request with its hypotheses, in whatever order they are ready."""
@@ -86,7 +84,9 @@ class Engine:
         return fewer < before.sentences
 
 
-def frozen(net: Seq2Seq, precision: Precision = "fp32", checksum: str = "", *, static: bool = False) -> Stepper:
+def frozen(
+    net: Seq2Seq, precision: Precision = "fp32", checksum: str = "", *, static: bool = False
+) -> Stepper:
     """The fastest stepper of a network; a `static` one where steps are to be recorded."""
     if not static and (fast := accelerated("stepper")):
         stepper: Stepper | None = fast(net, precision, checksum)

@@ -1,14 +1,14 @@
 """Runs the steps of a batch on a GPU without its host: steps are recorded once as CUDA graphs, and replayed.
 
-A step of a small network is some two hundred kernels of microseconds, and launching each takes the host longer than
-that. A graph is launched at once. It works on memory that stays where it is: slots for so many sentences with space
-for so many tokens, all that a step reads and writes. Requests come into free slots and leave them when they are done;
-the host synchronises every few steps.
+A step of a small network is some two hundred kernels of microseconds, and launching each takes the host
+longer than that. A graph is launched at once. It works on memory that stays where it is: slots for so many
+sentences with space for so many tokens, all that a step reads and writes. Requests come into free slots and
+leave them when they are done; the host synchronises every few steps.
 
-How much of the slots a step computes is recorded with it: the first so many sentences, the first so many target
-and source positions. So there is a graph for each combination of these, rounded up to a few sizes. The first time
-one is needed its steps run one by one, since it may never be needed again; the second time it is recorded. On other
-devices the same works without graphs, which is for tests.
+How much of the slots a step computes is recorded with it: the first so many sentences, the first so many
+target and source positions. So there is a graph for each combination of these, rounded up to a few sizes. The
+first time one is needed its steps run one by one, since it may never be needed again; the second time it is
+recorded. On other devices the same works without graphs, which is for tests.
 
 Axes: S sentence, K hypothesis, T target position.
 """
@@ -32,14 +32,16 @@ from trmt.decoding.batch import Batch, BatchDecoder
 from trmt.decoding.direct import COMPACT_AT, SYNC_EVERY, DirectRunner
 from trmt.decoding.masks import Masks
 from trmt.decoding.request import Request
-from trmt.devices.transfer import Fetched, sent
+from trmt.devices.transfer import HostCopy, to_device
 from trmt.nets.base import EncoderMemory, State
 
 SMALLEST = 32  # tokens that the slots with the least space have
 KEPT = 4  # slots of so many different sizes are kept
 # What masks exclude beside what is banned.
 NOTHING, ENDS, ALL_BUT_PREFIXES = range(3)
-Size = tuple[int, int, int, int]  # of a graph: sentences, target positions, source positions, what masks exclude
+Size = tuple[
+    int, int, int, int
+]  # of a graph: sentences, target positions, source positions, what masks exclude
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class StaticSlots:
     slots: list[Slot | None]
     seen: set[Size] = field(default_factory=set)
     graphs: dict[Size, Any] = field(default_factory=dict)
-    done: Fetched | None = None  # which sentences are done, after the newest steps
+    done: HostCopy | None = None  # which sentences are done, after the newest steps
 
     @classmethod
     def of(cls, batch: Batch, count: int, max_tokens: int) -> StaticSlots:
@@ -178,7 +180,7 @@ class StaticSlots:
 
     def _write(self, slots: list[int], batch: Batch) -> None:
         mine = self.tensors.batch(self.masks, max_tokens=self.max_tokens)
-        mine.replace(sent(slots, mine.tokens_SK.device), batch)
+        mine.replace(to_device(slots, mine.tokens_SK.device), batch)
         replaced = BatchTensors.of(mine)
         if not self.tensors.copy_from(replaced):
             # Longer sources than ever before: other memory, for which nothing is recorded.
@@ -195,7 +197,7 @@ class StaticSlots:
         movers = [index for index in taken if index >= enough]
         holes = [index for index in range(enough) if self.slots[index] is None][: len(movers)]
         moving = self.tensors.batch(self.masks, max_tokens=self.max_tokens)
-        moving.keep(sent(movers, moving.tokens_SK.device))
+        moving.keep(to_device(movers, moving.tokens_SK.device))
         self._write(holes, moving)
         for hole, mover in zip(holes, movers, strict=True):
             self.slots[hole], self.slots[mover] = self.slots[mover], None
@@ -217,9 +219,11 @@ class StaticSlots:
         self._replay(size, steps, step, record)
         for slot in slots:
             slot.tokens += steps
-        self.done = Fetched([self.tensors.search_state.done_S])
+        self.done = HostCopy([self.tensors.search_state.done_S])
 
-    def _replay(self, size: Size, steps: int, step: Callable[[Batch], None], record: Callable[..., Any]) -> None:
+    def _replay(
+        self, size: Size, steps: int, step: Callable[[Batch], None], record: Callable[..., Any]
+    ) -> None:
         sentences, columns, source_length, excluded = size
         tensors = self.tensors.view(sentences, columns, source_length)
 
@@ -242,7 +246,7 @@ class StaticSlots:
     def release(self) -> tuple[list[Request], Callable[[], Any]] | None:
         """Wait for the steps that run; the requests that are done, and what the search has found for them."""
         assert self.done, "nothing was run"
-        (done_S,) = self.done.there()
+        (done_S,) = self.done.wait()
         done = done_S.tolist()
         finished = [index for index in self.taken if done[index]]
         late = [slot for slot in self.slots if slot and slot.tokens >= slot.request.max_tokens]
@@ -252,7 +256,7 @@ class StaticSlots:
         requests = [slot.request for index in finished if (slot := self.slots[index])]
         for index in finished:
             self.slots[index] = None
-        found = self.tensors.search_state.keep(sent(finished, self.tensors.tokens_SK.device))
+        found = self.tensors.search_state.keep(to_device(finished, self.tensors.tokens_SK.device))
         return requests, found.fetched()
 
 
@@ -263,7 +267,7 @@ def rounded(count: int) -> int:
 
 
 class GraphRunner:
-    """Static slots whose steps are replayed; what cannot be recorded runs directly from then on, and says so."""
+    """Static slots whose steps are replayed; what cannot be recorded runs directly from then on."""
 
     def __init__(self, decoder: BatchDecoder, max_positions: int) -> None:
         self.decoder, self.max_positions = decoder, max_positions

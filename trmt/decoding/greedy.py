@@ -14,7 +14,7 @@ from torch import Tensor
 from trmt.acceleration import accelerated
 from trmt.decoding.base import Hypothesis, Search, SearchRequest, SearchState
 from trmt.decoding.top import top
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LineState(SearchState):
         cls, requests: Sequence[SearchRequest], sizes: tuple[int, int], *, eos: int, device: torch.device
     ) -> LineState:
         """Space for `sizes` = (hypotheses, tokens) of each sentence."""
-        max_tokens_S = sent([request.max_tokens for request in requests], device)
+        max_tokens_S = to_device([request.max_tokens for request in requests], device)
         zero_S = torch.zeros_like(max_tokens_S)
         zero_SK = torch.zeros((len(requests), sizes[0]), dtype=torch.long, device=device)
         return cls(
@@ -85,7 +85,9 @@ class Greedy(Search):
     hypotheses: int = 1
     reorders: bool = False
 
-    def start(self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device) -> LineState:
+    def start(
+        self, requests: Sequence[SearchRequest], *, max_tokens: int, eos: int, device: torch.device
+    ) -> LineState:
         return LineState.empty(requests, (1, max_tokens), eos=eos, device=device)
 
     def advance(self, logits_SKV: Tensor, state: LineState) -> tuple[Tensor, Tensor, LineState]:

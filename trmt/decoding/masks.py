@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trmt.decoding.request import Request
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 
 
 @dataclass
@@ -28,17 +28,19 @@ class Masks:
     steps_left: int  # so many steps more there is something to mask beside what is banned
 
     @classmethod
-    def of(cls, requests: Sequence[Request], *, banned: Collection[int], eos: int, device: torch.device) -> Masks:
+    def of(
+        cls, requests: Sequence[Request], *, banned: Collection[int], eos: int, device: torch.device
+    ) -> Masks:
         """The masks of these requests."""
         ids = sorted(banned)
         longest = max(len(request.prefix) for request in requests)
         rows = [[*request.prefix, *[-1] * (longest - len(request.prefix))] for request in requests]
         return cls(
-            sent(ids, device),
+            to_device(ids, device),
             slice(ids[0], ids[-1] + 1) if ids and ids[-1] - ids[0] + 1 == len(ids) else None,
             eos,
-            sent(rows, device).view(len(requests), longest),
-            sent([request.min_tokens for request in requests], device),
+            to_device(rows, device).view(len(requests), longest),
+            to_device([request.min_tokens for request in requests], device),
             max(max(len(request.prefix), request.min_tokens) for request in requests),
         )
 

@@ -2,8 +2,8 @@
 
 Axes: S sentence, K hypothesis, V vocabulary, T target position.
 
-Every sentence draws its random numbers before the first token, from its own key and the seed, so that a sample
-depends neither on the batch nor on the order in which sentences are translated.
+Every sentence draws its random numbers before the first token, from its own key and the seed, so that a
+sample depends neither on the batch nor on the order in which sentences are translated.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from trmt.decoding.base import Hypothesis, Search, SearchRequest
-from trmt.decoding.top import top
 from trmt.decoding.greedy import LineState
-from trmt.devices.transfer import carried
+from trmt.decoding.top import top
+from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 
 
@@ -60,7 +60,7 @@ class Sampling(Search):
             torch.rand(max_tokens, self.samples, generator=self._generator(request.key)).T
             for request in requests
         ]
-        return SamplingState(**vars(lines), random_SKT=carried(torch.stack(numbers), device))
+        return SamplingState(**vars(lines), random_SKT=to_device(torch.stack(numbers), device))
 
     def _generator(self, key: int) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()
@@ -68,7 +68,9 @@ class Sampling(Search):
 
     def advance(self, logits_SKV: Tensor, state: SamplingState) -> tuple[Tensor, Tensor, SamplingState]:
         # A finished sentence stays within its random numbers until it is removed.
-        at = state.length_S.clamp(max=state.random_SKT.shape[2] - 1)[:, None, None].expand(-1, self.samples, 1)
+        at = state.length_S.clamp(max=state.random_SKT.shape[2] - 1)[:, None, None].expand(
+            -1, self.samples, 1
+        )
         random_SK1 = state.random_SKT.gather(2, at)
         logits_SKV = logits_SKV.float()  # in half precision, shares would not add up
         tokens_SK = self._choose(logits_SKV, random_SK1)
@@ -81,7 +83,7 @@ class Sampling(Search):
         return parents_SK, tokens_SK, SamplingState(**vars(lines), random_SKT=state.random_SKT)
 
     def _choose(self, logits_SKV: Tensor, random_SK1: Tensor) -> Tensor:
-        """Inverse transform sampling: the token in whose share of [0, 1) the random number falls, the most probable first."""
+        """Inverse transform sampling, the most probable token first."""
         if self.temperature == 0:
             return logits_SKV.argmax(-1)
         ordered_SKV, ids_SKV = logits_SKV.sort(dim=-1, descending=True, stable=True)

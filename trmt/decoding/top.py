@@ -17,8 +17,8 @@ BLOCK = 16  # rows whose exponentials stay in a processor's cache
 def top(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` highest scores of each row, their ids, and the logarithm of the sum of exponentials [R, 1].
 
-    The scores may be of any precision, and may be overwritten; the result has single precision. The highest scores
-    are the same whether a kernel finds them or PyTorch; the logarithms may differ in the last bit.
+    The scores may be of any precision, and may be overwritten; the result has single precision. The highest
+    scores are the same whether a kernel finds them or PyTorch; the logarithms may differ in the last bit.
     """
     if fast := accelerated("top"):
         found = fast(scores_RV, count)
@@ -60,7 +60,8 @@ def top_k(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def log_sum_exp(scores_RV: Tensor, largest_R1: Tensor) -> Tensor:
     """The logarithm of the sum of exponentials of each row [R, 1], whose greatest score is given.
 
-    The scores are overwritten: at the size of a vocabulary, memory for the exponentials costs more than they do.
+    The scores are overwritten: at the size of a vocabulary, memory for the exponentials costs more than they
+    do.
     """
     sums = []
     for scores, largest in zip(scores_RV.split(BLOCK), largest_R1.split(BLOCK), strict=True):

@@ -1,1 +1,1 @@
-"""The device to compute on: which one, how much memory it has, how values get there and back."""
+"""The device to compute on: its choice, its memory, and transfers between it and the host."""

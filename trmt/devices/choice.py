@@ -1,4 +1,4 @@
-"""Which device and which precision to compute with, when the user leaves that open."""
+"""The device and the precision to compute with, and settings of the process that go with them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from trmt.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
-    """The named device, or with `auto` the best there is; one that is not there is an error."""
+    """The named device, or with `auto` a GPU if there is one; a missing device is an error."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
         raise ConfigError(f"there is no device {name!r}; choose auto, cpu, mps, cuda, or cuda:1 and so on")
-    kind, _, number = name.partition(":")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    device_type, _, number = name.partition(":")
+    if device_type == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{name} was asked for, but torch sees {torch.cuda.device_count()} GPUs; use auto")
-    if kind == "mps" and not torch.backends.mps.is_available():
+    if device_type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("mps was asked for, but this machine has none; use auto")
-    return torch.device(kind, int(number)) if number else torch.device(kind)
+    return torch.device(device_type, int(number)) if number else torch.device(device_type)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The named precision, or with `auto` bf16 where a GPU has it, fp16 on older ones, fp32 elsewhere."""
+    """The named precision; `auto` is bf16 on GPUs that support it, fp16 on older GPUs, fp32 elsewhere."""
     if name != "auto":
         if name == "fp16" and device.type != "cuda":
             raise ConfigError(f"fp16 training needs a CUDA GPU, not {device.type}; use bf16 or fp32")
@@ -41,36 +41,35 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def be_deterministic() -> None:
-    """Let this process use only kernels that give the same bits each time; some are slower.
+    """Use only deterministic kernels in this process; some are slower.
 
-    To be called before anything has been computed on a GPU: cuBLAS reads its setting once.
+    Call it before anything is computed on a GPU: cuBLAS reads its setting once.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Filling fresh memory with NaN is for finding bugs, and takes time.
+    # Filling uninitialised memory with NaN finds bugs, but takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """A context in which products run in this precision."""
+    """A context in which matrix products run in this precision."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def compiled(net: torch.nn.Module) -> Any:
-    """The network with its operations merged into few kernels; what cannot be compiled runs as it is."""
+def compile_network(net: torch.nn.Module) -> Any:
+    """The network under torch.compile; what cannot be compiled runs in eager mode."""
     import torch._dynamo
 
     torch._dynamo.config.suppress_errors = True
     return torch.compile(net)
 
 
-def keep_memory() -> None:
-    """Let this process keep the memory it frees, for work that wants the same sizes again and again.
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, for loops that allocate the same sizes again and again.
 
-    The C library gives large blocks back to the system at once, and each new one is paid for again with
-    the cleaning of its pages.
+    The C library returns large blocks to the system at once, and the system clears the pages of each new one.
     """
     trim_threshold, mmap_max = -1, -4  # from malloc.h of glibc
     try:

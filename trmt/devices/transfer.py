@@ -1,6 +1,6 @@
-"""Numbers on their way between the host and a device, for which nobody waits who need not.
+"""Transfers between the host and a device that do not wait for the work queued on the device.
 
-Copies to and from a GPU wait for all that it was told before, unless the host's memory is pinned.
+A copy to or from a GPU is asynchronous only where the memory of the host is pinned.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ import torch
 from torch import Tensor
 
 
-def sent(values: Sequence[Any], device: torch.device | str, kind: torch.dtype = torch.long) -> Tensor:
-    """The numbers as a tensor on the device."""
+def to_device(
+    values: Sequence[Any] | Tensor, device: torch.device | str, dtype: torch.dtype = torch.long
+) -> Tensor:
+    """Numbers, as a tensor of `dtype`, or a tensor in host memory, on the device."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda":
-        return torch.tensor(values, dtype=kind, device=device)
-    return torch.tensor(values, dtype=kind, pin_memory=True).to(device, non_blocking=True)
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def carried(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-class Fetched:
-    """Tensors on their way to the host."""
+class HostCopy:
+    """Tensors that are being copied to the host."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors, self._event = list(tensors), None
@@ -38,8 +36,8 @@ class Fetched:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(self._device))
 
-    def there(self) -> list[Tensor]:
-        """The tensors, once they are on the host."""
+    def wait(self) -> list[Tensor]:
+        """The tensors in host memory, once the copy is complete."""
         if self._event:
             self._event.synchronize()
         return self._tensors

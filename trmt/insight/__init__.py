@@ -1,1 +1,1 @@
-"""What a network does, shown: word alignments, attention, curves, comparisons."""
+"""Analysis of models and runs: word alignment, attention maps, training curves, comparisons."""

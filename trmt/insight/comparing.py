@@ -1,8 +1,8 @@
-"""Runs side by side: what they share, what they differ in, how far they came, and which is better.
+"""Comparison of runs: settings that differ, progress, scores, and whether scores differ significantly.
 
-Scores from the log are those of each run's own validations. Whether one run is better than another is told
-from translations of the same sentences made here, by the paired bootstrap; runs with other dev sets than the
-first are left out of that, and it is said.
+The best scores of a run are those of its own validations, from its log. For significance tests by the paired
+bootstrap, the same sentences are translated with all runs. Runs whose dev set is not that of the first run
+are left out of the comparison on the dev set, with a warning.
 """
 
 from __future__ import annotations
@@ -18,66 +18,67 @@ from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.insight.plotting import read_runs
 from trmt.scoring import MetricScore, ScoreOptions, bleu_tokenizer
 from trmt.sets.shards import PreparedSet
-from trmt.text.corpus import pairs, parse_corpus
+from trmt.text.corpus import parse_corpus
+from trmt.text.pairs import read_corpus
 from trmt.training import describing
 from trmt.training.history import History
 from trmt.translating import TranslateOptions, Translator
 
-ABSENT = "-"  # a setting that a run's network or objective does not have
-Scores = dict[str, dict[str, MetricScore]]
+ABSENT = "-"  # instead of a setting that a run does not have
+RunScores = dict[str, dict[str, MetricScore]]  # run -> metric -> score
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """What `trmt compare` takes."""
+    """The options of `trmt compare`."""
 
     runs: tuple[Path, ...]
     test: str | None = None  # a corpus to translate with every run
     metrics: tuple[str, ...] = ("bleu", "chrf")
     beam: int = 4
     resamples: int = 1000
-    log_only: bool = False  # nothing is translated
+    log_only: bool = False  # translate nothing
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if len(self.runs) < 2:
-            raise ConfigError("a comparison takes two runs or more; use trmt inspect for a single one")
+            raise ConfigError("a comparison needs two runs or more; use trmt inspect for a single run")
         if self.log_only and self.test:
-            raise ConfigError("--test translates and --log-only does not; leave one out")
+            raise ConfigError("--test and --log-only exclude each other; leave one out")
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run as its folder tells it."""
+    """What the folder of a run contains."""
 
     folder: Path
     settings: dict[str, Any]
     data: dict[str, Any]
     progress: dict[str, Any]
-    best: list[dict[str, Any]]  # of each metric, from its own validations
-    bundle: Path | None  # what translates for it
+    best: list[dict[str, Any]]  # the best score of each metric in the log
+    bundle: Path | None  # the average or best checkpoint
     parameters: int | None
     languages: tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found; by the names of the runs, the first of which is the baseline."""
+    """The result of a comparison, by the names of the runs; the first run is the baseline."""
 
     runs: dict[str, RunFacts]
     histories: dict[str, History]
-    differences: dict[str, list[Any]]  # by setting, a value for each run
-    dev: Scores = field(default_factory=dict)  # of the runs that share the first one's dev set
+    differences: dict[str, list[Any]]  # setting -> its value in each run
+    dev: RunScores = field(default_factory=dict)  # of the runs with the dev set of the first run
     left_out: dict[str, str] = field(default_factory=dict)  # why a run is not in `dev`
-    test: Scores = field(default_factory=dict)
+    test: RunScores = field(default_factory=dict)
 
 
 def compare(options: CompareOptions) -> Comparison:
-    """Read the runs and, unless only logs are wanted, translate the dev set with each."""
+    """Read the runs and, without `log_only`, translate the dev set and the test set with each."""
     histories = read_runs(options.runs)
-    folders = [place.parent if place.is_file() else place for place in options.runs]
+    folders = [path.parent if path.is_file() else path for path in options.runs]
     runs = {
-        name: facts(folder, history)
+        name: run_facts(folder, history)
         for (name, history), folder in zip(histories.items(), folders, strict=True)
     }
     found = Comparison(runs, histories, differences([run.settings for run in runs.values()]))
@@ -90,26 +91,30 @@ def compare(options: CompareOptions) -> Comparison:
     dev = {}
     if shared:
         sources, references = _dev_text(next(iter(shared.values())))
-        dev = _scored(shared, sources, references, options)
+        dev = _translate_and_score(shared, sources, references, options)
     test = {}
     if options.test:
-        able = {name: run for name, run in runs.items() if run.bundle}
-        test = _scored(able, *_test_text(options.test, next(iter(runs.values()))), options)
+        with_bundle = {name: run for name, run in runs.items() if run.bundle}
+        test = _translate_and_score(
+            with_bundle, *_test_text(options.test, next(iter(runs.values()))), options
+        )
     return replace(found, dev=dev, left_out=left_out, test=test)
 
 
-def facts(folder: Path, history: History) -> RunFacts:
-    """What the folder of a run says."""
+def run_facts(folder: Path, history: History) -> RunFacts:
+    """Read the folder of a run."""
     if not describing.is_run(folder):
-        raise DataError(f"{folder} is no run folder: it has no {checkpoints.CONFIG}; name runs of trmt train")
+        raise DataError(
+            f"{folder} is not a run folder: it has no {checkpoints.CONFIG}; name runs of trmt train"
+        )
     bundle, parameters = None, None
     languages: tuple[str, str] = ("", "")
-    if checkpoints.steps(folder) or bundles.is_bundle(folder / checkpoints.AVERAGE):
+    if checkpoints.list_checkpoints(folder) or bundles.is_bundle(folder / checkpoints.AVERAGE):
         bundle = checkpoints.find_bundle(folder)
         manifest = bundles.read_manifest(bundle)
         languages = manifest.languages
         weights = bundles.read_weights(bundle, manifest, verify=False)
-        parameters = sum(describing.parts(weights, manifest).values())
+        parameters = sum(describing.parameter_counts(weights, manifest).values())
     return RunFacts(
         folder=folder,
         settings=describing.settings(folder),
@@ -123,82 +128,85 @@ def facts(folder: Path, history: History) -> RunFacts:
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, each with a value for every run."""
+    """The settings that are not the same in all runs, with their value in each."""
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name, ABSENT) for each in settings] for name in names if name != "description"}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
 def comparable(runs: Mapping[str, RunFacts]) -> tuple[dict[str, RunFacts], dict[str, str]]:
-    """The runs that can translate the first one's dev set, and why the others are left out."""
+    """The runs with the dev set of the first run, and why the others are left out."""
     shared: dict[str, RunFacts] = {}
     left_out: dict[str, str] = {}
     (base_name, base), *_ = runs.items()
     for name, run in runs.items():
-        if why := _hindrance(run):
+        if why := _not_translatable(run):
             left_out[name] = why
         elif run.data["dev_text"] != base.data.get("dev_text") or run.languages != base.languages:
-            left_out[name] = f"its dev set is another than that of {base_name}"
+            left_out[name] = f"its dev set is not that of {base_name}"
         else:
             shared[name] = run
     if base_name in left_out:
-        left_out |= dict.fromkeys(shared, f"{base_name}, the first run, is not either")
+        left_out |= dict.fromkeys(shared, f"the first run, {base_name}, is not compared either")
         return {}, left_out
     return shared, left_out
 
 
-def _hindrance(run: RunFacts) -> str:
-    """Why nothing can be translated for a run, if so."""
+def _not_translatable(run: RunFacts) -> str:
+    """Why the dev set of a run cannot be translated; empty if it can."""
     if run.bundle is None:
         return "it has no checkpoint yet"
     if not run.data.get("dev_text"):
-        return "its folder does not say what its dev set was"
+        return "its folder does not record its dev set"
     return ""
 
 
 def _dev_text(run: RunFacts) -> tuple[list[str], list[str]]:
-    """The dev set's text, as it was when the run was begun."""
-    place = Path(run.data["set"])
+    """The dev set of a run; an error if it has changed since the run was started."""
+    folder = Path(run.data["set"])
     try:
-        data = PreparedSet.open(place)
+        data = PreparedSet.open(folder)
         texts = data.dev_text()
     except TrmtError as error:
         raise DataError(
-            f"the dev set of {run.folder} cannot be read ({error}); put {place} back, or leave "
-            "translating out with --log-only"
+            f"the dev set of {run.folder} cannot be read ({error}); restore {folder}, or "
+            "translate nothing with --log-only"
         ) from error
-    now = [data.index["files"][f"dev.{side}.txt"]["sha256"] for side in ("source", "target")]
-    if "".join(now) != run.data["dev_text"]:
+    checksums = [data.index["files"][f"dev.{side}.txt"]["sha256"] for side in ("source", "target")]
+    if "".join(checksums) != run.data["dev_text"]:
         raise DataError(
-            f"{place} has another dev set than when {run.folder} was begun; put it back, or leave "
-            "translating out with --log-only"
+            f"the dev set in {folder} has changed since {run.folder} was started; restore it, or "
+            "translate nothing with --log-only"
         )
     return texts
 
 
 def _test_text(corpus: str, run: RunFacts) -> tuple[list[str], list[str]]:
-    """Source and reference of the sentences of a corpus."""
-    both = list(pairs(parse_corpus(corpus, *run.languages)))
+    """The sources and references of a corpus."""
+    both = list(read_corpus(parse_corpus(corpus, *run.languages)))
     if not both:
         raise DataError(f"{corpus} is empty; there is nothing to translate")
     return [source for source, _ in both], [target for _, target in both]
 
 
-def _scored(
+def _translate_and_score(
     runs: Mapping[str, RunFacts], sources: list[str], references: list[str], options: CompareOptions
-) -> Scores:
-    """The scores of translations by each run, and whether they differ from those of the first."""
-    translations = {name: _translated(name, run, sources, options) for name, run in runs.items()}
+) -> RunScores:
+    """The scores of each run, with significance tests against the first."""
+    translations = {name: _translate(name, run, sources, options) for name, run in runs.items()}
     language = next(iter(runs.values())).languages[1]
-    how = ScoreOptions(
+    score_options = ScoreOptions(
         metrics=options.metrics, tokenize=bleu_tokenizer(language), resamples=options.resamples
     )
     if len(translations) > 1:
-        return scoring.compare(translations, [references], options=how)
-    return {name: scoring.score(texts, [references], options=how) for name, texts in translations.items()}
+        return scoring.compare(translations, [references], options=score_options)
+    return {
+        name: scoring.score(texts, [references], options=score_options)
+        for name, texts in translations.items()
+    }
 
 
-def _translated(name: str, run: RunFacts, sources: list[str], options: CompareOptions) -> list[str]:
+def _translate(name: str, run: RunFacts, sources: list[str], options: CompareOptions) -> list[str]:
     search = TranslateOptions(
         search="beam" if options.beam > 1 else "greedy", beam=max(options.beam, 1), device=options.device
     )
@@ -212,10 +220,10 @@ def _translated(name: str, run: RunFacts, sources: list[str], options: CompareOp
 
 
 def as_tree(found: Comparison, options: CompareOptions) -> dict[str, Any]:
-    """Everything, for programs."""
+    """The comparison as a tree for JSON."""
     from dataclasses import asdict
 
-    def scores(table: Scores) -> dict[str, Any]:
+    def scores(table: RunScores) -> dict[str, Any]:
         return {
             run: {
                 metric: {key: value for key, value in asdict(score).items() if value is not None}

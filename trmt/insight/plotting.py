@@ -1,4 +1,4 @@
-"""Curves of runs side by side: as a picture with matplotlib, or as text for a terminal."""
+"""Training curves of runs, as a figure with matplotlib or as text for a terminal."""
 
 from __future__ import annotations
 
@@ -6,79 +6,80 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from trmt import console
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.storage.files import atomic_file
-from trmt.training.display import harmless
+from trmt.training.display import remove_controls
 from trmt.training.history import LABELS, LOG, TRAIN, VALIDATE, History, Point, best
-from trmt.training.textplot import MARKS, Line, Segment, bounds, chart, short
+from trmt.training.textplot import MARKS, Curve, Segment, bounds, chart, short
 
-Axis = Literal["steps", "tokens", "hours"]
-AXES: tuple[str, ...] = get_args(Axis)
+XAxisName = Literal["steps", "tokens", "hours"]
 FORMATS = ("png", "svg", "pdf")
-# Distinct for colour-blind eyes: Okabe and Ito, "Color Universal Design" (2008), the dark ones first.
+# Distinguishable by colour-blind readers (Okabe and Ito, "Color Universal Design", 2008), the dark ones
+# first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-ON_DARK = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#999999")  # and on light
-DASHES = ("-", "--", ":", "-.")  # for the runs after those that have a colour of their own
-UNITS = {"steps": "steps", "tokens": "target tokens", "hours": "hours of training"}
-ROWS = 8  # of a plot in a terminal
-WIDE = 100  # columns from which two plots stand side by side
-NARROW = 24
+# The colours of lines on a terminal, readable on dark and light backgrounds.
+LINE_COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#999999")
+LINE_STYLES = ("-", "--", ":", "-.")  # the next one each time the colours repeat
+X_LABELS = {"steps": "steps", "tokens": "target tokens", "hours": "hours of training"}
+PLOT_ROWS = 8  # of a plot on a terminal
+TWO_PLOTS_WIDTH = 100  # terminal columns from which two plots are side by side
+MIN_PLOT_WIDTH = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotOptions:
-    """What `trmt plot` takes."""
+    """The options of `trmt plot`."""
 
-    runs: tuple[Path, ...] = ()  # run folders or their logs; none: the newest run
+    runs: tuple[Path, ...] = ()  # run folders or log files; none: the newest run
     out: Path | None = None
-    axis: Axis = "steps"
+    axis: XAxisName = "steps"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity of all runs: places and values of each; a run that lacks it has none."""
+    """The curves of one quantity, one for each run; that of a run without the quantity is empty."""
 
     title: str
-    lines: tuple[Line, ...]
-    few: bool = False  # few enough points to be marked
+    lines: tuple[Curve, ...]
+    marked: bool = False  # whether each point is marked: validations, which are few
 
 
 def plot(options: PlotOptions) -> tuple[dict[str, History], list[Panel]]:
-    """Read the runs, write the picture if one is wanted; return what was read and what there is to draw."""
-    kind = options.out.suffix.lower().removeprefix(".") if options.out else ""
-    if options.out and kind not in FORMATS:
-        raise ConfigError(f"{options.out} says no known format; end it in .{', .'.join(FORMATS)}")
+    """Read the runs and write the figure, if there is an output file; returns histories and panels."""
+    extension = options.out.suffix.lower().removeprefix(".") if options.out else ""
+    if options.out and extension not in FORMATS:
+        raise ConfigError(f"{options.out} has no known file format; end it in .{', .'.join(FORMATS)}")
     histories = read_runs(options.runs or (_newest_run(),))
     drawn = panels(histories, options.axis)
     if options.out:
-        _write(options.out, kind, drawn, list(histories), axis=options.axis)
+        _write(options.out, extension, drawn, list(histories), axis=options.axis)
         console.say(f"{len(drawn)} curves of {len(histories)} runs -> {options.out}")
     return histories, drawn
 
 
-def read_runs(places: Sequence[Path]) -> dict[str, History]:
-    """The histories of runs, by the shortest name that tells them apart."""
-    logs = [place if place.is_file() else place / LOG for place in places]
+def read_runs(paths: Sequence[Path]) -> dict[str, History]:
+    """The histories of runs, by folder name, or by path if folder names are not unique."""
+    logs = [path if path.is_file() else path / LOG for path in paths]
     names = [log.resolve().parent.name if log.name == LOG else log.stem for log in logs]
     if len(set(names)) < len(names):
-        names = [str(place) for place in places]
+        names = [str(path) for path in paths]
     if len(set(names)) < len(names):
-        raise ConfigError("a run is named twice; name each once")
+        raise ConfigError("a run is given twice; name each run once")
     histories = {}
     for name, log in zip(names, logs, strict=True):
         histories[name] = history = History.read(log)
         if history.damaged:
-            console.warn(f"{history.damaged} lines of {log} cannot be read and are left out")
+            console.warn(f"{history.damaged} lines of {log} cannot be read and are skipped")
         if not history.entries:
             raise DataError(f"{log} has no curves yet; wait for the first {TRAIN} entry, or name another run")
     return histories
 
 
 def _newest_run() -> Path:
-    from trmt.bundles.checkpoints import MODELS  # loads torch, which drawing does not need
+    from trmt.bundles.checkpoints import MODELS  # loads torch, which plotting does not need
 
     logs = [log for log in MODELS.glob(f"*/{LOG}") if log.is_file()]
     if not logs:
@@ -88,31 +89,33 @@ def _newest_run() -> Path:
     return newest
 
 
-def panels(histories: dict[str, History], axis: Axis) -> list[Panel]:
-    """What can be drawn of these runs: losses, scores, learning rate, speed."""
+def panels(histories: dict[str, History], axis: XAxisName) -> list[Panel]:
+    """The panels of the quantities that at least one run has: losses, scores, learning rate, speed."""
     metrics = dict.fromkeys(metric for history in histories.values() for metric in history.metrics())
-    wanted = [("training loss (nats per token)", TRAIN, "loss")]
-    wanted += [("dev loss (nats per token)", VALIDATE, "loss")]
-    wanted += [(f"dev {LABELS.get(name, name)}", VALIDATE, name) for name in metrics if name != "loss"]
-    wanted += [("learning rate", TRAIN, "lr"), ("target tokens/s", TRAIN, "tokens_per_second")]
+    quantities = [("training loss (nats per token)", TRAIN, "loss")]
+    quantities += [("dev loss (nats per token)", VALIDATE, "loss")]
+    quantities += [(f"dev {LABELS.get(name, name)}", VALIDATE, name) for name in metrics if name != "loss"]
+    quantities += [("learning rate", TRAIN, "lr"), ("target tokens/s", TRAIN, "tokens_per_second")]
     found = []
-    for title, event, name in wanted:
+    for title, event, name in quantities:
         curves = [_line(history.curve(event, name), axis, run=run) for run, history in histories.items()]
         if any(len(line.x) for line in curves):
-            found.append(Panel(title, tuple(curves), few=event == VALIDATE))
+            found.append(Panel(title, tuple(curves), marked=event == VALIDATE))
     return found
 
 
-def _line(points: Sequence[Point], axis: Axis, *, run: str) -> Line:
-    places = [{"steps": point.step, "tokens": point.tokens, "hours": point.hours}[axis] for point in points]
-    known = [place for place in places if place is not None]
-    if len(known) < len(places):
-        raise DataError(f"the log of {run} does not say {axis}, it is of an older trmt; use --x steps")
-    return Line(known, [point.value for point in points])
+def _line(points: Sequence[Point], axis: XAxisName, *, run: str) -> Curve:
+    x_values = [{"steps": point.step, "tokens": point.tokens, "hours": point.hours}[axis] for point in points]
+    known = [x for x in x_values if x is not None]
+    if len(known) < len(x_values):
+        raise DataError(
+            f"the log of {run} has no {axis}, because its version of trmt is older; use --x steps"
+        )
+    return Curve(known, [point.value for point in points])
 
 
 def summary(histories: dict[str, History]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of a table: how far each run came, its best scores, and at which step."""
+    """Columns and rows of a table: steps and time of each run, its best scores and their steps."""
     metrics = list(dict.fromkeys(metric for history in histories.values() for metric in history.metrics()))
     columns = ["run", "steps", "training", *(f"best {LABELS.get(name, name)}" for name in metrics)]
     rows = []
@@ -129,41 +132,43 @@ def summary(histories: dict[str, History]) -> tuple[list[str], list[list[str]]]:
 
 
 def rows(
-    drawn: Sequence[Panel], names: Sequence[str], *, width: int, axis: Axis, marked: bool
+    drawn: Sequence[Panel], names: Sequence[str], *, width: int, axis: XAxisName, marked: bool
 ) -> list[list[Segment]]:
-    """The panels as rows of text with the number of the run each piece belongs to; two abreast if wide."""
-    abreast = 2 if width >= WIDE else 1
-    across = max(width // abreast - 2, NARROW)
+    """The panels as rows of (text, number of its run), two side by side if the width allows it."""
+    per_row = 2 if width >= TWO_PLOTS_WIDTH else 1
+    plot_width = max(width // per_row - 2, MIN_PLOT_WIDTH)
     rows: list[list[Segment]] = []
     for number, name in enumerate(names):
-        rows.append([(f"{MARKS[number % len(MARKS)] if marked else '━━'} {harmless(name)}", number)])
-    for place in range(0, len(drawn), abreast):
+        rows.append([(f"{MARKS[number % len(MARKS)] if marked else '━━'} {remove_controls(name)}", number)])
+    for first in range(0, len(drawn), per_row):
         blocks = [
-            [[(panel.title, None)], *chart(panel.lines, across, ROWS, unit=axis, marked=marked), []]
-            for panel in drawn[place : place + abreast]
+            [[(panel.title, None)], *chart(panel.lines, plot_width, PLOT_ROWS, unit=axis, marked=marked), []]
+            for panel in drawn[first : first + per_row]
         ]
         for side_by_side in zip(*blocks, strict=True):
             row: list[Segment] = []
-            for number, part in enumerate(side_by_side):
-                gap = number * (across + 4) - sum(len(text) for text, _ in row)
-                row += [(" " * gap, None), *part] if number else part
+            for number, segments in enumerate(side_by_side):
+                gap = number * (plot_width + 4) - sum(len(text) for text, _ in row)
+                row += [(" " * gap, None), *segments] if number else segments
             rows.append(row)
     return rows
 
 
-# As a picture
+# As a figure
 
 
-def _write(out: Path, kind: str, drawn: Sequence[Panel], names: Sequence[str], *, axis: Axis) -> None:
+def _write(
+    out: Path, extension: str, drawn: Sequence[Panel], names: Sequence[str], *, axis: XAxisName
+) -> None:
     try:
         from matplotlib import rc_context
     except ImportError as error:
         raise TrmtError(
-            "pictures need matplotlib, which is not installed: pip install 'trmt[plot]', "
-            "or leave out --out and see the curves as text"
+            "figures need matplotlib, which is not installed: pip install 'trmt[plot]', "
+            "or leave --out out to see the curves as text"
         ) from error
-    # The same curves give the same file, so that it can be kept under version control.
-    stamp: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    # No dates, so that the same curves give the same file.
+    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(extension, {})
     style: dict[Any, Any] = {
         "svg.hashsalt": "trmt",
         "font.size": 9,
@@ -171,11 +176,11 @@ def _write(out: Path, kind: str, drawn: Sequence[Panel], names: Sequence[str], *
         "axes.spines.right": False,
     }
     with rc_context(style), warnings.catch_warnings(), atomic_file(out) as stream:
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a run may be named in any script
-        picture(drawn, names, axis=axis).savefig(stream, format=kind, dpi=150, metadata=stamp)
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # run names can be in any script
+        draw_figure(drawn, names, axis=axis).savefig(stream, format=extension, dpi=150, metadata=metadata)
 
 
-def picture(drawn: Sequence[Panel], names: Sequence[str], *, axis: Axis) -> Any:
+def draw_figure(drawn: Sequence[Panel], names: Sequence[str], *, axis: XAxisName) -> Any:
     """The panels as a matplotlib figure; a run has the same colour in each."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -184,17 +189,17 @@ def picture(drawn: Sequence[Panel], names: Sequence[str], *, axis: Axis) -> Any:
     down = -(-len(drawn) // columns)
     figure = Figure(figsize=(3.9 * columns + 0.3, 2.6 * down + 0.5), layout="constrained")
     grid = figure.subplots(down, columns, squeeze=False)
-    places = [place for row in grid for place in row]
-    for number, (place, panel) in enumerate(zip(places, drawn, strict=False)):
-        _draw(place, panel)
-        place.set_xlim(0, 1.02 * max(line.x[-1] for panel in drawn for line in panel.lines if len(line.x)))
-        place.xaxis.set_major_formatter(FuncFormatter(_tick))
-        place.yaxis.set_major_formatter(FuncFormatter(_tick))
+    all_axes = [axes for row in grid for axes in row]
+    for number, (axes, panel) in enumerate(zip(all_axes, drawn, strict=False)):
+        _draw(axes, panel)
+        axes.set_xlim(0, 1.02 * max(line.x[-1] for panel in drawn for line in panel.lines if len(line.x)))
+        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         if number + columns >= len(drawn):
-            place.set_xlabel(UNITS[axis])
-    for place in places[len(drawn) :]:
-        place.set_axis_off()
-    _name_runs(figure, places[0], names)
+            axes.set_xlabel(X_LABELS[axis])
+    for axes in all_axes[len(drawn) :]:
+        axes.set_axis_off()
+    _add_legend(figure, all_axes[0], names)
     return figure
 
 
@@ -202,30 +207,30 @@ def _tick(value: float, _: int | None) -> str:
     return short(value) if abs(value) >= 10_000 else f"{value:g}"
 
 
-def _draw(place: Any, panel: Panel) -> None:
+def _draw(axes: Any, panel: Panel) -> None:
     for number, line in enumerate(panel.lines):
-        # A run without this quantity keeps its colour and draws nothing.
-        place.plot(
+        # An empty line keeps the colours of the other runs the same in all panels.
+        axes.plot(
             line.x,
             line.y,
             color=COLOURS[number % len(COLOURS)],
-            linestyle=DASHES[number // len(COLOURS) % len(DASHES)],
-            linewidth=1.5 if panel.few else 1.1,
-            marker="o" if panel.few and len(line.x) <= 40 else None,
+            linestyle=LINE_STYLES[number // len(COLOURS) % len(LINE_STYLES)],
+            linewidth=1.5 if panel.marked else 1.1,
+            marker="o" if panel.marked and len(line.x) <= 40 else None,
             markersize=3.5,
         )
     low, high = bounds([line.y for line in panel.lines if len(line.y)])
     margin = (high - low) * 0.06
-    place.set_ylim(low - margin, high + margin)
-    place.set_title(panel.title, loc="left", fontsize=9, fontweight="bold")
-    place.grid(color="#dddddd", linewidth=0.6)
-    place.set_axisbelow(True)
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_title(panel.title, loc="left", fontsize=9, fontweight="bold")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
-def _name_runs(figure: Any, place: Any, names: Sequence[str]) -> None:
-    """Who has which colour; names are put in afterwards, because some characters mean something in labels."""
+def _add_legend(figure: Any, axes: Any, names: Sequence[str]) -> None:
+    """Add a legend of the runs; their names are set afterwards, because labels interpret some characters."""
     legend = figure.legend(
-        place.get_lines(),
+        axes.get_lines(),
         ["run"] * len(names),
         loc="outside upper left",
         ncols=min(len(names), 4),

@@ -1,1 +1,1 @@
-"""Models that move in and out: other programs' folders, written, read, and compared with ours."""
+"""Export to CTranslate2, Hugging Face and ONNX, import from Marian and BERT folders."""

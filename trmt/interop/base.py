@@ -1,4 +1,4 @@
-"""What a format of another program promises: to write a bundle, and to show what that program makes of it."""
+"""The contract of an export format, and the inputs and results of comparing another program with trmt."""
 
 from __future__ import annotations
 
@@ -16,87 +16,73 @@ from trmt.errors import ConfigError
 from trmt.nets.transformer import Transformer, TransformerConfig
 from trmt.text.tokenizer import Side, Tokenizer
 
-NEVER = -1e4  # a logit that no other could lose to; small enough for fp16
+BANNED_BIAS = -1e4  # the output bias of a token that is never to be generated; fits into fp16
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What programs are compared on; ids are without beginning and end of sentence."""
+class CheckInputs:
+    """The inputs on which programs are compared; ids are without beginning and end of sentence."""
 
     texts: tuple[str, ...]
     sources: tuple[tuple[int, ...], ...]
-    targets: tuple[tuple[int, ...], ...]  # what is to be scored as the translation of each
-    limit: int  # tokens that a program's own translation has at most
+    targets: tuple[tuple[int, ...], ...]  # the translation of each source that is to be scored
+    max_tokens: int  # of a translation
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a program makes of a probe."""
+class CheckResults:
+    """What a program computes from them."""
 
-    translations: tuple[tuple[int, ...], ...]  # found greedily, without the end of sentence
+    translations: tuple[tuple[int, ...], ...]  # by greedy search, without the end of sentence
     scores: tuple[tuple[float, ...], ...]  # log probabilities of each token of the targets, and of the end
-    sources: tuple[tuple[int, ...], ...] | None = None  # the texts as it cuts them, where it does so itself
+    sources: tuple[tuple[int, ...], ...] | None = None  # ids of the texts, if the program tokenizes by itself
 
 
 class Format(ABC):
     """A folder that another program translates with."""
 
     name: ClassVar[str]  # as its users call it
-    packages: ClassVar[tuple[str, ...]]  # that are needed to write and try it
+    packages: ClassVar[tuple[str, ...]]  # that are needed to write and check it
 
     @abstractmethod
     def write(self, bundle: Bundle, folder: Path) -> None:
-        """Write the bundle's model into an existing folder; what the format cannot express is refused."""
+        """Write the bundle's model into an existing folder; a ConfigError if the format cannot express it."""
 
     @abstractmethod
-    def outcome(self, folder: Path, tokenizer: Tokenizer, probe: Probe) -> Outcome:
-        """What the other program makes of a probe with the model that `write` wrote."""
+    def run(self, folder: Path, tokenizer: Tokenizer, inputs: CheckInputs) -> CheckResults:
+        """Run the other program on the inputs, with the model that `write` wrote."""
 
 
-def transformer_of(bundle: Bundle, name: str) -> Transformer:
-    """The network of a bundle, which has to be a Transformer."""
-    if not isinstance(bundle.net, Transformer):
+def transformer_of(bundle: Bundle, program: str) -> Transformer:
+    """The network of a bundle; a ConfigError if it is not a Transformer as other programs have it."""
+    net = bundle.net
+    if type(net) is not Transformer:  # subclasses compute something else
         raise ConfigError(
-            f"{name} has no networks like {bundle.manifest.architecture!r} of {bundle.folder}; "
+            f"{program} has no networks like {bundle.manifest.architecture!r} of {bundle.folder}; "
             "only a transformer can be exported"
         )
-    for option, usual in (
-        ("embedding_norm", False),
-        ("embedding_scale", True),
-        ("segments", 1),
-        ("epsilon", 0.0),
-        ("residual", True),
-        ("score_scale", True),
-        ("position_join", "add"),
-        ("cross_source", "last"),
-        ("cross_focus", "soft"),
-    ):
-        if (value := getattr(bundle.net.config, option)) != usual:
-            raise ConfigError(
-                f"{name} has no Transformer with {option} = {value!r}; train one with {usual!r}"
-            )
-    refuse(name, bundle.net.config, norm=("layer", "rms"), positions=("sinusoidal", "learned", "rotary"))
-    return bundle.net
+    check_options(program, net.config, embedding_norm=(False,), embedding_scale=(True,), norm_epsilon=(0.0,))
+    return net
 
 
-def refuse(name: str, config: TransformerConfig, **known: Sequence[str]) -> None:
-    """Refuse a Transformer with an option that the format called `name` has not."""
-    for option, values in known.items():
+def check_options(program: str, config: TransformerConfig, **supported: Sequence[Any]) -> None:
+    """Raise a ConfigError if a Transformer has an option that a program does not support."""
+    for option, values in supported.items():
         value = getattr(config, option)
         if value not in values:
             raise ConfigError(
-                f"{name} has no Transformer with {option} = {value!r}, only with {' or '.join(values)}; "
-                "export to another format, or train such a network"
+                f"{program} has no Transformer with {option} = {value!r}, only with "
+                f"{' or '.join(map(repr, values))}; export to another format, or train such a network"
             )
 
 
-def rows(tensor: Tensor, side: Side) -> Tensor:
-    """The rows of a matrix or bias that stand for pieces; those that only fill it up are left out."""
+def token_rows(tensor: Tensor, side: Side) -> Tensor:
+    """The rows of a matrix or bias that belong to tokens, without those that only pad the vocabulary."""
     return tensor.detach()[: side.vocabulary]
 
 
-def package(name: str) -> Any:
-    """A package that is not always installed."""
+def import_package(name: str) -> Any:
+    """Import an optional package."""
     try:
         return import_module(name)
     except ImportError as error:

@@ -1,145 +1,146 @@
 """Hugging Face folders of `BertForPreTraining`: config.json, vocab.txt and weights, read and written.
 
-What is read and written are weights under their names there; nothing of transformers is needed. The pieces
-of vocab.txt are the tokenizer's, so that a row of the embeddings can be found by what it stands for.
+Nothing of transformers is needed: weights are renamed, and the rows of the embeddings are matched by token,
+as vocab.txt and the tokenizer order tokens differently.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from trmt import console
 from trmt.bundles import bundles
 from trmt.bundles.bundles import write_tensors
 from trmt.errors import BundleError, ConfigError
-from trmt.lab.masked_encoder import MaskedEncoder, MaskedEncoderConfig
+from trmt.interop.huggingface_folder import WEIGHTS, read_json, read_weights
+from trmt.nets.base import Network
+from trmt.registry import NETWORKS, resolve
 from trmt.storage.files import atomic_folder, write_json
 from trmt.text.tokenizer import Side, Tokenizer
 
-CONFIG, VOCABULARY, WEIGHTS, PICKLED = "config.json", "vocab.txt", "model.safetensors", "pytorch_model.bin"
+CONFIG, VOCABULARY = "config.json", "vocab.txt"
 ARCHITECTURE = "masked-encoder"
-# What BERT is beside its sizes.
+# The options of a masked encoder that is a BERT.
 FIXED: Mapping[str, Any] = {
-    "norm_place": "post",
+    "norm_position": "post",
     "norm": "layer",
     "embedding_norm": True,
     "embedding_scale": False,
     "activation": "gelu",
     "positions": "learned",
-    "position_join": "add",
-    "residual": True,
-    "score_scale": True,
 }
-NUMBERS: Mapping[str, str] = {
+# Their option -> ours.
+OPTIONS: Mapping[str, str] = {
     "vocab_size": "source_vocabulary",
-    "hidden_size": "width",
+    "hidden_size": "d_model",
     "intermediate_size": "feed_forward",
     "num_attention_heads": "heads",
     "num_hidden_layers": "encoder_layers",
-    "max_position_embeddings": "longest",
+    "max_position_embeddings": "max_positions",
     "type_vocab_size": "segments",
-    "layer_norm_eps": "epsilon",
+    "layer_norm_eps": "norm_epsilon",
     "hidden_dropout_prob": "dropout",
     "attention_probs_dropout_prob": "attention_dropout",
 }
-# The special pieces there, and the ids that stand for them here: pad, unk, bos, eos.
-SPECIALS = (("[PAD]", 0), ("[UNK]", 1), ("[CLS]", 2), ("[SEP]", 3))
-EMBEDDING = "bert.embeddings.word_embeddings.weight"
-BIAS = "cls.predictions.bias"
-TIED = {"cls.predictions.decoder.weight": EMBEDDING, "cls.predictions.decoder.bias": BIAS}
+# Their special tokens, and the ids of ours with the same role: padding, unknown, beginning and end.
+SPECIAL_TOKENS = (("[PAD]", 0), ("[UNK]", 1), ("[CLS]", 2), ("[SEP]", 3))
+# Tensors and modules outside the layers: our name and theirs.
+EMBEDDING, THEIR_EMBEDDING = "encoder.embedding.tokens.weight", "bert.embeddings.word_embeddings.weight"
+POSITIONS, THEIR_POSITIONS = "encoder.embedding.positions", "bert.embeddings.position_embeddings.weight"
+SEGMENTS, THEIR_SEGMENTS = "encoder.embedding.segments", "bert.embeddings.token_type_embeddings.weight"
+BIAS, THEIR_BIAS = "guess_bias", "cls.predictions.bias"
+TIED = {"cls.predictions.decoder.weight": THEIR_EMBEDDING, "cls.predictions.decoder.bias": THEIR_BIAS}
+MODULES: Mapping[str, str] = {
+    "encoder.embedding.norm": "bert.embeddings.LayerNorm",
+    "guess": "cls.predictions.transform.dense",
+    "guess_norm": "cls.predictions.transform.LayerNorm",
+    "summary": "bert.pooler.dense",
+    "follows": "cls.seq_relationship",
+}
+# Modules of a layer: our name -> theirs.
+LAYER_MODULES: Mapping[str, str] = {
+    "self_out": "attention.output.dense",
+    "self_norm": "attention.output.LayerNorm",
+    "feed_forward.inner": "intermediate.dense",
+    "feed_forward.outer": "output.dense",
+    "feed_forward_norm": "output.LayerNorm",
+}
 
 
 @dataclass(frozen=True)
 class BertFolder:
-    """What such a folder holds."""
+    """The contents of such a folder."""
 
-    config: MaskedEncoderConfig
+    config: Any  # a MaskedEncoderConfig
     weights: dict[str, Tensor]  # under our names
-    pieces: tuple[str, ...]  # in the order of ids; empty where there is no vocab.txt
+    tokens: tuple[str, ...]  # in the order of ids; empty if there is no vocab.txt
 
 
-# Names
+def masked_encoder() -> Any:
+    """The class MaskedEncoder, which is imported only here: it belongs to trmt.lab."""
+    return resolve(NETWORKS, ARCHITECTURE)
 
 
-def _pairs(config: MaskedEncoderConfig) -> dict[str, str]:
-    """Our names of tensors -> theirs, without those that are put together from several."""
-    names = {
-        "source_embedding.weight": EMBEDDING,
-        "segments": "bert.embeddings.token_type_embeddings.weight",
-        "guess_bias": BIAS,
-        **_both("embedding_norms.0", "bert.embeddings.LayerNorm"),
-        **_both("guess", "cls.predictions.transform.dense"),
-        **_both("guess_norm", "cls.predictions.transform.LayerNorm"),
-        **_both("summary", "bert.pooler.dense"),
-        **_both("follows", "cls.seq_relationship"),
-    }
-    for number in range(config.encoder_layers):
-        ours, theirs = f"encoder.{number}", f"bert.encoder.layer.{number}"
-        names |= _both(f"{ours}.own_out", f"{theirs}.attention.output.dense")
-        names |= _both(f"{ours}.own_norm", f"{theirs}.attention.output.LayerNorm")
-        names |= _both(f"{ours}.feed.inner", f"{theirs}.intermediate.dense")
-        names |= _both(f"{ours}.feed.outer", f"{theirs}.output.dense")
-        names |= _both(f"{ours}.feed_norm", f"{theirs}.output.LayerNorm")
+# Names of weights
+
+
+def _renamed(layers: int) -> dict[str, str]:
+    """Our names of tensors -> theirs, without those that are stored in another shape."""
+    modules = dict(MODULES)
+    for index in range(layers):
+        for ours, theirs in LAYER_MODULES.items():
+            modules[f"encoder.layers.{index}.{ours}"] = f"bert.encoder.layer.{index}.{theirs}"
+    names = {EMBEDDING: THEIR_EMBEDDING, BIAS: THEIR_BIAS, SEGMENTS: THEIR_SEGMENTS}
+    for ours, theirs in modules.items():
+        names |= {f"{ours}.{name}": f"{theirs}.{name}" for name in ("weight", "bias")}
     return names
 
 
-def _both(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
-
-
-def _products(config: MaskedEncoderConfig) -> dict[str, list[str]]:
-    """Our merged product of queries, keys and values -> their three."""
+def _merged(layers: int) -> dict[str, list[str]]:
+    """Our tensors of queries, keys and values side by side -> their three."""
     return {
-        f"encoder.{number}.own.{part}": [
-            f"bert.encoder.layer.{number}.attention.self.{name}.{part}" for name in ("query", "key", "value")
+        f"encoder.layers.{index}.self_qkv.{name}": [
+            f"bert.encoder.layer.{index}.attention.self.{each}.{name}" for each in ("query", "key", "value")
         ]
-        for number in range(config.encoder_layers)
-        for part in ("weight", "bias")
+        for index in range(layers)
+        for name in ("weight", "bias")
     }
 
 
-POSITIONS = ("positions", "bert.embeddings.position_embeddings.weight")
-
-
-def to_their_names(config: MaskedEncoderConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as BertForPreTraining calls them, each tensor once."""
-    theirs = {name: ours[mine].detach() for mine, name in _pairs(config).items()}
-    for mine, three in _products(config).items():
-        theirs |= dict(zip(three, ours[mine].detach().chunk(3), strict=True))
-    theirs[POSITIONS[1]] = ours[POSITIONS[0]].detach()[0]
+def to_their_names(layers: int, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as BertForPreTraining names them, each tensor once."""
+    theirs = {their_name: ours[name].detach() for name, their_name in _renamed(layers).items()}
+    for name, three in _merged(layers).items():
+        theirs |= dict(zip(three, ours[name].detach().chunk(3), strict=True))
+    theirs[THEIR_POSITIONS] = ours[POSITIONS].detach()[0]  # ours has an axis more
     return theirs
 
 
-def to_our_names(
-    config: MaskedEncoderConfig, theirs: Mapping[str, Tensor], *, where: Path
-) -> dict[str, Tensor]:
-    """The weights as the masked encoder calls them."""
-    # Checkpoints converted from the first release still say gamma and beta.
-    renamed = {
+def to_our_names(layers: int, theirs: Mapping[str, Tensor], *, where: Path) -> dict[str, Tensor]:
+    """The weights as the masked encoder names them."""
+    # Checkpoints converted from the first release have gamma and beta.
+    stored = {
         name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): x
         for name, x in theirs.items()
     }
     for alias, name in TIED.items():
-        if name not in renamed and alias in renamed:
-            renamed[name] = renamed[alias]
+        if name not in stored and alias in stored:
+            stored[name] = stored[alias]
 
-    def found(name: str) -> Tensor:
-        if name not in renamed:
+    def take(name: str) -> Tensor:
+        if name not in stored:
             raise BundleError(f"{where} has no weights {name!r}; name a folder of BertForPreTraining")
-        return renamed[name].float()
+        return stored[name].float()
 
-    ours = {mine: found(name) for mine, name in _pairs(config).items()}
-    ours |= {mine: torch.cat([found(name) for name in three]) for mine, three in _products(config).items()}
-    ours[POSITIONS[0]] = found(POSITIONS[1])[None]
+    ours = {name: take(their_name) for name, their_name in _renamed(layers).items()}
+    ours |= {name: torch.cat([take(each) for each in three]) for name, three in _merged(layers).items()}
+    ours[POSITIONS] = take(THEIR_POSITIONS)[None]
     return ours
 
 
@@ -147,113 +148,85 @@ def to_our_names(
 
 
 def read_bert(folder: Path) -> BertFolder:
-    """What is in a folder that `save_pretrained` wrote, or `write_bert`."""
-    tree = _json(folder / CONFIG)
-    missing = [name for name in NUMBERS if name not in tree]
-    if tree.get("model_type") != "bert" or missing:
+    """The contents of a folder that `save_pretrained` or `write_bert` wrote."""
+    options = read_json(folder / CONFIG, model="BERT")
+    missing = [name for name in OPTIONS if name not in options]
+    if options.get("model_type") != "bert" or missing:
         raise BundleError(
             f"{folder / CONFIG} does not describe a BERT ({missing[0] if missing else 'model_type'!r}); name "
             "a folder of BertForPreTraining"
         )
-    for name, known in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-        if tree.get(name, known) != known:
+    for name, supported in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if options.get(name, supported) != supported:
             raise ConfigError(
-                f"{folder} is a BERT with {name} = {tree[name]!r}; only {known!r} can be imported"
+                f"{folder} is a BERT with {name} = {options[name]!r}; only {supported!r} can be imported"
             )
-    config = MaskedEncoderConfig(**{ours: tree[name] for name, ours in NUMBERS.items()}, **FIXED)
-    listed = folder / VOCABULARY
-    pieces = tuple(listed.read_text(encoding="utf-8").split("\n")[:-1]) if listed.is_file() else ()
-    if pieces and len(pieces) != config.source_vocabulary:
+    config = masked_encoder().config_class(**{ours: options[name] for name, ours in OPTIONS.items()}, **FIXED)
+    path = folder / VOCABULARY
+    tokens = tuple(path.read_text(encoding="utf-8").split("\n")[:-1]) if path.is_file() else ()
+    if tokens and len(tokens) != config.source_vocabulary:
         raise BundleError(
-            f"{listed} has {len(pieces):,} pieces, {CONFIG} says {config.source_vocabulary:,}; copy it again"
+            f"{path} has {len(tokens):,} tokens, {CONFIG} says {config.source_vocabulary:,}; copy it again"
         )
-    weights = to_our_names(config, _weights(folder), where=folder)
-    return BertFolder(config, weights, pieces)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror}; name a folder of a BERT") from error
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON; copy it again") from error
-    if not isinstance(tree, dict):
-        raise BundleError(f"{path} is not a configuration; copy it again")
-    return tree
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    try:
-        if path.is_file():
-            return load_file(path)
-        path = folder / PICKLED
-        # Nothing but tensors is unpickled.
-        loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return loaded
-    except FileNotFoundError as error:
-        raise BundleError(f"{folder} has neither {WEIGHTS} nor {PICKLED}; copy it again") from error
-    except Exception as error:  # torch promises nothing about what it raises
-        kind = "damaged" if isinstance(error, SafetensorError) else "not a file of tensors alone"
-        raise BundleError(f"{path} is {kind}: {error}; copy it again") from error
+    weights = to_our_names(config.encoder_layers, read_weights(folder), where=folder)
+    return BertFolder(config, weights, tokens)
 
 
 def import_bert(folder: Path, out: Path, tokenizer: Tokenizer) -> Path:
-    """Make a bundle of such a folder, which trmt train --init-from OUT:encoder begins with.
+    """Make a bundle of such a folder, for trmt train --init-from OUT:encoder.
 
-    Pieces that the tokenizer has and the folder has not begin with the mean of all, which is said.
+    Tokens of the tokenizer that the folder lacks get the mean of all rows; a message says how many it has.
     """
-    found = read_bert(folder)
-    rows = _rows(found, tokenizer.source, where=folder)
-    weights = dict(found.weights)
-    for name in ("source_embedding.weight", "guess_bias"):
-        weights[name] = _placed(weights[name], rows)
-    sizes = {each.name: getattr(found.config, each.name) for each in fields(found.config)}
-    net = MaskedEncoder(MaskedEncoderConfig(**{**sizes, "source_vocabulary": len(rows)}))
+    bert = read_bert(folder)
+    rows = _matching_rows(bert, tokenizer.source, where=folder)
+    weights = {
+        name: _take_rows(tensor, rows) if name in (EMBEDDING, BIAS) else tensor
+        for name, tensor in bert.weights.items()
+    }
+    net = masked_encoder()(replace(bert.config, source_vocabulary=len(rows)))
     bundles.load_weights(net, weights, where=str(folder))
-    longest = {"source": found.config.longest, "target": found.config.longest}
-    manifest = bundles.describe(
+    longest = {"source": bert.config.max_positions, "target": bert.config.max_positions}
+    manifest = bundles.make_manifest(
         net, ARCHITECTURE, tokenizer, longest=longest, training={"imported": folder.resolve().name}
     )
     bundles.save_bundle(out, manifest, net.state_dict(), tokenizer)
-    missing = rows.count(-1)
-    console.say(f"{folder}: {len(rows) - missing:,} of {len(rows):,} pieces were known -> {out}")
+    found = len(rows) - rows.count(-1)
+    console.say(f"{folder} has {found:,} of the tokenizer's {len(rows):,} tokens -> {out}")
     return out
 
 
-def _rows(found: BertFolder, side: Side, *, where: Path) -> list[int]:
-    """For each of our ids the row that stands for the same piece, or -1."""
-    if not found.pieces:
-        if found.config.source_vocabulary != side.vocabulary:
+def _matching_rows(bert: BertFolder, side: Side, *, where: Path) -> list[int]:
+    """For each of our ids the row of the same token there, or -1."""
+    if not bert.tokens:
+        if bert.config.source_vocabulary != side.vocabulary:
             raise BundleError(
-                f"{where} has no {VOCABULARY} and {found.config.source_vocabulary:,} pieces, the tokenizer "
-                f"{side.vocabulary:,}; add the file, or name the tokenizer that belongs to it"
+                f"{where} has no {VOCABULARY} and {bert.config.source_vocabulary:,} tokens, the tokenizer "
+                f"has {side.vocabulary:,}; add the file, or name the tokenizer that belongs to it"
             )
         return list(range(side.vocabulary))
-    places = {piece: number for number, piece in enumerate(found.pieces)}
-    # In a list of WordPiece's, a bare piece begins a word; in one of ours it goes on with it.
-    marked = any(piece.startswith("##") for piece in found.pieces)
-    names = [wordpiece(piece) if marked else piece for piece in side.pieces(range(side.vocabulary))]
-    for name, number in SPECIALS:
-        names[number] = name
-    # What stands for a masked piece here is the unknown one.
-    names[side.unk] = "[MASK]" if "[MASK]" in places else "[UNK]"
-    rows = [places.get(name, -1) for name in names]
+    row_of = {token: row for row, token in enumerate(bert.tokens)}
+    # In WordPiece, a token without a mark begins a word; in sentencepiece, it continues one.
+    marked = any(token.startswith("##") for token in bert.tokens)
+    tokens = [wordpiece(piece) if marked else piece for piece in side.pieces(range(side.vocabulary))]
+    for token, number in SPECIAL_TOKENS:
+        tokens[number] = token
+    # Our pretraining masks tokens with the unknown token.
+    tokens[side.unk] = "[MASK]" if "[MASK]" in row_of else "[UNK]"
+    rows = [row_of.get(token, -1) for token in tokens]
     if rows.count(-1) > len(rows) // 2:
-        console.warn(f"fewer than half of the tokenizer's pieces are among those of {where}")
+        console.warn(f"fewer than half of the tokenizer's tokens are in the vocabulary of {where}")
     return rows
 
 
 def wordpiece(piece: str) -> str:
-    """A piece as WordPiece writes it: marked where a word goes on, and not where one begins."""
+    """A sentencepiece token as WordPiece writes it: marked if it continues a word, not if it begins one."""
     return piece[1:] if piece.startswith("\u2581") and len(piece) > 1 else f"##{piece}"
 
 
-def _placed(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    at = torch.tensor(rows)
-    taken = tensor[at.clamp(min=0)]
-    taken[at < 0] = tensor.mean(0)
+def _take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    index = torch.tensor(rows)
+    taken = tensor[index.clamp(min=0)]
+    taken[index < 0] = tensor.mean(0)
     return taken
 
 
@@ -265,12 +238,11 @@ def export_bert(bundle: Path, out: Path) -> Path:
     manifest = bundles.read_manifest(bundle)
     if manifest.architecture != ARCHITECTURE:
         raise ConfigError(
-            f"{bundle} is a network of architecture {manifest.architecture!r}, which is no BERT; name a run "
-            "of trmt pretrain"
+            f"{bundle} is a network of architecture {manifest.architecture!r}, which is not a BERT; name a "
+            "run of trmt pretrain"
         )
     net = bundles.build_network(manifest.architecture, manifest.network)
     bundles.load_weights(net, bundles.read_weights(bundle, manifest), where=str(bundle))
-    assert isinstance(net, MaskedEncoder), "the architecture says so"
     tokenizer = Tokenizer.load(bundle / bundles.TOKENIZER)
     with atomic_folder(out) as folder:
         write_bert(net, tokenizer.source, folder)
@@ -278,8 +250,8 @@ def export_bert(bundle: Path, out: Path) -> Path:
     return out
 
 
-def write_bert(net: MaskedEncoder, side: Side, folder: Path) -> None:
-    """Write such a folder; an option that BERT has not is refused."""
+def write_bert(net: Network, side: Side, folder: Path) -> None:
+    """Write a masked encoder as such a folder; refuse options that BERT lacks."""
     config = net.config
     for name, value in FIXED.items():
         if getattr(config, name) != value:
@@ -291,7 +263,7 @@ def write_bert(net: MaskedEncoder, side: Side, folder: Path) -> None:
         raise ConfigError(
             "BERT has several segments, and this network one; pretrain one with network.segments = 2"
         )
-    tree = {name: getattr(config, ours) for name, ours in NUMBERS.items()}
+    options = {name: getattr(config, ours) for name, ours in OPTIONS.items()}
     write_json(
         folder / CONFIG,
         {
@@ -300,11 +272,12 @@ def write_bert(net: MaskedEncoder, side: Side, folder: Path) -> None:
             "hidden_act": "gelu",
             "pad_token_id": side.pad,
             "tie_word_embeddings": True,
-            **tree,
+            **options,
         },
     )
-    names = side.pieces(range(side.vocabulary))
-    for name, number in SPECIALS:
-        names[number] = name
-    (folder / VOCABULARY).write_text("".join(f"{name}\n" for name in names), encoding="utf-8", newline="\n")
-    write_tensors(folder / WEIGHTS, to_their_names(config, net.state_dict()))
+    tokens = side.pieces(range(side.vocabulary))
+    for token, number in SPECIAL_TOKENS:
+        tokens[number] = token
+    text = "".join(f"{token}\n" for token in tokens)
+    (folder / VOCABULARY).write_text(text, encoding="utf-8", newline="\n")
+    write_tensors(folder / WEIGHTS, to_their_names(config.encoder_layers, net.state_dict()))

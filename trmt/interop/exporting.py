@@ -1,4 +1,4 @@
-"""Exporting: a bundle as another program's model, compared with ours before anybody sees it."""
+"""`trmt export`: a bundle as another program's model, compared with trmt before it appears."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from trmt import console
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.bundles import Bundle
 from trmt.errors import BundleError
-from trmt.interop.base import Format, package
-from trmt.interop.probes import compare, expected, sentences
+from trmt.interop.base import Format, import_package
+from trmt.interop.checking import check_sentences, compare, reference
 from trmt.registry import FORMATS, resolve
 from trmt.storage.files import atomic_folder, write_json
 
@@ -31,32 +31,33 @@ class ExportOptions:
 def export(options: ExportOptions) -> Path:
     """Write a bundle as another program's model and return the folder.
 
-    With `check`, that program loads it first and has to score and translate some sentences as ours does;
-    the folder appears only if it does.
+    With `check`, that program first loads it and scores and translates some sentences. The folder appears
+    only if the results are those of trmt.
     """
-    place = options.model or checkpoints.default_bundle()
-    folder = checkpoints.find_bundle(place)
-    kind: Format = resolve(FORMATS, options.to)()
-    for name in kind.packages:
-        package(name)
+    model = options.model or checkpoints.default_bundle()
+    folder = checkpoints.find_bundle(model)
+    target: Format = resolve(FORMATS, options.to)()
+    for package in target.packages:
+        import_package(package)
     bundle = bundles.load_bundle(folder)
-    out = options.out or place.with_name(f"{place.resolve().name}-{options.to}")
+    out = options.out or model.with_name(f"{model.resolve().name}-{options.to}")
     _refuse_foreign(out)
     with atomic_folder(out) as partial:
-        kind.write(bundle, partial)
+        target.write(bundle, partial)
         write_json(partial / PROVENANCE, _provenance(bundle, options.to))
-        said = _compared(kind, bundle, partial) if options.check else "not compared"
-    console.say(f"{folder} for {kind.name}, {said} -> {out}")
+        outcome = _check(target, bundle, partial) if options.check else "not compared"
+    console.say(f"{folder} for {target.name}, {outcome} -> {out}")
     return out
 
 
-def _compared(kind: Format, bundle: Bundle, folder: Path) -> str:
-    longest = bundle.manifest.longest.get("source", 0) or 1
-    ours = expected(bundle.net, bundle.tokenizer, sentences(bundle), longest=longest)
-    worst = compare(ours, kind.outcome(folder, bundle.tokenizer, ours.probe), name=kind.name)
+def _check(target: Format, bundle: Bundle, folder: Path) -> str:
+    """Compare the exported model with the bundle; returns the result in words."""
+    max_length = bundle.manifest.longest.get("source", 0) or 1
+    ours = reference(bundle.net, bundle.tokenizer, check_sentences(bundle), max_source_length=max_length)
+    difference = compare(ours, target.run(folder, bundle.tokenizer, ours.inputs), name=target.name)
     return (
-        f"which translates {len(ours.probe.sources)} sentences the same, log probabilities differing by "
-        f"{worst:.1g} at most"
+        f"which translates {len(ours.inputs.sources)} sentences the same, log probabilities differing by "
+        f"{difference:.1g} at most"
     )
 
 
@@ -75,4 +76,4 @@ def _provenance(bundle: Bundle, to: str) -> dict[str, object]:
 
 def _refuse_foreign(out: Path) -> None:
     if out.exists() and not (out / PROVENANCE).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise BundleError(f"{out} is there and is no export; choose another place with --out")
+        raise BundleError(f"{out} exists and is not an exported model; choose another folder with --out")

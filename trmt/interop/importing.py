@@ -1,4 +1,4 @@
-"""Importing: another program's model as a bundle, compared with what that program makes of it."""
+"""`trmt import`: another program's model as a bundle, compared with that program."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from trmt.bundles.bundles import Bundle, Manifest
 from trmt.bundles.checkpoints import MODELS
 from trmt.errors import BundleError
 from trmt.interop import from_marian
-from trmt.interop.from_marian import Imported
-from trmt.interop.probes import compare, expected, sentences
+from trmt.interop.checking import check_sentences, compare, reference
+from trmt.interop.from_marian import MarianModel
 from trmt.interop.to_huggingface import HuggingFace
 from trmt.storage.files import atomic_folder
 from trmt.text.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ class ImportOptions:
 
     folder: Path
     out: Path | None = None  # None: in models/, with the name of the folder
-    languages: tuple[str, str] = ("", "")  # empty: those that the model tells
+    languages: tuple[str, str] = ("", "")  # empty: those that the model names
     check: bool = True
 
 
@@ -39,35 +39,35 @@ def import_model(options: ImportOptions) -> Path:
     """
     out = options.out or MODELS / options.folder.resolve().name
     if out.exists() and not bundles.is_bundle(out):
-        raise BundleError(f"{out} is there and is no bundle; choose another place with --out")
-    found = _named(from_marian.read(options.folder), options.languages)
-    manifest = _manifest(found, options.folder)
+        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --out")
+    model = _with_languages(from_marian.read_marian(options.folder), options.languages)
+    manifest = _manifest(model, options.folder)
     with atomic_folder(out) as partial:
-        manifest = bundles.write_bundle(partial, manifest, found.net.state_dict(), found.tokenizer)
-        bundle = Bundle(partial, manifest, found.net, found.tokenizer)
-        texts = sentences(bundle)
-        said = _compared(bundle, options.folder, texts) if options.check else "not compared"
+        manifest = bundles.write_bundle(partial, manifest, model.net.state_dict(), model.tokenizer)
+        bundle = Bundle(partial, manifest, model.net, model.tokenizer)
+        texts = check_sentences(bundle)
+        outcome = _check(bundle, options.folder, texts) if options.check else "not compared"
         record(partial, [{"source": text} for text in texts])
-    console.say(f"{options.folder}, {said} -> {out}")
+    console.say(f"{options.folder}, {outcome} -> {out}")
     return out
 
 
-def _named(found: Imported, languages: tuple[str, str]) -> Imported:
-    """The model with the languages that the user told."""
+def _with_languages(model: MarianModel, languages: tuple[str, str]) -> MarianModel:
+    """The model with the languages that the user gave."""
     if not any(languages):
-        return found
-    old = found.tokenizer
-    source, target = (told or known for told, known in zip(languages, old.languages, strict=True))
+        return model
+    old = model.tokenizer
+    source, target = (given or known for given, known in zip(languages, old.languages, strict=True))
     settings = replace(old.settings, languages=(source, target))
-    return replace(found, tokenizer=Tokenizer(settings, old.models, old.listed))
+    return replace(model, tokenizer=Tokenizer(settings, old.models, old.vocabularies))
 
 
-def _manifest(found: Imported, folder: Path) -> Manifest:
-    return bundles.describe(
-        found.net,
+def _manifest(model: MarianModel, folder: Path) -> Manifest:
+    return bundles.make_manifest(
+        model.net,
         "transformer",
-        found.tokenizer,
-        longest={"source": found.longest, "target": found.longest},
+        model.tokenizer,
+        longest={"source": model.max_length, "target": model.max_length},
         training={"imported": folder.resolve().name},
         licences=_licences(folder / "README.md"),
     )
@@ -76,17 +76,18 @@ def _manifest(found: Imported, folder: Path) -> Manifest:
 def _licences(card: Path) -> tuple[str, ...]:
     """The licence that a model card names."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    named = re.search(r"^license: *(\S+) *$", text.partition("\n---\n")[0], re.MULTILINE)
-    return (named[1],) if named else ()
+    match = re.search(r"^license: *(\S+) *$", text.partition("\n---\n")[0], re.MULTILINE)
+    return (match[1],) if match else ()
 
 
-def _compared(bundle: Bundle, folder: Path, texts: list[str]) -> str:
+def _check(bundle: Bundle, folder: Path, texts: list[str]) -> str:
+    """Compare the bundle with the original model; returns the result in words."""
     if find_spec("transformers") is None:
         return "not compared, as transformers is not installed"
-    ours = expected(bundle.net, bundle.tokenizer, texts, longest=bundle.manifest.longest["source"])
-    marian = HuggingFace()
-    worst = compare(ours, marian.outcome(folder, bundle.tokenizer, ours.probe), name=marian.name)
+    ours = reference(bundle.net, bundle.tokenizer, texts, max_source_length=bundle.manifest.longest["source"])
+    original = HuggingFace()
+    difference = compare(ours, original.run(folder, bundle.tokenizer, ours.inputs), name=original.name)
     return (
-        f"which Hugging Face translates the same in {len(ours.probe.sources)} sentences, log probabilities "
-        f"differing by {worst:.1g} at most"
+        f"which Hugging Face translates the same in {len(ours.inputs.sources)} sentences, log probabilities "
+        f"differing by {difference:.1g} at most"
     )

@@ -1,10 +1,10 @@
-"""Marian's Transformer as Hugging Face names and stores its weights, beside ours.
+"""How the weights of Marian's Transformer, as Hugging Face names and stores them, correspond to ours.
 
-Both are the Transformer of the paper with norms after sublayers; three things differ. Marian's positions
-have all sines in the first half of the width and all cosines in the second, where ours take turns, so that
-whatever reads or writes the width has its columns or rows in another order. Queries, keys and values are
-matrices of their own there. And each decoder layer holds what it needs of the source, which here is
-computed for all layers at once.
+Both are the post-norm Transformer of the paper, with three differences. Marian's positional encodings
+have all sines in the first half of their columns and all cosines in the second, where ours alternate, so
+the columns of hidden states are in another order, and matrices are permuted where they multiply or make
+hidden states. Queries, keys and values have separate matrices there. And each decoder layer there has its
+own matrices for the keys and values of cross-attention, which here come from one product for all layers.
 """
 
 from __future__ import annotations
@@ -18,79 +18,77 @@ from torch import Tensor
 
 from trmt.nets.transformer import TransformerConfig
 
-Weights = Mapping[str, Tensor]
-
 
 @dataclass(frozen=True)
-class Part:
-    """A part of one of our products or norms, and where it is in a Marian model."""
+class MarianModule:
+    """A linear layer or norm of Marian, and the chunk of our module that corresponds to it."""
 
-    ours: str
-    number: int  # which of so many equal parts it is
-    count: int
-    theirs: str
-    width: Literal["columns", "rows"]  # which of its axes is the network's width
+    name: str  # of our module
+    chunk: int
+    chunks: int  # equal chunks of outputs that our module has
+    marian_name: str
+    hidden: Literal["inputs", "outputs"]  # which of them are columns of hidden states
 
 
-def parts(config: TransformerConfig) -> Iterator[Part]:
-    """All that the layers consist of."""
+def marian_modules(config: TransformerConfig) -> Iterator[MarianModule]:
+    """All modules of the layers."""
     for index in range(config.encoder_layers):
         yield from _layer("encoder", index)
     for index in range(config.decoder_layers):
         yield from _layer("decoder", index)
-        ours, theirs = f"decoder.{index}.", f"model.decoder.layers.{index}.encoder_attn"
-        yield Part(ours + "query", 0, 1, f"{theirs}.q_proj", "columns")
+        prefix, marian = f"decoder.layers.{index}.", f"model.decoder.layers.{index}.encoder_attn"
+        yield MarianModule(prefix + "cross_query", 0, 1, f"{marian}.q_proj", "inputs")
         for number, name in enumerate("kv"):
-            place = 2 * index + number
-            yield Part("memory", place, 2 * config.decoder_layers, f"{theirs}.{name}_proj", "columns")
-        yield Part(ours + "cross_out", 0, 1, f"{theirs}.out_proj", "rows")
-        yield Part(ours + "cross_norm", 0, 1, f"{theirs}_layer_norm", "rows")
+            chunk, chunks = 2 * index + number, 2 * config.decoder_layers
+            yield MarianModule("cross_kv", chunk, chunks, f"{marian}.{name}_proj", "inputs")
+        yield MarianModule(prefix + "cross_out", 0, 1, f"{marian}.out_proj", "outputs")
+        yield MarianModule(prefix + "cross_norm", 0, 1, f"{marian}_layer_norm", "outputs")
 
 
-def _layer(side: str, index: int) -> Iterator[Part]:
-    ours, theirs = f"{side}.{index}.", f"model.{side}.layers.{index}."
+def _layer(side: str, index: int) -> Iterator[MarianModule]:
+    prefix, marian = f"{side}.layers.{index}.", f"model.{side}.layers.{index}."
     for number, name in enumerate("qkv"):
-        yield Part(ours + "own", number, 3, f"{theirs}self_attn.{name}_proj", "columns")
-    yield Part(ours + "own_out", 0, 1, f"{theirs}self_attn.out_proj", "rows")
-    yield Part(ours + "own_norm", 0, 1, f"{theirs}self_attn_layer_norm", "rows")
-    yield Part(ours + "feed.inner", 0, 1, f"{theirs}fc1", "columns")
-    yield Part(ours + "feed.outer", 0, 1, f"{theirs}fc2", "rows")
-    yield Part(ours + "feed_norm", 0, 1, f"{theirs}final_layer_norm", "rows")
+        yield MarianModule(prefix + "self_qkv", number, 3, f"{marian}self_attn.{name}_proj", "inputs")
+    yield MarianModule(prefix + "self_out", 0, 1, f"{marian}self_attn.out_proj", "outputs")
+    yield MarianModule(prefix + "self_norm", 0, 1, f"{marian}self_attn_layer_norm", "outputs")
+    yield MarianModule(prefix + "feed_forward.inner", 0, 1, f"{marian}fc1", "inputs")
+    yield MarianModule(prefix + "feed_forward.outer", 0, 1, f"{marian}fc2", "outputs")
+    yield MarianModule(prefix + "feed_forward_norm", 0, 1, f"{marian}final_layer_norm", "outputs")
 
 
-def halves(width: int) -> Tensor:
-    """Where the columns of theirs are in ours: the even ones first."""
-    return torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2)])
+def columns_to_marian(d_model: int) -> Tensor:
+    """For each column of Marian's hidden states, the index of the same column in ours: even ones first."""
+    return torch.cat([torch.arange(0, d_model, 2), torch.arange(1, d_model, 2)])
 
 
-def turns(width: int) -> Tensor:
-    """Where the columns of ours are in theirs."""
-    return halves(width).argsort()
+def columns_from_marian(d_model: int) -> Tensor:
+    """For each column of our hidden states, the index of the same column in Marian's."""
+    return columns_to_marian(d_model).argsort()
 
 
-def layers_to_marian(weights: Weights, config: TransformerConfig) -> dict[str, Tensor]:
-    """Our layers' weights under Marian's names."""
-    order = halves(config.width)
-    found: dict[str, Tensor] = {}
-    for part in parts(config):
-        for kind in ("weight", "bias"):
-            tensor = weights[f"{part.ours}.{kind}"].detach().chunk(part.count)[part.number]
-            found[f"{part.theirs}.{kind}"] = _ordered(tensor, part, order, kind)
-    return found
+def layers_to_marian(weights: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """The weights of our layers under Marian's names."""
+    order = columns_to_marian(config.d_model)
+    marian: dict[str, Tensor] = {}
+    for module in marian_modules(config):
+        for name in ("weight", "bias"):
+            tensor = weights[f"{module.name}.{name}"].detach().chunk(module.chunks)[module.chunk]
+            marian[f"{module.marian_name}.{name}"] = _permuted(tensor, module, order, name)
+    return marian
 
 
-def layers_from_marian(weights: Weights, config: TransformerConfig) -> dict[str, Tensor]:
-    """Marian's layers' weights under our names."""
-    order = turns(config.width)
-    found: dict[str, list[Tensor]] = {}
-    for part in sorted(parts(config), key=lambda part: part.number):
-        for kind in ("weight", "bias"):
-            tensor = weights[f"{part.theirs}.{kind}"]
-            found.setdefault(f"{part.ours}.{kind}", []).append(_ordered(tensor, part, order, kind))
-    return {name: torch.cat(tensors) for name, tensors in found.items()}
+def layers_from_marian(weights: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """The weights of Marian's layers under our names."""
+    order = columns_from_marian(config.d_model)
+    ours: dict[str, list[Tensor]] = {}
+    for module in sorted(marian_modules(config), key=lambda module: module.chunk):
+        for name in ("weight", "bias"):
+            tensor = weights[f"{module.marian_name}.{name}"]
+            ours.setdefault(f"{module.name}.{name}", []).append(_permuted(tensor, module, order, name))
+    return {name: torch.cat(chunks) for name, chunks in ours.items()}
 
 
-def _ordered(tensor: Tensor, part: Part, order: Tensor, kind: str) -> Tensor:
-    if part.width == "rows":
+def _permuted(tensor: Tensor, module: MarianModule, order: Tensor, name: str) -> Tensor:
+    if module.hidden == "outputs":
         return tensor[order]
-    return tensor[:, order] if kind == "weight" else tensor
+    return tensor[:, order] if name == "weight" else tensor

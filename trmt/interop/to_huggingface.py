@@ -1,8 +1,10 @@
-"""Hugging Face folders with a Marian model and its tokenizer, written by transformers itself.
+"""Exports to Hugging Face: a folder with a Marian model and its tokenizer, written by transformers itself.
 
-Marian is the Transformer of the paper with norms after sublayers and sinusoidal positions, so only such
-networks can be one. A translation begins with the padding token there: its embedding is that of our
-beginning of sentence.
+Marian is the post-norm Transformer of the paper with sinusoidal positions, so only such networks can be
+exported. There, a translation begins with the padding token, which gets the embedding of our beginning of
+sentence.
+
+Axes: T target position, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,76 +18,87 @@ from torch import Tensor
 
 from trmt.bundles.bundles import Bundle
 from trmt.errors import ConfigError
-from trmt.interop.base import Format, Outcome, Probe, package, refuse, rows, transformer_of
-from trmt.interop.marian import halves, layers_to_marian
-from trmt.interop.pieces import write_models
+from trmt.interop.base import (
+    CheckInputs,
+    CheckResults,
+    Format,
+    check_options,
+    import_package,
+    token_rows,
+    transformer_of,
+)
+from trmt.interop.marian import columns_to_marian, layers_to_marian
+from trmt.interop.sentencepiece_files import write_models
 from trmt.nets.transformer import Transformer
 from trmt.storage.files import write_json
 from trmt.text.tokenizer import Side, Tokenizer
 
 
 class HuggingFace(Format):
-    """A folder for `MarianMTModel` and `MarianTokenizer`, or for what picks them by itself."""
+    """A folder for `MarianMTModel` and `MarianTokenizer`, or for the Auto classes."""
 
     name = "Hugging Face"
     packages = ("transformers",)
 
     def write(self, bundle: Bundle, folder: Path) -> None:
         net, tokenizer = transformer_of(bundle, self.name), bundle.tokenizer
-        refuse(
+        check_options(
             "Marian",
             net.config,
-            norm_place=("post",),
+            norm_position=("post",),
             norm=("layer",),
             positions=("sinusoidal",),
+            position_offset=(0,),
             activation=("relu", "gelu", "swish"),
         )
-        if net.config.width % 2:
-            raise ConfigError(f"Marian has no network of the odd width {net.config.width}; train another")
+        if net.config.d_model % 2:
+            raise ConfigError(
+                f"Marian has no Transformer with an odd d_model, such as {net.config.d_model}; export to "
+                "another format, or train another network"
+            )
         write_model(net, tokenizer, folder)
-        write_tokenizer(tokenizer, folder, longest=net.config.longest)
+        write_tokenizer(tokenizer, folder, max_length=net.config.max_positions)
 
-    def outcome(self, folder: Path, tokenizer: Tokenizer, probe: Probe) -> Outcome:
-        transformers = package("transformers")
+    def run(self, folder: Path, tokenizer: Tokenizer, inputs: CheckInputs) -> CheckResults:
+        transformers = import_package("transformers")
         model = transformers.MarianMTModel.from_pretrained(folder).eval()
-        cut = transformers.MarianTokenizer.from_pretrained(folder)
-        sources = tuple(tuple(cut(text).input_ids[:-1]) for text in probe.texts)
-        return hugging_outcome(model, tokenizer, probe, sources)
+        tokenize = transformers.MarianTokenizer.from_pretrained(folder)
+        sources = tuple(tuple(tokenize(text).input_ids[:-1]) for text in inputs.texts)
+        return run_model(model, tokenizer, inputs, sources)
 
 
 def write_model(net: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the network's weights and configuration."""
-    marian, state = package("transformers"), marian_weights(net, tokenizer)
-    config = marian_config(net, tokenizer)
-    model = marian.MarianMTModel(config)
-    tables = {name: table for name, table in model.state_dict().items() if "embed_positions" in name}
-    model.load_state_dict(state | tables)  # the tables of positions it computes itself
-    model.generation_config = marian.GenerationConfig(**generation(tokenizer, net.config.longest))
+    transformers, weights = import_package("transformers"), marian_weights(net, tokenizer)
+    model = transformers.MarianMTModel(marian_config(net, tokenizer))
+    positions = {name: table for name, table in model.state_dict().items() if "embed_positions" in name}
+    model.load_state_dict(weights | positions)  # positions are as Marian computes them
+    generation = generation_options(tokenizer, net.config.max_positions)
+    model.generation_config = transformers.GenerationConfig(**generation)
     model.save_pretrained(folder)
 
 
 def marian_config(net: Transformer, tokenizer: Tokenizer) -> Any:
-    """The network as a MarianConfig."""
-    ours, source, target = net.config, tokenizer.source, tokenizer.target
-    shared = ours.tied == "all"
-    return package("transformers").MarianConfig(
+    """The network's configuration as a MarianConfig."""
+    config, source, target = net.config, tokenizer.source, tokenizer.target
+    return import_package("transformers").MarianConfig(
         vocab_size=source.vocabulary,
         decoder_vocab_size=target.vocabulary,
-        d_model=ours.width,
-        encoder_layers=ours.encoder_layers,
-        decoder_layers=ours.decoder_layers,
-        encoder_attention_heads=ours.heads,
-        decoder_attention_heads=ours.heads,
-        encoder_ffn_dim=ours.feed_forward,
-        decoder_ffn_dim=ours.feed_forward,
-        dropout=ours.dropout,
-        attention_dropout=ours.attention_dropout,
+        d_model=config.d_model,
+        encoder_layers=config.encoder_layers,
+        decoder_layers=config.decoder_layers,
+        encoder_attention_heads=config.heads,
+        decoder_attention_heads=config.heads,
+        encoder_ffn_dim=config.feed_forward,
+        decoder_ffn_dim=config.feed_forward,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
         activation_dropout=0.0,
-        activation_function=ours.activation,
-        max_position_embeddings=ours.longest,
+        activation_function=config.activation,
+        max_position_embeddings=config.max_positions,
         scale_embedding=True,
-        share_encoder_decoder_embeddings=shared,
-        tie_word_embeddings=ours.tied != "none",
+        share_encoder_decoder_embeddings=config.tied == "all",
+        tie_word_embeddings=config.tied != "none",
         pad_token_id=target.pad,
         eos_token_id=target.eos,
         bos_token_id=None,
@@ -93,51 +106,51 @@ def marian_config(net: Transformer, tokenizer: Tokenizer) -> Any:
     )
 
 
-def generation(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
-    """What `generate` has to know."""
+def generation_options(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
+    """The defaults of `generate`."""
     target = tokenizer.target
     return {
         "pad_token_id": target.pad,
         "eos_token_id": target.eos,
         "decoder_start_token_id": target.pad,
-        "bad_words_ids": [[token] for token in sorted(target.never)],
+        "bad_words_ids": [[token] for token in sorted(target.banned_ids)],
         "forced_eos_token_id": target.eos,
-        "max_length": longest,
+        "max_length": max_length,
         "num_beams": 4,
     }
 
 
 def marian_weights(net: Transformer, tokenizer: Tokenizer) -> dict[str, Tensor]:
     """The network's weights as those of a MarianMTModel."""
-    order, target = halves(net.config.width), tokenizer.target
+    order, source, target = columns_to_marian(net.config.d_model), tokenizer.source, tokenizer.target
     weights = layers_to_marian(net.state_dict(), net.config)
-    source_VD = begun(rows(net.source_embedding.weight, tokenizer.source), tokenizer.source)[:, order]
-    target_VD = begun(rows(net.target_embedding.weight, target), target)[:, order]
-    output_VD = rows(net.output.weight, target)[:, order]
+    source_VD = begin_with_padding(token_rows(net.encoder.embedding.tokens.weight, source), source)[:, order]
+    target_VD = begin_with_padding(token_rows(net.decoder.embedding.tokens.weight, target), target)[:, order]
+    output_VD = token_rows(net.output.weight, target)[:, order]
     if net.config.tied == "all":
         weights["model.shared.weight"] = target_VD
     weights["model.encoder.embed_tokens.weight"] = source_VD
     weights["model.decoder.embed_tokens.weight"] = target_VD
     weights["lm_head.weight"] = output_VD if net.config.tied == "none" else target_VD
-    bias = torch.zeros(target.vocabulary) if net.output_bias is None else rows(net.output_bias, target)
+    bias = torch.zeros(target.vocabulary) if net.output_bias is None else token_rows(net.output_bias, target)
     weights["final_logits_bias"] = bias[None]
     return weights
 
 
-def begun(embedding_VD: Tensor, side: Side) -> Tensor:
-    """The embedding with that of the beginning of sentence for padding, with which Marian begins."""
+def begin_with_padding(embedding_VD: Tensor, side: Side) -> Tensor:
+    """The embedding with the row of the beginning of sentence for padding, with which Marian begins."""
     embedding_VD = embedding_VD.clone()
     embedding_VD[side.pad] = embedding_VD[side.bos]
     return embedding_VD
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, longest: int) -> None:
-    """Write what MarianTokenizer reads."""
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
+    """Write the files of a MarianTokenizer."""
     write_models(folder, tokenizer)
     source, target = tokenizer.source, tokenizer.target
-    write_json(folder / "vocab.json", _numbers(source))
+    write_json(folder / "vocab.json", _vocabulary(source))
     if not tokenizer.joint:
-        write_json(folder / "target_vocab.json", _numbers(target))
+        write_json(folder / "target_vocab.json", _vocabulary(target))
     unk, eos, pad = target.pieces([target.unk, target.eos, target.pad])
     settings = {
         "tokenizer_class": "MarianTokenizer",
@@ -147,35 +160,40 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, longest: int) -> None
         "unk_token": unk,
         "eos_token": eos,
         "pad_token": pad,
-        "model_max_length": longest,
+        "model_max_length": max_length,
     }
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _numbers(side: Side) -> dict[str, int]:
-    return {piece: number for number, piece in enumerate(side.pieces(range(side.vocabulary)))}
+def _vocabulary(side: Side) -> dict[str, int]:
+    return {token: number for number, token in enumerate(side.pieces(range(side.vocabulary)))}
 
 
 @torch.inference_mode()
-def hugging_outcome(
-    model: Any, tokenizer: Tokenizer, probe: Probe, sources: tuple[tuple[int, ...], ...]
-) -> Outcome:
-    """What a model with Hugging Face's way of translating makes of a probe."""
+def run_model(
+    model: Any, tokenizer: Tokenizer, inputs: CheckInputs, sources: tuple[tuple[int, ...], ...]
+) -> CheckResults:
+    """Run a model of transformers on the inputs; `sources` are the ids of its own tokenizer."""
     start, eos = tokenizer.target.pad, tokenizer.target.eos
-    never = sorted(tokenizer.target.never)
+    banned = torch.tensor(sorted(tokenizer.target.banned_ids))
     scores, translations = [], []
-    for ids, target in zip(probe.sources, probe.targets, strict=True):
+    for ids, target in zip(inputs.sources, inputs.targets, strict=True):
         source = torch.tensor([[*ids, tokenizer.source.eos]])
-        known = {"input_ids": source, "attention_mask": torch.ones_like(source)}
-        logits = model(**known, decoder_input_ids=torch.tensor([[start, *target]])).logits[0].float()
-        log = logits.index_fill(1, torch.tensor(never), -torch.inf).log_softmax(-1)
-        scores.append(tuple(log.gather(1, torch.tensor([*target, eos])[:, None])[:, 0].tolist()))
-        found = model.generate(
-            **known, num_beams=1, do_sample=False, max_new_tokens=probe.limit, forced_eos_token_id=None
+        encoder_inputs = {"input_ids": source, "attention_mask": torch.ones_like(source)}
+        decoder_ids = torch.tensor([[start, *target]])
+        logits_TV = model(**encoder_inputs, decoder_input_ids=decoder_ids).logits[0].float()
+        log_prob_TV = logits_TV.index_fill(1, banned, -torch.inf).log_softmax(-1)
+        scores.append(tuple(log_prob_TV.gather(1, torch.tensor([*target, eos])[:, None])[:, 0].tolist()))
+        generated = model.generate(
+            **encoder_inputs,
+            num_beams=1,
+            do_sample=False,
+            max_new_tokens=inputs.max_tokens,
+            forced_eos_token_id=None,
         )
-        translations.append(_until(found[0, 1:].tolist(), eos))
-    return Outcome(tuple(translations), tuple(scores), sources)
+        translations.append(_until_end(generated[0, 1:].tolist(), eos))
+    return CheckResults(tuple(translations), tuple(scores), sources)
 
 
-def _until(ids: Sequence[int], eos: int) -> tuple[int, ...]:
+def _until_end(ids: Sequence[int], eos: int) -> tuple[int, ...]:
     return tuple(ids[: ids.index(eos)] if eos in ids else ids)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from trmt.errors import ConfigError
 from trmt.objectives.translation import Translation, TranslationBatch, TranslationConfig
-from trmt.sets.batches import Batches, Column, Examples, Room
+from trmt.sets.batches import Batches, BatchShape, RaggedBatch
 from trmt.sets.passages import Passages
+from trmt.sets.shards import RaggedArray
 
 Ints = NDArray[np.int64]
 
@@ -55,22 +56,22 @@ class Denoising(Translation):
     def batches(cls, config: DenoisingConfig) -> Callable[..., Batches]:
         return Passages
 
-    def tokens(self, examples: Examples) -> int:
+    def tokens(self, examples: RaggedBatch) -> int:
         column = examples.columns["first.ids"]
-        return len(column.ids) + len(column.lengths)
+        return len(column.values) + len(column.lengths)
 
     def collate(
-        self, examples: Examples, device: torch.device, *, room: Room | None = None
+        self, examples: RaggedBatch, device: torch.device, *, shape: BatchShape | None = None
     ) -> TranslationBatch:
         column, sizes, keys = (examples.columns[name] for name in ("first.ids", "sizes", "key"))
-        texts = np.split(column.ids.astype(np.int64), np.cumsum(column.lengths)[:-1])
-        sentences = np.split(sizes.ids, np.cumsum(sizes.lengths)[:-1])
+        texts = np.split(column.values.astype(np.int64), np.cumsum(column.lengths)[:-1])
+        sentences = np.split(sizes.values, np.cumsum(sizes.lengths)[:-1])
         noised = [
             self.noised(text, cuts, int(key))
-            for text, cuts, key in zip(texts, sentences, keys.ids, strict=True)
+            for text, cuts, key in zip(texts, sentences, keys.values, strict=True)
         ]
-        source = Column(np.concatenate(noised), np.array([len(text) for text in noised], np.int64))
-        return super().collate(Examples({"source.ids": source, "target.ids": column}), device, room=room)
+        source = RaggedArray(np.concatenate(noised), np.array([len(text) for text in noised], np.int64))
+        return super().collate(RaggedBatch({"source.ids": source, "target.ids": column}), device, shape=shape)
 
     def noised(self, text: Ints, sizes: Ints, key: int) -> Ints:
         """A passage of sentences of these sizes after the noise that belongs to `key`."""

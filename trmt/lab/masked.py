@@ -24,8 +24,8 @@ from trmt.errors import ConfigError
 from trmt.lab.masked_encoder import MaskedEncoder
 from trmt.nets.base import Source
 from trmt.objectives.base import Loss, Objective, Specials
-from trmt.sets.batches import Batches, Examples, Room
-from trmt.sets.passages import Passages, mixed
+from trmt.sets.batches import Batches, BatchShape, RaggedBatch
+from trmt.sets.passages import Passages, mix_bits
 
 Ints = NDArray[np.int64]
 
@@ -76,24 +76,26 @@ class Masked(Objective):
 
     @classmethod
     def batches(cls, config: MaskedConfig) -> Callable[..., Batches]:
-        return partial(Passages, pairs=config.next_sentence)
+        return partial(Passages, next_sentence=config.next_sentence)
 
-    def tokens(self, examples: Examples) -> int:
+    def tokens(self, examples: RaggedBatch) -> int:
         return int(self._row(examples).asked.sum())
 
-    def _row(self, examples: Examples) -> _Row:
+    def _row(self, examples: RaggedBatch) -> _Row:
         row = _joined(examples, self.specials)
         asked = _asked(row, self.config, self.specials)
         return _Row(row.ids, row.lengths, row.segments, row.text, row.keys, asked)
 
-    def collate(self, examples: Examples, device: torch.device, *, room: Room | None = None) -> MaskedBatch:
+    def collate(
+        self, examples: RaggedBatch, device: torch.device, *, shape: BatchShape | None = None
+    ) -> MaskedBatch:
         row = self._row(examples)
         (places,) = np.nonzero(row.asked)
         ids = row.ids.copy()
         ids[places] = self._shown(row, places)
         extras = {"segments": torch.from_numpy(row.segments).to(device)}
         lengths = torch.from_numpy(row.lengths)
-        follows = examples.columns["follows"].ids
+        follows = examples.columns["follows"].values
         return MaskedBatch(
             Source(torch.from_numpy(ids).to(device), lengths.to(device), int(row.lengths.max()), extras),
             torch.from_numpy(places).to(device),
@@ -140,7 +142,7 @@ class _Row:
         return np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
 
 
-def _joined(examples: Examples, specials: Specials) -> _Row:
+def _joined(examples: RaggedBatch, specials: Specials) -> _Row:
     """`bos A eos B eos`, or `bos A eos` where there is no B."""
     first, second = (examples.columns[f"{part}.ids"] for part in ("first", "second"))
     two = (second.lengths > 0).astype(np.int64)
@@ -151,11 +153,11 @@ def _joined(examples: Examples, specials: Specials) -> _Row:
     ids[begins] = specials.bos
     for part, starts in ((first, begins + 1), (second, begins + 2 + first.lengths)):
         shift = starts - (np.cumsum(part.lengths) - part.lengths)
-        places = np.repeat(shift, part.lengths) + np.arange(len(part.ids))
-        ids[places], text[places] = part.ids, True
+        places = np.repeat(shift, part.lengths) + np.arange(len(part.values))
+        ids[places], text[places] = part.values, True
     within = np.arange(len(ids)) - np.repeat(begins, lengths)
     segments[within >= np.repeat(2 + first.lengths, lengths)] = 1
-    keys = np.repeat(examples.columns["key"].ids, lengths)
+    keys = np.repeat(examples.columns["key"].values, lengths)
     return _Row(ids, lengths.astype(np.int64), segments, text, keys, np.zeros(len(ids), bool))
 
 
@@ -184,5 +186,5 @@ def _asked(row: _Row, config: MaskedConfig, specials: Specials) -> NDArray[np.bo
 
 def _uniform(keys: NDArray[np.uint64], places: Ints, draw: int) -> NDArray[np.float64]:
     """A number from 0 to below 1 that belongs to a place of an example alone."""
-    number = mixed(mixed(keys + np.uint64(draw)) + places.astype(np.uint64))
+    number = mix_bits(mix_bits(keys + np.uint64(draw)) + places.astype(np.uint64))
     return (number >> np.uint64(11)).astype(np.float64) * 2.0**-53

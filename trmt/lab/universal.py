@@ -124,7 +124,8 @@ class Steps(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The states after the steps, and the number of steps of all positions.
 
-        `sublayers` are those of a step. `all_steps` are taken where even those that change nothing are wanted.
+        `sublayers` are those of a step. `all_steps` are taken where even those that change nothing are
+        wanted.
         """
 
         def transition(step: int, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Builds C kernels where there is a C compiler, the first time they are needed, and loads them.
 
-Those for training are built for the processor they run on (AVX-512, AVX2 or neither), those for inference hold the
-code for every processor and choose when they run. They are kept in the user's cache under a name made of everything
-that went into them, and called through ctypes.
+Those for training are built for the processor they run on (AVX-512, AVX2 or neither), those for inference
+hold the code for every processor and choose when they run. They are kept in the user's cache under a name
+made of everything that went into them, and called through ctypes.
 """
 
 from __future__ import annotations

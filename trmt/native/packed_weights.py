@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trmt.native import build
 from trmt.errors import TrmtError
+from trmt.native import build
 from trmt.storage.files import atomic_file
 
 LAYOUT = 1  # to be raised with whatever changes how weights are packed

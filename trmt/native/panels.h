@@ -1,6 +1,6 @@
-/* The products on one kind of processor; included once for each kind.
+/* The products on one type of processor; included once for each.
 
-   The one who includes it defines NAME (adds the kind to a name), TARGET (what the compiler may use), LANES
+   The file that includes it defines NAME (adds the processor to a name), TARGET (what the compiler may use), LANES
    (floats of a vector), SHAPES (the blocks to cut a product into, rows and panels, large ones first), and
 
    ALL(f)         a vector of one number
@@ -15,24 +15,24 @@ typedef int32_t NAME(ints) __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int8_t NAME(bytes) __attribute__((vector_size(4 * LANES), aligned(1)));
 typedef int8_t NAME(lane_bytes) __attribute__((vector_size(LANES), aligned(1)));
 
-/* Each row in whole numbers from -127 to 127, and what one of them stands for. */
+/* Each row as integers from -127 to 127, and its scale. */
 static TARGET void NAME(quantise)(const Quantised *q, const float *x, int64_t from, int64_t to, int flip) {
-  int64_t inner = q->inputs, depth = q->depth, whole = inner / LANES * LANES;
+  int64_t inputs = q->inputs, depth = q->depth, whole = inputs / LANES * LANES;
   for (int64_t row = from; row < to; row++) {
-    const float *restrict xr = x + row * inner;
+    const float *restrict xr = x + row * inputs;
     int8_t *restrict out = q->values + row * depth;
     uint32_t most = 0;
-    for (int64_t k = 0; k < inner; k++) {
-      uint32_t size = bits(xr[k]) & 0x7fffffff; /* as whole numbers, so that NaN is above everything */
+    for (int64_t k = 0; k < inputs; k++) {
+      uint32_t size = bits(xr[k]) & 0x7fffffff; /* as integers, so that NaN is above everything */
       most = size > most ? size : most;
     }
     float step = to_quantised(most, &q->scale[row]);
-    for (int64_t k = 0; k < whole; k += LANES) { /* the lowest bits of the sum are the whole number, half to even */
+    for (int64_t k = 0; k < whole; k += LANES) { /* the lowest bits of the sum are the integer, half to even */
       NAME(ints) sum = (NAME(ints))(*(const NAME(floats) *)(xr + k) * step + 12582912.0f);
       *(NAME(lane_bytes) *)(out + k) = __builtin_convertvector(sum ^ flip, NAME(lane_bytes));
     }
-    for (int64_t k = whole; k < inner; k++) out[k] = (int8_t)(bits(xr[k] * step + 12582912.0f) ^ flip);
-    memset(out + inner, flip, depth - inner);
+    for (int64_t k = whole; k < inputs; k++) out[k] = (int8_t)(bits(xr[k] * step + 12582912.0f) ^ flip);
+    memset(out + inputs, flip, depth - inputs);
     if (!step) memset(out, flip, depth); /* NaN times 0 is not 0 */
   }
 }
@@ -76,7 +76,7 @@ TARGET INLINE void NAME(int8_block)(const int rows, const int panels, const Matr
       NAME(put_sums)(m, sums[r][v], q->scale[row + r], y, row + r, panel * PANEL + v * LANES, FLIP);
 }
 
-/* Each output is one chain of additions over `inner`, so that a row never depends on its neighbours. */
+/* Each output is one chain of additions over `inputs`, so that a row never depends on its neighbours. */
 TARGET INLINE void NAME(fp32_block)(const int rows, const int panels, const Matrix *m, const float *x,
                                     float *y, int64_t row, int64_t panel) {
   const float *w = (const float *)m->packed + panel * m->inputs * PANEL;

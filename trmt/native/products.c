@@ -1,4 +1,4 @@
-/* Products of a few rows with weights that stay: y = x @ weights' + bias, then relu if wanted.
+/* Products of a few rows with constant weights: y = x @ weights' + bias, then relu if wanted.
 
    fp32: each output is one chain of additions, whatever the number of rows and threads.
 
@@ -23,7 +23,7 @@
 
 enum { MOST_ROWS = 12, MOST_PANELS = 8 }; /* of a block */
 enum { CHUNK = 1 << 18 };                 /* bytes of weights that stay in the cache while rows pass by */
-enum { ON_STACK = 1 << 16 };              /* bytes that are not worth asking the system for */
+enum { ON_STACK = 1 << 16 };              /* bytes that go on the stack */
 
 typedef struct {
   int64_t inputs, depth;
@@ -37,7 +37,7 @@ INLINE uint32_t bits(float f) {
   return b;
 }
 
-/* What a row whose largest magnitude has these bits is multiplied by; `scale` is the way back. */
+/* The factor that quantises a row whose largest magnitude has these bits; `scale` is its inverse. */
 INLINE float to_quantised(uint32_t most, float *scale) {
   float m;
   memcpy(&m, &most, 4);
@@ -125,7 +125,7 @@ static void fp32_panels(const Matrix *m, const float *x, int64_t rows, float *y,
 enum { TILES_FROM = 4 }; /* rows, measured; with fewer, loading tiles takes longer than it saves */
 enum { WORTH_THREADS = 1 << 17 }; /* multiplications below which another thread only costs */
 
-/* Into how many parts work is worth being cut. Without others, what serves several threads is left out: asking
+/* How many threads work is worth. With one, the code for several is left out: asking
    for one thread takes as long as a small product. */
 static int64_t threads_for(int64_t work, int64_t least) {
 #ifdef _OPENMP
@@ -170,9 +170,9 @@ void trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int p
   Quantised q = {m->inputs, m->depth, 0, 0};
   int8_t small[ON_STACK] __attribute__((aligned(64)));
   if (m->is_int8) {
-    int64_t room = (rows + 31) / 32 * 32, size = room * (m->depth + 64); /* whole tiles */
+    int64_t padded = (rows + 31) / 32 * 32, size = padded * (m->depth + 64); /* whole tiles */
     q.values = size <= ON_STACK ? small : aligned_alloc(64, size);
-    q.scale = (float *)(q.values + room * m->depth);
+    q.scale = (float *)(q.values + padded * m->depth);
     quantise_all(&q, x, rows, processor);
   }
   if (threads > 1) {
@@ -185,22 +185,22 @@ void trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int p
   if (q.values != small) free(q.values);
 }
 
-/* Rows of weights [outer, inner] into panels; `shift` is what it is in Matrix. */
-void trmt_pack_int8(const int8_t *w, int64_t outer, int64_t inner, int64_t depth, int8_t *packed,
+/* Rows of weights [outputs, inputs] into panels; `shift` as in Matrix. */
+void trmt_pack_int8(const int8_t *w, int64_t outputs, int64_t inputs, int64_t depth, int8_t *packed,
                     int32_t *shift) {
-  for (int64_t n = 0; n < outer; n++) {
+  for (int64_t n = 0; n < outputs; n++) {
     int8_t *panel = packed + n / PANEL * PANEL * depth + n % PANEL * 4;
     int32_t sum = 0;
-    for (int64_t k = 0; k < inner; k++) {
-      panel[k / 4 * 4 * PANEL + k % 4] = w[n * inner + k];
-      sum += w[n * inner + k];
+    for (int64_t k = 0; k < inputs; k++) {
+      panel[k / 4 * 4 * PANEL + k % 4] = w[n * inputs + k];
+      sum += w[n * inputs + k];
     }
     shift[n] = 128 * sum;
   }
 }
 
-void trmt_pack_fp32(const float *w, int64_t outer, int64_t inner, float *packed) {
-  for (int64_t n = 0; n < outer; n++)
-    for (int64_t k = 0; k < inner; k++)
-      packed[n / PANEL * PANEL * inner + k * PANEL + n % PANEL] = w[n * inner + k];
+void trmt_pack_fp32(const float *w, int64_t outputs, int64_t inputs, float *packed) {
+  for (int64_t n = 0; n < outputs; n++)
+    for (int64_t k = 0; k < inputs; k++)
+      packed[n / PANEL * PANEL * inputs + k * PANEL + n % PANEL] = w[n * inputs + k];
 }

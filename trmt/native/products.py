@@ -1,7 +1,7 @@
 """Matrix products of frozen networks by C kernels, whose weights are packed once.
 
-int8 products give the same bits as those of trmt/nets/linear.py; fp32 products are the kernels' own, and a row's
-bits depend on nothing but the row (products.c says what they compute).
+int8 products give the same bits as those of trmt/nets/linear.py; fp32 products are the kernels' own, and a
+row's bits depend on nothing but the row (products.c says what they compute).
 
 Axes: R rows, N outputs, K inputs.
 """
@@ -58,7 +58,7 @@ def processors() -> tuple[int, ...]:
 
 
 def best_processor() -> int | None:
-    """The processor to use; None if there are no kernels or no vectors of 8 floats: PyTorch is faster then."""
+    """The processor to use; None without kernels or vectors of 8 floats: PyTorch is faster then."""
     return max(processors(), default=0) or None
 
 
@@ -107,7 +107,9 @@ class PackedProduct:
         multiple = DEPTH if is_int8 else 1
         depth = -(-self.inputs // multiple) * multiple
         panels = -(-self.outputs // PANEL)
-        pack = functools.partial(_pack_int8 if is_int8 else _pack_fp32, loaded, weight_NK, panels * PANEL, depth)
+        pack = functools.partial(
+            _pack_int8 if is_int8 else _pack_fp32, loaded, weight_NK, panels * PANEL, depth
+        )
         packed, scale, shift = cache.take(weight_NK, pack) if cache else pack()
         bias = None if bias_N is None else _padded(bias_N.float())
         self.tensors = packed, scale, shift, bias  # what the pointers point to

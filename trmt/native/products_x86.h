@@ -95,7 +95,7 @@ static TARGET void amx_put(const Matrix *m, const Quantised *q, const int32_t *s
                       (panel + p) * PANEL, 0);
 }
 
-/* 32 rows by 2 panels; of the rows, `rows` are wanted. */
+/* 32 rows by 2 panels; only `rows` of the rows are stored. */
 static TARGET void amx_square(const Matrix *m, const Quantised *q, float *y, int64_t row, int64_t rows,
                               int64_t panel) {
   const int8_t *x = q->values + row * m->depth, *w = (const int8_t *)m->packed + panel * m->depth * PANEL;
@@ -185,7 +185,7 @@ static TARGET void amx_panels(const Matrix *m, const Quantised *q, int64_t rows,
   _tile_release();
 }
 
-/* Linux lends the tiles to those who ask. */
+/* Linux gives the tiles to processes that ask. */
 static int amx_granted(void) {
   enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
   unsigned a, b, c, d;

@@ -14,7 +14,7 @@ typedef float NAME(narrow) __attribute__((vector_size(4 * WIDE), aligned(4)));
 INLINE TARGET NAME(wide) NAME(exponential)(NAME(wide) x) {
   NAME(wide_bits) low = x < -708.0;
   x = (NAME(wide))(((NAME(wide_bits))((NAME(wide)){0} - 708.0) & low) | ((NAME(wide_bits))x & ~low));
-  NAME(wide) shifted = x * 1.4426950408889634 + 6755399441055744.0; /* its lowest bits are the whole number */
+  NAME(wide) shifted = x * 1.4426950408889634 + 6755399441055744.0; /* its lowest bits are the integer */
   NAME(wide) n = shifted - 6755399441055744.0;
   NAME(wide) r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
   static const double terms[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
@@ -48,7 +48,7 @@ static TARGET void NAME(norm_row)(const Network *n, const Norm *norm, float *x, 
   }
 }
 
-/* Scores to weights; returns what they have to be multiplied by to add up to 1. There is space for `count`
+/* Softmax without the normalisation; returns the factor that normalises. There is space for `count`
    rounded up to WIDE. */
 INLINE TARGET double NAME(softmax)(double *scores, int64_t count) {
   NAME(wide) high = (NAME(wide)){0} - INFINITY, sum = {0};
@@ -65,19 +65,19 @@ INLINE TARGET double NAME(softmax)(double *scores, int64_t count) {
   return 1 / TOTAL(sum);
 }
 
-/* All heads of one row. Keys are gone through once, and values, since they come from far: each is read whole
-   while later ones are on their way. */
+/* All heads of one row. Keys and values are read once, since they come from memory: each is read whole
+   while later ones are prefetched. */
 INLINE TARGET void NAME(attend)(const Network *n, const float *query, const Keys *keys, const Keys *next,
-                                const Scratch *scratch, const int64_t part, float *out) {
+                                const Scratch *scratch, const int64_t head_dim, float *out) {
   int64_t width = n->width, count = keys->count;
-  double scale = 1.0 / sqrt((double)part), *sums = scratch->sums, factor[n->heads];
+  double scale = 1.0 / sqrt((double)head_dim), *sums = scratch->sums, factor[n->heads];
   for (int64_t i = 0; i < width; i += WIDE) *(NAME(wide) *)(sums + i) = WIDENED(query + i);
   for (int64_t j = 0; j < count; j++) {
     const float *key = keys->keys + keys->offset[j];
     fetch(keys, next, j, width);
     for (int64_t head = 0; head < n->heads; head++) {
       NAME(wide) dot = {0};
-      for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
+      for (int64_t p = head * head_dim; p < (head + 1) * head_dim; p += WIDE)
         dot = FUSED(*(NAME(wide) *)(sums + p), WIDENED(key + p), dot);
       scratch->weights[head * scratch->keys + j] = TOTAL(dot) * scale;
     }
@@ -90,24 +90,24 @@ INLINE TARGET void NAME(attend)(const Network *n, const float *query, const Keys
     fetch(keys, next, count + j, width);
     for (int64_t head = 0; head < n->heads; head++) {
       NAME(wide) weight = (NAME(wide)){0} + scratch->weights[head * scratch->keys + j];
-      for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
+      for (int64_t p = head * head_dim; p < (head + 1) * head_dim; p += WIDE)
         *(NAME(wide) *)(sums + p) = FUSED(weight, WIDENED(value + p), *(NAME(wide) *)(sums + p));
     }
   }
   for (int64_t head = 0; head < n->heads; head++)
-    for (int64_t p = head * part; p < (head + 1) * part; p += WIDE)
+    for (int64_t p = head * head_dim; p < (head + 1) * head_dim; p += WIDE)
       *(NAME(narrow) *)(out + p) = NARROWED(*(NAME(wide) *)(sums + p) * factor[head]);
 }
 
 static TARGET void NAME(attend_row)(const Network *n, const float *query, const Keys *keys, const Keys *next,
                                     const Scratch *scratch, float *out) {
-  int64_t part = n->width / n->heads;
-  if (part == 64) /* the usual ones, with loops of known length */
+  int64_t head_dim = n->width / n->heads;
+  if (head_dim == 64) /* the usual ones, with loops of known length */
     NAME(attend)(n, query, keys, next, scratch, 64, out);
-  else if (part == 32)
+  else if (head_dim == 32)
     NAME(attend)(n, query, keys, next, scratch, 32, out);
   else
-    NAME(attend)(n, query, keys, next, scratch, part, out);
+    NAME(attend)(n, query, keys, next, scratch, head_dim, out);
 }
 
 /* One row of an SSRU: c = f * c + (1 - f) * x with f = sigmoid(gate), and out = relu(c). */
@@ -148,23 +148,23 @@ static TARGET void NAME(mix)(const double *a, int64_t count, const double *rows,
 }
 
 /* Self-attention of one head over a sentence. Queries, keys and values of a token lie `width` apart, and those
-   of the next one behind them. There is space for (2 * part + 1) * space + part, where space is `count` up to
+   of the next one behind them. There is space for (2 * head_dim + 1) * space + head_dim, where space is `count` up to
    a multiple of 8. */
-static TARGET void NAME(attend_sentence)(int64_t width, int64_t part, const float *merged, int64_t count,
+static TARGET void NAME(attend_sentence)(int64_t width, int64_t head_dim, const float *merged, int64_t count,
                                          double *scratch, float *out) {
   int64_t space = (count + 7) / 8 * 8;
-  double *keys = scratch, *values = keys + part * space, *weights = values + part * space, *one = weights + space;
-  double scale = 1.0 / sqrt((double)part);
-  for (int64_t p = 0; p < part; p++)
+  double *keys = scratch, *values = keys + head_dim * space, *weights = values + head_dim * space, *one = weights + space;
+  double scale = 1.0 / sqrt((double)head_dim);
+  for (int64_t p = 0; p < head_dim; p++)
     for (int64_t j = 0; j < space; j++)
       keys[p * space + j] = j < count ? merged[(3 * j + 1) * width + p] : 0;
   for (int64_t j = 0; j < count; j++)
-    for (int64_t p = 0; p < part; p++) values[j * part + p] = merged[(3 * j + 2) * width + p];
+    for (int64_t p = 0; p < head_dim; p++) values[j * head_dim + p] = merged[(3 * j + 2) * width + p];
   for (int64_t i = 0; i < count; i++) {
-    for (int64_t p = 0; p < part; p++) one[p] = merged[3 * i * width + p];
-    NAME(mix)(one, part, keys, space, scale, weights);
+    for (int64_t p = 0; p < head_dim; p++) one[p] = merged[3 * i * width + p];
+    NAME(mix)(one, head_dim, keys, space, scale, weights);
     double factor = NAME(softmax)(weights, count);
-    NAME(mix)(weights, count, values, part, factor, one);
-    for (int64_t p = 0; p < part; p++) out[i * width + p] = (float)one[p];
+    NAME(mix)(weights, count, values, head_dim, factor, one);
+    for (int64_t p = 0; p < head_dim; p++) out[i * width + p] = (float)one[p];
   }
 }

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trmt.native import build
 from trmt.decoding.base import Search
 from trmt.decoding.beam import ROUNDING, Beam, BeamState
 from trmt.decoding.greedy import Greedy, LineState
 from trmt.decoding.top import CHUNK
-from trmt.native import gpu
+from trmt.native import build, gpu
 
 MAX_CANDIDATES = 64  # that the kernel keeps in order; with more, PyTorch is faster
 BEAM_TENSORS = (  # in the kernel's order

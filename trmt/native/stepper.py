@@ -11,7 +11,8 @@ from trmt.nets.transformer import Transformer
 
 
 def stepper(net: Seq2Seq, precision: Precision, checksum: str) -> Stepper | None:
-    """A stepper with packed products, if it can be had for this network and device, by kernels if they have it.
+    """A stepper with packed products, if it can be had for this network and device, by kernels if they have
+    it.
 
     With the checksum of the weights, packed weights are kept for other processes.
     """

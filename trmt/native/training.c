@@ -1,8 +1,7 @@
-/* What training on the CPU does beside its matrix products, each in one pass over memory.
+/* What training on the CPU computes beside its matrix products, each in one pass over memory.
 
    Composed of PyTorch's operations, each of these would go over its tensors three to six times and draw
-   dropout from a slow generator. The Python side (fused.py and attention.py in trmt/nets) says what each one
-   computes and has the same in plain PyTorch.
+   dropout from a slow generator. The Python side is training.py; the same in plain PyTorch is in trmt/nets/layers.py.
 
    Plain C with the vector types of gcc and clang, compiled for the kind of processor that it runs on. Sums
    over rows are made in blocks of fixed size, so that results do not depend on the number of threads. */
@@ -289,7 +288,7 @@ int trmt_cross_entropy(float *logits, const int64_t *target, float *losses, int6
 
 /* Attention over sentences that stand in a row without padding. Row i of the queries begins at
    query + i * query_stride; head h takes columns h * head_dim up to (h + 1) * head_dim, and head_dim is a multiple
-   of LANES. Sentence s has the rows query_starts[s] up to query_starts[s + 1], and looks at the rows
+   of LANES. Sentence s has the rows query_starts[s] up to query_starts[s + 1], and attends to the rows
    key_starts[s] up to key_starts[s + 1] of keys and values. */
 
 typedef struct {
@@ -345,8 +344,8 @@ static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t row
   }
 }
 
-/* A square of vectors turned: smaller and smaller squares within it change places. */
-INLINE void turned_square(vec v[LANES]) {
+/* Transposes a square of vectors: smaller and smaller squares within it are exchanged. */
+INLINE void transpose_square(vec v[LANES]) {
 #define EXCHANGE(step, FIRST, SECOND)                                                                \
   for (int i = 0; i < LANES; i++)                                                                    \
     if (!(i & step)) {                                                                               \
@@ -364,15 +363,15 @@ INLINE void turned_square(vec v[LANES]) {
 #undef EXCHANGE
 }
 
-/* out [head_dim, width] = rows [length, head_dim] turned, with zeros behind `length`. */
-INLINE void turned(const float *rows, int64_t stride, int64_t length, int64_t head_dim, float *out,
+/* out [head_dim, width] = rows [length, head_dim] transposed, with zeros behind `length`. */
+INLINE void transpose(const float *rows, int64_t stride, int64_t length, int64_t head_dim, float *out,
                    int64_t width) {
   for (int64_t j = 0; j < width; j += LANES)
     for (int64_t p = 0; p < head_dim; p += LANES) {
       vec square[LANES];
       for (int i = 0; i < LANES; i++)
         square[i] = j + i < length ? load(rows + (j + i) * stride + p) : all(0);
-      turned_square(square);
+      transpose_square(square);
       for (int i = 0; i < LANES; i++) store(out + (p + i) * width + j, square[i]);
     }
 }
@@ -413,9 +412,9 @@ static void attention_head(const Attention *a, int64_t sentence, int64_t head, f
   const float *query = a->query + first * a->query_stride + head * head_dim;
   const float *key = a->key + first_key * a->key_stride + head * head_dim;
   const float *value = a->value + first_key * a->value_stride + head * head_dim;
-  float *keys_turned = space, *scores = space + head_dim * width;
-  turned(key, a->key_stride, keys, head_dim, keys_turned, width);
-  product(rows, width, head_dim, query, a->query_stride, 1, keys_turned, width, scores, width);
+  float *transposed_keys = space, *scores = space + head_dim * width;
+  transpose(key, a->key_stride, keys, head_dim, transposed_keys, width);
+  product(rows, width, head_dim, query, a->query_stride, 1, transposed_keys, width, scores, width);
   softmax(scores, rows, keys, width, a, norms + first * a->heads + head, a->heads, 0);
   product(rows, head_dim, keys, scores, width, 1, value, a->value_stride,
           out + first * out_stride + head * head_dim, out_stride);
@@ -428,8 +427,8 @@ static int64_t longest(const int64_t *starts, int64_t sentences) {
   return most;
 }
 
-/* Each thread's own room; 0 where there is no memory for it. */
-static float *room(int64_t floats) { return aligned_alloc(64, whole_lanes(floats + 1) * sizeof(float)); }
+/* Scratch memory of a thread; 0 where there is none left. */
+static float *scratch(int64_t floats) { return aligned_alloc(64, whole_lanes(floats + 1) * sizeof(float)); }
 
 int trmt_attention(const Attention *a, float *out, float *norms) {
   int64_t width = whole_lanes(longest(a->key_starts, a->sentences));
@@ -437,7 +436,7 @@ int trmt_attention(const Attention *a, float *out, float *norms) {
   int short_of_memory = 0;
 #pragma omp parallel
   {
-    float *space = room((a->head_dim + rows) * width);
+    float *space = scratch((a->head_dim + rows) * width);
     if (!space) {
 #pragma omp atomic write
       short_of_memory = 1;
@@ -466,10 +465,10 @@ static void attention_head_backward(const Attention *a, int64_t sentence, int64_
   const float *value = a->value + first_key * a->value_stride + head * head_dim;
   const float *grad = grad_out + first * out_stride + head * head_dim;
   float *flat = space, *weights = space + head_dim * width, *grads = weights + rows * width;
-  turned(key, a->key_stride, keys, head_dim, flat, width);
+  transpose(key, a->key_stride, keys, head_dim, flat, width);
   product(rows, width, head_dim, query, a->query_stride, 1, flat, width, weights, width);
   softmax(weights, rows, keys, width, a, (float *)norms + first * a->heads + head, a->heads, 1);
-  turned(value, a->value_stride, keys, head_dim, flat, width);
+  transpose(value, a->value_stride, keys, head_dim, flat, width);
   product(rows, width, head_dim, grad, out_stride, 1, flat, width, grads, width);
   for (int64_t i = 0; i < rows; i++) {
     vec both = all(0);
@@ -493,7 +492,7 @@ int trmt_attention_backward(const Attention *a, const float *grad_out, const flo
   int short_of_memory = 0;
 #pragma omp parallel
   {
-    float *space = room((a->head_dim + 2 * rows) * width);
+    float *space = scratch((a->head_dim + 2 * rows) * width);
     if (!space) {
 #pragma omp atomic write
       short_of_memory = 1;

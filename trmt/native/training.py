@@ -1,9 +1,11 @@
-"""What networks compute in training beside their matrix products, by C kernels on the CPU in fp32 (training.c).
+"""What networks compute in training beside their matrix products, by C kernels on the CPU in fp32
+(training.c).
 
-Each function takes the arguments of the plain one in trmt/nets/layers.py and returns None where the kernels cannot
-serve. A result differs from PyTorch's by rounding, and in which elements dropout draws.
+Each function takes the arguments of the plain one in trmt/nets/layers.py and returns None where the kernels
+cannot serve. A result differs from PyTorch's by rounding, and in which elements dropout draws.
 
-Axes: N tokens in a row, M tokens of the other side in a row, D hidden size, V columns of a product, B blocks of rows.
+Axes: N tokens in a row, M tokens of the other side in a row, D hidden size, V columns of a product, B blocks
+of rows.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def serves(*tensors: Tensor) -> bool:
 
 def _call(kernel: str, *arguments: Any) -> int:
     """Call a kernel: tensors as pointers, structures by reference, ints in 64 bits."""
-    given = []
+    given: list[Any] = []
     for each in arguments:
         if each is None or isinstance(each, Tensor):
             given.append(ctypes.c_void_p(pointer(each)))
@@ -86,7 +88,7 @@ def _call(kernel: str, *arguments: Any) -> int:
 
 
 def _dropout_fields(p: float) -> dict[str, Any]:
-    """A seed for one call, drawn from torch's generator, and the threshold that keeps 1 - p of the elements."""
+    """A seed for one call, drawn from torch's generator, and the threshold to keep 1 - p of the elements."""
     if not p:
         return {"seed": 0, "threshold": 0, "scale": 1.0}
     seed = int(torch.randint(0, 1 << 62, ()))
@@ -115,7 +117,11 @@ class _Dropout(torch.autograd.Function):
 def _dropped(x: Tensor, fields: dict[str, Any]) -> Tensor:
     out = torch.empty_like(x)
     width = x.shape[-1]
-    drawn = ctypes.c_uint64(fields["seed"]), ctypes.c_uint32(fields["threshold"]), ctypes.c_float(fields["scale"])
+    drawn = (
+        ctypes.c_uint64(fields["seed"]),
+        ctypes.c_uint32(fields["threshold"]),
+        ctypes.c_float(fields["scale"]),
+    )
     _call("dropout", x, out, x.numel() // max(width, 1), width, *drawn)
     return out
 
@@ -256,9 +262,7 @@ def _call_attention(kernel: str, *arguments: Any) -> None:
         raise MemoryError("out of memory in attention")
 
 
-def _described(
-    qkv: tuple[Tensor, ...], spans: Spans, keys: Spans, heads: int, *, causal: bool
-) -> _Attention:
+def _described(qkv: tuple[Tensor, ...], spans: Spans, keys: Spans, heads: int, *, causal: bool) -> _Attention:
     head_dim = qkv[0].shape[-1] // heads
     return _Attention(
         *(x.data_ptr() for x in qkv),
@@ -316,7 +320,7 @@ class _CrossAttention(torch.autograd.Function):
 
 
 def cross_entropy(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tensor | None:
-    """(negative log likelihood, its mean over the vocabulary), summed; writes the gradient over the logits."""
+    """(negative log likelihood, its mean over the vocabulary), summed; the logits become the gradient."""
     if not serves(logits_CV):
         return None
     target_C = target_C.contiguous()
@@ -325,5 +329,7 @@ def cross_entropy(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tens
         "cross_entropy", logits_CV, target_C, losses_C2, *logits_CV.shape, ctypes.c_float(smoothing)
     )
     if out_of_range:
-        raise IndexError(f"a target is not among the {logits_CV.shape[1]} ids that the network has logits for")
+        raise IndexError(
+            f"a target is not among the {logits_CV.shape[1]} ids that the network has logits for"
+        )
     return losses_C2.sum(0)

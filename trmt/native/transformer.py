@@ -1,7 +1,8 @@
-"""A Transformer, or one with an SSRU decoder, decoded by C kernels: the source in one call, a step in one call.
+"""A Transformer, or one with an SSRU decoder, decoded by C kernels: the source in one call, a step in one
+call.
 
-Axes: S sentence, K hypothesis, C columns of the cache, L source position, N source tokens in a row, D hidden size,
-A layers of the decoder.
+Axes: S sentence, K hypothesis, C columns of the cache, L source position, N source tokens in a row, D hidden
+size, A layers of the decoder.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class NativeNetwork:
         rows = [_products(layer) for layer in frozen.layers]
         positions, tokens = half.embedding.positions, half.embedding.tokens.weight.detach()
         assert positions is not None and rows[0][0] is not None
-        self.layers = (_Layer * len(rows))(*(_Layer(*(each and each.address for each in row)) for row in rows))
+        self.layers = (_Layer * len(rows))(
+            *(_Layer(*(each and each.address for each in row)) for row in rows)
+        )
         self.norms = (_Norm * len(norms))(
             *(_Norm(norm.weight.data_ptr(), pointer(getattr(norm, "bias", None))) for norm in norms)
         )
@@ -122,15 +125,20 @@ def _products(layer: Any) -> list[PackedProduct | None]:
         names = ("ssru", *names[1:])
     linears = [getattr(layer, name, None) for name in names]
     linears += [layer.feed_forward.inner, layer.feed_forward.outer]
-    return [linear.product if isinstance(linear, FrozenLinear) else None for linear in linears]
+    return [
+        linear.product
+        if isinstance(linear, FrozenLinear) and isinstance(linear.product, PackedProduct)
+        else None
+        for linear in linears
+    ]
 
 
 @dataclass(frozen=True)
 class SourceMemory(EncoderMemory):
     """Cross-attention keys and values; they stay where they are when sentences leave.
 
-    `kv` holds them [.., 2 * A, L, D] for every layer of the decoder, `mask` is added to scores. `slot_S` says which
-    of them belong to each sentence.
+    `kv` holds them [.., 2 * A, L, D] for every layer of the decoder, `mask` is added to scores. `slot_S` says
+    which of them belong to each sentence.
     """
 
     slot_S: Tensor
@@ -138,7 +146,9 @@ class SourceMemory(EncoderMemory):
     @classmethod
     def of(cls, kv: Tensor, mask: Tensor) -> SourceMemory:
         """Every sentence in its own slot."""
-        return cls({"kv": kv, "mask": mask}, {"kv": (2, 0.0), "mask": (3, -math.inf)}, torch.arange(len(mask)))
+        return cls(
+            {"kv": kv, "mask": mask}, {"kv": (2, 0.0), "mask": (3, -math.inf)}, torch.arange(len(mask))
+        )
 
     def compact(self) -> SourceMemory:
         """The same without what belongs to no sentence any more."""
@@ -160,9 +170,10 @@ class SourceMemory(EncoderMemory):
 class NativeCache:
     """The decoder's half of the state: a KV cache and its table of ancestors, or the cells of an SSRU.
 
-    Column c of a sentence in `cache` holds the keys and values of its hypotheses at position c. `reorder` moves none
-    of it: `ancestors_SKC` names the hypothesis that made column c of the history of hypothesis k. `keep` neither:
-    `slot_S` says which of the cached sentences is which. An SSRU has cells [A, slots, K, D] instead of columns.
+    Column c of a sentence in `cache` holds the keys and values of its hypotheses at position c. `reorder`
+    moves none of it: `ancestors_SKC` names the hypothesis that made column c of the history of hypothesis k.
+    `keep` neither: `slot_S` says which of the cached sentences is which. An SSRU has cells [A, slots, K, D]
+    instead of columns.
     """
 
     cache: Tensor  # [A, 2, slots, C, K, D], or cells
@@ -217,7 +228,9 @@ class NativeCache:
         parents_SK = parents_SK.contiguous()
         loaded = products.library()
         assert loaded is not None
-        step = _Step(*parents_SK.shape, self.columns, 0, len(self.cache[0] if self.recurrent else self.cache[0, 0]))
+        step = _Step(
+            *parents_SK.shape, self.columns, 0, len(self.cache[0] if self.recurrent else self.cache[0, 0])
+        )
         step.ancestors, step.slot = self.ancestors_SKC.data_ptr(), self.slot_S.data_ptr()
         step.cache = self.cache.data_ptr()
         loaded.trmt_reorder(self.network.address, ctypes.addressof(step), parents_SK.data_ptr())
@@ -265,10 +278,11 @@ class NativeStepper(Stepper):
     def __init__(self, net: Transformer, packed: PackedProducts) -> None:
         super().__init__(net, packed)
         assert isinstance(self.net, Transformer) and isinstance(self.net.cross_kv, FrozenLinear)
+        assert isinstance(self.net.cross_kv.product, PackedProduct)
         self.encoder = NativeNetwork(net, net.encoder, self.net.encoder)
         self.decoder = NativeNetwork(net, net.decoder, self.net.decoder)
         self.cross_kv = self.net.cross_kv.product
-        self.loaded = products.library()
+        self.loaded: Any = products.library()
         self.width = net.config.d_model
 
     def encoded(self, source: Source, decoding: Decoding) -> tuple[SourceMemory, NativeCache]:
@@ -300,11 +314,12 @@ class NativeStepper(Stepper):
         return torch.stack(hidden, 2), State(memory, cache, position_S)
 
     def prepared(
-        self, tokens_SK: Tensor, position_S: Tensor, cache: NativeCache, memory: SourceMemory
+        self, tokens_SK: Tensor, position_S: Tensor, cache: NativeCache, memory: EncoderMemory
     ) -> _Step:
         """The arguments of a step with these tokens, still without the address of its result."""
-        tensors = (position_S, cache.ancestors_SKC, cache.slot_S, cache.cache)
-        tensors = (*tensors, memory.slot_S, memory["kv"], memory["mask"])
+        assert isinstance(memory, SourceMemory)
+        sources = memory.slot_S, memory["kv"], memory["mask"]
+        tensors = (position_S, cache.ancestors_SKC, cache.slot_S, cache.cache, *sources)
         call = cache.call
         if call is None or not call.still(tensors):
             assert all(tensor.is_contiguous() for tensor in tensors)

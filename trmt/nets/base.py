@@ -3,12 +3,12 @@
 Axes: S sentence, K hypothesis, L source position, T target position, N all tokens of a batch in a row,
 D hidden size, V vocabulary.
 
-Training calls `Seq2Seq.forward` (a source and a target prefix -> hidden states) and `readout` (hidden states ->
-logits). Decoding goes through a `Stepper`, a frozen copy of the network: `start` encodes the source and returns
-a `State`, `step` appends tokens to every hypothesis. A state has two halves. The encoder's belongs to a sentence
-and is shared by its hypotheses (encoder output, cross-attention keys and values); the decoder's belongs to each
-hypothesis (a KV cache, hidden vectors). Search calls `reorder`, `keep` and `replace` of a state and nothing
-else; networks know nothing of search, text or special ids.
+Training calls `Seq2Seq.forward` (a source and a target prefix -> hidden states) and `readout` (hidden states
+-> logits). Decoding goes through a `Stepper`, a frozen copy of the network: `start` encodes the source and
+returns a `State`, `step` appends tokens to every hypothesis. A state has two halves. The encoder's belongs to
+a sentence and is shared by its hypotheses (encoder output, cross-attention keys and values); the decoder's
+belongs to each hypothesis (a KV cache, hidden vectors). Search calls `reorder`, `keep` and `replace` of a
+state and nothing else; networks know nothing of search, text or special ids.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.devices.transfer import sent
+from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 
 Product = Callable[[Tensor], Tensor]  # x -> x @ weight.T + bias, on the last axis
@@ -33,8 +33,8 @@ UNLIMITED = 1 << 30  # positions
 class Products(Protocol):
     """Makes the matrix products of a frozen network from their weights; `relu` adds one behind the product.
 
-    int8 products declare `precision = "int8"`: what lies between them is then computed in double precision and
-    rounded once, so that every implementation rounds activations to the same int8 values.
+    int8 products declare `precision = "int8"`: what lies between them is then computed in double precision
+    and rounded once, so that every implementation rounds activations to the same int8 values.
     """
 
     @property
@@ -67,7 +67,7 @@ class Ragged:
         """The sentences, given as lists of ids."""
         lengths = [len(sentence) for sentence in sentences]
         flat = [token for sentence in sentences for token in sentence]
-        return cls(sent(flat, device), sent(lengths, device), max(lengths, default=0))
+        return cls(to_device(flat, device), to_device(lengths, device), max(lengths, default=0))
 
     def __len__(self) -> int:
         return self.lengths_S.shape[0]
@@ -160,9 +160,9 @@ def stack_weights(weights: Sequence[Tensor]) -> Tensor | None:
 class Output:
     """What a network computes for a batch.
 
-    `hidden` has one row for each target token. `aux` holds named losses of the network's own, weighted sums over the
-    batch, which an objective adds to its own. Attention weights are there if wanted and if the network has them; it
-    may return more layers and heads than were wanted.
+    `hidden` has one row for each target token. `aux` holds named losses of the network's own, weighted sums
+    over the batch, which an objective adds to its own. Attention weights are there if wanted and if the
+    network has them; it may return more layers and heads than were wanted.
     """
 
     hidden: Tensor  # [N, D]
@@ -266,8 +266,8 @@ class HiddenVectors:
 class State:
     """The state of decoding some sentences: both halves, and how many tokens each sentence has.
 
-    Whatever takes a state consumes it, because tensors may be written in place; using it again raises. Positions
-    are counted per sentence, so that sentences that were added later decode beside older ones.
+    Whatever takes a state consumes it, because tensors may be written in place; using it again raises.
+    Positions are counted per sentence, so that sentences that were added later decode beside older ones.
     """
 
     def __init__(self, memory: EncoderMemory, decoder: Any, position_S: Tensor) -> None:
@@ -309,7 +309,9 @@ class Decoding:
     hypotheses: int
     max_tokens: int
     reorders: bool = True  # False: the caller promises not to reorder, and the state may be laid out for that
-    static: bool = False  # tensors keep their shapes and no step needs a device sync, so steps can be replayed
+    static: bool = (
+        False  # tensors keep their shapes and no step needs a device sync, so steps can be replayed
+    )
 
 
 # Networks
@@ -340,15 +342,15 @@ class Network(nn.Module):
         """Refuse a source that has more tokens than there are positions."""
         if source.longest > self.max_positions:
             raise ConfigError(
-                f"a source has {source.longest} tokens, the network has {self.max_positions} positions; split it"
+                f"a source has {source.longest} tokens, the network has {self.max_positions} positions"
             )
 
 
 class Seq2Seq(Network, ABC):
     """A network that maps a source and a target prefix to the next target token.
 
-    `output` is the module whose `weight` [V, D] makes logits of hidden states; `output_bias`, if there is one, is
-    added to them.
+    `output` is the module whose `weight` [V, D] makes logits of hidden states; `output_bias`, if there is
+    one, is added to them.
     """
 
     output: nn.Embedding
@@ -370,7 +372,7 @@ class Seq2Seq(Network, ABC):
     def step(
         self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: Any, position_S: Tensor
     ) -> tuple[Tensor, DecoderState]:
-        """Append T tokens to every hypothesis of sentences that have `position_S`: hidden states [S, K, T, D]."""
+        """Append T tokens to hypotheses that have `position_S`: their hidden states [S, K, T, D]."""
 
     def readout(self, hidden: Tensor) -> Tensor:
         """The logits of the vocabulary."""

@@ -1,12 +1,12 @@
 """KV caches: the self-attention keys and values of what each hypothesis has decoded so far.
 
-Axes: S sentence, K hypothesis, T target position, Q queries (K * T of them), C columns (target positions that the
-cache has space for), J slots (C * K), H heads, P head dimension.
+Axes: S sentence, K hypothesis, T target position, Q queries (K * T of them), C columns (target positions that
+the cache has space for), J slots (C * K), H heads, P head dimension.
 
-`SharedKVCache` never moves keys when beams are reordered: hypotheses of a sentence share its slots, and a table
-says which slots belong to whose ancestors. `HypothesisKVCache` keeps a row for each hypothesis and moves rows.
-Both can be static: then their tensors keep their shapes and no step needs a value from the device, so that a GPU
-can replay recorded steps.
+`SharedKVCache` never moves keys when beams are reordered: hypotheses of a sentence share its slots, and a
+table says which slots belong to whose ancestors. `HypothesisKVCache` keeps a row for each hypothesis and
+moves rows. Both can be static: then their tensors keep their shapes and no step needs a value from the
+device, so that a GPU can replay recorded steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from trmt.nets.layers import KEY_MULTIPLE, GridAttention, attend
 
 FIRST_COLUMNS = 32  # of a new cache: few translations come near their limit
 SHARED_LIMIT = 16  # measured: with more hypotheses, masking shared slots costs more than moving rows
-# On the CPU, torch 2.13 splits sums over more slots than this in two, at a point that depends on their number.
+# On the CPU, torch 2.13 splits sums over more slots than this in two, at a point that depends on their
+# number.
 UNSPLIT = 384
 
 
@@ -44,10 +45,10 @@ def same_beside_others(decoding: Decoding) -> bool:
 class SharedKVCache:
     """Keys and values of all hypotheses in the order they were made, and a table of ancestors.
 
-    Slot c * K + k holds what hypothesis k computed at position c. `ancestors_SKC` names for hypothesis k the one
-    whose slot of column c belongs to its history, or -1. The hypotheses of a sentence are queries over its
-    shared slots, of which each may attend to its ancestors'. Unless it is static, the cache starts small and
-    doubles when it is full. A static one that is full overwrites its last column.
+    Slot c * K + k holds what hypothesis k computed at position c. `ancestors_SKC` names for hypothesis k the
+    one whose slot of column c belongs to its history, or -1. The hypotheses of a sentence are queries over
+    its shared slots, of which each may attend to its ancestors'. Unless it is static, the cache starts small
+    and doubles when it is full. A static one that is full overwrites its last column.
     """
 
     like: Tensor  # any tensor of the dtype and device of keys
@@ -63,7 +64,9 @@ class SharedKVCache:
         self._mask: Tensor | None = None
 
     @classmethod
-    def empty(cls, like: Tensor, sentences: int, decoding: Decoding, sizes: tuple[int, int, int]) -> SharedKVCache:
+    def empty(
+        cls, like: Tensor, sentences: int, decoding: Decoding, sizes: tuple[int, int, int]
+    ) -> SharedKVCache:
         """A cache for so many sentences."""
         first = decoding.max_tokens if decoding.static else min(decoding.max_tokens, FIRST_COLUMNS)
         columns = padded_columns(first, decoding.hypotheses)
@@ -169,7 +172,7 @@ class SharedKVCache:
         for mine, theirs in zip(self.key_values, other.key_values, strict=False):
             mine.index_copy_(1, slots, theirs)
         self.ancestors_SKC.index_copy_(0, slots, other.ancestors_SKC)
-        self.columns, self.longest = max(self.columns, other.columns), None
+        self.longest, self.columns = None, max(self.columns, other.columns)
         return self
 
     def view(self, sentences: int, columns: int) -> SharedKVCache:
@@ -198,7 +201,9 @@ class HypothesisKVCache:
     ) -> HypothesisKVCache:
         """A cache for so many sentences."""
         one = replace(decoding, hypotheses=1)
-        return cls(SharedKVCache.empty(like, sentences * decoding.hypotheses, one, sizes), decoding.hypotheses)
+        return cls(
+            SharedKVCache.empty(like, sentences * decoding.hypotheses, one, sizes), decoding.hypotheses
+        )
 
     @property
     def columns(self) -> int:

@@ -3,8 +3,8 @@
 Axes: S sentence, L source position, T target position, Q queries, J keys, N tokens in a row, M tokens of the
 other side in a row, H heads, P head dimension, D hidden size.
 
-In training, the tokens of a batch stand in a row without padding, [N, D] ("packed"); `Spans` say where sentences
-begin. In decoding they stand in a grid [S, Q, D].
+In training, the tokens of a batch stand in a row without padding, [N, D] ("packed"); `Spans` say where
+sentences begin. In decoding they stand in a grid [S, Q, D].
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def residual(
 
     Post-norm, without a `last_norm`:  x = norm(x + f(x)).
     Pre-norm, with one:                x = x + f(norm(x)), and in the end last_norm(x).
-    Both are chains of the same step, a sum and the norm of it, which a kernel makes in one pass: in pre-norm the norm
-    is the next sublayer's.
+    Both are chains of the same step, a sum and the norm of it, which a kernel makes in one pass: in pre-norm
+    the norm is the next sublayer's.
     """
     norms = [norm for norm, _ in sublayers]
     if last_norm is None:
@@ -389,7 +389,7 @@ def packed_weights(
     causal: bool = False,
     only: slice = slice(None),
 ) -> Tensor:
-    """The attention weights of packed queries and keys: [S, H, T, L], zero beyond sentences; `only` some heads."""
+    """Attention weights of packed queries and keys [S, H, T, L], zero beyond sentences; `only` some heads."""
     query_SHTP, _, _ = to_grid(query_ND.unflatten(-1, (heads, -1))[:, only], spans)
     key_SHLP, _, real_SL = to_grid(key_MD.unflatten(-1, (heads, -1))[:, only], keys)
     mask = additive_mask(real_SL)[:, None, None]

@@ -2,11 +2,11 @@
 
 Axes: R rows, N outputs, K inputs.
 
-A translation must not depend on the sentences that share its batch, nor on the number of threads. On an x86 CPU,
-torch 2.11 to 2.13 gives a row of an fp32 product the same bits whatever the other rows are under two conditions
-(tests/test_linear.py): there are at least 16 rows, and the inner dimension is short enough that the product is
-never split along it, which depends on rows and threads. `row_invariant` keeps both. int8 sums are exact in any
-order. `trmt.native` has faster products; its int8 ones give the same bits.
+A translation must not depend on the sentences that share its batch, nor on the number of threads. On an x86
+CPU, torch 2.11 to 2.13 gives a row of an fp32 product the same bits whatever the other rows are under two
+conditions (tests/test_linear.py): there are at least 16 rows, and the inner dimension is short enough that
+the product is never split along it, which depends on rows and threads. `row_invariant` keeps both. int8 sums
+are exact in any order. `trmt.native` has faster products; its int8 ones give the same bits.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def _in_blocks(weight_NK: Tensor, bias: Tensor | None) -> Product:
 def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Each row as int8 values from -127 to 127, and its scale.
 
-    Scales have 16 significant bits, so that value times scale is exact in fp32, and quantising what was quantised
-    changes nothing. Rows that are not finite become zeros with a scale of NaN.
+    Scales have 16 significant bits, so that value times scale is exact in fp32, and quantising what was
+    quantised changes nothing. Rows that are not finite become zeros with a scale of NaN.
     """
     largest_N = weight_NK.abs().amax(1)
     bits_N = torch.div(largest_N, torch.full_like(largest_N, MAX_INT8)).view(torch.int32)
@@ -111,7 +111,7 @@ def quantize_activations(x_RK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Product:
-    """The int8 product: int8 weights and activations, exact integer sums, one scale for each row and output."""
+    """int8 weights and activations, exact integer sums, one scale for each row and for each output."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, *, relu: bool = False) -> None:
         self.values_NK, self.scale_N = quantize(weight_NK)

@@ -1,12 +1,13 @@
-"""A Transformer whose decoder has a simpler simple recurrent unit (Kim et al. 2019, W19-5632) for self-attention.
+"""A Transformer whose decoder has a simpler simple recurrent unit (Kim et al. 2019, W19-5632) for
+self-attention.
 
 With x the input of the sublayer, its output is relu(c), and c a cell for each hypothesis:
 
     f_t = sigmoid(W_f x_t + b_f)
     c_t = f_t * c_(t-1) + (1 - f_t) * (W x_t + b)
 
-A decoding step costs the same however long the translation is, and there is no KV cache to reorder but one vector for
-each layer.
+A decoding step costs the same however long the translation is, and there is no KV cache to reorder but one
+vector for each layer.
 
 Axes: S sentence, K hypothesis, T target position, N target tokens in a row, Q queries (K * T), D hidden size.
 """
@@ -14,6 +15,7 @@ Axes: S sentence, K hypothesis, T target position, N target tokens in a row, Q q
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +82,7 @@ class SSRUDecoder(Transformer):
         return memory, HiddenVectors(tuple(cells))
 
     def step(
-        self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: HiddenVectors, position_S: Tensor
+        self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: Any, position_S: Tensor
     ) -> tuple[Tensor, HiddenVectors]:
         cells = list(decoder.tensors)
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trmt.nets.base import Network, Seq2Seq
-from trmt.sets.batches import Batches, Examples, Room
-from trmt.text.subwords import MARK
+from trmt.sets.batches import Batches, BatchShape, RaggedBatch
+from trmt.text.subwords import WORD_MARK
 from trmt.text.tokenizer import Side
 
 
@@ -45,7 +45,7 @@ class Specials:
     def of(cls, side: Side) -> Specials:
         """Those of one side of a tokenizer."""
         pieces = side.pieces(range(side.vocabulary))
-        begins = np.array([piece.startswith(MARK) for piece in pieces])
+        begins = np.array([piece.startswith(WORD_MARK) for piece in pieces])
         return cls(side.bos, side.eos, side.unk, 4, side.vocabulary, begins)
 
 
@@ -68,12 +68,12 @@ class Objective(ABC):
         return {}
 
     @abstractmethod
-    def tokens(self, examples: Examples) -> int:
+    def tokens(self, examples: RaggedBatch) -> int:
         """How many tokens the loss of these examples will be a sum over."""
 
     @abstractmethod
-    def collate(self, examples: Examples, device: torch.device, *, room: Room | None = None) -> Any:
-        """The examples as tensors on a device; given a room they fit into, filled up to its shape."""
+    def collate(self, examples: RaggedBatch, device: torch.device, *, shape: BatchShape | None = None) -> Any:
+        """The examples as tensors on a device; padded to `shape` if they fit into it."""
 
     @abstractmethod
     def loss(self, net: Any, batch: Any) -> Loss:

@@ -6,9 +6,9 @@ The loss of a token with label smoothing e (arXiv 1512.00567) is
 
     (1 - e) * -log p(y)  +  e / V * sum over the vocabulary of -log p(v)
 
-Its gradient is known as soon as the logits are, so each chunk of tokens goes all the way: logits, loss, gradients
-of the hidden states and of the matrix. Only these gradients are kept for the backward pass, which multiplies them by
-a number. Tokens with a negative id are padding and count for nothing.
+Its gradient is known as soon as the logits are, so each chunk of tokens goes all the way: logits, loss,
+gradients of the hidden states and of the matrix. Only these gradients are kept for the backward pass, which
+multiplies them by a number. Tokens with a negative id are padding and count for nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def smoothed_cross_entropy(
     """The loss above and the negative log likelihood without smoothing, both summed over the tokens."""
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     device_type = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_ND.dtype
+    dtype = (
+        torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_ND.dtype
+    )
     apply: Any = _LinearCrossEntropy.apply  # torch leaves it untyped
     with torch.autocast(device_type, enabled=False):
         total, nll = apply(hidden_ND, weight_VD, target_N, smoothing, dtype, needs_grad)

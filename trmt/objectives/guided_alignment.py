@@ -1,8 +1,9 @@
 """Guided alignment: the cross-entropy of one attention head with the links of words.
 
-Chen et al. (arXiv 1607.01628) guide all of a recurrent network's attention, Garg et al. (arXiv 1909.02074) one head of
-a Transformer's last layer but one, so that the others stay free. The loss of a target token with links is the mean of
--log weight over the source tokens it is linked to; other target tokens count for nothing.
+Chen et al. (arXiv 1607.01628) guide all of a recurrent network's attention, Garg et al. (arXiv 1909.02074)
+one head of a Transformer's last layer but one, so that the others stay free. The loss of a target token with
+links is the mean of -log weight over the source tokens it is linked to; other target tokens count for
+nothing.
 
 Axes: A layers, S sentence, H heads, T target position, L source position, N links of a batch in a row.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trmt.nets.base import layer_index
-from trmt.sets.batches import Column
+from trmt.sets.shards import RaggedArray
 
 COLUMN = "alignment"  # of prepared sets: for each pair source token, target token, source token, ...
 SMALLEST = 1e-9  # weights count as at least this: one that a network cannot give would make the loss infinite
@@ -33,9 +34,9 @@ class BatchLinks:
     share_N: Tensor  # the links of a target token add up to 1
 
     @classmethod
-    def of(cls, column: Column, device: torch.device) -> Self:
+    def of(cls, column: RaggedArray, device: torch.device) -> Self:
         """The links in a column of a prepared set."""
-        links = column.ids.astype(np.int64).reshape(-1, 2)
+        links = column.values.astype(np.int64).reshape(-1, 2)
         sentence = np.repeat(np.arange(len(column.lengths)), column.lengths // 2)
         token = sentence * (int(links[:, 1].max(initial=0)) + 1) + links[:, 1]
         _, index, counts = np.unique(token, return_inverse=True, return_counts=True)

@@ -19,7 +19,8 @@ from trmt.nets.base import NO_WEIGHTS, Output, Ragged, Seq2Seq, Source, WantedWe
 from trmt.objectives.base import Loss, Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy, smoothed_cross_entropy
 from trmt.objectives.guided_alignment import COLUMN, BatchLinks, GuidedHead, alignment_loss
-from trmt.sets.batches import Batches, Column, Examples, Room
+from trmt.sets.batches import Batches, BatchShape, RaggedBatch
+from trmt.sets.shards import RaggedArray
 
 PADDING = -1  # a target that counts for nothing
 
@@ -29,7 +30,9 @@ class TranslationConfig:
     """The options of the translation loss."""
 
     label_smoothing: float = 0.1  # the share of probability that is spread evenly over the vocabulary
-    alignment_weight: float = 0.0  # of the guided alignment loss, for sets prepared with --alignments; 0 is off
+    alignment_weight: float = (
+        0.0  # of the guided alignment loss, for sets prepared with --alignments; 0 is off
+    )
     alignment_layer: int = -2  # whose cross-attention is guided: from 1, or from the last one, which is -1
     alignment_head: int = 1  # which head of it is guided, from 1
     alignment_shift: bool = False  # guide the attention one step later, when the target token is the input
@@ -69,33 +72,33 @@ class Translation(Objective):
 
     @classmethod
     def batches(cls, config: Any) -> Callable[..., Batches]:
-        return partial(Batches, also=(COLUMN,)) if config.alignment_weight else Batches
+        return partial(Batches, extra_columns=(COLUMN,)) if config.alignment_weight else Batches
 
     def told(self) -> dict[str, Any]:
         return {COLUMN: vars(self.head)} if self.config.alignment_weight else {}
 
-    def tokens(self, examples: Examples) -> int:
+    def tokens(self, examples: RaggedBatch) -> int:
         column = examples.columns["target.ids"]
         return int(column.lengths.sum()) + len(column.lengths)  # each sentence ends with eos
 
     def collate(
-        self, examples: Examples, device: torch.device, *, room: Room | None = None
+        self, examples: RaggedBatch, device: torch.device, *, shape: BatchShape | None = None
     ) -> TranslationBatch:
         source, target = examples.columns["source.ids"], examples.columns["target.ids"]
         ends = np.cumsum(target.lengths)
         before = _inserted(target, ends - target.lengths, self.specials.bos)
         after = _inserted(target, ends, self.specials.eos)
         source = _inserted(source, np.cumsum(source.lengths), self.specials.eos)
-        tokens = len(after.ids)
+        tokens = len(after.values)
         longest = None
-        if room and (filler := _filler(source, before, room)):
+        if shape and (filler := _filler(source, before, shape)):
             source, before = (_filled(column, filler[n], 0) for n, column in enumerate((source, before)))
             after = _filled(after, filler[1], PADDING)
-            longest = room.longest
+            longest = shape.max_length
         return TranslationBatch(
             Source(*_tensors(source, device, longest)),
             Ragged(*_tensors(before, device, longest)),
-            _moved(after.ids, device),
+            _moved(after.values, device),
             tokens,
             BatchLinks.of(examples.columns[COLUMN], device) if COLUMN in examples.columns else None,
         )
@@ -114,8 +117,8 @@ class Translation(Objective):
     def _alignment_loss(self, output: Output, links: BatchLinks) -> Tensor:
         if output.cross_attention is None:
             raise ConfigError(
-                "loss.alignment_weight guides cross-attention, and this network has none; set it to 0 or choose "
-                "another architecture"
+                "loss.alignment_weight guides cross-attention, and this network has none; set it to 0 or "
+                "choose another architecture"
             )
         return alignment_loss(output.cross_attention, links, self.head)
 
@@ -129,29 +132,29 @@ class Translation(Objective):
         return total, nll
 
 
-def _inserted(column: Column, places: np.ndarray, token: int) -> Column:
+def _inserted(column: RaggedArray, places: np.ndarray, token: int) -> RaggedArray:
     """Every sentence one longer, with `token` at the given places of the row."""
-    return Column(np.insert(column.ids.astype(np.int64), places, token), column.lengths + 1)
+    return RaggedArray(np.insert(column.values.astype(np.int64), places, token), column.lengths + 1)
 
 
-def _filler(source: Column, target: Column, room: Room) -> list[np.ndarray] | None:
-    """The lengths of the sentences that fill up each side of a room, as many on both; None if that fails."""
-    count = room.sentences - len(source.lengths)
-    missing = [room.source - len(source.ids), room.target - len(target.ids)]
+def _filler(source: RaggedArray, target: RaggedArray, shape: BatchShape) -> list[np.ndarray] | None:
+    """The lengths of the padding sentences of each side, as many on both; None if the batch does not fit."""
+    count = shape.sentences - len(source.lengths)
+    missing = [shape.source_tokens - len(source.values), shape.target_tokens - len(target.values)]
     longest = max(int(source.lengths.max()), int(target.lengths.max()))
-    if count < 1 or min(missing) < 0 or max(missing) > count * room.longest or longest > room.longest:
+    if count < 1 or min(missing) < 0 or max(missing) > count * shape.max_length or longest > shape.max_length:
         return None
     return [(np.arange(count) + rows) // count for rows in missing]
 
 
-def _filled(column: Column, lengths: np.ndarray, token: int) -> Column:
-    ids = np.concatenate([column.ids, np.full(int(lengths.sum()), token, np.int64)])
-    return Column(ids, np.concatenate([column.lengths, lengths]))
+def _filled(column: RaggedArray, lengths: np.ndarray, token: int) -> RaggedArray:
+    ids = np.concatenate([column.values, np.full(int(lengths.sum()), token, np.int64)])
+    return RaggedArray(ids, np.concatenate([column.lengths, lengths]))
 
 
-def _tensors(column: Column, device: torch.device, longest: int | None) -> tuple[Tensor, Tensor, int]:
+def _tensors(column: RaggedArray, device: torch.device, longest: int | None) -> tuple[Tensor, Tensor, int]:
     lengths = column.lengths.astype(np.int64)
-    return _moved(column.ids, device), _moved(lengths, device), longest or int(lengths.max())
+    return _moved(column.values, device), _moved(lengths, device), longest or int(lengths.max())
 
 
 def _moved(array: np.ndarray, device: torch.device) -> Tensor:

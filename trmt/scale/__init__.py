@@ -1,1 +1,1 @@
-"""Work cut into parts, for several processes or machines."""
+"""Translation and preparation of large corpora by several processes or machines."""

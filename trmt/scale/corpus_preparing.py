@@ -1,8 +1,8 @@
-"""Training pairs encoded in parts by workers that may be anywhere, and made into one prepared set here.
+"""Preparation of training pairs in parts, by workers on this machine or on a Ray cluster.
 
-Workers do what takes the time: reading, encoding, judging. Each part's ids stand in a file in `SET.parts`,
-beside the set to be, until the set is written; then that folder goes. Which pair is the first of its kind can
-only be said by who sees all of them, so duplicates are dropped here, as ever.
+Workers read, encode and filter the pairs. They write the ids of each part to a file in `SET.parts`, a folder
+beside the prepared set that is removed when the set is written. The main process reads all parts in order,
+because only there duplicates can be found, and writes the set.
 """
 
 from __future__ import annotations
@@ -18,87 +18,94 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from trmt.errors import ConfigError, DataError, TrmtError
-from trmt.scale.fleet import Fleets, work_through
-from trmt.scale.partition import Input, begun, measured, missing, part_name
-from trmt.sets.encoding import BLOCK_PAIRS, Encoded, Encoder, blocks
-from trmt.sets.preparing import Job, PrepareOptions, Results, id_type, prepare
-from trmt.sets.shards import PreparedSet, Ragged
-from trmt.storage import remote
-from trmt.text.corpus import STDIN, Corpus, settled
-from trmt.text.ranges import Range, Slice, cut, cut_after, whole
+from trmt.scale.partition import InputFile, cut_input, missing_parts, open_partition, part_name
+from trmt.scale.parts import process_parts
+from trmt.scale.pool import PoolFactory
+from trmt.sets.building import EncodedCorpora, PrepareJob, id_dtype
+from trmt.sets.encoding import BLOCK_PAIRS, BlockEncoder, EncodedBlock, read_blocks
+from trmt.sets.preparing import PrepareOptions, prepare
+from trmt.sets.shards import PreparedSet, RaggedArray
+from trmt.storage import files
+from trmt.storage.locks import exclusive
+from trmt.text.corpus import Corpus
+from trmt.text.lines import STDIN
+from trmt.text.pairs import resolve_columns
+from trmt.text.ranges import FileSlice, LineRange, split_after_lines, split_by_size, whole_file
 
 PART_BYTES = 32 << 20  # of source text: half a minute for a worker
 
 
 @dataclass(frozen=True)
 class PairPart:
-    """Some pairs of a corpus, and where their ids go."""
+    """Some pairs of a corpus, and the file for their ids."""
 
     name: str
-    number: int  # of the corpus
+    corpus_number: int
     corpus: Corpus
     out: str
 
 
 @dataclass(frozen=True)
-class EncodeJob:
-    """What a worker begins with."""
+class EncodeParts:
+    """The job of each worker: encode parts."""
 
-    encoder: Encoder
+    encoder: BlockEncoder
 
-    def begun(self) -> Callable[[PairPart], dict[str, Any]]:
-        """What encodes one part after the other."""
+    def load(self) -> Callable[[PairPart], dict[str, Any]]:
+        """The function that encodes a part."""
         return partial(_encode, self.encoder)
 
 
-def prepare_in_parts(options: PrepareOptions, fleets: Fleets, *, part_bytes: int = PART_BYTES) -> PreparedSet:
-    """Prepare a set as `prepare` does, its training pairs in parts; those that are there are left."""
+def prepare_in_parts(
+    options: PrepareOptions, make_pool: PoolFactory, *, part_bytes: int = PART_BYTES
+) -> PreparedSet:
+    """Prepare the set that `prepare` makes, encoding pairs in parts; finished parts are reused."""
     folders: list[Path] = []
 
-    def encode(job: Job, encoder: Encoder) -> Results:
+    def encode(job: PrepareJob, encoder: BlockEncoder) -> EncodedCorpora:
         folders.append(job.out.absolute().with_name(f"{job.out.name}.parts"))
-        return _encoded_in_parts(folders[0], job, encoder, fleets=fleets, part_bytes=part_bytes)
+        return _encode_in_parts(folders[0], job, encoder, make_pool=make_pool, part_bytes=part_bytes)
 
     made = prepare(options, encode=encode)
     for folder in folders:
-        remote.remove(str(folder))
+        files.remove(str(folder))
     return made
 
 
-def _encoded_in_parts(
-    folder: Path, job: Job, encoder: Encoder, *, fleets: Fleets, part_bytes: int
-) -> Results:
-    corpora = [_cuttable(corpus) for corpus in job.train]
-    where = str(folder)
-    with remote.kept_to_one(where):
-        remote.sweep(where)
-        partition = begun(
-            where,
+def _encode_in_parts(
+    path: Path, job: PrepareJob, encoder: BlockEncoder, *, make_pool: PoolFactory, part_bytes: int
+) -> EncodedCorpora:
+    corpora = [_check_files(corpus) for corpus in job.train]
+    folder = str(path)
+    with exclusive(folder):
+        files.remove_partials(folder, recursive=True)
+        partition = open_partition(
+            folder,
             "prepare",
-            _decisive(job, encoder, part_bytes),
+            _identity(job, encoder, part_bytes),
             names=[name for corpus in corpora for name in corpus.paths],
             cut=lambda: [each for corpus in corpora for each in _cut(corpus, part_bytes)],
         )
-        parts = list(_parts(where, corpora, partition.inputs))
-        wanted = set(missing(where, [part.name for part in parts]))
-        todo = [part for part in parts if part.name in wanted]
+        parts = list(_parts(folder, corpora, partition.inputs))
+        missing = set(missing_parts(folder, [part.name for part in parts]))
+        todo = [part for part in parts if part.name in missing]
         if todo:
-            with fleets(EncodeJob(encoder)) as fleet:
-                done = work_through(todo, fleet, title="encoding", before=len(parts) - len(todo))
-            if done.failed:
+            with make_pool(EncodeParts(encoder)) as pool:
+                outcome = process_parts(todo, pool, title="encoding", done_before=len(parts) - len(todo))
+            if outcome.failed:
                 raise TrmtError(
-                    f"{len(done.failed):,} of {len(parts):,} parts could not be encoded, the first because: "
-                    f"{next(iter(done.failed.values()))}; the same command tries those again"
+                    f"{len(outcome.failed):,} of {len(parts):,} parts could not be encoded, the first "
+                    f"because: {next(iter(outcome.failed.values()))}; the same command tries them again"
                 )
-    return Results("collecting", None, _collected(parts))
+    return EncodedCorpora("collecting", None, _read_parts(parts))
 
 
-def _decisive(job: Job, encoder: Encoder, part_bytes: int) -> dict[str, Any]:
-    """All options that decide what the parts hold."""
+def _identity(job: PrepareJob, encoder: BlockEncoder, part_bytes: int) -> dict[str, Any]:
+    """All options that determine the contents of the parts."""
     return {
         "tokenizer": job.tokenizer.fingerprint,
         "languages": list(job.languages),
-        "columns": list(job.options.columns),
+        "columns": list(job.columns),
         "max length": encoder.limits.max_length,
         "max ratio": encoder.limits.max_ratio,
         "dev set": blake2b(encoder.dev_hashes.tobytes(), digest_size=8).hexdigest(),
@@ -109,104 +116,105 @@ def _decisive(job: Job, encoder: Encoder, part_bytes: int) -> dict[str, Any]:
 # Cutting
 
 
-def _cuttable(corpus: Corpus) -> Corpus:
-    if corpus.paths == (STDIN,) or corpus.kind == "dataset":
+def _check_files(corpus: Corpus) -> Corpus:
+    """The corpus with absolute paths; an error if it is not in files."""
+    if corpus.paths == (STDIN,) or corpus.format == "dataset":
         raise ConfigError(
-            f"{corpus.name} is no file, which many could read; write it to one, or leave --ray out"
+            f"{corpus.name} is not a file that all workers can read; write it to a file, or leave --ray out"
         )
-    return settled(replace(corpus, paths=tuple(map(remote.absolute, corpus.paths))))
+    return resolve_columns(replace(corpus, paths=tuple(map(files.absolute, corpus.paths))))
 
 
-def _cut(corpus: Corpus, size: int) -> list[Input]:
-    """The files of a corpus in ranges that belong together."""
-    if corpus.kind == "parquet" or any(path.lower().endswith(".gz") for path in corpus.paths):
-        return [measured(path, _whole) for path in corpus.paths]
+def _cut(corpus: Corpus, size: int) -> list[InputFile]:
+    """Cut the files of a corpus into ranges; those of parallel files have the same lines."""
+    if corpus.format == "parquet" or any(path.lower().endswith(".gz") for path in corpus.paths):
+        return [cut_input(path, _whole) for path in corpus.paths]
     first, *others = corpus.paths
-    # Blocks of pairs begin where they do when one process reads all, so what is written is the same.
-    found = [measured(first, partial(_cut_by_size, size=size))]
+    # Ranges end where blocks of pairs end when a single process reads everything, so the set is the same.
+    found = [cut_input(first, partial(_cut_by_size, size=size))]
     ends = [one.first + one.lines for one in found[0].ranges]
-    found += [measured(path, partial(_cut_after, numbers=ends[:-1])) for path in others]
+    found += [cut_input(path, partial(_cut_after, numbers=ends[:-1])) for path in others]
     for each in found[1:]:
         last = each.ranges[-1]
         if len(each.ranges) != len(ends) or last.first + last.lines != ends[-1]:
             raise DataError(
                 f"{first} has {ends[-1]:,} lines but {each.name} has {last.first + last.lines:,}, so they "
-                "are not translations line by line; find where they come apart"
+                "are not translations line by line; find where they diverge"
             )
     return found
 
 
-def _whole(name: str) -> list[Range]:
-    with remote.opened(name) as stream:
-        return [whole(stream)]
+def _whole(name: str) -> list[LineRange]:
+    with files.open_file(name) as stream:
+        return [whole_file(stream)]
 
 
-def _cut_by_size(name: str, *, size: int) -> list[Range]:
-    with remote.opened(name) as stream:
-        return cut(stream, size=size, every=BLOCK_PAIRS)
+def _cut_by_size(name: str, *, size: int) -> list[LineRange]:
+    with files.open_file(name) as stream:
+        return split_by_size(stream, size=size, every=BLOCK_PAIRS)
 
 
-def _cut_after(name: str, *, numbers: Sequence[int]) -> list[Range]:
-    with remote.opened(name) as stream:
-        return cut_after(stream, numbers)
+def _cut_after(name: str, *, numbers: Sequence[int]) -> list[LineRange]:
+    with files.open_file(name) as stream:
+        return split_after_lines(stream, numbers)
 
 
-def _parts(folder: str, corpora: Sequence[Corpus], inputs: Sequence[Input]) -> Iterator[PairPart]:
-    left = iter(inputs)
-    slices: list[tuple[int, tuple[Slice, ...]]] = []
+def _parts(folder: str, corpora: Sequence[Corpus], inputs: Sequence[InputFile]) -> Iterator[PairPart]:
+    remaining = iter(inputs)
+    slices: list[tuple[int, tuple[FileSlice, ...]]] = []
     for number, corpus in enumerate(corpora):
-        files = [next(left) for _ in corpus.paths]
-        for ranges in zip(*(each.ranges for each in files), strict=True):
-            pieces = zip(files, ranges, strict=True)
-            slices.append((number, tuple(Slice(each.name, one) for each, one in pieces)))
-    for at, (number, some) in enumerate(slices):
-        name = part_name(at, len(slices))
-        yield PairPart(name, number, replace(corpora[number], slices=some), remote.join(folder, name))
+        inputs = [next(remaining) for _ in corpus.paths]
+        for ranges in zip(*(each.ranges for each in inputs), strict=True):
+            pieces = zip(inputs, ranges, strict=True)
+            slices.append((number, tuple(FileSlice(each.name, one) for each, one in pieces)))
+    for index, (number, some) in enumerate(slices):
+        name = part_name(index, len(slices))
+        yield PairPart(name, number, replace(corpora[number], slices=some), files.join(folder, name))
 
 
-# What a part holds: for each block six arrays, one after the other, and at last an array of nothing
+# The file of a part: six arrays for each block of pairs, and an empty array at the end
 
 
-def _encode(encoder: Encoder, part: PairPart) -> dict[str, Any]:
-    began, worked, lines = time.perf_counter(), time.process_time(), 0
-    with remote.published(part.out) as stream:
-        for block in blocks([part.corpus]):
+def _encode(encoder: BlockEncoder, part: PairPart) -> dict[str, Any]:
+    started, cpu_started, lines = time.perf_counter(), time.process_time(), 0
+    with files.atomic_file(part.out) as stream:
+        for block in read_blocks([part.corpus]):
             result = encoder(block)
-            lines += len(result.verdicts)
-            for array in (result.verdicts, result.hashes):
+            lines += len(result.dropped_by)
+            for array in (result.dropped_by, result.hashes):
                 np.save(stream, array)
             for side, run in (("source", result.source), ("target", result.target)):
-                np.save(stream, run.values.astype(id_type(getattr(encoder.tokenizer, side).vocabulary)))
+                np.save(stream, run.values.astype(id_dtype(getattr(encoder.tokenizer, side).vocabulary)))
                 np.save(stream, run.lengths.astype("<u4"))
         np.save(stream, np.zeros(0, np.uint8))
     return {
         "lines": lines,
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time() - worked,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
     }
 
 
-def _collected(parts: Sequence[PairPart]) -> Iterator[Encoded]:
+def _read_parts(parts: Sequence[PairPart]) -> Iterator[EncodedBlock]:
     """The blocks of all parts, in order."""
     for part in parts:
-        with remote.opened(part.out) as stream:
+        with files.open_file(part.out) as stream:
             try:
-                yield from _blocks(part.number, stream)
+                yield from _read_blocks(part.corpus_number, stream)
             except (EOFError, OSError, ValueError) as error:
                 raise DataError(
-                    f"{part.out} cannot be read ({error}); remove it, and the same command makes it again"
+                    f"{part.out} cannot be read ({error}); remove it and run the same command again"
                 ) from error
 
 
-def _blocks(corpus: int, stream: BinaryIO) -> Iterator[Encoded]:
-    while len(verdicts := _array(stream)):
-        hashes, *sides = (_array(stream) for _ in range(5))
+def _read_blocks(corpus: int, stream: BinaryIO) -> Iterator[EncodedBlock]:
+    while len(dropped_by := _read_array(stream)):
+        hashes, *sides = (_read_array(stream) for _ in range(5))
         source, target = (
-            Ragged(values, lengths.astype(np.int64))
+            RaggedArray(values, lengths.astype(np.int64))
             for values, lengths in zip(sides[::2], sides[1::2], strict=True)
         )
-        yield Encoded(corpus=corpus, verdicts=verdicts, source=source, target=target, hashes=hashes)
+        yield EncodedBlock(corpus=corpus, dropped_by=dropped_by, source=source, target=target, hashes=hashes)
 
 
-def _array(stream: BinaryIO) -> Any:
+def _read_array(stream: BinaryIO) -> Any:
     return np.lib.format.read_array(stream, allow_pickle=False)

@@ -1,7 +1,7 @@
-"""A corpus of files, translated in parts by workers that may be anywhere.
+"""Translation of files in parts, by workers on this machine or on a Ray cluster.
 
-Each part is a range of whole lines of one file, and becomes a file of its own, which is there when it is
-complete: `cat` of a file's parts is what `trmt translate` makes of the file.
+A part is a range of whole lines of one input file. Its translation is a file that appears when it is
+complete; the concatenation of a file's parts is what `trmt translate` outputs for that file.
 """
 
 from __future__ import annotations
@@ -19,81 +19,82 @@ from trmt import console
 from trmt.bundles import bundles
 from trmt.bundles.bundles import Manifest
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
-from trmt.scale.devices import window_for
-from trmt.scale.fleet import Fleets, Outcome, work_through
-from trmt.scale.partition import RESERVED, Input, begun, measured, missing, part_name
-from trmt.storage import remote
-from trmt.streaming import translate_stream
-from trmt.text.ranges import Range, Slice, cut, reading, whole
+from trmt.scale.partition import RESERVED, InputFile, cut_input, missing_parts, open_partition, part_name
+from trmt.scale.parts import PartsOutcome, process_parts
+from trmt.scale.pool import PoolFactory
+from trmt.storage import files
+from trmt.storage.locks import exclusive
+from trmt.streaming import translate_stream, window_size
+from trmt.text.ranges import FileSlice, LineRange, open_slice, split_by_size, whole_file
 from trmt.translating import TranslateOptions, Translator, find_model
 
-PART_MIB, GPU_PART_MIB = 1, 4  # of text: ten thousand lines a MiB, which is what a dead worker can lose
-# What changes how fast a translation is there, but not the translation; of the device, only the kind does.
-NO_MATTER = ("batch", "device", "engine")
+PART_MIB, GPU_PART_MIB = 1, 4  # of text, about ten thousand lines a MiB: what the death of a worker costs
+# Search options that change the speed and not the translation; of the device only the type matters.
+SPEED_OPTIONS = ("batch", "device", "runs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusOptions:
-    """What to translate, and into what."""
+    """What to translate and how."""
 
     source: str
-    """A file, or a folder whose files are all translated; a path or a URL that fsspec knows."""
+    """A file, or a folder whose files are all translated; a path or a URL for fsspec."""
     out: str
     """The folder of the parts."""
     model: Path | None = None
-    """The bundle or run folder, which every worker must see there; by itself the default one."""
+    """A bundle or run folder under a path that all workers see; None is the default model."""
     search: TranslateOptions = field(default_factory=TranslateOptions)
     """How to search and how to batch."""
     as_json: bool = False
     """Whether to write JSON lines with scores."""
     prefixed: bool = False
-    """Whether lines are a source, a tab, and what the translation begins with."""
+    """Whether lines are a source, a tab, and a prefix of the translation."""
     part_mib: float = PART_MIB
-    """How much text makes a part, in MiB."""
+    """The size of a part, in MiB of source text."""
     trust_code: bool = False
     """Whether the bundle may name code outside trmt."""
 
     def __post_init__(self) -> None:
         if not self.part_mib > 0:
-            raise ConfigError("--part-size is more than 0 MiB")
+            raise ConfigError("--part-size must be more than 0 MiB")
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """Some lines of a file, and where their translations go."""
+    """Some lines of a file, and the file for their translations."""
 
     name: str
-    slice: Slice
+    slice: FileSlice
     out: str
 
 
 @dataclass(frozen=True)
-class TranslateJob:
-    """What a worker loads: a network, known by its checksum."""
+class TranslateParts:
+    """The job of each worker: load the model with this checksum, then translate parts."""
 
     model: str
     weights: str
     options: CorpusOptions
 
-    def begun(self) -> Callable[[TextPart], dict[str, Any]]:
-        """What translates one part after the other."""
+    def load(self) -> Callable[[TextPart], dict[str, Any]]:
+        """Load the model; returns the function that translates a part."""
         import torch
 
         torch.set_num_threads(1)
-        place = Path(self.model)
-        found = bundles.read_manifest(place).weights.get("sha256")
-        if found != self.weights:
+        folder = Path(self.model)
+        if bundles.read_manifest(folder).weights.get("sha256") != self.weights:
             raise BundleError(
-                f"{place} holds other weights there than where the work was begun; copy the bundle again"
+                f"{folder} has other weights on this machine than on the one that started the command; "
+                "copy the bundle again"
             )
-        translator = Translator.load(place, options=self.options.search, trust_code=self.options.trust_code)
-        return partial(_translated, translator, self.options)
+        translator = Translator.load(folder, options=self.options.search, trust_code=self.options.trust_code)
+        return partial(_translate_part, translator, self.options)
 
 
-def _translated(translator: Translator, options: CorpusOptions, part: TextPart) -> dict[str, Any]:
-    """Translate a part, and say what is worth knowing of it."""
-    began, worked = time.perf_counter(), time.process_time()
-    with remote.published(part.out) as out, _text(part.slice) as source:
+def _translate_part(translator: Translator, options: CorpusOptions, part: TextPart) -> dict[str, Any]:
+    """Translate a part; returns counts and times."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    with files.atomic_file(part.out) as out, _open_text(part.slice) as source:
         first = part.slice.range.first
         try:
             report = translate_stream(
@@ -102,87 +103,89 @@ def _translated(translator: Translator, options: CorpusOptions, part: TextPart) 
                 out,
                 as_json=options.as_json,
                 prefixed=options.prefixed,
-                before=first,
-                window=window_for([options.search.device], options.search.batch),
-                waited_for=False,
+                lines_before=first,
+                window=window_size([options.search.device], options.search.batch),
+                interactive=False,
             )
         except (EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{part.slice.file} is damaged ({error}); fetch or pack it again") from error
+            raise DataError(
+                f"{part.slice.path} is damaged ({error}); download or compress it again"
+            ) from error
         lines = report.lines - first
-        assert part.slice.packed or lines == part.slice.range.lines, "a line has no translation, or two"
+        assert part.slice.compressed or lines == part.slice.range.lines, "a line has no translation, or two"
     return {
         "lines": lines,
         "split": len(report.split),
         "undecodable": len(report.undecodable),
         "prefix_cut": len(report.prefix_cut),
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time() - worked,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
     }
 
 
-def _text(place: Slice) -> BinaryIO:
-    raw = reading(remote.opened(place.file), place)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if place.packed else raw
+def _open_text(piece: FileSlice) -> BinaryIO:
+    raw = open_slice(files.open_file(piece.path), piece)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if piece.compressed else raw
 
 
-def translate_corpus(options: CorpusOptions, fleets: Fleets) -> Outcome:
-    """Translate what has no translation yet; a TrmtError at the end if some parts could not be done.
+def translate_corpus(options: CorpusOptions, make_pool: PoolFactory) -> PartsOutcome:
+    """Translate the parts that are missing; raises a TrmtError at the end if some of them failed.
 
-    The workers are begun only if there is something to do.
+    Workers are started only if a part is missing.
     """
     model = find_model(options.model).absolute()
     manifest = bundles.read_manifest(model)
-    source, out = remote.absolute(options.source), remote.absolute(options.out)
-    names = _inputs(source, out)
-    with remote.kept_to_one(out):
-        remote.sweep(out)
-        partition = begun(
+    source, out = files.absolute(options.source), files.absolute(options.out)
+    names = _input_files(source, out)
+    with exclusive(out):
+        files.remove_partials(out, recursive=True)
+        partition = open_partition(
             out,
             "translate",
-            _decisive(options, manifest),
+            _identity(options, manifest),
             names=names,
             cut=lambda: _cut_all(names, max(int(options.part_mib * 2**20), 1)),
         )
         parts = list(_parts(source, out, partition.inputs))
-        wanted = set(missing(out, [part.name for part in parts]))
-        todo = [part for part in parts if part.name in wanted]
+        missing = set(missing_parts(out, [part.name for part in parts]))
+        todo = [part for part in parts if part.name in missing]
         if len(todo) < len(parts):
-            console.say(f"{len(parts) - len(todo):,} of {len(parts):,} parts in {out} are there already")
-        # A packed file is one part however long it is, so it had better not be begun last.
+            console.say(f"{len(parts) - len(todo):,} of {len(parts):,} parts in {out} are already done")
+        # A compressed file is a single part of any size, so the largest parts are started first.
         todo.sort(key=lambda part: part.slice.range.begin - part.slice.range.end)
-        outcome = Outcome()
+        outcome = PartsOutcome()
         if todo:
             weights = str(manifest.weights.get("sha256", ""))
-            with fleets(TranslateJob(str(model), weights, options)) as fleet:
-                outcome = work_through(todo, fleet, title="translating", before=len(parts) - len(todo))
-    _tell(outcome, out)
+            with make_pool(TranslateParts(str(model), weights, options)) as pool:
+                outcome = process_parts(todo, pool, title="translating", done_before=len(parts) - len(todo))
+    _report(outcome, out)
     return outcome
 
 
-def _inputs(source: str, out: str) -> list[str]:
+def _input_files(source: str, out: str) -> list[str]:
     """The files to translate, in order."""
-    if remote.is_file(source):
+    if files.is_file(source):
         return [source]
-    if out == source or out.startswith(remote.join(source, "")):
-        raise ConfigError(f"{out} is in the folder that is translated; choose an output folder beside it")
-    found = [name for name in remote.files_below(source) if not _hidden(name)]
+    if out == source or out.startswith(files.join(source, "")):
+        raise ConfigError(f"{out} is inside the input folder; choose an output folder outside of it")
+    found = [name for name in files.list_files(source) if not _is_hidden(name)]
     if not found:
-        raise DataError(f"there is no file {source}, and no folder of that name with files in it")
+        raise DataError(f"{source} is neither a file nor a folder with files in it; check the path")
     for name in found:
         if name.partition("/")[0] in RESERVED:
             raise ConfigError(
-                f"{remote.join(source, name)} is called like a file of ours; give it another name"
+                f"{files.join(source, name)} has a name that is reserved for the output folder; rename it"
             )
-    return [remote.join(source, name) for name in found]
+    return [files.join(source, name) for name in found]
 
 
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+def _is_hidden(name: str) -> bool:
+    return any(component.startswith(".") for component in name.split("/"))
 
 
-def _decisive(options: CorpusOptions, manifest: Manifest) -> dict[str, Any]:
-    """All options that decide what the parts hold."""
-    search = {key: value for key, value in asdict(options.search).items() if key not in NO_MATTER}
+def _identity(options: CorpusOptions, manifest: Manifest) -> dict[str, Any]:
+    """All options that determine the contents of the parts."""
+    search = {key: value for key, value in asdict(options.search).items() if key not in SPEED_OPTIONS}
     model = {"weights": manifest.weights.get("sha256"), "tokenizer": manifest.tokenizer}
     return {
         "model": model,
@@ -194,52 +197,53 @@ def _decisive(options: CorpusOptions, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _cut_all(names: Sequence[str], size: int) -> list[Input]:
+def _cut_all(names: Sequence[str], size: int) -> list[InputFile]:
     with console.progress("cutting", len(names), unit="files") as bar, ThreadPoolExecutor() as threads:
         found = []
-        for each in threads.map(lambda name: measured(name, partial(_cut, size=size)), names):
+        for each in threads.map(lambda name: cut_input(name, partial(_cut, size=size)), names):
             found.append(each)
             bar.advance()
         return found
 
 
-def _cut(name: str, size: int) -> list[Range]:
-    with remote.opened(name) as stream:
-        return [whole(stream)] if _packed(name) else cut(stream, size=size)
+def _cut(name: str, size: int) -> list[LineRange]:
+    with files.open_file(name) as stream:
+        return [whole_file(stream)] if _is_compressed(name) else split_by_size(stream, size=size)
 
 
-def _packed(name: str) -> bool:
+def _is_compressed(name: str) -> bool:
     return name.lower().endswith(".gz")
 
 
-def _parts(source: str, out: str, inputs: Sequence[Input]) -> list[TextPart]:
-    """The parts of each file, in a folder called as it is; a single file has no folder of its own."""
+def _parts(source: str, out: str, inputs: Sequence[InputFile]) -> list[TextPart]:
+    """The parts of each file, in a folder with its name; those of a single file directly in `out`."""
     parts = []
     for each in inputs:
-        folder = "" if each.name == source else each.name[len(remote.join(source, "x")) - 1 :] + "/"
+        folder = "" if each.name == source else each.name[len(files.join(source, "x")) - 1 :] + "/"
         for number, one in enumerate(each.ranges):
             name = folder + part_name(number, len(each.ranges))
-            parts.append(TextPart(name, Slice(each.name, one, _packed(each.name)), remote.join(out, name)))
+            piece = FileSlice(each.name, one, _is_compressed(each.name))
+            parts.append(TextPart(name, piece, files.join(out, name)))
     return parts
 
 
-def _tell(outcome: Outcome, out: str) -> None:
-    """What was done; what was not is the error that ends the command."""
-    sums = {
-        key: sum(said[key] for _, said in outcome.done)
+def _report(outcome: PartsOutcome, out: str) -> None:
+    """Print totals and warnings; raise an error if parts failed."""
+    totals = {
+        key: sum(counts[key] for _, counts in outcome.done)
         for key in ("lines", "split", "undecodable", "prefix_cut")
     }
     for key, what in (
-        ("split", "longer than anything in training and were translated in pieces"),
-        ("undecodable", "not valid UTF-8; what could not be read was replaced"),
-        ("prefix_cut", "with a prefix longer than any translation, whose end was left out"),
+        ("split", "longer than anything in training, translated in pieces"),
+        ("undecodable", "not valid UTF-8, undecodable bytes replaced"),
+        ("prefix_cut", "with a prefix longer than any translation, prefix truncated"),
     ):
-        if sums[key]:
-            console.warn(f"lines that are {what}: {sums[key]:,}")
+        if totals[key]:
+            console.warn(f"lines {what}: {totals[key]:,}")
     if outcome.failed:
         name, why = next(iter(outcome.failed.items()))
         raise TrmtError(
             f"{len(outcome.failed):,} parts are missing in {out}, {name} because: {why}; all others are "
-            "there, and the same command tries those again"
+            "done, and the same command tries the missing ones again"
         )
-    console.say(f"wrote {sums['lines']:,} lines; all parts are in {out}")
+    console.say(f"translated {totals['lines']:,} lines; all parts are in {out}")

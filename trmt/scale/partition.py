@@ -1,8 +1,8 @@
-"""What a corpus is cut into and what is asked for, in a file beside the parts that are made of it.
+"""The manifest of a corpus that is processed in parts: its inputs, how they were cut, and all options.
 
-The file, `manifest.json`, is written before any part is begun and never again. A second start reads it, is
-refused if anything else is asked for or an input is not what it was, and goes on with the parts that are not
-there. What says that a part is done is that it is there.
+`manifest.json` is written beside the parts before the first of them and never changed. When a command is run
+again, it reads the manifest, refuses to continue if an option or an input has changed, and processes the
+missing parts. A part is done if its file exists.
 """
 
 from __future__ import annotations
@@ -14,158 +14,163 @@ from typing import Any
 
 from trmt import console
 from trmt.errors import ConfigError, DataError
-from trmt.storage import remote
-from trmt.storage.files import LOCK, PARTIAL
-from trmt.text.ranges import Range
+from trmt.storage import files
+from trmt.storage.files import PARTIAL
+from trmt.storage.locks import LOCK
+from trmt.text.ranges import LineRange
 
 MANIFEST = "manifest.json"
-RESERVED = (MANIFEST, LOCK)  # what an input must not be called
+RESERVED = (MANIFEST, LOCK)  # names that an input must not have
 FORMAT = 1
-SHOWN = 3  # differences that a refusal names
+MAX_SHOWN = 3  # differences that an error message names
 
 
 @dataclass(frozen=True)
-class Input:
-    """A file as it was when it was cut."""
+class InputFile:
+    """A file and its ranges, as it was when it was cut."""
 
     name: str
     bytes: int
     stamp: str  # changes whenever the file is written
-    ranges: tuple[Range, ...]
+    ranges: tuple[LineRange, ...]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """All that decides what the parts hold."""
+    """Everything that determines the contents of the parts."""
 
     job: str
     options: Mapping[str, Any]
-    inputs: tuple[Input, ...]
+    inputs: tuple[InputFile, ...]
 
 
-def part_name(number: int, of: int) -> str:
-    """What a part is called: the order of names is the order of parts."""
-    return f"part-{number:0{max(len(str(of - 1)), 5)}d}"
+def part_name(number: int, count: int) -> str:
+    """The file name of a part; names sort in the order of the parts."""
+    return f"part-{number:0{max(len(str(count - 1)), 5)}d}"
 
 
-def measured(name: str, cut: Callable[[str], Sequence[Range]]) -> Input:
-    """An input, cut."""
-    size, stamp = remote.size_and_stamp(name)
-    found = Input(name, size, stamp, tuple(cut(name)))
+def cut_input(name: str, cut: Callable[[str], Sequence[LineRange]]) -> InputFile:
+    """Cut a file into ranges, and record its size and time stamp."""
+    size, stamp = files.size_and_version(name)
+    found = InputFile(name, size, stamp, tuple(cut(name)))
     if size != found.ranges[-1].end:
-        raise DataError(f"{name} changes while it is read; wait until it is written")
+        raise DataError(f"{name} changes while it is read; wait until it is complete")
     return found
 
 
-def begun(
+def open_partition(
     folder: str,
     job: str,
     options: Mapping[str, Any],
     *,
     names: Sequence[str],
-    cut: Callable[[], Sequence[Input]],
+    cut: Callable[[], Sequence[InputFile]],
 ) -> Partition:
-    """The partition in `folder`, written now or found there; what differs from an earlier one is an error.
+    """The partition in `folder`: read from its manifest, or made and written if there is none.
 
-    `names` are those of the inputs, which `cut` reads through.
+    `names` are those of the inputs, which `cut` reads completely. If the manifest differs from what is asked
+    for, it is a ConfigError that names the differences.
     """
-    path = remote.join(folder, MANIFEST)
-    before = _read(path)
-    if before is None:
-        foreign = [name for name in remote.files_below(folder) if not _harmless(name)]
+    path = files.join(folder, MANIFEST)
+    existing = _read(path)
+    if existing is None:
+        foreign = [name for name in files.list_files(folder) if not _is_own(name)]
         if foreign:
             raise ConfigError(
-                f"{folder} holds {foreign[0]} and no {MANIFEST}, so it is not of this command; choose an "
-                "empty folder"
+                f"{folder} contains {foreign[0]} but no {MANIFEST}, so it was not made by this command; "
+                "choose an empty folder"
             )
         made = Partition(job, options, tuple(cut()))
         _write(path, made)
         return made
-    differing = list(
-        _differences(_flat({"job": before.job, **before.options}), _flat({"job": job, **options}))
+    differences = list(
+        _differences(_flatten({"job": existing.job, **existing.options}), _flatten({"job": job, **options}))
     )
-    differing = differing or list(_changed(before.inputs, names, cut))
-    if differing:
-        more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    differences = differences or list(_changed_inputs(existing.inputs, names, cut))
+    if differences:
+        more = f", and {len(differences) - MAX_SHOWN} more" if len(differences) > MAX_SHOWN else ""
         raise ConfigError(
-            f"{folder} was begun otherwise: {'; '.join(differing[:SHOWN])}{more}; ask for the same again or "
-            "choose another folder"
+            f"{folder} was started with other options or inputs: {'; '.join(differences[:MAX_SHOWN])}{more}; "
+            "use the same ones or choose another folder"
         )
-    return before
+    return existing
 
 
-def missing(folder: str, names: Sequence[str]) -> list[str]:
-    """Those of the names that are not yet there."""
-    there = set(remote.files_below(folder))
-    return [name for name in names if name not in there]
+def missing_parts(folder: str, names: Sequence[str]) -> list[str]:
+    """Those of the names for which there is no file yet."""
+    existing = set(files.list_files(folder))
+    return [name for name in names if name not in existing]
 
 
-def _harmless(name: str) -> bool:
+def _is_own(name: str) -> bool:
     return name == LOCK or name.rpartition("/")[2].startswith(PARTIAL)
 
 
 def _read(path: str) -> Partition | None:
-    if not remote.is_file(path):
+    if not files.is_file(path):
         return None
-    with remote.opened(path) as stream:
+    with files.open_file(path) as stream:
         raw = stream.read()
     try:
         tree = json.loads(raw)
         if tree["format"] != FORMAT:
             raise ValueError("of another format")
-        inputs = (Input(**{**each, "ranges": tuple(map(_range, each["ranges"]))}) for each in tree["inputs"])
+        inputs = (
+            InputFile(**{**each, "ranges": tuple(map(_parse_range, each["ranges"]))})
+            for each in tree["inputs"]
+        )
         return Partition(tree["job"], tree["options"], tuple(inputs))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error}); choose another folder") from error
 
 
 def _write(path: str, made: Partition) -> None:
-    inputs = [{**asdict(each), "ranges": list(map(_line, each.ranges))} for each in made.inputs]
+    inputs = [{**asdict(each), "ranges": list(map(_format_range, each.ranges))} for each in made.inputs]
     tree = {"format": FORMAT, "job": made.job, "options": dict(made.options), "inputs": inputs}
-    with remote.published(path) as stream:
+    with files.atomic_file(path) as stream:
         stream.write(json.dumps(tree, indent=2).encode() + b"\n")
 
 
-def _line(one: Range) -> str:
+def _format_range(one: LineRange) -> str:
     return f"{one.begin} {one.end} {one.first} {one.lines} {one.digest}"
 
 
-def _range(line: str) -> Range:
+def _parse_range(line: str) -> LineRange:
     *numbers, digest = line.split()
     begin, end, first, lines = map(int, numbers)
-    return Range(begin, end, first, lines, digest)
+    return LineRange(begin, end, first, lines, digest)
 
 
-def _flat(tree: Any, place: str = "") -> dict[str, str]:
-    """Every value in a tree as JSON, by where it stands."""
+def _flatten(tree: Any, path: str = "") -> dict[str, str]:
+    """The values in a tree as JSON, by their paths, such as "search.beam"."""
     if isinstance(tree, Mapping):
-        branches = ((f"{place}.{key}" if place else str(key), each) for key, each in tree.items())
+        branches = ((f"{path}.{key}" if path else str(key), each) for key, each in tree.items())
     elif isinstance(tree, list | tuple):
-        branches = ((f"{place}.{number}", each) for number, each in enumerate(tree))
+        branches = ((f"{path}.{number}", each) for number, each in enumerate(tree))
     else:
-        return {place: json.dumps(tree, ensure_ascii=False)}
-    return {key: value for where, each in branches for key, value in _flat(each, where).items()}
+        return {path: json.dumps(tree, ensure_ascii=False)}
+    return {key: value for branch, each in branches for key, value in _flatten(each, branch).items()}
 
 
 def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
     for key in sorted({*before, *now}):
-        one, other = before.get(key, "not there"), now.get(key, "not there")
-        if one != other:
-            yield f"{key} was {one} and is {other}"
+        old, new = before.get(key, "missing"), now.get(key, "missing")
+        if old != new:
+            yield f"{key} was {old} and is {new}"
 
 
-def _changed(
-    before: Sequence[Input], names: Sequence[str], cut: Callable[[], Sequence[Input]]
+def _changed_inputs(
+    before: Sequence[InputFile], names: Sequence[str], cut: Callable[[], Sequence[InputFile]]
 ) -> Iterator[str]:
     known = [each.name for each in before]
     for name in sorted({*known} ^ {*names}):
-        yield f"{name} {'is gone' if name in known else 'is new'}"
+        yield f"{name} {'is missing' if name in known else 'is new'}"
     if known != list(names):
         return
-    if [remote.size_and_stamp(name) for name in names] == [(each.bytes, each.stamp) for each in before]:
+    if [files.size_and_version(name) for name in names] == [(each.bytes, each.stamp) for each in before]:
         return
-    # Copied or touched: what is in them decides.
-    console.say("an input was written since; comparing what is in all of them")
-    for one, other in zip(before, cut(), strict=True):
-        if one.ranges != other.ranges:
-            yield f"what is in {one.name} has changed"
+    # The file was copied or touched, or has really changed: only its contents can tell.
+    console.say("an input was written since the start; comparing the contents of all inputs")
+    for old, new in zip(before, cut(), strict=True):
+        if old.ranges != new.ranges:
+            yield f"the contents of {old.name} have changed"

@@ -1,1 +1,1 @@
-"""Prepared sets: shards of ids, and the batches that are made from them."""
+"""Prepared sets of encoded text, and the batches made from them."""

@@ -1,12 +1,12 @@
-"""From documents in one language to a prepared set: their sentences, and which document each is of.
+"""From documents in one language to a prepared set for pretraining.
 
-A file holds one sentence a line and a blank line between documents, as BERT's own data does. The set is one
-to pretrain on: columns `text.ids` and `document`, without filters but the one for length.
+A file has one sentence per line and a blank line between documents, like the data of BERT. The set has the
+columns `text.ids` and `document`; sentences that are too long are dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,57 +16,53 @@ import numpy as np
 from trmt import console
 from trmt.errors import ConfigError, DataError
 from trmt.sets import shards
-from trmt.sets.preparing import check_replaceable, id_type, is_up_to_date, sweep
-from trmt.sets.shards import Column, PreparedSet, Ragged, ShardWriter, describe_file
-from trmt.storage.files import atomic_folder, checksum
-from trmt.text.corpus import lines
+from trmt.sets.building import id_dtype
+from trmt.sets.preparing import check_replaceable, is_up_to_date
+from trmt.sets.shards import ColumnSpec, PreparedSet, RaggedArray, ShardWriter, describe_file
+from trmt.storage.files import atomic_folder, checksum, remove_stale_partials
+from trmt.text.lines import STDIN, read_lines
 from trmt.text.tokenizer import Side, Tokenizer
 
-TOGETHER = 4096  # sentences that are encoded at a time
+BLOCK_SENTENCES = 4096  # encoded at a time
+
+NumberedSentence = tuple[int, str]  # the number of the document, and the text
 
 
 @dataclass(frozen=True)
 class DocumentOptions:
-    """What `prepare --documents` is asked for."""
+    """The options of `trmt prepare --documents`."""
 
-    train: tuple[str, ...]
-    """Files of documents."""
-    dev: str | None = None
-    """The file of the documents to validate on."""
-    out: Path | None = None
-    """The folder to write; by itself data/documents-LANGUAGE."""
-    tokenizer: Path = Path("data/tokenizer")
-    """The folder of the tokenizer."""
-    language: str | None = None
-    """The language of the documents; by itself the one translated from."""
-    max_length: int = 250
-    """The most pieces that a sentence may have."""
-    force: bool = False
-    """Whether to prepare again what is up to date."""
+    train: tuple[str, ...]  # files of documents
+    dev: str | None = None  # the file of the documents to validate on
+    out: Path | None = None  # the folder to write; None: data/documents-LANGUAGE
+    tokenizer: Path = Path("data/tokenizer")  # the folder of the tokenizer
+    language: str | None = None  # of the documents; None: the source language of the tokenizer
+    max_length: int = 250  # pieces of a sentence
+    force: bool = False  # whether to prepare a set again that is up to date
 
 
 def prepare_documents(options: DocumentOptions) -> PreparedSet:
-    """Prepare a set of documents, or find it up to date; the folder appears whole or stays as it was."""
+    """Prepare a set of documents unless it is up to date; it is replaced atomically."""
     tokenizer = Tokenizer.load(options.tokenizer)
     side = _side(options, tokenizer)
     language = tokenizer.languages[side == "target"] or options.language or "text"
     out = options.out or Path("data", f"documents-{language}")
     made_from = _made_from(options, tokenizer, side)
     if not options.force and is_up_to_date(out, made_from):
-        there = PreparedSet.open(out)
-        console.say(f"{_summary(there)}; up to date, --force prepares it again")
-        return there
+        existing = PreparedSet.open(out)
+        console.say(f"{_summary(existing)}; up to date, --force prepares it again")
+        return existing
     check_replaceable(out)
-    sweep(out)
+    remove_stale_partials(out)
     with atomic_folder(out) as folder:
         _build(options, tokenizer, side, language, folder=folder, made_from=made_from)
-    made = PreparedSet.open(out)
-    console.say(f"wrote {_summary(made)}")
-    return made
+    prepared = PreparedSet.open(out)
+    console.say(f"wrote {_summary(prepared)}")
+    return prepared
 
 
 def _side(options: DocumentOptions, tokenizer: Tokenizer) -> str:
-    """Whether documents are in the language translated from or in the one translated to."""
+    """The side of the tokenizer for the language of the documents: "source" or "target"."""
     source, target = tokenizer.languages
     known = options.language in (None, source, target) or not any(tokenizer.languages)
     if not known:
@@ -77,15 +73,15 @@ def _side(options: DocumentOptions, tokenizer: Tokenizer) -> str:
     side = "target" if options.language is not None and options.language == target != source else "source"
     if side == "target" and not tokenizer.joint:
         raise ConfigError(
-            f"--language {target} is what is written, {options.tokenizer} has a model for each language, "
-            f"and an encoder reads the other one; give documents in {source}, or train a joint tokenizer"
+            f"{options.tokenizer} has a model for each language, and an encoder needs that of {source}, not "
+            f"of --language {target}; use documents in {source}, or train a joint tokenizer"
         )
     return side
 
 
 def _made_from(options: DocumentOptions, tokenizer: Tokenizer, side: str) -> dict[str, Any] | None:
     files = [*options.train, *([options.dev] if options.dev else [])]
-    if "-" in files:
+    if STDIN in files:
         return None
     for name in files:
         if not Path(name).is_file():
@@ -110,16 +106,18 @@ def _build(
     made_from: dict[str, Any] | None,
 ) -> None:
     tokenizer.save(folder / shards.TOKENIZER)
-    half: Side = tokenizer.source if side == "source" else tokenizer.target
+    tokenizer_side = tokenizer.source if side == "source" else tokenizer.target
     splits: dict[str, Any] = {}
     files: dict[str, Any] = {}
-    heads: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, int]] = {}
     if options.dev is None:
-        console.warn("without --dev there will be nothing to validate on")
+        console.warn("there is no --dev set, so training cannot validate")
     for split, names in (("dev", [options.dev] if options.dev else []), ("train", options.train)):
         if not names:
             continue
-        writer, heads[split] = _write(half, folder, split, names, max_length=options.max_length)
+        writer, counts[split] = _write_split(
+            tokenizer_side, folder, split, names, max_length=options.max_length
+        )
         splits[split] = writer.entry()
         files |= writer.files
         if not splits[split]["pairs"]:
@@ -128,7 +126,7 @@ def _build(
             )
     for path in sorted((folder / shards.TOKENIZER).rglob("*")):
         files[path.relative_to(folder).as_posix()] = describe_file(path)
-    _show(heads)
+    _print_report(counts)
     shards.write_index(
         folder,
         {
@@ -136,9 +134,9 @@ def _build(
             "side": side,
             "languages": [language, language],
             "tokenizer": tokenizer.fingerprint,
-            "vocabulary": [half.vocabulary, half.vocabulary],
-            "corpora": [{"name": ", ".join(options.train), "weight": 1.0, **heads["train"]}],
-            "dev": heads.get("dev"),
+            "vocabulary": [tokenizer_side.vocabulary, tokenizer_side.vocabulary],
+            "corpora": [{"name": ", ".join(options.train), "weight": 1.0, **counts["train"]}],
+            "dev": counts.get("dev"),
             "splits": splits,
             "made_from": made_from,
             "files": files,
@@ -146,17 +144,17 @@ def _build(
     )
 
 
-Sentences = list[tuple[int, str]]  # with the number of the document
-
-
-def _write(
-    side: Side, folder: Path, split: str, names: Any, *, max_length: int
+def _write_split(
+    side: Side, folder: Path, split: str, names: Sequence[str], *, max_length: int
 ) -> tuple[ShardWriter, dict[str, int]]:
-    """Write the sentences of some files; documents are counted through all of them."""
-    columns = (Column("text.ids", id_type(side.vocabulary)), Column("document", "<u4", ragged=False))
+    """Write the sentences of some files; documents are numbered across all of them."""
+    columns = (
+        ColumnSpec("text.ids", id_dtype(side.vocabulary)),
+        ColumnSpec("document", "<u4", ragged=False),
+    )
     counts = {"documents": 0, "read": 0, "too long": 0, "kept": 0}
     with ShardWriter(folder, split, columns=columns) as writer:
-        for block in _blocks(names, counts):
+        for block in _read_blocks(names, counts):
             encoded = side.encode([text for _, text in block])
             kept = [
                 (number, ids)
@@ -170,16 +168,16 @@ def _write(
             flat = np.array([token for _, ids in kept for token in ids], np.uint32)
             if kept:
                 document = np.array([number for number, _ in kept], np.uint32)
-                writer.write({"text.ids": Ragged(flat, lengths), "document": document})
+                writer.write({"text.ids": RaggedArray(flat, lengths), "document": document})
     return writer, counts
 
 
-def _blocks(names: Any, counts: dict[str, int]) -> Iterator[Sentences]:
-    """The sentences of all files with their documents' numbers, some at a time."""
-    block: Sentences = []
+def _read_blocks(names: Sequence[str], counts: dict[str, int]) -> Iterator[list[NumberedSentence]]:
+    """The sentences of all files in blocks; documents and sentences are added to `counts`."""
+    block: list[NumberedSentence] = []
     for name in names:
         inside = False
-        for line in lines(name):
+        for line in read_lines(name):
             if not line.strip():
                 inside = False
                 continue
@@ -187,16 +185,16 @@ def _blocks(names: Any, counts: dict[str, int]) -> Iterator[Sentences]:
             counts["read"] += 1
             inside = True
             block.append((counts["documents"] - 1, line))
-            if len(block) == TOGETHER:
+            if len(block) == BLOCK_SENTENCES:
                 yield block
                 block = []
     if block:
         yield block
 
 
-def _show(heads: dict[str, dict[str, int]]) -> None:
-    columns = list(heads["train"])
-    rows = [[split, *(f"{heads[split][name]:,}" for name in columns)] for split in heads]
+def _print_report(counts: dict[str, dict[str, int]]) -> None:
+    columns = list(counts["train"])
+    rows = [[split, *(f"{counts[split][name]:,}" for name in columns)] for split in counts]
     console.table("Sentences of documents", ["set", *columns], rows)
 
 

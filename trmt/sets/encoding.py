@@ -1,4 +1,4 @@
-"""Blocks of pairs on their way through worker processes: normalised, encoded, judged, and in order again."""
+"""Blocks of pairs, which worker processes encode and filter; the results are in the order of the corpora."""
 
 from __future__ import annotations
 
@@ -17,153 +17,153 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trmt.errors import DataError, TrmtError
-from trmt.sets.shards import Ragged
-from trmt.text.corpus import Corpus, lines, pairs
-from trmt.text.filters import KEPT, RULES, Limits, judge, pair_hashes
-from trmt.text.links import check_range, parsed
+from trmt.sets.shards import RaggedArray
+from trmt.text.corpus import Corpus
+from trmt.text.filters import FILTERS, KEPT, LengthLimits, filter_by_length, pair_hashes
+from trmt.text.lines import read_lines
+from trmt.text.links import check_range, parse_links
+from trmt.text.pairs import read_corpus
 from trmt.text.tokenizer import Tokenizer
-from trmt.text.wording import linked_pieces, words_of_pieces
+from trmt.text.words import link_pieces, word_indices
 
 BLOCK_PAIRS = 4096
-BLOCK_CHARACTERS = 1 << 21  # a block ends here too, so that memory is bounded whatever the lines are like
-AHEAD = 3  # blocks under way for each worker
+BLOCK_CHARACTERS = 1 << 21  # bounds the memory of a block of long lines
+QUEUED_BLOCKS = 3  # for each worker
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some pairs of one corpus, as they were read."""
+class TextBlock:
+    """Some consecutive pairs of one corpus."""
 
     corpus: int
     sources: list[str]
     targets: list[str]
-    links: LinkLines | None = None
+    links: AlignmentLines | None = None
 
 
 @dataclass(frozen=True)
-class LinkLines:
-    """The lines of links that belong to a block's pairs, as they were read."""
+class AlignmentLines:
+    """The lines of an alignment file for the pairs of a block."""
 
     lines: list[str]
-    name: str  # of their file
+    file: str
     first: int  # the number of the first line
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What became of a block: which rule took which pair, and the others in order."""
+class EncodedBlock:
+    """The result for a block: which filter dropped which pair, and the ids of the others in order."""
 
     corpus: int
-    verdicts: NDArray[np.uint8]  # for each pair the number of the rule that took it, or KEPT
-    source: Ragged
-    target: Ragged
+    dropped_by: NDArray[np.uint8]  # for each pair the index of the filter that dropped it, or KEPT
+    source: RaggedArray
+    target: RaggedArray
     hashes: NDArray[np.uint64]
-    alignment: Ragged | None = None  # source piece, target piece, source piece, ... of each link
+    alignment: RaggedArray | None = None  # source piece, target piece, source piece, ... of each link
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """How many pairs each rule took, and at last how many were kept."""
-        return np.bincount(self.verdicts, minlength=KEPT + 1)
+        """How many pairs each filter dropped, and last how many were kept."""
+        return np.bincount(self.dropped_by, minlength=KEPT + 1)
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Turns blocks into ids; it can be pickled."""
+class BlockEncoder:
+    """Encodes and filters blocks; it can be pickled."""
 
     tokenizer: Tokenizer
-    limits: Limits
+    limits: LengthLimits
     dev_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
 
-    def __call__(self, block: Block) -> Encoded:
+    def __call__(self, block: TextBlock) -> EncodedBlock:
         source = _ragged(self.tokenizer.source.encode(block.sources))
         target = _ragged(self.tokenizer.target.encode(block.targets))
-        hashes = self.hashes(block.sources, block.targets)
-        verdicts = judge(source.lengths, target.lengths, limits=self.limits)
-        verdicts[(verdicts == KEPT) & np.isin(hashes, self.dev_hashes)] = RULES.index("in dev set")
-        kept = verdicts == KEPT
+        hashes = pair_hashes(
+            [self.tokenizer.source.normalise(text) for text in block.sources],
+            [self.tokenizer.target.normalise(text) for text in block.targets],
+        )
+        dropped_by = filter_by_length(source.lengths, target.lengths, limits=self.limits)
+        dropped_by[(dropped_by == KEPT) & np.isin(hashes, self.dev_hashes)] = FILTERS.index("in dev set")
+        kept = dropped_by == KEPT
         sides = source.select(kept), target.select(kept)
-        return Encoded(
+        return EncodedBlock(
             corpus=block.corpus,
-            verdicts=verdicts,
+            dropped_by=dropped_by,
             source=sides[0],
             target=sides[1],
             hashes=hashes[kept],
             alignment=self._alignment(block, np.flatnonzero(kept), sides) if block.links else None,
         )
 
-    def _alignment(self, block: Block, kept: NDArray[np.int64], sides: tuple[Ragged, Ragged]) -> Ragged:
-        """The links of the pieces of these pairs, from those of their words."""
-        assert block.links is not None, "only asked for where there are links"
-        ids = [np.split(side.values, np.cumsum(side.lengths)[:-1]) for side in sides]
+    def _alignment(
+        self, block: TextBlock, kept: NDArray[np.int64], sides: tuple[RaggedArray, RaggedArray]
+    ) -> RaggedArray:
+        """The links between the pieces of the pairs that are kept."""
+        assert block.links is not None, "only called for blocks with links"
+        ids = [side.split() for side in sides]
         found: list[list[int]] = []
-        for place, source, target in zip(kept.tolist(), *ids, strict=False):
-            where = f"{block.links.name}, line {block.links.first + place}"
-            pair = block.sources[place], block.targets[place]
-            links = parsed(block.links.lines[place], where=where)
+        for number, source, target in zip(kept.tolist(), *ids, strict=False):
+            where = f"{block.links.file}, line {block.links.first + number}"
+            pair = block.sources[number], block.targets[number]
+            links = parse_links(block.links.lines[number], where=where)
             check_range(links, pair, where=where)
             words = (
-                words_of_pieces(self.tokenizer.source, pair[0], source.tolist()),
-                words_of_pieces(self.tokenizer.target, pair[1], target.tolist()),
+                word_indices(self.tokenizer.source, pair[0], source.tolist()),
+                word_indices(self.tokenizer.target, pair[1], target.tolist()),
             )
-            found.append([number for link in linked_pieces(links, *words) for number in link])
+            found.append([number for link in link_pieces(links, *words) for number in link])
         return _ragged(found)
 
-    def hashes(self, sources: Sequence[str], targets: Sequence[str]) -> NDArray[np.uint64]:
-        """What tells whether two pairs are the same after normalisation."""
-        return pair_hashes(
-            [self.tokenizer.source.normalise(text) for text in sources],
-            [self.tokenizer.target.normalise(text) for text in targets],
-        )
 
-
-def _ragged(sentences: Sequence[Sequence[int]]) -> Ragged:
+def _ragged(sentences: Sequence[Sequence[int]]) -> RaggedArray:
     lengths = np.fromiter(map(len, sentences), np.int64, len(sentences))
     values = np.fromiter(chain.from_iterable(sentences), np.uint32, int(lengths.sum()))
-    return Ragged(values, lengths)
+    return RaggedArray(values, lengths)
 
 
-def blocks(corpora: Iterable[Corpus], alignments: Sequence[str] = ()) -> Iterator[Block]:
-    """All pairs of the corpora in order; where blocks end depends on nothing but the pairs.
+def read_blocks(corpora: Iterable[Corpus], alignments: Sequence[str] = ()) -> Iterator[TextBlock]:
+    """All pairs of the corpora in order; where blocks end depends on the pairs alone.
 
     `alignments` are files with a line of links for each pair, one file for each corpus.
     """
     for number, corpus in enumerate(corpora):
-        reader = _Links(alignments[number], corpus) if alignments else None
+        reader = _AlignmentReader(alignments[number], corpus) if alignments else None
         sources: list[str] = []
         targets: list[str] = []
         characters = 0
-        for source, target in pairs(corpus):
+        for source, target in read_corpus(corpus):
             sources.append(source)
             targets.append(target)
             characters += len(source) + len(target)
             if len(sources) == BLOCK_PAIRS or characters >= BLOCK_CHARACTERS:
-                yield Block(number, sources, targets, reader.next(len(sources)) if reader else None)
+                yield TextBlock(number, sources, targets, reader.read(len(sources)) if reader else None)
                 sources, targets, characters = [], [], 0
         if sources:
-            yield Block(number, sources, targets, reader.next(len(sources)) if reader else None)
+            yield TextBlock(number, sources, targets, reader.read(len(sources)) if reader else None)
         if reader:
-            reader.end()
+            reader.check_end()
 
 
-class _Links:
-    """A file of links, read in step with the pairs of a corpus."""
+class _AlignmentReader:
+    """An alignment file that is read together with its corpus."""
 
     def __init__(self, path: str, corpus: Corpus) -> None:
         self.path, self.corpus, self.done = path, corpus, 0
-        self.lines = lines(path)
+        self.lines = read_lines(path)
 
-    def next(self, count: int) -> LinkLines:
-        """The lines of the next pairs."""
+    def read(self, count: int) -> AlignmentLines:
+        """The lines of the next `count` pairs."""
         found = list(islice(self.lines, count))
         if len(found) < count:
             raise DataError(
-                f"{self.path} has {self.done + len(found):,} lines and {self.corpus.name} more pairs; each "
-                "line has the links of a pair"
+                f"{self.path} has {self.done + len(found):,} lines but {self.corpus.name} has more pairs; "
+                "each line has the links of a pair"
             )
         self.done += count
-        return LinkLines(found, self.path, self.done - count + 1)
+        return AlignmentLines(found, self.path, self.done - count + 1)
 
-    def end(self) -> None:
-        """Make sure that there are no more lines than pairs."""
+    def check_end(self) -> None:
+        """Refuse a file with more lines than pairs."""
         if next(self.lines, None) is not None:
             raise DataError(
                 f"{self.path} has more lines than the {self.done:,} pairs of {self.corpus.name}; each line "
@@ -171,43 +171,45 @@ class _Links:
             )
 
 
-def encoded(work: Iterable[Block], encoder: Callable[[Block], Encoded], *, workers: int) -> Iterator[Encoded]:
-    """What becomes of each block, in order, with only so many blocks in memory as keep the workers busy."""
+def encode_blocks(
+    blocks: Iterable[TextBlock], encoder: Callable[[TextBlock], EncodedBlock], *, workers: int
+) -> Iterator[EncodedBlock]:
+    """The results of the blocks in order; at most QUEUED_BLOCKS per worker are in memory."""
     if workers == 1:
-        yield from map(encoder, work)
+        yield from map(encoder, blocks)
         return
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(encoder,)
+        workers, multiprocessing.get_context("spawn"), initializer=_init_worker, initargs=(encoder,)
     )
     try:
-        under_way: deque[Future[Encoded]] = deque()
-        for block in work:
-            under_way.append(pool.submit(_encode, block))
-            if len(under_way) >= AHEAD * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+        pending: deque[Future[EncodedBlock]] = deque()
+        for block in blocks:
+            pending.append(pool.submit(_encode, block))
+            if len(pending) >= QUEUED_BLOCKS * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise TrmtError(
-            "a worker process died, probably for lack of memory; try again with fewer --workers"
+            "a worker process died, probably out of memory; try again with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: Callable[[Block], Encoded]  # in a worker process: sent once, not with every block
+_encoder: Callable[[TextBlock], EncodedBlock]  # of a worker process, which gets it once and not per block
 
 
-def _begin_worker(encoder: Callable[[Block], Encoded]) -> None:
+def _init_worker(encoder: Callable[[TextBlock], EncodedBlock]) -> None:
     global _encoder
     _encoder = encoder
-    # Ctrl-C goes to every process of the terminal; the main process alone answers it, and ends the others.
+    # Ctrl-C goes to every process of the terminal; only the main process handles it, and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    leave_with_parent()
+    exit_with_parent()
 
 
-def leave_with_parent() -> None:
-    """Have this worker process end when its parent does, even if that is killed and cannot say goodbye."""
+def exit_with_parent() -> None:
+    """End this worker process when its parent ends, even if the parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
 
@@ -218,7 +220,7 @@ def leave_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _encode(block: Block) -> Encoded:
+def _encode(block: TextBlock) -> EncodedBlock:
     return _encoder(block)
 
 

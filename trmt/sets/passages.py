@@ -1,11 +1,11 @@
-"""Examples from documents in one language: passages of sentences that follow each other.
+"""Examples from documents in one language: passages of consecutive sentences.
 
-A document is cut into passages once, the next one beginning where the last one was full. With `pairs`, each
-passage comes in two parts, and every other time the second is taken from another document. What is drawn is a
-pure function of (seed, epoch, number of the passage).
+A document is divided into passages once: the next passage begins where the previous one was full. With
+`next_sentence`, a passage has two segments A and B, and every other time B is from another document (BERT,
+arXiv 1810.04805). What is drawn depends on (seed, epoch, number of the passage) alone.
 
-Columns of the examples: `first.ids` and `second.ids`, the parts; `sizes`, how long each sentence is;
-`follows`, whether the second part does; `key`, a number of its own for whatever an objective draws.
+Columns of the examples: `first.ids` and `second.ids`, the segments; `sizes`, the length of each sentence of
+A; `follows`, whether B continues A; `key`, a number of the example for the random draws of an objective.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trmt.errors import ConfigError
-from trmt.sets.batches import BatchConfig, Batches, Column, Examples, Indices, Resample, Room
-from trmt.sets.shards import DOCUMENTS, PreparedSet
+from trmt.sets.batches import BatchConfig, Batches, BatchShape, PairNumbers, RaggedBatch, Resample
+from trmt.sets.shards import DOCUMENTS, PreparedSet, RaggedArray
 
-SPECIALS = 3  # tokens of a passage that are no text: one before it, one behind each part
-TRIES = 8  # to draw a sentence of another document
+SPECIALS = 3  # special tokens of a passage: bos, and eos after each segment
+ATTEMPTS = 8  # to draw a sentence of another document
 
-Ints = NDArray[np.int64]
+SentenceNumbers = NDArray[np.int64]
 
 
-class Drawn(NamedTuple):
-    """For each passage the sentences of both parts, from the first up to the one behind the last."""
+class Segments(NamedTuple):
+    """For each passage the sentences of both segments, as (first, one after the last)."""
 
-    first: tuple[Ints, Ints]
-    second: tuple[Ints, Ints]
+    first: tuple[SentenceNumbers, SentenceNumbers]
+    second: tuple[SentenceNumbers, SentenceNumbers]
     follows: NDArray[np.bool_]
 
 
@@ -46,143 +46,145 @@ class Passages(Batches):
         seed: int,
         split: str = "train",
         resample: Resample | None = None,
-        in_row: bool = False,
-        pairs: bool = False,
+        padding_free: bool = False,
+        next_sentence: bool = False,
     ) -> None:
-        self.pairs = pairs
-        self.space = config.passage - SPECIALS
-        self._epoch: tuple[int, Drawn] | None = None
-        super().__init__(data, config, seed=seed, split=split, resample=resample, in_row=in_row)
+        self.next_sentence = next_sentence
+        self.max_pieces = config.passage_tokens - SPECIALS
+        self._cached_segments: tuple[int, Segments] | None = None
+        super().__init__(data, config, seed=seed, split=split, resample=resample, padding_free=padding_free)
 
     def _check_kind(self) -> None:
         if self.data.kind != DOCUMENTS:
             raise ConfigError(
-                f"{self.data.folder} holds pairs, and this objective learns from documents in one language; "
+                f"{self.data.folder} has pairs, and this objective needs documents in one language; "
                 "prepare some with trmt prepare --documents, or use trmt train"
             )
 
-    def _sides(self) -> Iterable[NDArray[Any]]:
-        # A sentence alone may fill half of a passage, so that another one always fits beside it.
-        self.most = self.space // 2 if self.pairs else self.space
-        self.sizes = np.minimum(self.split.lengths("text.ids"), self.most).astype(np.int64)
+    def _side_lengths(self) -> Iterable[NDArray[Any]]:
+        # A sentence is cut to half of a passage, so that another one always fits beside it.
+        self.max_sentence = self.max_pieces // 2 if self.next_sentence else self.max_pieces
+        self.sizes = np.minimum(self.split.lengths("text.ids"), self.max_sentence).astype(np.int64)
         documents = self.split.scalars("document", np.arange(len(self.sizes)))
-        self.ends = np.searchsorted(documents, documents, side="right")  # of each sentence's document
-        self.before = np.concatenate([[0], np.cumsum(self.sizes)])
-        if self.pairs and len(self.ends) and int(self.ends[0]) == len(self.ends):
+        self.document_ends = np.searchsorted(documents, documents, side="right")  # for each sentence
+        self.offsets = np.concatenate([[0], np.cumsum(self.sizes)])
+        if self.next_sentence and len(self.sizes) and int(self.document_ends[0]) == len(self.sizes):
             raise ConfigError(
                 f"{self.data.folder} is one document, and loss.next_sentence = true needs others to take a "
                 "wrong sentence from; put blank lines between documents, or set loss.next_sentence = false"
             )
-        self.begins, self.stops = self._cut_documents()
-        lengths = self.before[self.stops] - self.before[self.begins]
-        # A part from another document may be longer than what it stands for, by less than a sentence.
-        longest = int(self.sizes.max(initial=0)) if self.pairs else 0
-        bound = np.minimum(lengths + longest, self.space) + SPECIALS - 1  # batches add one
+        self.begins, self.ends = self._divide_documents()
+        lengths = self.offsets[self.ends] - self.offsets[self.begins]
+        # A segment of another document may be longer than the one it replaces, by less than a sentence.
+        longest = int(self.sizes.max(initial=0)) if self.next_sentence else 0
+        bound = np.minimum(lengths + longest, self.max_pieces) + SPECIALS - 1  # Batches adds one
         return bound, bound
 
-    def _cut_documents(self) -> tuple[Ints, Ints]:
+    def _divide_documents(self) -> tuple[SentenceNumbers, SentenceNumbers]:
         """Where passages begin and end, in sentences."""
         begins = [0] if len(self.sizes) else []
-        room, end = self.space, int(self.ends[0]) if begins else 0
-        for place, (size, document_end) in enumerate(
-            zip(self.sizes.tolist(), self.ends.tolist(), strict=True)
-        ):
-            if place == end or size > room:
-                begins.append(place)
-                room, end = self.space, document_end
-            room -= size
+        left, end = self.max_pieces, int(self.document_ends[0]) if begins else 0
+        sentences = zip(self.sizes.tolist(), self.document_ends.tolist(), strict=True)
+        for number, (size, document_end) in enumerate(sentences):
+            if number == end or size > left:
+                begins.append(number)
+                left, end = self.max_pieces, document_end
+            left -= size
         return np.array(begins, np.int64), np.array([*begins[1:], len(self.sizes)], np.int64)
 
     @cached_property
-    def room(self) -> Room | None:
-        """Passages are not filled up to one shape."""
+    def shape(self) -> BatchShape | None:
+        """None: passages are not padded to one shape."""
         return None
 
-    def drawn(self, epoch: int) -> Drawn:
-        """The parts of all passages in an epoch."""
-        kept = self._epoch  # read once: another thread may exchange it meanwhile
-        if kept is None or kept[0] != epoch:
-            self._epoch = kept = (epoch, self._draw(epoch))
-        return kept[1]
+    def segments(self, epoch: int) -> Segments:
+        """The segments of all passages in an epoch."""
+        cached = self._cached_segments  # read once: another thread may replace it
+        if cached is None or cached[0] != epoch:
+            self._cached_segments = cached = (epoch, self._draw_segments(epoch))
+        return cached[1]
 
-    def _draw(self, epoch: int) -> Drawn:
-        begins, stops = self.begins, self.stops
-        if not self.pairs:
-            return Drawn((begins, stops), (stops, stops), np.ones(len(begins), bool))
+    def _draw_segments(self, epoch: int) -> Segments:
+        begins, ends = self.begins, self.ends
+        if not self.next_sentence:
+            return Segments((begins, ends), (ends, ends), np.ones(len(begins), bool))
         generator = np.random.default_rng([self.seed, epoch, 2])
-        count = stops - begins
+        count = ends - begins
         middle = begins + np.minimum(
             1 + (generator.random(len(begins)) * (count - 1)).astype(np.int64), count
         )
         follows = (generator.random(len(begins)) < 0.5) & (count > 1)
-        other = self._elsewhere(begins, generator)
-        wanted = self.before[stops] - self.before[middle]
-        other_stop = np.searchsorted(self.before, self.before[other] + wanted, side="right") - 1
-        other_stop = np.clip(other_stop, other + 1, self.ends[other])
-        second = np.where(follows, middle, other), np.where(follows, stops, other_stop)
-        return Drawn((begins, middle), second, follows)
+        other = self._draw_other_documents(begins, generator)
+        wanted = self.offsets[ends] - self.offsets[middle]
+        other_end = np.searchsorted(self.offsets, self.offsets[other] + wanted, side="right") - 1
+        other_end = np.clip(other_end, other + 1, self.document_ends[other])
+        second = np.where(follows, middle, other), np.where(follows, ends, other_end)
+        return Segments((begins, middle), second, follows)
 
-    def _elsewhere(self, begins: Ints, generator: np.random.Generator) -> Ints:
+    def _draw_other_documents(
+        self, begins: SentenceNumbers, generator: np.random.Generator
+    ) -> SentenceNumbers:
         """For each passage a sentence of another document."""
-        mine = self.ends[begins]
-        found = generator.integers(len(self.ends), size=len(begins))
-        for _ in range(TRIES):
-            same = self.ends[found] == mine
-            found[same] = generator.integers(len(self.ends), size=int(same.sum()))
-        # One document may be nearly everything: then what comes behind it, or stands at the very beginning.
-        return np.where(self.ends[found] == mine, mine % len(self.ends), found)
+        own, total = self.document_ends[begins], len(self.document_ends)
+        found = generator.integers(total, size=len(begins))
+        for _ in range(ATTEMPTS):
+            same = self.document_ends[found] == own
+            found[same] = generator.integers(total, size=int(same.sum()))
+        # If one document is nearly everything: the first sentence after it, or of the set.
+        return np.where(self.document_ends[found] == own, own % total, found)
 
-    def load(self, pairs: Indices, *, seed: tuple[int, ...] = ()) -> Examples:
+    def load(self, pairs: PairNumbers, *, seed: tuple[int, ...] = ()) -> RaggedBatch:
         epoch = seed[0] if seed else 0
-        drawn = self.drawn(epoch)
+        segments = self.segments(epoch)
         chosen = np.asarray(pairs).astype(np.int64)
-        first, sizes = self._part(*(side[chosen] for side in drawn.first), seed=(*seed, 0))
-        second, _ = self._part(*(side[chosen] for side in drawn.second), seed=(*seed, 1))
-        second = _shortened(second, self.space - first.lengths)
+        first, sizes = self._load_segments(*(side[chosen] for side in segments.first), seed=(*seed, 0))
+        second, _ = self._load_segments(*(side[chosen] for side in segments.second), seed=(*seed, 1))
+        second = _truncate(second, self.max_pieces - first.lengths)
         ones = np.ones(len(chosen), np.int64)
-        return Examples(
+        return RaggedBatch(
             {
                 "first.ids": first,
                 "second.ids": second,
                 "sizes": sizes,
-                "follows": Column(drawn.follows[chosen].astype(np.int64), ones),
-                "key": Column(_keys(self.seed, epoch, chosen), ones),
+                "follows": RaggedArray(segments.follows[chosen].astype(np.int64), ones),
+                "key": RaggedArray(_keys(self.seed, epoch, chosen), ones),
             }
         )
 
-    def _part(self, begins: Ints, stops: Ints, *, seed: tuple[int, ...]) -> tuple[Column, Column]:
-        """The text of these runs of sentences, and how long each sentence is."""
-        counts = stops - begins
+    def _load_segments(
+        self, begins: SentenceNumbers, ends: SentenceNumbers, *, seed: tuple[int, ...]
+    ) -> tuple[RaggedArray, RaggedArray]:
+        """The text of each segment, and the lengths of its sentences."""
+        counts = ends - begins
         sentences = np.repeat(begins - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
-        column = Column(*self.split.gather("text.ids", sentences))
+        column = self.split.gather("text.ids", sentences)
         if self.resample and len(seed) > 1:
             key = int(np.random.SeedSequence([self.seed, *seed]).generate_state(1)[0])
             column = self.resample(f"{self.data.index['side']}.ids", column, key)
-        column = _shortened(column, np.full(len(sentences), self.most))
-        run = np.repeat(np.arange(len(counts)), counts)
-        lengths = np.bincount(run, column.lengths, minlength=len(counts)).astype(np.int64)
-        whole = _shortened(Column(column.ids, lengths), np.full(len(counts), self.space - self.pairs))
-        return whole, Column(column.lengths, counts)
+        column = _truncate(column, np.full(len(sentences), self.max_sentence))
+        segment = np.repeat(np.arange(len(counts)), counts)
+        lengths = np.bincount(segment, column.lengths, minlength=len(counts)).astype(np.int64)
+        limit = np.full(len(counts), self.max_pieces - self.next_sentence)
+        return _truncate(RaggedArray(column.values, lengths), limit), RaggedArray(column.lengths, counts)
 
 
-def _shortened(column: Column, most: Ints) -> Column:
-    """Each run without what is beyond so many values."""
-    if (column.lengths <= most).all():
+def _truncate(column: RaggedArray, limits: NDArray[np.int64]) -> RaggedArray:
+    """Each sequence cut to its limit."""
+    if (column.lengths <= limits).all():
         return column
     starts = np.cumsum(column.lengths) - column.lengths
-    place = np.arange(len(column.ids)) - np.repeat(starts, column.lengths)
-    return Column(
-        column.ids[place < np.repeat(most, column.lengths)], np.minimum(column.lengths, most).astype(np.int64)
-    )
+    positions = np.arange(len(column.values)) - np.repeat(starts, column.lengths)
+    within = positions < np.repeat(limits, column.lengths)
+    return RaggedArray(column.values[within], np.minimum(column.lengths, limits).astype(np.int64))
 
 
-def _keys(seed: int, epoch: int, numbers: Ints) -> NDArray[np.uint64]:
+def _keys(seed: int, epoch: int, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
     base = np.random.SeedSequence([seed, epoch, 3]).generate_state(1, np.uint64).astype(np.uint64)
-    return mixed((base + numbers.astype(np.uint64)).astype(np.uint64))
+    return mix_bits((base + numbers.astype(np.uint64)).astype(np.uint64))
 
 
-def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele et al., 2014): near numbers become unlike ones."""
+def mix_bits(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64 (Steele et al., 2014), a hash of 64-bit integers."""
     x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, on disks and in object stores."""
+"""Files and folders that are written atomically, on local disks and in object stores; locks."""

@@ -1,38 +1,60 @@
-"""Files that are written whole or not at all, and the checksums that prove what was written."""
+"""Files and folders that are written atomically, and their checksums.
+
+A location is a local path or a URL that fsspec opens. A URL is always a `str`: a `Path` would drop one of its
+slashes. What a killed writer leaves behind has a name that begins with PARTIAL; it is never read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import platform
+import re
 import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from trmt.errors import TrmtError
+from trmt.storage.urls import filesystem, is_url, read_errors, upload
 
-LOCK = "lock"
-PARTIAL = ".partial-"  # marks what a killed command left behind; never read, swept by the next writer
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+PARTIAL = ".partial-"
+REPLACED = f"{PARTIAL}old-"  # a folder that was being replaced
+STALE = 3600  # seconds without a write after which a partial folder belongs to a killed command
 
 
-def _advice(path: Path, error: OSError) -> TrmtError:
+def _partial_name(name: str) -> str:
+    return f"{PARTIAL}{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def write_error(path: Path, error: OSError) -> TrmtError:
+    """The error for a path that cannot be written."""
     return TrmtError(
-        f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
+        f"cannot write {path}: {error.strerror or error}; free some space or choose another path"
     )
 
 
+# Writing
+
+
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete when the block ends, and not at all if it fails."""
-    partial = _partial(path)
+def atomic_file(location: Path | str) -> Iterator[BinaryIO]:
+    """A binary file that appears at `location` complete when the block ends, and not at all if it fails."""
+    if is_url(location):
+        with tempfile.TemporaryDirectory(prefix="trmt-") as folder:
+            local = Path(folder, "file")
+            # Not written straight to the store: fsspec publishes an incomplete file when the block fails.
+            with local.open("wb") as stream:
+                yield stream
+            name = str(location).rpartition("/")[2]
+            upload(local, str(location), partial_name=_partial_name(name))
+        return
+    path = Path(location)
+    partial = path.with_name(_partial_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as stream:
@@ -42,35 +64,35 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except OSError as error:
         _discard(partial)
-        raise _advice(path, error) from error
+        raise write_error(path, error) from error
     except BaseException:
         _discard(partial)
         raise
 
 
 def _discard(file: Path) -> None:
-    with suppress(OSError):  # what went wrong first is what the user has to hear
+    with suppress(OSError):  # the first error is the one to report
         file.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """A folder to fill, which takes its place under `path` complete when the block ends.
+    """A folder to fill, which is moved to `path` complete when the block ends.
 
-    A folder cannot be replaced in one call, so the old one steps aside first; a kill between the two
-    renames leaves it under a `.partial-` name, and `recover` puts it back.
+    A folder cannot be replaced in one call, so the old one is renamed first. A kill between the two renames
+    leaves it under its REPLACED name, and `recover_folder` puts it back.
     """
-    partial = _partial(path)
+    partial = path.with_name(_partial_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        recover(path)
+        recover_folder(path)
         partial.mkdir()
         yield partial
         _sync_folder(partial)
         if path.exists():
             if not replace:
                 raise TrmtError(f"{path} exists already; choose another name or remove it first")
-            old = path.with_name(f"{PARTIAL}old-{path.name}")
+            old = path.with_name(f"{REPLACED}{path.name}")
             path.replace(old)
             partial.replace(path)
             shutil.rmtree(old, ignore_errors=True)
@@ -78,31 +100,10 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
             partial.replace(path)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _advice(path, error) from error
+        raise write_error(path, error) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def recover(path: Path) -> None:
-    """Bring back the old `path` if a writer was killed while exchanging it for a new one."""
-    old = path.with_name(f"{PARTIAL}old-{path.name}")
-    if old.exists():
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.replace(path)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed writers left in `folder`. Only for folders that one process owns at a time."""
-    for left in folder.glob(f"{PARTIAL}*"):
-        if left.name.startswith(f"{PARTIAL}old-"):
-            recover(left.with_name(left.name.removeprefix(f"{PARTIAL}old-")))
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -112,87 +113,128 @@ def _sync_folder(folder: Path) -> None:
                 os.fsync(stream.fileno())
 
 
-@contextmanager
-def only_one(folder: Path, *, job: str = "") -> Iterator[None]:
-    """Make `folder` if need be, and keep it to this process; a second one is refused with a sentence.
-
-    The system itself lets go of a lock when its process dies, however it dies. Where another machine
-    shares the folder, its lock may not be seen here; then its name in the file counts. Whoever starts the
-    processes of a `job` again, maybe elsewhere, has ended the ones before: their file does not count.
-    """
-    lock = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = _locked(lock, job)
-        stream.write(f"{os.getpid()} {platform.node()} {job}".rstrip().encode())
-        stream.flush()
-    except OSError as error:
-        raise _advice(folder, error) from error
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)  # before it is let go: the next one makes its own
-        stream.close()
-
-
-def _locked(lock: Path, job: str) -> BinaryIO:
-    """The lock file, emptied and held; refused where another process holds it."""
-    while True:
-        stream = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        held = _hold(stream)
-        owner = stream.read().decode(errors="replace").split()
-        known = len(owner) >= 2 and owner[0].isdecimal()
-        elsewhere = known and owner[1] != platform.node() and owner[2:] != [job]
-        at_work = known and held is None and _runs(int(owner[0]))
-        if held is False or elsewhere or at_work:
-            stream.close()
-            who = f"process {owner[0]} on {owner[1]}" if known else "another process"
-            raise TrmtError(f"{who} is at work in {lock.parent}; wait for it, or remove {lock} if it is gone")
-        # The one who held it may have removed the file between our opening and our holding it.
-        if lock.exists() and os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
-            stream.seek(0)
-            stream.truncate()
-            return stream
-        stream.close()
-
-
-def _hold(stream: BinaryIO) -> bool | None:
-    """Whether the system's lock on an open file is now ours; None where there are no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network file system without locks
-        return None
-    return True
-
-
-def _runs(process: int) -> bool:
-    """Whether there is a process with this number, other than this one."""
-    if process == os.getpid():
-        return False
-    if os.name == "nt":  # there, asking would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, written atomically."""
+    """Write `value` as indented JSON, atomically."""
     with atomic_file(path) as stream:
         stream.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file, as hex digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+# What killed writers left behind
+
+
+def recover_folder(path: Path) -> None:
+    """Put the old folder back at `path` if a writer was killed while it replaced it."""
+    old = path.with_name(f"{REPLACED}{path.name}")
+    if old.exists():
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.replace(path)
+
+
+def remove_partials(folder: Path | str, *, recursive: bool = False) -> None:
+    """Remove what killed writers left in `folder`. Only for folders that one process owns at a time."""
+    if is_url(folder):
+        for name in list_files(str(folder)):
+            if name.rpartition("/")[2].startswith(PARTIAL) and (recursive or "/" not in name):
+                remove(join(str(folder), name))
+        return
+    root = Path(folder)
+    for left in [*(root.rglob if recursive else root.glob)(f"{PARTIAL}*")]:
+        if left.name.startswith(REPLACED):
+            recover_folder(left.with_name(left.name.removeprefix(REPLACED)))
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def remove_stale_partials(path: Path) -> None:
+    """Remove what killed writers of the folder `path` left, but not what another process is writing."""
+    ours = re.compile(re.escape(f"{PARTIAL}{path.name}") + r"-\d+-[0-9a-f]{8}")
+    for left in path.parent.glob(f"{PARTIAL}*"):
+        if ours.fullmatch(left.name) and time.time() - _last_written(left) > STALE:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _last_written(folder: Path) -> float:
+    try:
+        return max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
+    except OSError:  # a file was removed just now, so the writer is running
+        return time.time()
+
+
+# Reading
+
+
+def checksum(file: Path | BinaryIO) -> str:
+    """The SHA-256 of a file, given by its path or open for reading, as hex digits."""
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def absolute(location: str) -> str:
+    """The location as other processes can use it."""
+    return location if is_url(location) else str(Path(location).absolute())
+
+
+def join(folder: str, name: str) -> str:
+    """The location of a file in a folder."""
+    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder, name))
+
+
+def is_file(location: str) -> bool:
+    """Whether there is a file at this location."""
+    if not is_url(location):
+        return Path(location).is_file()
+    store, path = filesystem(location)
+    with read_errors(location):
+        return bool(store.isfile(path))
+
+
+def list_files(folder: str) -> list[str]:
+    """The names of all files in a folder and its subfolders, relative to it and sorted."""
+    if not is_url(folder):
+        root = Path(folder)
+        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    store, path = filesystem(folder)
+    with read_errors(folder):
+        store.invalidate_cache(path)
+        found = store.find(path)
+    root_length = len(path.rstrip("/")) + 1
+    return sorted(each[root_length:] for each in found)
+
+
+def size_and_version(location: str) -> tuple[int, str]:
+    """The size of a file in bytes, and a text that changes whenever the file is written."""
+    with read_errors(location):
+        if not is_url(location):
+            known = Path(location).stat()
+            return known.st_size, str(known.st_mtime_ns)
+        store, path = filesystem(location)
+        return int(store.size(path)), str(store.ukey(path))
+
+
+def open_file(location: str) -> BinaryIO:
+    """A file, open for reading and seeking; one that cannot be opened is a DataError."""
+    with read_errors(location):
+        if not is_url(location):
+            return Path(location).open("rb")
+        store, path = filesystem(location)
+        return cast(BinaryIO, store.open(path, "rb"))
+
+
+def remove(location: str) -> None:
+    """Remove a file, or a folder with everything in it."""
+    if is_url(location):
+        store, path_in_store = filesystem(location)
+        with read_errors(location):
+            store.rm(path_in_store, recursive=True)
+        return
+    path = Path(location)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""Text: where it comes from, what is left out of it, how it is cut into pieces."""
+"""Text: corpora, filters, tokenizers, word alignments, and the splitting of long lines."""

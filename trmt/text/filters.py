@@ -1,7 +1,7 @@
-"""The named rules by which training pairs are left out.
+"""Filters that drop training pairs: empty, too long, unequal in length, in the dev set, duplicate.
 
-The first rule that a pair breaks takes it and counts it, in the order of `RULES`. This file sees piece counts
-and hashes only, never text beyond one pair.
+A pair counts for the first filter that drops it, in the order of `FILTERS`. Filters see numbers of pieces and
+hashes of pairs.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from numpy.typing import NDArray
 
 from trmt.errors import ConfigError
 
-RULES = ("empty", "too long", "ratio", "in dev set", "duplicate")
-KEPT = len(RULES)  # the verdict on a pair that breaks none
+FILTERS = ("empty", "too long", "ratio", "in dev set", "duplicate")
+KEPT = len(FILTERS)  # the result for a pair that no filter drops
 
-# What short sentences may differ by before the ratio counts: "Danke!" is "Thank you very much indeed!".
+# The difference in pieces that the ratio ignores: "Danke!" is "Thank you very much indeed!".
 RATIO_SLACK = 8
 
-CHUNK = 1 << 20  # hashes in memory while they are dealt out to buckets
-BUCKET = 1 << 21  # hashes that one bucket is meant to hold: it is sorted in memory
-MOST_BUCKETS = 64  # each is an open file
+CHUNK = 1 << 20  # hashes read at a time while they are distributed to buckets
+BUCKET = 1 << 21  # hashes of one bucket, about: it is sorted in memory
+MAX_BUCKETS = 64  # each is an open file
 
 _NUMBERED = np.dtype([("hash", "<u8"), ("number", "<u8")])
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How long and how unequal the sides of a training pair may be."""
+class LengthLimits:
+    """The limits of the length filters."""
 
-    max_length: int = 250
-    """The most pieces that either side may have."""
-    max_ratio: float = 3.0
-    """How many times as many pieces the longer side may have, beyond a slack for short sentences; 0: any."""
+    max_length: int = 250  # pieces of either side
+    max_ratio: float = 3.0  # pieces of the longer side per piece of the shorter, beyond RATIO_SLACK; 0: any
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
-            raise ConfigError(f"--max-length {self.max_length} would leave no pair; choose at least 1")
+            raise ConfigError(f"--max-length {self.max_length} would drop every pair; choose at least 1")
         if self.max_ratio and not 1 <= self.max_ratio < math.inf:
             raise ConfigError(
-                f"--max-ratio {self.max_ratio} would leave no pair; choose at least 1, or 0 for any"
+                f"--max-ratio {self.max_ratio} would drop every pair; choose at least 1, or 0 for any"
             )
 
 
-def judge(source: NDArray[np.int64], target: NDArray[np.int64], *, limits: Limits) -> NDArray[np.uint8]:
-    """For each pair, given the pieces of both sides, the number of the rule that takes it, or `KEPT`.
+def filter_by_length(
+    source: NDArray[np.int64], target: NDArray[np.int64], *, limits: LengthLimits
+) -> NDArray[np.uint8]:
+    """For each pair, given the numbers of pieces, the index of the filter that drops it, or `KEPT`.
 
-    The proportion is one of pieces: in characters, a Chinese sentence is a third of its English translation,
-    while a tokenizer learnt from both cuts them into similar numbers of pieces.
+    The ratio is one of pieces and not of characters: a Chinese sentence has a third of the characters of its
+    English translation, but a similar number of pieces of a tokenizer trained on both.
     """
     shorter, longer = np.minimum(source, target), np.maximum(source, target)
-    verdicts = np.full(len(source), KEPT, np.uint8)
+    result = np.full(len(source), KEPT, np.uint8)
     if limits.max_ratio:
-        verdicts[longer > limits.max_ratio * shorter + RATIO_SLACK] = RULES.index("ratio")
-    verdicts[longer > limits.max_length] = RULES.index("too long")
-    verdicts[shorter == 0] = RULES.index("empty")
-    return verdicts
+        result[longer > limits.max_ratio * shorter + RATIO_SLACK] = FILTERS.index("ratio")
+    result[longer > limits.max_length] = FILTERS.index("too long")
+    result[shorter == 0] = FILTERS.index("empty")
+    return result
 
 
 def pair_hashes(sources: Sequence[str], targets: Sequence[str]) -> NDArray[np.uint64]:
-    """64 bits for each pair of normalised texts.
+    """A 64-bit hash of each pair of normalised texts.
 
-    Two different pairs among n share theirs, and one is taken for a duplicate, with probability n² / 2⁶⁵:
-    three in a million for ten million pairs.
+    Among n different pairs two collide, and one is dropped as a duplicate, with probability n² / 2⁶⁵: three
+    in a million for ten million pairs.
     """
-    # A newline is in no text, so no two pairs can be joined to the same string.
+    # No text has a newline, so different pairs make different strings.
     joined = b"".join(
         blake2b(f"{source}\n{target}".encode(), digest_size=8).digest()
         for source, target in zip(sources, targets, strict=True)
@@ -81,29 +81,29 @@ def pair_hashes(sources: Sequence[str], targets: Sequence[str]) -> NDArray[np.ui
 def first_occurrences(
     hashes: Path, mask: Path, *, chunk: int = CHUNK, bucket: int = BUCKET
 ) -> NDArray[np.bool_]:
-    """Which entries of a file of 64-bit hashes are the first of their value, as a mask kept in a file.
+    """Which entries of a file of 64-bit hashes are the first of their value, as a mask mapped from a file.
 
-    Memory does not grow with their number: hashes are dealt out by their leading bits to buckets on disk,
-    with their position, and each bucket is sorted alone. Copies within a chunk go before that, so that no
-    bucket overflows with one hash that is everywhere.
+    Memory does not grow with their number: hashes and their positions are distributed to buckets on disk by
+    their leading bits, and each bucket is sorted alone. Duplicates within a chunk are removed before, so that
+    a hash that is everywhere does not overflow its bucket.
     """
     count = hashes.stat().st_size // 8
     if not count:
         return np.zeros(0, np.bool_)
     first: NDArray[np.bool_] = np.memmap(mask, np.bool_, "w+", shape=(count,))
-    buckets = min(-(-count // bucket), MOST_BUCKETS)
+    buckets = min(-(-count // bucket), MAX_BUCKETS)
     paths = [hashes.with_name(f"{hashes.name}.{number}") for number in range(buckets)]
-    _deal_out(hashes, paths, chunk)
+    _distribute(hashes, paths, chunk)
     for path in paths:
         numbered = np.fromfile(path, _NUMBERED)
-        # A bucket is in the order of the chunks and holds a hash once for each, so its first is the earliest.
+        # A bucket is in the order of the chunks and has a hash at most once per chunk.
         _, at = np.unique(numbered["hash"], return_index=True)
         first[numbered["number"][at]] = True
         path.unlink()
     return first
 
 
-def _deal_out(hashes: Path, buckets: Sequence[Path], chunk: int) -> None:
+def _distribute(hashes: Path, buckets: Sequence[Path], chunk: int) -> None:
     edges = np.array([(number << 64) // len(buckets) for number in range(1, len(buckets))], np.uint64)
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in buckets]

@@ -1,8 +1,8 @@
-"""Files cut into ranges of whole lines, and the bytes of one range, read again.
+"""Files split into ranges of whole lines, and the bytes of one range.
 
-A range says where it begins and ends, how many lines stand before it, and the digest of its bytes: who
-reads it, on whatever machine and however much later, gets what was there when the file was cut, or an error.
-`\\n` alone ends a line. This file knows bytes, and nothing of what the lines mean.
+A range has its offsets, the number of lines before it, and the digest of its bytes. A reader of a range, on
+any machine and at any later time, gets the bytes that the range was made from, or an error. Only `\\n` ends a
+line.
 """
 
 from __future__ import annotations
@@ -18,61 +18,71 @@ from numpy.typing import NDArray
 
 from trmt.errors import DataError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
-class Range:
-    """Lines `first` to `first + lines` of a file, counted from 0, and the bytes they take."""
+class LineRange:
+    """Lines `first` to `first + lines` of a file, counted from 0, and the bytes from `begin` to `end`."""
 
     begin: int
     end: int
     first: int
-    lines: int
+    lines: int  # -1 if unknown
     digest: str
 
 
 @dataclass(frozen=True)
-class Slice:
-    """What to read of a file: a range, or all of one that can only be read from its beginning."""
+class FileSlice:
+    """The part of a file to read: a range, or all of a compressed file."""
 
-    file: str
-    range: Range
-    packed: bool = False
-
-
-# Which of the line ends in a chunk ends a range: their places in the file, the number of the first of them
-# (counted from 1), and where the range began; a number beyond the last means none of them.
-_Rule = Callable[[NDArray[np.int64], int, int], int]
+    path: str
+    range: LineRange
+    compressed: bool = False
 
 
-def cut(stream: BinaryIO, *, size: int, every: int = 1) -> list[Range]:
-    """Ranges that end where a line does, as soon as they have `size` bytes; an empty file is one empty range.
+# Which of the line ends in a chunk ends a range, as an index, given their offsets in the file, the number of
+# the first of these lines (counted from 1), and where the range began; an index beyond the last means none of
+# them.
+_ChooseEnd = Callable[[NDArray[np.int64], int, int], int]
 
-    Each but the last ends after a number of lines of the file that `every` divides.
+
+def split_by_size(stream: BinaryIO, *, size: int, every: int = 1) -> list[LineRange]:
+    """Ranges of `size` bytes, extended to the end of a line; an empty file is one empty range.
+
+    Each range but the last ends after a number of lines of the file that is a multiple of `every`.
     """
 
-    def choose(ends: NDArray[np.int64], number: int, begin: int) -> int:
+    def choose_end(ends: NDArray[np.int64], number: int, begin: int) -> int:
         at = int(np.searchsorted(ends, begin + size))
         return at + -(number + at) % every
 
-    return _ranges(stream, choose)
+    return _split(stream, choose_end)
 
 
-def cut_after(stream: BinaryIO, numbers: Sequence[int]) -> list[Range]:
-    """Ranges that end after these numbers of lines of the file, ascending, and one of what is behind."""
+def split_after_lines(stream: BinaryIO, numbers: Sequence[int]) -> list[LineRange]:
+    """Ranges that end after these numbers of lines of the file, in ascending order, and one of the rest."""
     left = list(reversed(numbers))
 
-    def choose(ends: NDArray[np.int64], number: int, begin: int) -> int:
+    def choose_end(ends: NDArray[np.int64], number: int, begin: int) -> int:
         if not left or left[-1] >= number + len(ends):
             return len(ends)
         return left.pop() - number
 
-    return _ranges(stream, choose)
+    return _split(stream, choose_end)
+
+
+def whole_file(stream: BinaryIO) -> LineRange:
+    """One range of all bytes of a compressed file, whose lines are not counted."""
+    digest, size = blake2b(digest_size=8), 0
+    while chunk := stream.read(CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+    return LineRange(0, size, 0, -1, digest.hexdigest())
 
 
 @dataclass
-class _Open:
+class _RangeBuilder:
     """The range that is being measured."""
 
     begin: int
@@ -80,73 +90,64 @@ class _Open:
     lines: int = 0
     digest: Any = field(default_factory=lambda: blake2b(digest_size=8))
 
-    def closed(self, end: int) -> Range:
-        return Range(self.begin, end, self.first, self.lines, self.digest.hexdigest())
+    def build(self, end: int) -> LineRange:
+        return LineRange(self.begin, end, self.first, self.lines, self.digest.hexdigest())
 
 
-def _ranges(stream: BinaryIO, choose: _Rule) -> list[Range]:
-    found: list[Range] = []
-    current = _Open(0, 0)
+def _split(stream: BinaryIO, choose_end: _ChooseEnd) -> list[LineRange]:
+    found: list[LineRange] = []
+    current = _RangeBuilder(0, 0)
     start, last = 0, b"\n"
     while chunk := stream.read(CHUNK):
-        view, place = memoryview(chunk), 0  # what stands in the chunk before `place` is told already
+        view, consumed = memoryview(chunk), 0  # bytes of the chunk that are in a range already
         ends = start + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
         while len(ends):
-            at = choose(ends, current.first + current.lines + 1, current.begin)
+            at = choose_end(ends, current.first + current.lines + 1, current.begin)
             if at >= len(ends):
                 break
             end = int(ends[at])
-            current.digest.update(view[place : end - start])
+            current.digest.update(view[consumed : end - start])
             current.lines += at + 1
-            found.append(current.closed(end))
-            current = _Open(end, current.first + current.lines)
-            place, ends = end - start, ends[at + 1 :]
-        current.digest.update(view[place:])
+            found.append(current.build(end))
+            current = _RangeBuilder(end, current.first + current.lines)
+            consumed, ends = end - start, ends[at + 1 :]
+        current.digest.update(view[consumed:])
         current.lines += len(ends)
         start, last = start + len(chunk), chunk[-1:]
     current.lines += last != b"\n"  # the last line needs no newline
     if start > current.begin or not found:
-        found.append(current.closed(start))
+        found.append(current.build(start))
     return found
 
 
-def whole(stream: BinaryIO) -> Range:
-    """One range of everything, whose lines nobody has counted: it is packed."""
-    digest, size = blake2b(digest_size=8), 0
-    while chunk := stream.read(CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-    return Range(0, size, 0, -1, digest.hexdigest())
+def open_slice(stream: BinaryIO, part: FileSlice) -> io.BufferedReader:
+    """The bytes of a slice of an open file, which is closed together with the returned reader."""
+    return io.BufferedReader(_SliceReader(stream, part), CHUNK)
 
 
-def reading(stream: BinaryIO, place: Slice) -> io.BufferedReader:
-    """The bytes of a slice of an open file, which is closed with what is returned."""
-    return io.BufferedReader(_Bounded(stream, place), CHUNK)
+class _SliceReader(io.RawIOBase):
+    """The bytes of a slice; at its end the digest is compared with that of the range."""
 
-
-class _Bounded(io.RawIOBase):
-    """The bytes of a range; at its end it proves that they are those that were cut."""
-
-    def __init__(self, stream: BinaryIO, place: Slice) -> None:
-        self.stream, self.place = stream, place
-        self.left = place.range.end - place.range.begin
+    def __init__(self, stream: BinaryIO, part: FileSlice) -> None:
+        self.stream, self.slice = stream, part
+        self.left = part.range.end - part.range.begin
         self.digest = blake2b(digest_size=8)
-        stream.seek(place.range.begin)
+        stream.seek(part.range.begin)
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, room: Any) -> int:
-        data = self.stream.read(min(self.left, len(room)))
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(min(self.left, len(buffer)))
         self.left -= len(data)
         self.digest.update(data)
-        done = not self.left and self.digest.hexdigest() == self.place.range.digest
-        if not done and (not data or not self.left):
+        intact = not self.left and self.digest.hexdigest() == self.slice.range.digest
+        if not intact and (not data or not self.left):
             raise DataError(
-                f"{self.place.file} has changed since it was cut into parts; put it back as it was, or begin "
+                f"{self.slice.path} has changed since it was split into parts; restore it, or start again "
                 "with a new output folder"
             )
-        room[: len(data)] = data
+        buffer[: len(data)] = data
         return len(data)
 
     def close(self) -> None:

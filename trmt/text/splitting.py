@@ -1,8 +1,7 @@
-"""Cutting over-long text into pieces that fit: at sentence ends, else clause marks, white space, characters.
+"""Splitting of long text into segments that fit the network: at sentence ends, clause marks, or spaces.
 
-Nothing is lost: each piece keeps the white space that followed it. Knows nothing of tokenizers; what fits
-is a question to the caller, and a dear one, so it is asked a few times for each piece and never about much
-more text than fits.
+Nothing is lost: each segment keeps the white space after it. The caller decides what fits, with a tokenizer.
+That is slow, so it is asked a few times for each segment, and never about much more text than fits.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from dataclasses import dataclass
 
 Fits = Callable[[str], bool]
 
-FIRST_TRY = 64  # characters; from there the search doubles
+FIRST_GUESS = 64  # characters; the search doubles from here
 
-# Full stops that white space need not follow: Chinese and Japanese, Devanagari, Arabic, Urdu, Armenian,
+# Full stops that need no white space after them: Chinese and Japanese, Devanagari, Arabic, Urdu, Armenian,
 # Ethiopic, Khmer, Burmese.
 _UNSPACED_STOPS = "。！？｡।॥؟۔։።។။"
 _SPACED_STOPS = ".!?…\u037e"
 _CLAUSE_MARKS = ";:,،؛、，；：—–…"
-_CLAUSE_MARKS_BEFORE_SPACE = ";:,–"  # elsewhere they stand in 1,200 or 7:45 or an address
+_CLAUSE_MARKS_BEFORE_SPACE = ";:,–"  # without a space they are part of 1,200 or 7:45 or an address
 _CLOSING = "\"'”’»›)]}」』】》〉）］｝"
 _OPENING = "\"'“‘„‚«‹([{「『【《〈（［｛¿¡—–-"
 # The quotation mark that opens in English and Chinese closes in German: „Halt!“
@@ -37,14 +36,14 @@ _CHINESE_OR_JAPANESE = re.compile(
     "[\u2e80-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
 
-# Thai and its kind have spaces between sentences, but none between words.
+# Thai, Lao, Burmese and Khmer have spaces between sentences, but none between words.
 _UNSPACED_LETTER = re.compile(
     f"{_CHINESE_OR_JAPANESE.pattern}|[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff]"
 )
 # ISO 639 codes, of two letters and of three: Chinese languages and Japanese.
 _UNSPACED_LANGUAGES = frozenset(("zh", "zho", "chi", "cmn", "yue", "wuu", "hak", "nan", "lzh", "ja", "jpn"))
 
-_LONGEST_ABBREVIATION = 24
+_MAX_ABBREVIATION = 24
 _ABBREVIATIONS = frozenset(
     word
     for words in (
@@ -58,11 +57,11 @@ _ABBREVIATIONS = frozenset(
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a text: `text` to translate, the `space` that followed it, and what to put there instead.
+class TextSegment:
+    """A part of a text: the `text` to translate, the `space` after it, and the `joiner` to put there instead.
 
-    The texts and spaces of all pieces make up the original. `joiner` suits a language that is written like
-    the original: nothing in Chinese and Japanese and inside a word, a space elsewhere.
+    The texts and spaces of all segments are the original. The joiner suits a language in the script of the
+    original: nothing in Chinese and Japanese and inside a word, a space elsewhere.
     """
 
     text: str
@@ -70,51 +69,51 @@ class Piece:
     joiner: str
 
 
-def split_text(text: str, fits: Fits) -> list[Piece]:
-    """Cut `text` into as few pieces as the best places allow, each of which fits.
+def split_text(text: str, fits: Fits) -> list[TextSegment]:
+    """Split `text` into segments that fit, as few as the best split points allow.
 
-    Whole sentences are packed together while they fit. Only a sentence that does not fit by itself is cut at
-    clause marks, then at white space, then between characters. A single character is never too long.
+    A segment has as many whole sentences as fit. Only a sentence that does not fit by itself is split at
+    clause marks, then at white space, then between characters. A single character always fits.
     """
     end = len(text.rstrip())
-    places = _Places.found_in(text, end)
-    pieces: list[Piece] = []
-    start, guess = 0, FIRST_TRY
+    points = _SplitPoints.find(text, end)
+    segments: list[TextSegment] = []
+    start, guess = 0, FIRST_GUESS
     while True:
-        cut, marked = _next_cut(text, start, end, guess=guess, places=places, fits=fits)
+        cut, marked = _next_cut(text, start, end, guess=guess, points=points, fits=fits)
         after = _SPACES.match(text, cut)
         space = after[0] if after else ""
-        pieces.append(Piece(text[start:cut], space, _joiner(text, cut, space=space, marked=marked)))
+        segments.append(TextSegment(text[start:cut], space, _joiner(text, cut, space=space, marked=marked)))
         if cut >= end:
-            return pieces
-        guess = max(cut - start, FIRST_TRY)
+            return segments
+        guess = max(cut - start, FIRST_GUESS)
         start = cut + len(space)
 
 
-def joiner_for(piece: Piece, language: str) -> str:
-    """What to put between the translations of this piece and of the next one into `language`.
+def joiner_for(segment: TextSegment, language: str) -> str:
+    """What to put between the translations of this segment and of the next one into `language`.
 
-    Only the sentences of Chinese and Japanese stand without a space between them. Where nothing is known of
-    the language, it is taken for one that is written like the original.
+    Only Chinese and Japanese have no space between sentences. An unknown language is taken for one in the
+    script of the original.
     """
     code = language.lower().replace("_", "-").partition("-")[0]
     if code in _UNSPACED_LANGUAGES:
         return ""
-    if code and _UNSPACED_LETTER.match(piece.text[-1:]):
+    if code and _UNSPACED_LETTER.match(segment.text[-1:]):
         return " "
-    return piece.joiner
+    return segment.joiner
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where a text can be cut well, as ascending positions."""
+class _SplitPoints:
+    """Where a text may be split, as ascending positions."""
 
     sentences: Sequence[int]
     clauses: Sequence[int]
     spaces: Sequence[int]
 
     @classmethod
-    def found_in(cls, text: str, end: int) -> _Places:
+    def find(cls, text: str, end: int) -> _SplitPoints:
         begin = len(text) - len(text.lstrip())
         return cls(
             list(_sentence_ends(text, end)),
@@ -124,26 +123,26 @@ class _Places:
 
 
 def _next_cut(
-    text: str, start: int, end: int, *, guess: int, places: _Places, fits: Fits
+    text: str, start: int, end: int, *, guess: int, points: _SplitPoints, fits: Fits
 ) -> tuple[int, bool]:
-    """Where the piece that begins at `start` ends, and whether a punctuation mark stands there."""
-    too_far = _too_far(text, start, end, guess=guess, fits=fits)
-    if too_far is None:
+    """Where the segment that begins at `start` ends, and whether it ends in a punctuation mark."""
+    failing = _first_failing(text, start, end, guess=guess, fits=fits)
+    if failing is None:
         return end, False
-    for positions, marked in ((places.sentences, True), (places.clauses, True), (places.spaces, False)):
-        window = positions[bisect_right(positions, start) : bisect_left(positions, too_far)]
-        cut = _last_that_fits(text, start, window, fits)
+    for positions, marked in ((points.sentences, True), (points.clauses, True), (points.spaces, False)):
+        window = positions[bisect_right(positions, start) : bisect_left(positions, failing)]
+        cut = _last_fitting(text, start, window, fits)
         if cut is not None:
             return cut, marked
-    cut = _last_that_fits(text, start, range(start + 1, too_far), fits)
+    cut = _last_fitting(text, start, range(start + 1, failing), fits)
     if cut is None:
         return start + 1, False
-    whole = _before_cluster(text, start, cut)
-    return (whole if fits(text[start:whole]) else cut), False
+    boundary = _cluster_boundary(text, start, cut)
+    return (boundary if fits(text[start:boundary]) else cut), False
 
 
-def _too_far(text: str, start: int, end: int, *, guess: int, fits: Fits) -> int | None:
-    """A place up to which the text does not fit, or None if all the rest does."""
+def _first_failing(text: str, start: int, end: int, *, guess: int, fits: Fits) -> int | None:
+    """A position up to which the text does not fit, or None if all the rest fits."""
     length = guess
     while start + length < end:
         if not fits(text[start : start + length]):
@@ -152,7 +151,7 @@ def _too_far(text: str, start: int, end: int, *, guess: int, fits: Fits) -> int 
     return None if fits(text[start:end]) else end
 
 
-def _last_that_fits(text: str, start: int, cuts: Sequence[int], fits: Fits) -> int | None:
+def _last_fitting(text: str, start: int, cuts: Sequence[int], fits: Fits) -> int | None:
     """The last of the ascending `cuts` up to which the text fits, by bisection."""
     fitting, failing = -1, len(cuts)
     while failing - fitting > 1:
@@ -190,8 +189,8 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
 
 
 def _word_before(text: str, position: int) -> str:
-    # One character more than the longest: what fills the slice is then no abbreviation.
-    near = text[max(position - _LONGEST_ABBREVIATION - 1, 0) : position]
+    # One character more than the longest abbreviation: a word that fills the slice is none.
+    near = text[max(position - _MAX_ABBREVIATION - 1, 0) : position]
     return near[-1:].strip() and near.split()[-1].lstrip(_OPENING)
 
 
@@ -209,8 +208,8 @@ def _clause_ends(text: str, end: int) -> Iterator[int]:
             yield position
 
 
-def _before_cluster(text: str, start: int, cut: int) -> int:
-    """The last place up to `cut` that tears no visible character apart; `cut` itself if there is none."""
+def _cluster_boundary(text: str, start: int, cut: int) -> int:
+    """The last position up to `cut` that splits no grapheme cluster; `cut` itself if there is none."""
     for position in range(cut, start, -1):
         if not _inside_cluster(text, start, position):
             return position
@@ -218,13 +217,13 @@ def _before_cluster(text: str, start: int, cut: int) -> int:
 
 
 def _inside_cluster(text: str, start: int, position: int) -> bool:
-    """Whether the characters on both sides of `position` are probably drawn as one."""
+    """Whether the characters on both sides of `position` probably form one grapheme cluster."""
     before, after = text[position - 1], text[position : position + 1]
     if not after:
         return False
     if unicodedata.category(after).startswith("M") or after in "\u200c\u200d":
         return True
-    # A zero-width joiner ties emoji, a virama (combining class 9) ties consonants.
+    # A zero-width joiner connects emoji, a virama (combining class 9) connects consonants.
     if before == "\u200d" or unicodedata.combining(before) == 9:
         return True
     if "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f":  # skin, flag tags
@@ -241,7 +240,7 @@ def _is_regional(character: str) -> bool:
 
 
 def _regionals_before(text: str, start: int, position: int) -> int:
-    """How many of the letters that make flags in pairs stand right before `position`."""
+    """How many regional indicators, which form flags in pairs, come right before `position`."""
     count = 0
     while position - count > start and _is_regional(text[position - count - 1]):
         count += 1

@@ -1,11 +1,11 @@
 """Text to ids and back: one sentencepiece model for both sides, or one for each.
 
-The only file that knows the special ids. Models trained here never normalise; each side does that itself,
-by a rule stored with it. Tags are control symbols, which text cannot spell; placeholders are user-defined
-symbols, which match wherever the text holds them. With byte fallback every normalised text survives encoding
-and decoding, except that U+2581, by which sentencepiece marks white space, comes back as a space.
+Models trained here do not normalise: each side normalises text itself, by the rule in its settings. Tags are
+control symbols, which text cannot spell; placeholders are user-defined symbols, which match wherever the text
+has them. With byte fallback every normalised text survives encoding and decoding, except that U+2581, which
+sentencepiece uses for white space, comes back as a space.
 
-Imported models number their pieces in their own way: for them there is a list of pieces beside the model.
+Models imported from Marian have their own ids: for them the vocabulary is stored beside the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trmt.config import build
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.registry import suggestion
 from trmt.storage.files import atomic_folder, write_json
-from trmt.text.subwords import Sampler
+from trmt.text.subwords import WORD_MARK, Sampler
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 
@@ -33,24 +33,24 @@ Normalisation = Literal["nfc", "nfkc", "nmt_nfkc", "nmt_nfkc_cf", "none"]
 NORMALISATIONS: tuple[str, ...] = get_args(Normalisation)
 
 FORMAT = 1
-LISTED_FORMAT = 2  # of tokenizers with lists of pieces
+VOCABULARY_FORMAT = 2  # with vocabularies beside the models
 SETTINGS_FILE = "tokenizer.json"
 MARIAN_TAG = re.compile(r"\s*(>>[^<>\s]+<<)\s*")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a tokenizer is besides its models."""
+class TokenizerSettings:
+    """The settings of a tokenizer, stored beside its models."""
 
-    languages: tuple[str, str] = ("", "")
-    normalise_source: Normalisation = "nfc"
-    normalise_target: Normalisation = "nfc"
-    tags: tuple[str, ...] = ()
-    placeholders: tuple[str, ...] = ()
+    languages: tuple[str, str] = ("", "")  # of source and target; empty if not given
+    normalise_source: Normalisation = "nfc"  # the normalisation of source text
+    normalise_target: Normalisation = "nfc"  # the normalisation of target text
+    tags: tuple[str, ...] = ()  # control symbols, which text cannot spell
+    placeholders: tuple[str, ...] = ()  # symbols that are never split in text
 
 
 def normaliser(name: str) -> Callable[[str], str]:
-    """The function behind a normalisation's name: any text in, one line with bare ends out."""
+    """The function of a normalisation: from any text to one line without white space at its ends."""
     if name == "nfc":
         return lambda text: unicodedata.normalize("NFC", " ".join(_encodable(text).split()))
     if name == "none":
@@ -64,7 +64,7 @@ def normaliser(name: str) -> Callable[[str], str]:
 
 
 def _encodable(text: str) -> str:
-    """`text` with lone surrogates, which have no UTF-8, turned into U+FFFD."""
+    """`text` with U+FFFD for lone surrogates, which have no UTF-8."""
     if text.isascii():
         return text
     try:
@@ -75,7 +75,7 @@ def _encodable(text: str) -> str:
 
 
 class Side:
-    """One language's half of a tokenizer."""
+    """The tokenizer of source text or of target text."""
 
     pad, unk, bos, eos = PAD, UNK, BOS, EOS
 
@@ -84,7 +84,7 @@ class Side:
         self.normalisation = normalisation
         self.placeholders = placeholders
         self.normalise = normaliser(normalisation)
-        self._processor = self._loaded(model)
+        self._processor = self._load(model)
         self.vocabulary: int = self._processor.vocab_size()
         self._control = frozenset(filter(self._processor.is_control, range(self.vocabulary)))
         self._samplers: dict[float, Sampler] = {}
@@ -93,36 +93,36 @@ class Side:
         return Side, (self.model, self.normalisation, self.placeholders)
 
     @staticmethod
-    def _loaded(model: bytes) -> Any:
-        return _processor(model)
+    def _load(model: bytes) -> Any:
+        return _load_trained_here(model)
 
     @property
-    def never(self) -> frozenset[int]:
-        """Ids that no translation may hold."""
+    def banned_ids(self) -> frozenset[int]:
+        """Ids that no translation may have."""
         return frozenset({self.pad, self.bos, self.unk})
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text's pieces, without beginning and end of sentence."""
-        # Given a list, sentencepiece starts a thread, which takes a hundred times as long as a sentence.
+        """The ids of the pieces of each text, without bos and eos."""
+        # For a list, sentencepiece starts a thread, which takes a hundred times as long as a sentence.
         return [self._processor.encode(self.normalise(text)) for text in texts]
 
-    def lead(self, text: str) -> tuple[str, str]:
-        """What belongs before every part of `text` should it be cut, and the text without it."""
+    def split_tag(self, text: str) -> tuple[str, str]:
+        """The tag at the beginning of `text`, which each part of a split text needs, and the rest."""
         return "", text
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that `ids` spell, whatever they are.
+        """The text of any ids.
 
-        Special ids and ids outside the vocabulary are left out, and bytes that are no UTF-8 become U+FFFD.
-        Byte pieces can spell a newline: whoever writes lines has to deal with it.
+        Special ids and ids outside the vocabulary are skipped, and bytes that are no UTF-8 become U+FFFD.
+        Byte pieces can spell a newline, which a caller that writes lines must replace.
         """
-        # sentencepiece itself leaves out control symbols, but writes a sign for the unknown piece.
+        # sentencepiece skips control symbols, but has a sign for the unknown piece.
         known = [int(token) for token in ids if 0 <= token < self.vocabulary and token != UNK]
         text: str = self._processor.decode(known)
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The piece behind each id, as sentencepiece writes it; one outside the vocabulary is unknown."""
+        """The piece of each id as sentencepiece spells it, or the unknown piece outside the vocabulary."""
         known = (int(token) if 0 <= token < self.vocabulary else UNK for token in ids)
         return [self._processor.id_to_piece(token) for token in known]
 
@@ -130,156 +130,158 @@ class Side:
         """The id of a tag such as `<2de>`."""
         token: int = self._processor.piece_to_id(tag)
         if token not in self._control or token in (PAD, BOS, EOS):
-            raise ConfigError(
-                f"this tokenizer has no tag {tag!r}; name it with --tag when training the tokenizer"
-            )
+            raise ConfigError(f"this tokenizer has no tag {tag!r}; train one with --tag {tag}")
         return token
 
     def is_byte(self, token: int) -> bool:
-        """Whether this id stands for a single byte of a character that has no piece."""
-        spells_byte: bool = self._processor.is_byte(token)
-        return spells_byte
+        """Whether this id is a single byte of a character without a piece."""
+        is_byte: bool = self._processor.is_byte(token)
+        return is_byte
 
     def sample(self, ids: Sequence[Sequence[int]], *, alpha: float, seed: int) -> list[list[int]]:
-        """The same sentences cut into pieces at random: BPE dropout, or a draw from the unigram lattice.
+        """The same sentences segmented at random: BPE-dropout, or a draw from the unigram lattice.
 
-        `alpha` is the probability of overlooking a merge for BPE; for unigram it sharpens the draw, and the
-        most probable pieces come as it grows. The result depends on the arguments and the model alone: not
-        on the process, the thread, or what was drawn before. Special symbols, placeholders, bytes and
-        unknown pieces stay as they are.
+        `alpha` is the probability of dropping a merge for BPE; for unigram models a larger alpha prefers more
+        probable segmentations. The result depends on the arguments and the model alone, and not on the
+        process, the thread, or earlier draws. Special symbols, placeholders, bytes and unknown pieces are not
+        changed.
         """
         return self.sampler(alpha).sample(ids, seed=seed)
 
     def sampler(self, alpha: float) -> Sampler:
-        """What `sample` draws with; it keeps what it has drawn."""
+        """The sampler that `sample` uses, with its cache."""
         if alpha not in self._samplers:
-            self._samplers[alpha] = self._sampler(alpha)
+            self._samplers[alpha] = self._make_sampler(alpha)
         return self._samplers[alpha]
 
-    def _sampler(self, alpha: float) -> Sampler:
+    def _make_sampler(self, alpha: float) -> Sampler:
         ids, model = range(self.vocabulary), self._processor
-        kept = {model.piece_to_id(placeholder) for placeholder in self.placeholders}
-        for stays in (model.is_control, model.is_unknown, model.is_byte, model.is_unused):
-            kept.update(filter(stays, ids))
-        pieces = [None if token in kept else model.id_to_piece(token) for token in ids]
+        fixed = {model.piece_to_id(placeholder) for placeholder in self.placeholders}
+        for is_fixed in (model.is_control, model.is_unknown, model.is_byte, model.is_unused):
+            fixed.update(filter(is_fixed, ids))
+        pieces = [None if token in fixed else model.id_to_piece(token) for token in ids]
         return Sampler(pieces, [model.get_score(token) for token in ids], alpha=alpha)
 
 
-class ListedSide(Side):
-    """A side whose ids are places in a list of pieces, as Marian numbers them; sentencepiece only cuts.
+class VocabularySide(Side):
+    """A side whose ids are indices in a vocabulary, as Marian has it; sentencepiece only segments the text.
 
-    The list may hold pieces that the model never makes: those of the other language, and tags such as
+    The vocabulary may have pieces that the model never makes: those of the other language, and tags such as
     `>>fr<<`, which count at the beginning of a text. Translations begin with the padding piece.
     """
 
     def __init__(
-        self, model: bytes, normalisation: str, placeholders: tuple[str, ...], listed: tuple[str, ...]
+        self, model: bytes, normalisation: str, placeholders: tuple[str, ...], all_pieces: tuple[str, ...]
     ) -> None:
         super().__init__(model, normalisation, placeholders)
-        self.listed = listed
-        self.vocabulary = len(listed)
-        self._numbers = {piece: number for number, piece in enumerate(listed)}
+        self.all_pieces = all_pieces
+        self.vocabulary = len(all_pieces)
+        self._ids = {piece: token for token, piece in enumerate(all_pieces)}
         try:
-            self.pad, self.unk, self.eos = (self._numbers[piece] for piece in ("<pad>", "<unk>", "</s>"))
+            self.pad, self.unk, self.eos = (self._ids[piece] for piece in ("<pad>", "<unk>", "</s>"))
         except KeyError as error:
             raise BundleError(f"the vocabulary has no piece {error}; copy or import it again") from error
         self.bos = self.pad
 
     def __reduce__(self) -> tuple[type[Side], tuple[Any, ...]]:
-        return ListedSide, (self.model, self.normalisation, self.placeholders, self.listed)
+        return VocabularySide, (self.model, self.normalisation, self.placeholders, self.all_pieces)
 
     @staticmethod
-    def _loaded(model: bytes) -> Any:
-        return _any_processor(model)
+    def _load(model: bytes) -> Any:
+        return load_model(model)
 
     @property
-    def never(self) -> frozenset[int]:
+    def banned_ids(self) -> frozenset[int]:
         return frozenset({self.pad})
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._encoded(self.normalise(text)) for text in texts]
+        return [self._encode(self.normalise(text)) for text in texts]
 
-    def _encoded(self, text: str) -> list[int]:
-        lead, text = self.lead(text)
-        pieces = [lead.strip()] if lead else []
+    def _encode(self, text: str) -> list[int]:
+        tag, text = self.split_tag(text)
+        pieces = [tag.strip()] if tag else []
         pieces += self._processor.encode(text, out_type=str)
-        return [self._numbers.get(piece, self.unk) for piece in pieces]
+        return [self._ids.get(piece, self.unk) for piece in pieces]
 
-    def lead(self, text: str) -> tuple[str, str]:
+    def split_tag(self, text: str) -> tuple[str, str]:
         tag = MARIAN_TAG.match(text)
         return (f"{tag[1]} ", text[tag.end() :]) if tag else ("", text)
 
     def decode(self, ids: Sequence[int]) -> str:
         special = (self.pad, self.unk, self.eos)
         pieces = [
-            self.listed[token] for token in ids if 0 <= token < self.vocabulary and token not in special
+            self.all_pieces[token] for token in ids if 0 <= token < self.vocabulary and token not in special
         ]
         text: str = self._processor.decode(pieces) if pieces else ""
-        return text.replace("\u2581", " ")  # which pieces keep that the model does not know
+        return text.replace(WORD_MARK, " ")  # it stays in pieces that the model does not have
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        return [self.listed[token if 0 <= token < self.vocabulary else self.unk] for token in ids]
+        return [self.all_pieces[token if 0 <= token < self.vocabulary else self.unk] for token in ids]
 
     def tag_id(self, tag: str) -> int:
-        if tag not in self._numbers or not MARIAN_TAG.fullmatch(tag):
-            known = sorted(filter(MARIAN_TAG.fullmatch, self.listed))
+        if tag not in self._ids or not MARIAN_TAG.fullmatch(tag):
+            known = sorted(filter(MARIAN_TAG.fullmatch, self.all_pieces))
             raise ConfigError(f"this tokenizer has no tag {tag!r}; known are {', '.join(known) or 'none'}")
-        return self._numbers[tag]
+        return self._ids[tag]
 
     def is_byte(self, token: int) -> bool:
-        number = self._model_id(token)
-        return number is not None and bool(self._processor.is_byte(number))
+        model_id = self._model_id(token)
+        return model_id is not None and bool(self._processor.is_byte(model_id))
 
     def _model_id(self, token: int) -> int | None:
-        """The id by which sentencepiece knows a piece, if it does."""
-        number: int = self._processor.piece_to_id(self.listed[token])
-        return number if self._processor.id_to_piece(number) == self.listed[token] else None
+        """The id of a piece in the sentencepiece model, if the model has it."""
+        model_id: int = self._processor.piece_to_id(self.all_pieces[token])
+        return model_id if self._processor.id_to_piece(model_id) == self.all_pieces[token] else None
 
-    def _sampler(self, alpha: float) -> Sampler:
+    def _make_sampler(self, alpha: float) -> Sampler:
         model = self._processor
+        special = (model.is_control, model.is_unknown, model.is_byte, model.is_unused)
         pieces: list[str | None] = []
         scores: list[float] = []
-        for token, piece in enumerate(self.listed):
-            number = self._model_id(token)
-            stays = number is None or any(
-                kind(number) for kind in (model.is_control, model.is_unknown, model.is_byte, model.is_unused)
-            )
-            pieces.append(None if stays else piece)
-            scores.append(0.0 if number is None else model.get_score(number))
+        for token, piece in enumerate(self.all_pieces):
+            model_id = self._model_id(token)
+            fixed = model_id is None or any(is_special(model_id) for is_special in special)
+            pieces.append(None if fixed else piece)
+            scores.append(0.0 if model_id is None else model.get_score(model_id))
         return Sampler(pieces, scores, alpha=alpha)
 
 
 class Tokenizer:
-    """The two sides and what they have in common; it can be pickled.
+    """The source and the target side with their settings; it can be pickled.
 
-    `listed` holds the pieces in the order of their ids, once for both sides or for each, where these are
-    not sentencepiece's own.
+    `vocabularies` are the pieces in the order of their ids, one vocabulary for both sides or one for each, if
+    the ids are not those of the sentencepiece models.
     """
 
     def __init__(
-        self, settings: Settings, models: Sequence[bytes], listed: Sequence[Sequence[str]] = ()
+        self,
+        settings: TokenizerSettings,
+        models: Sequence[bytes],
+        vocabularies: Sequence[Sequence[str]] = (),
     ) -> None:
         assert len(models) in (1, 2), "one model for both sides, or one for each"
-        assert len(listed) <= 2, "one list for both sides, or one for each"
+        assert len(vocabularies) <= 2, "one vocabulary for both sides, or one for each"
         self.settings = settings
         self.models = tuple(models)
-        self.listed = tuple(map(tuple, listed))
-        self.joint = len(self.listed or models) == 1
-        self.source = self._side(0, settings.normalise_source)
+        self.vocabularies = tuple(map(tuple, vocabularies))
+        self.joint = len(self.vocabularies or models) == 1
+        self.source = self._make_side(0, settings.normalise_source)
         same = self.joint and len(models) == 1 and settings.normalise_source == settings.normalise_target
-        self.target = self.source if same else self._side(-1, settings.normalise_target)
-        self.fingerprint = _fingerprint(settings, self.models, self.listed)
+        self.target = self.source if same else self._make_side(-1, settings.normalise_target)
+        self.fingerprint = _fingerprint(settings, self.models, self.vocabularies)
 
-    def _side(self, place: int, normalisation: str) -> Side:
-        of_all = (self.models[place], normalisation, self.settings.placeholders)
-        return ListedSide(*of_all, self.listed[place]) if self.listed else Side(*of_all)
+    def _make_side(self, index: int, normalisation: str) -> Side:
+        arguments = (self.models[index], normalisation, self.settings.placeholders)
+        if self.vocabularies:
+            return VocabularySide(*arguments, self.vocabularies[index])
+        return Side(*arguments)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Any, ...]]:
-        return Tokenizer, (self.settings, self.models, self.listed)
+        return Tokenizer, (self.settings, self.models, self.vocabularies)
 
     @property
     def languages(self) -> tuple[str, str]:
-        """The languages translated from and to; empty where they were not told."""
+        """The source and the target language; empty if they were not given."""
         return self.settings.languages
 
     @property
@@ -289,66 +291,67 @@ class Tokenizer:
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """The symbols that stay whole wherever text holds them."""
+        """The symbols that are never split in text."""
         return self.settings.placeholders
 
     def save(self, folder: Path) -> None:
-        """Write the folder that `load` reads, whole or not at all."""
-        refuse_foreign(folder)
+        """Write the folder that `load` reads, atomically."""
+        check_replaceable(folder)
         with atomic_folder(folder) as partial:
             for name, model in zip(_model_names(len(self.models)), self.models, strict=True):
                 (partial / name).write_bytes(model)
-            for name, pieces in zip(_list_names(len(self.listed)), self.listed, strict=True):
+            names = _vocabulary_names(len(self.vocabularies))
+            for name, pieces in zip(names, self.vocabularies, strict=True):
                 write_json(partial / name, pieces)
             head: dict[str, Any] = {"format": FORMAT, "fingerprint": self.fingerprint}
             head["joint"] = len(self.models) == 1
-            if self.listed:
-                head |= {"format": LISTED_FORMAT, "lists": len(self.listed)}
+            if self.vocabularies:
+                head |= {"format": VOCABULARY_FORMAT, "lists": len(self.vocabularies)}
             write_json(partial / SETTINGS_FILE, head | asdict(self.settings))
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """The tokenizer in a folder that `save` wrote; one that is not as it was written is a BundleError."""
+        """The tokenizer in a folder that `save` wrote; one that has changed since is a BundleError."""
         path = folder / SETTINGS_FILE
         tree = _read_settings(path)
         fingerprint, joint = tree.pop("fingerprint", None), tree.pop("joint", None)
         lists = tree.pop("lists", 0)
         try:
-            settings = build(Settings, tree, where=str(path))
+            settings = build(TokenizerSettings, tree, where=str(path))
             models = [(folder / name).read_bytes() for name in _model_names(1 if joint else 2)]
-            listed = [_read_list(folder / name) for name in _list_names(lists)]
+            vocabularies = [_read_vocabulary(folder / name) for name in _vocabulary_names(lists)]
         except TrmtError as error:
             raise BundleError(str(error)) from error
         except OSError as error:
             raise BundleError(
                 f"cannot read {error.filename}: {error.strerror}; copy or train the tokenizer again"
             ) from error
-        if _fingerprint(settings, models, listed) != fingerprint:
+        if _fingerprint(settings, models, vocabularies) != fingerprint:
             raise BundleError(
                 f"the tokenizer in {folder} is not as it was written: its fingerprint differs; "
                 "copy or train it again"
             )
-        return cls(settings, models, listed)
+        return cls(settings, models, vocabularies)
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Fail if writing a tokenizer to `folder` would replace something that is none."""
-    foreign = folder.exists() and not folder.is_dir()
+def check_replaceable(folder: Path) -> None:
+    """Refuse to write a tokenizer to a path that has something else."""
+    other = folder.exists() and not folder.is_dir()
     if folder.is_dir():
-        foreign = any(folder.iterdir()) and not (folder / SETTINGS_FILE).is_file()
-    if foreign:
-        raise BundleError(f"{folder} is there and is no tokenizer; choose another place for this one")
+        other = any(folder.iterdir()) and not (folder / SETTINGS_FILE).is_file()
+    if other:
+        raise BundleError(f"{folder} exists and is no tokenizer; choose another path for this one")
 
 
 def _model_names(count: int) -> tuple[str, ...]:
     return ("joint.model",) if count == 1 else ("source.model", "target.model")
 
 
-def _list_names(count: int) -> tuple[str, ...]:
+def _vocabulary_names(count: int) -> tuple[str, ...]:
     return ((), ("vocabulary.json",), ("source.vocabulary.json", "target.vocabulary.json"))[count]
 
 
-def _read_list(path: Path) -> tuple[str, ...]:
+def _read_vocabulary(path: Path) -> tuple[str, ...]:
     try:
         pieces = json.loads(path.read_bytes())
     except ValueError as error:
@@ -366,29 +369,35 @@ def _read_settings(path: Path) -> dict[str, Any]:
             f"there is no tokenizer in {path.parent}; train one with `trmt tokenizer`"
         ) from error
     except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror}; check the path and its rights") from error
+        raise BundleError(
+            f"cannot read {path}: {error.strerror}; check the path and its permissions"
+        ) from error
     except ValueError as error:
         raise BundleError(f"{path} is not valid JSON; copy or train the tokenizer again") from error
-    if not isinstance(tree, dict) or tree.pop("format", None) not in (FORMAT, LISTED_FORMAT):
+    if not isinstance(tree, dict) or tree.pop("format", None) not in (FORMAT, VOCABULARY_FORMAT):
         raise BundleError(
-            f"{path} is not of a format that this trmt knows; upgrade trmt, or train the tokenizer again"
+            f"{path} has a format that this version of trmt does not know; upgrade trmt, or train the "
+            "tokenizer again"
         )
     if tree.get("lists", 0) not in (0, 1, 2):
         raise BundleError(f"{path} is damaged; copy or train the tokenizer again")
     return tree
 
 
-def _fingerprint(settings: Settings, models: Sequence[bytes], listed: Sequence[Sequence[str]]) -> str:
-    """The same for equal settings and models on every machine."""
+def _fingerprint(
+    settings: TokenizerSettings, models: Sequence[bytes], vocabularies: Sequence[Sequence[str]]
+) -> str:
+    """A hash of settings, models and vocabularies."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     for model in models:
         digest.update(hashlib.sha256(model).digest())
-    if listed:
-        digest.update(json.dumps(listed).encode())
+    if vocabularies:
+        digest.update(json.dumps(vocabularies).encode())
     return digest.hexdigest()
 
 
-def _any_processor(model: bytes) -> Any:
+def load_model(model: bytes) -> Any:
+    """A sentencepiece model, whatever its special ids are."""
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
@@ -397,8 +406,8 @@ def _any_processor(model: bytes) -> Any:
         ) from error
 
 
-def _processor(model: bytes) -> Any:
-    processor = _any_processor(model)
+def _load_trained_here(model: bytes) -> Any:
+    processor = load_model(model)
     ids = (processor.pad_id(), processor.unk_id(), processor.bos_id(), processor.eos_id())
     if ids != (PAD, UNK, BOS, EOS):
         raise BundleError(

@@ -1,4 +1,4 @@
-"""Training a tokenizer: sample the corpora, learn pieces with sentencepiece, report what they are like."""
+"""Training of a tokenizer: sample the corpora, train sentencepiece, report statistics of the pieces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import sentencepiece
 
 from trmt import console
 from trmt.errors import ConfigError, DataError
-from trmt.text.corpus import count, pairs, parse_corpus
+from trmt.text.corpus import TextPair, parse_corpus
+from trmt.text.pairs import count_pairs, read_corpus
 from trmt.text.tokenizer import (
     BOS,
     EOS,
@@ -25,63 +26,51 @@ from trmt.text.tokenizer import (
     PAD,
     UNK,
     Normalisation,
-    Settings,
     Side,
     Tokenizer,
+    TokenizerSettings,
+    check_replaceable,
     normaliser,
-    refuse_foreign,
 )
 
-LONGEST = 2000  # characters; sentencepiece leaves out longer lines and cannot count beyond 65,535 in a word
-STRIDE = 1000  # pairs between two steps of the progress bar
-MEASURED = 10_000  # sentences of each side that the report is made from
-LISTED = 20  # characters that the report names
-SMALL_ALPHABET = 0.05  # of the vocabulary: as much may go to the rarest characters too
-USUAL_COVERAGE = 0.9995  # sentencepiece's own default
+# Characters: sentencepiece skips longer lines, and cannot count more than 65,535 in a word.
+MAX_LINE = 2000
+PROGRESS_STEP = 1000  # pairs between two updates of the progress bar
+REPORT_SAMPLE = 10_000  # sentences of each side in the report
+REPORTED_CHARACTERS = 20  # in the report
+SMALL_ALPHABET = 0.05  # the share of the vocabulary up to which every character gets a piece
+DEFAULT_COVERAGE = 0.9995  # that of sentencepiece
 
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """What `train_tokenizer` is asked for."""
+    """The options of `trmt tokenizer`."""
 
-    corpora: tuple[str, ...]
-    """Corpus strings: two files, one of pairs, a prefix, `hf:NAME` or `-`; weights change nothing here."""
-    languages: tuple[str, str] = ("", "")
-    """The languages translated from and to."""
-    kind: Literal["bpe", "unigram"] = "bpe"
-    """How pieces are found: merged from below (bpe) or chosen from above (unigram)."""
-    joint: bool = True
-    """Whether both sides share one model."""
-    size: int = 8000
-    """Pieces in each model, special ids, tags, placeholders and bytes included."""
-    coverage: float | None = None
-    """The share of running characters that get pieces of their own; None: all of them in a small alphabet."""
-    byte_fallback: bool = True
-    """Whether characters without a piece are spelled in bytes, so that none is unknown."""
-    split_digits: bool = True
-    """Whether every digit is a piece of its own."""
-    normalise_source: Normalisation = "nfc"
-    """What is done to source text first: nfc, nfkc, nmt_nfkc, nmt_nfkc_cf or none."""
-    normalise_target: Normalisation = "nfc"
-    """What is done to target text first."""
-    tags: tuple[str, ...] = ()
-    """Symbols that text cannot spell, such as <2de>."""
-    placeholders: tuple[str, ...] = ()
-    """Symbols that stay whole in text."""
-    source_column: str | None = None
-    """The column of the source text in JSONL, Parquet and hub data."""
-    target_column: str | None = None
-    """The column of the target text there."""
+    corpora: tuple[str, ...]  # as `parse_corpus` takes them; weights are ignored
+    languages: tuple[str, str] = ("", "")  # of source and target
+    kind: Literal["bpe", "unigram"] = "bpe"  # the type of the sentencepiece model
+    joint: bool = True  # whether both sides share one model
+    size: int = 8000  # pieces in each model, special ids, tags, placeholders and bytes included
+    coverage: float | None = (
+        None  # the share of running characters with a piece; None: chosen by the alphabet
+    )
+    byte_fallback: bool = True  # whether characters without a piece are spelled in bytes instead of <unk>
+    split_digits: bool = True  # whether every digit is a piece of its own
+    normalise_source: Normalisation = "nfc"  # the normalisation of source text
+    normalise_target: Normalisation = "nfc"  # the normalisation of target text
+    tags: tuple[str, ...] = ()  # symbols that text cannot spell, such as <2de>
+    placeholders: tuple[str, ...] = ()  # symbols that are never split in text
+    source_column: str | None = None  # the column of the source text, for corpora with columns
+    target_column: str | None = None  # the column of the target text
+    # Sentences to train on at most, both sides together; each takes about 1 kB for bpe, 4 kB for unigram.
     sample: int = 2_000_000
-    """Sentences to learn from at most, both sides together; each takes about 1 kB for bpe, 4 for unigram."""
-    seed: int = 1
-    """The seed of that even draw."""
+    seed: int = 1  # of the random sample
 
     def __post_init__(self) -> None:
         if not self.corpora:
-            raise ConfigError("a tokenizer is learnt from text; name a corpus with --train")
+            raise ConfigError("a tokenizer is trained on text; name a corpus with --train")
         if self.kind not in ("bpe", "unigram"):
-            raise ConfigError(f"a tokenizer is of kind bpe or unigram, not {self.kind!r}; change --kind")
+            raise ConfigError(f"the kind of a tokenizer is bpe or unigram, not {self.kind!r}; change --kind")
         if self.coverage is not None and not 0.9 <= self.coverage <= 1:
             raise ConfigError(f"the coverage is between 0.9 and 1, not {self.coverage}; change --coverage")
         if self.sample < 2:
@@ -103,9 +92,7 @@ class TokenizerOptions:
                     f"{symbol!r} cannot be a tag or placeholder: it is empty or holds white space"
                 )
             if symbol in ("<pad>", "<unk>", "<s>", "</s>") or re.fullmatch(r"<0x[0-9A-F]{2}>", symbol):
-                raise ConfigError(
-                    f"{symbol!r} is a piece of the tokenizer itself; give the symbol another name"
-                )
+                raise ConfigError(f"{symbol!r} is reserved for the tokenizer; give the symbol another name")
             if symbols.count(symbol) > 1:
                 raise ConfigError(f"the symbol {symbol!r} is given twice; leave one out")
         for name in (self.normalise_source, self.normalise_target):
@@ -118,8 +105,8 @@ class TokenizerOptions:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A character that encoding and decoding does not give back."""
+class LostCharacter:
+    """A character that is not the same after encoding and decoding."""
 
     character: str
     count: int
@@ -132,7 +119,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class SideReport:
-    """How one side's pieces fit a sample of the text they were learnt from."""
+    """Statistics of one side's pieces on a sample of the training text."""
 
     language: str
     sentences: int
@@ -141,87 +128,88 @@ class SideReport:
     tokens: int
     unknown: int
     bytes: int
-    lost: tuple[Lost, ...]
+    lost: tuple[LostCharacter, ...]
 
     @property
     def tokens_per_word(self) -> float:
-        """Tokens for each word between white space."""
+        """Tokens per word; words are separated by white space."""
         return self.tokens / max(self.words, 1)
 
     @property
     def tokens_per_character(self) -> float:
-        """Tokens for each character that is not white space; the one to read for unspaced scripts."""
+        """Tokens per character that is not white space, for scripts without spaces."""
         return self.tokens / max(self.characters, 1)
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `trmt tokenizer` shows at its end."""
+class TokenizerReport:
+    """The statistics that `trmt tokenizer` prints."""
 
     source: SideReport
     target: SideReport
 
 
-def train_tokenizer(options: TokenizerOptions, *, out: Path | None = None) -> tuple[Tokenizer, Report]:
-    """Learn a tokenizer from the corpora, and write it to the folder `out` if that is given.
+def train_tokenizer(
+    options: TokenizerOptions, *, out: Path | None = None
+) -> tuple[Tokenizer, TokenizerReport]:
+    """Train a tokenizer on the corpora, and write it to the folder `out` if that is given.
 
-    The same options and text give the same models. Where the text does not yield as many pieces as asked
-    for, a model has as many as it does yield. Memory holds `options.sample` sentences at most, and what
-    sentencepiece makes of them.
+    The same options and text give the same models. A model has fewer pieces than requested if the text does
+    not have as many. At most `options.sample` sentences are in memory, besides the data of sentencepiece.
     """
     if out is not None:
-        refuse_foreign(out)
-    sources, targets = _sampled(options)
+        check_replaceable(out)
+    sources, targets = _sample_corpora(options)
     chooser = random.Random(options.seed)
-    measured = [chooser.sample(side, min(MEASURED, len(side))) for side in (sources, targets)]
-    settings = Settings(
+    samples = [chooser.sample(side, min(REPORT_SAMPLE, len(side))) for side in (sources, targets)]
+    settings = TokenizerSettings(
         options.languages,
         normalise_source=options.normalise_source,
         normalise_target=options.normalise_target,
         tags=options.tags,
         placeholders=options.placeholders,
     )
-    source = _Text(sources, settings.normalise_source)
-    target = _Text(targets, settings.normalise_target)
+    source = _TrainingText(sources, settings.normalise_source)
+    target = _TrainingText(targets, settings.normalise_target)
     groups = [[source, target]] if options.joint else [[source], [target]]
-    tokenizer = Tokenizer(settings, [_learnt(texts, options) for texts in groups])
+    tokenizer = Tokenizer(settings, [_train_model(texts, options) for texts in groups])
     if out is not None:
         tokenizer.save(out)
-    report = Report(
-        measure(tokenizer.source, measured[0], language=options.languages[0]),
-        measure(tokenizer.target, measured[1], language=options.languages[1]),
+    report = TokenizerReport(
+        measure_side(tokenizer.source, samples[0], language=options.languages[0]),
+        measure_side(tokenizer.target, samples[1], language=options.languages[1]),
     )
     return tokenizer, report
 
 
-def _sampled(options: TokenizerOptions) -> tuple[list[str], list[str]]:
-    """All the pairs, or an even draw of as many as `options.sample` allows."""
+def _sample_corpora(options: TokenizerOptions) -> tuple[list[str], list[str]]:
+    """Sources and targets of all pairs, or of a uniform random sample (by reservoir sampling)."""
     source_column, target_column = options.source_column, options.target_column
     corpora = [
         parse_corpus(text, *options.languages, source_column=source_column, target_column=target_column)
         for text in options.corpora
     ]
-    sizes = [count(corpus) for corpus in corpora] if console.watched() else []
+    sizes = [count_pairs(corpus) for corpus in corpora] if console.is_terminal() else []
     total = sum(size or 0 for size in sizes) if sizes and None not in sizes else None
-    room = options.sample // 2
+    wanted = options.sample // 2
     chooser = random.Random(options.seed)
-    kept: list[tuple[str, str]] = []
+    sample: list[TextPair] = []
     seen = 0
     with console.progress("reading", total, unit="pairs") as progress:
-        for seen, pair in enumerate(chain.from_iterable(map(pairs, corpora)), start=1):
-            if seen % STRIDE == 0:
-                progress.advance(STRIDE)
-            if len(kept) < room:
-                kept.append(pair)
-            elif (place := chooser.randrange(seen)) < room:
-                kept[place] = pair
-    console.say(f"read {seen:,} pairs" + (f", learning from {room:,} of them" if seen > room else ""))
-    return [source for source, _ in kept], [target for _, target in kept]
+        for seen, pair in enumerate(chain.from_iterable(map(read_corpus, corpora)), start=1):
+            if seen % PROGRESS_STEP == 0:
+                progress.advance(PROGRESS_STEP)
+            if len(sample) < wanted:
+                sample.append(pair)
+            elif (index := chooser.randrange(seen)) < wanted:
+                sample[index] = pair
+    console.say(f"read {seen:,} pairs" + (f", training on {wanted:,} of them" if seen > wanted else ""))
+    return [source for source, _ in sample], [target for _, target in sample]
 
 
 @dataclass(frozen=True)
-class _Text:
-    """The sentences of one side on their way into sentencepiece."""
+class _TrainingText:
+    """The sentences of one side as input of sentencepiece."""
 
     sentences: Sequence[str]
     normalisation: str
@@ -229,21 +217,23 @@ class _Text:
     def __iter__(self) -> Iterator[str]:
         normalise = normaliser(self.normalisation)
         for sentence in self.sentences:
-            # sentencepiece marks its own things with these two, and leaves out lines that hold them.
+            # sentencepiece uses these two characters itself, and skips lines that have them.
             text = normalise(sentence).replace("\t", " ").replace("\u2585", " ")
-            for start in range(0, len(text), LONGEST):
-                yield text[start : start + LONGEST]
+            for start in range(0, len(text), MAX_LINE):
+                yield text[start : start + MAX_LINE]
 
 
-def _learnt(texts: Sequence[_Text], options: TokenizerOptions) -> bytes:
-    """The bytes of a sentencepiece model for these texts."""
+def _train_model(texts: Sequence[_TrainingText], options: TokenizerOptions) -> bytes:
+    """The bytes of a sentencepiece model that is trained on these texts."""
     alphabet: set[str] = set()
     for line in chain.from_iterable(texts):
         alphabet.update(line)
     if not alphabet - {" "}:
-        raise DataError(f"there is no text to learn from in {', '.join(options.corpora)}; check the files")
-    coverage = options.coverage if options.coverage is not None else _coverage(len(alphabet), options.size)
-    console.say(f"learning {options.size:,} {options.kind} pieces, character coverage {coverage:g}")
+        raise DataError(f"there is no text to train on in {', '.join(options.corpora)}; check the files")
+    coverage = options.coverage
+    if coverage is None:
+        coverage = 1.0 if len(alphabet) <= SMALL_ALPHABET * options.size else DEFAULT_COVERAGE
+    console.say(f"training {options.size:,} {options.kind} pieces, character coverage {coverage:g}")
     settings: dict[str, Any] = {
         "vocab_size": options.size,
         "hard_vocab_limit": False,
@@ -253,11 +243,11 @@ def _learnt(texts: Sequence[_Text], options: TokenizerOptions) -> bytes:
         "split_digits": options.split_digits,
         "control_symbols": list(options.tags),
         "user_defined_symbols": list(options.placeholders),
-        # Sides normalise by themselves: what the model did besides would be seen nowhere.
+        # Sides normalise text themselves, so the model must not.
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
-        "max_sentence_length": 4 * LONGEST,
-        # Sums of unigram training depend on the number of threads, so it is the same on every machine.
+        "max_sentence_length": 4 * MAX_LINE,  # bytes
+        # Unigram training depends on the number of threads, so it is the same on every machine.
         "num_threads": 16,
         "minloglevel": 2,
         "pad_id": PAD,
@@ -271,35 +261,30 @@ def _learnt(texts: Sequence[_Text], options: TokenizerOptions) -> bytes:
             sentence_iterator=chain.from_iterable(texts), model_writer=model, **settings
         )
     except RuntimeError as error:
-        raise _explained(error, options) from error
-    learnt = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-    if learnt < options.size:
-        console.say(f"the text yields {learnt:,} pieces, not {options.size:,}: the vocabulary has as many")
+        raise _training_error(error, options) from error
+    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    if size < options.size:
+        console.say(f"the vocabulary has {size:,} pieces, not {options.size:,}: the text has no more")
     return model.getvalue()
 
 
-def _coverage(characters: int, size: int) -> float:
-    """All characters where they are few, and otherwise not those that hardly ever occur."""
-    return 1.0 if characters <= SMALL_ALPHABET * size else USUAL_COVERAGE
-
-
-def _explained(error: RuntimeError, options: TokenizerOptions) -> ConfigError | DataError:
+def _training_error(error: RuntimeError, options: TokenizerOptions) -> ConfigError | DataError:
     needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
     if needed:
         return ConfigError(
-            f"a vocabulary of {options.size} is too small: characters and special ids alone take "
+            f"a vocabulary of {options.size} is too small: characters and special ids alone need "
             f"{needed[1]}; raise --size above that or lower --coverage"
         )
     return DataError(
-        f"sentencepiece cannot learn from {', '.join(options.corpora)}: {str(error).strip()}; "
+        f"sentencepiece cannot be trained on {', '.join(options.corpora)}: {str(error).strip()}; "
         "check the text and the options"
     )
 
 
-def measure(side: Side, sentences: Sequence[str], *, language: str = "") -> SideReport:
-    """How this side's pieces fit these sentences, and which characters do not survive the round trip.
+def measure_side(side: Side, sentences: Sequence[str], *, language: str = "") -> SideReport:
+    """Statistics of this side's pieces on these sentences, and the characters lost in encoding and decoding.
 
-    A character survives if its canonical equivalent comes back; white space is not counted.
+    A character is lost if no canonical equivalent is decoded; white space is not counted.
     """
     encoded = side.encode(sentences)
     lost: Counter[str] = Counter()
@@ -318,7 +303,7 @@ def measure(side: Side, sentences: Sequence[str], *, language: str = "") -> Side
         tokens=tokens.total(),
         unknown=tokens[side.unk],
         bytes=sum(count for token, count in tokens.items() if side.is_byte(token)),
-        lost=tuple(Lost(character, count) for character, count in lost.most_common(LISTED)),
+        lost=tuple(LostCharacter(*each) for each in lost.most_common(REPORTED_CHARACTERS)),
     )
 
 

@@ -1,7 +1,7 @@
-"""What a run will take, said before its first step: memory, time and disk.
+"""The memory, time and disk space that a run needs, reported before its first step.
 
-Memory and time are measured by really taking a few steps with a copy of the network, which is thrown away:
-the run that follows is the same with or without them.
+Memory and time are measured by taking a few steps with a copy of the network, which is discarded: the run
+itself is the same with or without the measurement.
 """
 
 from __future__ import annotations
@@ -20,144 +20,147 @@ from torch import Tensor
 from trmt import console
 from trmt.devices import memory
 from trmt.devices.choice import autocast
-from trmt.sets.batches import TRIAL, Batches, Indices
-from trmt.training.display import About
-from trmt.training.learner import Learner
+from trmt.sets.batches import PROBE_SEED, Batches, PairNumbers
+from trmt.training.display import RunInfo
 from trmt.training.recipe import TrainingConfig
+from trmt.training.state import TrainState
+from trmt.training.step import train_step
 
-# The steps that are timed, as places in an epoch sorted by size: each stands for its share of the epoch, and
-# after each group those so far do so too.
-SAMPLES = ((0.5,), (0.1, 0.9), (0.3, 0.7))
-PATIENCE = 10.0  # seconds after which no further group is timed
-SAFE = 0.8  # of the free memory: what is expected to take more is not tried
-SLACK = 1.6  # on what is kept for the backward pass: with what it needs for a moment, as measured on a CPU
+# The steps to time, as quantiles of the size of an epoch's steps: the mean of each group, and of the first
+# groups together, is typical of the epoch.
+TIMED_QUANTILES = ((0.5,), (0.1, 0.9), (0.3, 0.7))
+MAX_SECONDS = 10.0  # after which no further group is timed
+SAFE_SHARE = 0.8  # of the free memory; steps that are expected to need more are not tried
+TEMPORARY = 1.6  # factor on the saved activations for temporary tensors, as measured on a CPU
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run that is to be taken on."""
+class PlannedRun:
+    """A run whose needs are to be estimated."""
 
-    learner: Learner
+    state: TrainState
     batches: Batches
     folder: Path
     training: TrainingConfig
     steps_per_epoch: int
-    last: int | None  # the step it ends at, if that is known
-    done: int = 0
+    last_step: int | None  # where it ends, if that is known
+
+    @property
+    def info(self) -> RunInfo:
+        """What the display of the run shows."""
+        state = self.state
+        network = f"{state.recipe.architecture}, {state.parameter_count / 1e6:.1f}M parameters"
+        return RunInfo(
+            name=str(self.folder),
+            network=f"{network}, {state.device.type} {state.precision}",
+            steps_per_epoch=self.steps_per_epoch,
+            last_step=self.last_step,
+            steps_done=state.progress.step,
+            memory=memory.total(state.device),
+        )
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a few real steps showed; the peak is None where the largest batch was not tried."""
+class Measurement:
+    """The result of a few real steps."""
 
     seconds: float  # a step
     tokens: float  # target tokens a step
-    steps: int  # that were timed
-    peak: int | None = None
-    parts: int = 1  # in how many the largest batch had to be split
+    steps: int  # the number of steps that were timed
+    peak: int | None = None  # bytes; None where the largest batches were not tried
+    micro_batches: int = 1  # into which the largest batch had to be split
 
 
-def about(job: Job) -> About:
-    """What can be shown of a run before its first step."""
-    learner = job.learner
-    network = f"{learner.recipe.architecture}, {learner.parameters / 1e6:.1f}M parameters"
-    return About(
-        name=str(job.folder),
-        network=f"{network}, {learner.device.type} {learner.precision}",
-        steps_per_epoch=job.steps_per_epoch,
-        last=job.last,
-        done=job.done,
-        memory=memory.total(learner.device),
-    )
+def weight_bytes(state: TrainState) -> int:
+    """The size of the weights."""
+    return sum(parameter.nbytes for parameter in state.net.parameters())
 
 
-def state_bytes(learner: Learner) -> int:
-    """Weights, gradients, the optimiser's two moments, and the running mean if there is one."""
-    weights = sum(parameter.nbytes for parameter in learner.net.parameters())
-    return weights * (4 + bool(learner.mean))
+def state_bytes(state: TrainState) -> int:
+    """The size of weights, gradients, the optimiser's two moments, and the moving average if there is one."""
+    return weight_bytes(state) * (4 + bool(state.ema))
 
 
-def activation_bytes(learner: Learner, batches: Batches) -> int:
-    """The most that a batch keeps for its backward pass, from measuring an eighth of the largest ones."""
-    return max(_kept_for_backward(learner, batches, pairs) for pairs in batches.largest())
+def activation_bytes(state: TrainState, batches: Batches) -> int:
+    """The most that a batch saves for its backward pass, from measuring an eighth of the largest ones."""
+    return max(_saved_activations(state, batches, pairs) for pairs in batches.largest_batches())
 
 
-def _kept_for_backward(learner: Learner, batches: Batches, pairs: Indices) -> int:
-    part = pairs[: max(len(pairs) // 8, 1)]
-    kept: dict[int, int] = {}
+def _saved_activations(state: TrainState, batches: Batches, pairs: PairNumbers) -> int:
+    some = pairs[: max(len(pairs) // 8, 1)]
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        batch = learner.objective.collate(batches.load(part, seed=TRIAL), learner.device)
-        with autocast(learner.precision, learner.device):
-            loss = learner.objective.loss(learner.net, batch)
-    own = {parameter.untyped_storage().data_ptr() for parameter in learner.net.parameters()}
+        batch = state.objective.collate(batches.load(some, seed=PROBE_SEED), state.device)
+        with autocast(state.precision, state.device):
+            loss = state.objective.loss(state.net, batch)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in state.net.parameters()}
     del loss
-    found = sum(size for place, size in kept.items() if place not in own)
-    return found * batches.cost(pairs) // batches.cost(part)
+    total = sum(size for address, size in saved.items() if address not in weights)
+    return total * batches.cost(pairs) // batches.cost(some)
 
 
-def disk_bytes(job: Job) -> int:
+def disk_bytes(run: PlannedRun) -> int:
     """The most that checkpoints take: those kept for their score, those to resume from, one being written."""
-    weights = sum(parameter.nbytes for parameter in job.learner.net.parameters())
-    whole = weights * (4 + bool(job.learner.mean))  # as a bundle, as it is, two moments, the mean
-    return weights * job.training.keep_best + whole * (job.training.keep_last + 1)
+    weights = weight_bytes(run.state)
+    resumable = weights * (4 + bool(run.state.ema))  # the bundle, the weights, two moments, the average
+    return weights * run.training.keep_best + resumable * (run.training.keep_last + 1)
 
 
-def disk_free(folder: Path) -> int:
-    """What is free where the folder is or will be."""
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def free_disk_bytes(folder: Path) -> int:
+    """The free space on the disk where the folder is or will be."""
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
-def measure(learner: Learner, batches: Batches, *, largest: bool) -> Measured:
-    """A few steps of typical size with a copy of the network, and one with the largest batch if wanted."""
+def measure(state: TrainState, batches: Batches, *, largest: bool) -> Measurement:
+    """Take a few steps of typical size with a copy of the state, and if wanted with each largest batch."""
     steps = batches.plan(0)
     sizes = [sum(batches.cost(pairs) for pairs in step) for step in steps]
     order = sorted(range(len(steps)), key=sizes.__getitem__)
-    with _as_before(learner.device):
-        weights = sum(parameter.nbytes for parameter in learner.net.parameters())
-        memory.forget_peak(learner.device)
-        scratch = copy.deepcopy(learner)
-        timed: list[tuple[float, int]] = []
-        _timed(scratch, batches, steps[order[len(order) // 2]])  # the first step of all makes room and plans
-        for group in SAMPLES:
-            timed += [_timed(scratch, batches, steps[order[int(len(order) * part)]]) for part in group]
-            if sum(seconds for seconds, _ in timed) > PATIENCE:
+    with _preserved_generators(state.device):
+        memory.reset_peak(state.device)
+        scratch = copy.deepcopy(state)
+        times: list[tuple[float, int]] = []
+        time_step(scratch, batches, steps[order[len(order) // 2]])  # a warm-up, which allocates memory
+        for group in TIMED_QUANTILES:
+            times += [time_step(scratch, batches, steps[order[int(len(order) * at)]]) for at in group]
+            if sum(seconds for seconds, _ in times) > MAX_SECONDS:
                 break
-        highest = None
+        peak = None
         if largest:
-            for pairs in batches.largest():
-                _timed(scratch, batches, [pairs])
-            highest = memory.peak(learner.device)
-        parts = 2**scratch.parts.halvings
+            for pairs in batches.largest_batches():
+                time_step(scratch, batches, [pairs])
+            peak = memory.peak(state.device)
+        micro_batches = 2**scratch.micro_batches.halvings
         del scratch
-    return Measured(
-        seconds=sum(seconds for seconds, _ in timed) / len(timed),
-        tokens=sum(tokens for _, tokens in timed) / len(timed),
-        steps=len(timed),
-        peak=None if highest is None else highest - weights,  # the copy's own
-        parts=parts,
+    return Measurement(
+        seconds=sum(seconds for seconds, _ in times) / len(times),
+        tokens=sum(tokens for _, tokens in times) / len(times),
+        steps=len(times),
+        peak=None if peak is None else peak - weight_bytes(state),  # without those of the copy
+        micro_batches=micro_batches,
     )
 
 
-def _timed(learner: Learner, batches: Batches, step: Sequence[Indices]) -> tuple[float, int]:
-    """Seconds and target tokens of a step."""
-    examples = [batches.load(pairs, seed=TRIAL) for pairs in step]
-    _settle(learner.device)
+def time_step(state: TrainState, batches: Batches, step: Sequence[PairNumbers]) -> tuple[float, int]:
+    """The seconds and target tokens of a step."""
+    examples = [batches.load(pairs, seed=PROBE_SEED) for pairs in step]
+    _synchronise(state.device)
     began = time.perf_counter()
-    learned = learner.learn(examples, 0)
-    _settle(learner.device)
-    return time.perf_counter() - began, learned.tokens
+    result = train_step(state, examples)
+    _synchronise(state.device)
+    return time.perf_counter() - began, result.tokens
 
 
-def _settle(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -165,108 +168,114 @@ def _settle(device: torch.device) -> None:
 
 
 @contextmanager
-def _as_before(device: torch.device) -> Iterator[None]:
-    """Leave the generators as they were."""
+def _preserved_generators(device: torch.device) -> Iterator[None]:
+    """Restore the random generators when the block ends."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def plan(job: Job) -> None:
-    """A table of what the run would take and of what is there, and warnings where that is less."""
-    learner, batches = job.learner, job.batches
-    states, free, now = (
-        state_bytes(learner),
-        memory.free(learner.device),
-        memory.taken(learner.device) or 0,
-    )
-    with _as_before(learner.device):
-        activations = activation_bytes(learner, batches)
-    expected = states + int(activations * SLACK)
-    fits = free is None or expected < free * SAFE
-    found = measure(learner, batches, largest=True) if fits else None
-    peak = found.peak if found and found.peak else now + expected
+# Reports
+
+
+def print_plan(run: PlannedRun) -> None:
+    """Print a table of what the run needs and what is available, and warnings where that is less."""
+    state, batches = run.state, run.batches
+    fixed, free, used = state_bytes(state), memory.free(state.device), memory.used(state.device) or 0
+    with _preserved_generators(state.device):
+        activations = activation_bytes(state, batches)
+    expected = fixed + int(activations * TEMPORARY)
+    fits = free is None or expected < free * SAFE_SHARE
+    found = measure(state, batches, largest=True) if fits else None
+    peak = found.peak if found and found.peak else used + expected
     how = "measured" if found and found.peak else "estimated"
-    disk, there = disk_bytes(job), disk_free(job.folder)
-    last = f"{job.last:,}" if job.last else "until patience ends it"
+    disk, free_disk = disk_bytes(run), free_disk_bytes(run.folder)
     rows = [
-        ["parameters", f"{learner.parameters:,}"],
-        ["weights, gradients, optimiser", size(states)],
-        ["activations of the largest batch", size(activations)],
-        [f"peak memory, {how}", f"{size(peak)}{f' of {size(free)} free' if free else ''}"],
-        ["steps per epoch", f"{job.steps_per_epoch:,}"],
-        ["steps in all", last],
-        *_times(job, found),
-        ["checkpoints on disk, at most", f"{size(disk)} of {size(there)} free"],
+        ["parameters", f"{state.parameter_count:,}"],
+        ["weights, gradients, optimiser", format_bytes(fixed)],
+        ["activations of the largest batch", format_bytes(activations)],
+        [f"peak memory, {how}", f"{format_bytes(peak)}{f' of {format_bytes(free)} free' if free else ''}"],
+        ["steps per epoch", f"{run.steps_per_epoch:,}"],
+        ["steps in total", f"{run.last_step:,}" if run.last_step else "until patience is used up"],
+        *_time_rows(run, found),
+        ["checkpoints on disk, at most", f"{format_bytes(disk)} of {format_bytes(free_disk)} free"],
         ["pairs", f"{len(batches.split):,}"],
-        ["target tokens per epoch", f"{int((batches.by_target + 1).sum()):,}"],
-        ["device and precision", f"{learner.device} {learner.precision}"],
+        ["target tokens per epoch", f"{int((batches.target_lengths + 1).sum()):,}"],
+        ["device and precision", f"{state.device} {state.precision}"],
     ]
-    console.table(f"plan for {job.folder}", ["what", "how much"], rows)
-    if found and found.parts > 1:
-        console.warn(f"the largest batch does not fit and goes in {found.parts} parts; {SMALLER}")
-    _warn_of_memory(states, peak - now, free)
-    _warn_of_disk(disk, there, job.folder)
+    console.table(f"plan for {run.folder}", ["what", "how much"], rows)
+    if found and found.micro_batches > 1:
+        console.warn(
+            f"the largest batch does not fit and is split into {found.micro_batches} micro-batches; {SMALLER}"
+        )
+    _warn_of_memory(fixed, peak - used, free)
+    _warn_of_disk(disk, free_disk, run.folder)
 
 
-def _times(job: Job, found: Measured | None) -> list[list[str]]:
+def _time_rows(run: PlannedRun, found: Measurement | None) -> list[list[str]]:
     if not found:
-        return [["time per step", "not measured: it would not fit"]]
+        return [["time per step", "not measured: it would not fit into memory"]]
     rows = [
         ["time per step", f"{found.seconds:.3g} s, mean of {found.steps} of typical size"],
         ["target tokens/s", f"{found.tokens / found.seconds:,.0f}"],
-        ["time per epoch", console.duration(found.seconds * job.steps_per_epoch)],
+        ["time per epoch", console.duration(found.seconds * run.steps_per_epoch)],
     ]
-    if job.last:
-        rows.append(["time in all", f"{console.duration(found.seconds * job.last)}, without validation"])
+    if run.last_step:
+        total = console.duration(found.seconds * run.last_step)
+        rows.append(["time in total", f"{total}, without validation"])
     return rows
 
 
 SMALLER = "halve batches.tokens and double batches.accumulate to take the same steps in less memory"
 
 
-def _warn_of_memory(states: int, needed: int, free: int | None) -> None:
+def _warn_of_memory(fixed: int, needed: int, free: int | None) -> None:
     if free is None or needed < free:
         return
-    if states > free * SAFE:
+    if fixed > free * SAFE_SHARE:
         console.warn(
-            f"the network and its optimiser alone take {size(states)} and {size(free)} are free; use a "
-            "smaller network.d_model or fewer layers, or another training.device"
+            f"the network and its optimiser alone take {format_bytes(fixed)} of memory and "
+            f"{format_bytes(free)} are free; use a smaller network.d_model or fewer layers, or another "
+            "training.device"
         )
     else:
-        console.warn(f"training takes about {size(needed)} of memory and {size(free)} are free; {SMALLER}")
-
-
-def _warn_of_disk(needed: int, there: int, folder: Path) -> None:
-    if needed > there:
         console.warn(
-            f"checkpoints take up to {size(needed)} and {size(there)} are free for {folder}; lower "
-            "training.keep_best or training.keep_last, or make room"
+            f"training takes about {format_bytes(needed)} of memory and {format_bytes(free)} are free; "
+            f"{SMALLER}"
         )
 
 
-def glance(job: Job) -> None:
-    """In one line what is known without taking a step, and warnings where that is too much already."""
-    states, free = state_bytes(job.learner), memory.free(job.learner.device)
-    disk, there = disk_bytes(job), disk_free(job.folder)
+def _warn_of_disk(needed: int, free: int, folder: Path) -> None:
+    if needed > free:
+        console.warn(
+            f"checkpoints take up to {format_bytes(needed)} and {format_bytes(free)} are free on the disk of "
+            f"{folder}; lower training.keep_best or training.keep_last, or free some space"
+        )
+
+
+def print_requirements(run: PlannedRun) -> None:
+    """Print in one line what is known without taking a step, and warnings where that is too much already."""
+    fixed, free = state_bytes(run.state), memory.free(run.state.device)
+    disk, free_disk = disk_bytes(run), free_disk_bytes(run.folder)
     console.say(
-        f"needs {size(states)} of memory besides batches{f' ({size(free)} free)' if free else ''}, "
-        f"up to {size(disk)} of disk ({size(there)} free)"
+        f"needs {format_bytes(fixed)} of memory besides batches"
+        f"{f' ({format_bytes(free)} free)' if free else ''}, "
+        f"up to {format_bytes(disk)} of disk ({format_bytes(free_disk)} free)"
     )
-    _warn_of_memory(states, states, free)
-    _warn_of_disk(disk, there, job.folder)
+    _warn_of_memory(fixed, fixed, free)
+    _warn_of_disk(disk, free_disk, run.folder)
 
 
-def pace(job: Job, *, seconds: float) -> str:
-    """In one line what the first steps have shown, each of which took so many seconds."""
-    peak = memory.peak(job.learner.device)
-    left = (job.last - job.done) * seconds if job.last else None
-    total = f", {console.duration(left)} to step {job.last:,}" if left else ""
-    most = f"; memory so far {size(peak)}" if peak else ""
-    return f"{seconds:.2g} s a step: {console.duration(seconds * job.steps_per_epoch)} an epoch{total}{most}"
+def describe_speed(run: PlannedRun, *, seconds: float) -> str:
+    """One line on the time that epoch and run will take, and the memory so far; a step takes `seconds`."""
+    peak = memory.peak(run.state.device)
+    left = (run.last_step - run.state.progress.step) * seconds if run.last_step else None
+    total = f", {console.duration(left)} to step {run.last_step:,}" if left else ""
+    most = f"; memory so far {format_bytes(peak)}" if peak else ""
+    return f"{seconds:.2g} s a step: {console.duration(seconds * run.steps_per_epoch)} an epoch{total}{most}"
 
 
-def size(count: int) -> str:
-    """Bytes as people say them."""
+def format_bytes(count: int) -> str:
+    """A number of bytes in MiB or GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"

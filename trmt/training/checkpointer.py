@@ -1,163 +1,142 @@
-"""What a run keeps with each checkpoint, so that it goes on from there exactly as if nothing had happened."""
+"""Saving and restoring the state of a run, so that a resumed run continues as if it had never stopped."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from trmt.bundles import bundles, checkpoints
-from trmt.bundles.checkpoints import Checkpoint
-from trmt.errors import DataError
+from trmt.bundles import bundles, checkpoints, slices
+from trmt.bundles.bundles import Manifest
+from trmt.bundles.checkpoints import TRAINING, Checkpoint, SavedState
+from trmt.bundles.slices import SlicedTensors, TensorSlice
+from trmt.errors import BundleError, DataError
 from trmt.sets.batches import Batches
-from trmt.storage.files import sweep, write_json
+from trmt.storage.files import atomic_folder, remove_partials, write_json
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import sharding
-from trmt.training.learner import Learner
-from trmt.training.recipe import Recipe
-from trmt.training.spikes import Spikes
-from trmt.training.validation import Seen
+from trmt.training.state import TrainState
+from trmt.training.validation import ValidationResult
 
-HALVINGS = "halvings.json"  # in a run folder: what an attempt learned of memory and could not save
+HALVINGS = "halvings.json"  # in a run folder: for the next attempt, from one that could not save
 
 
-@dataclass
-class Progress:
-    """What changes during a run, apart from tensors; saved with every checkpoint."""
+class Checkpointer:
+    """Writes and restores the checkpoints of a run; its methods are for all ranks to call together."""
 
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    best: float | None = None
-    stale: int = 0  # validations since the best one
-    target_tokens: int = 0
-    seconds: float = 0.0
-    look_due: bool = False  # whether the dev set has still to be looked at with these weights
+    def __init__(self, folder: Path, state: TrainState, tokenizer: Tokenizer, batches: Batches) -> None:
+        self.folder, self.state, self.tokenizer, self.batches = folder, state, tokenizer, batches
+        self.data, self.distributed = batches.data, state.distributed
 
-    def judge(self, value: float, *, lower_is_better: bool) -> None:
-        """Count the validations since the best one, of which this is the newest."""
-        better = self.best is None or (value < self.best if lower_is_better else value > self.best)
-        if math.isnan(value):  # never an improvement, not even on nothing
-            better = False
-        if better:
-            self.best = value
-        self.stale = 0 if better else self.stale + 1
+    # Restore
 
-
-class Keeper:
-    """Writes the checkpoints of a run, and takes them up; for all ranks of a team to call together."""
-
-    def __init__(
-        self,
-        folder: Path,
-        recipe: Recipe,
-        tokenizer: Tokenizer,
-        learner: Learner,
-        batches: Batches,
-        spikes: Spikes,
-    ) -> None:
-        self.folder, self.recipe, self.tokenizer = folder, recipe, tokenizer
-        self.learner, self.batches, self.spikes = learner, batches, spikes
-        self.data, self.team = batches.data, learner.team
-
-    # Take up
-
-    def newest(self) -> checkpoints.State | None:
-        """The newest state that is whole; the leader also removes what was left half-written."""
-        if self.team.leads:
-            sweep(self.folder)
+    def newest(self) -> SavedState | None:
+        """The newest undamaged training state; rank 0 also removes what killed processes left behind."""
+        if self.distributed.is_main:
+            remove_partials(self.folder)
         return checkpoints.newest_state(self.folder)
 
-    def take_up(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Progress:
-        """Put everything back to where it stood, and say how far that was."""
-        if plain["data"] != self.data.fingerprint:
+    def restore(self, saved: SavedState) -> None:
+        """Restore weights, optimiser, progress and everything else that was saved."""
+        values, tensors = saved
+        if values["data"] != self.data.fingerprint:
             raise DataError(
                 f"{self.data.folder} is not the data that {self.folder} was trained on; prepare it as "
                 "before, or name another run folder to start a new run"
             )
-        self.learner.restore(plain["learner"], tensors)
-        self.spikes.failed = plain.get("failed", 0)
-        return Progress(**plain["progress"])
+        self.state.restore(values, tensors)
 
-    def remember_shortage(self) -> None:
-        """Note, where nothing can be saved, that the next attempt is to take smaller parts of batches."""
-        write_json(self.folder / HALVINGS, self.learner.parts.halvings + 1)
+    def save_halvings(self) -> None:
+        """Let the next attempt use smaller micro-batches, where no checkpoint can be saved any more."""
+        write_json(self.folder / HALVINGS, self.state.micro_batches.halvings + 1)
 
-    def recall_shortage(self) -> None:
-        """Take up what an attempt learned that ran out of memory before it could save."""
+    def restore_halvings(self) -> None:
+        """Use what `save_halvings` of an earlier attempt wrote."""
         with suppress(FileNotFoundError, ValueError):
-            known = int((self.folder / HALVINGS).read_bytes())
-            self.learner.parts.halvings = max(self.learner.parts.halvings, known)
+            saved = int((self.folder / HALVINGS).read_bytes())
+            self.state.micro_batches.halvings = max(self.state.micro_batches.halvings, saved)
 
     # Save
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint; its scores come later."""
-        manifest = bundles.describe(
-            self.learner.net,
-            self.recipe.architecture,
+    def save(self) -> None:
+        """Write a checkpoint; validation scores are added later."""
+        state, progress = self.state, self.state.progress
+        manifest = bundles.make_manifest(
+            state.net,
+            state.recipe.architecture,
             self.tokenizer,
-            longest=self._longest(),
+            longest={
+                "source": int(self.batches.source_lengths.max()),
+                "target": int(self.batches.target_lengths.max()),
+            },
             data={"set": self.data.folder.name, "fingerprint": self.data.fingerprint},
             training={
                 "step": progress.step,
                 "epoch": progress.epoch,
                 "target_tokens": progress.target_tokens,
-                **self.learner.objective.told(),
+                **state.objective.told(),
             },
         )
-        state = {
-            "progress": vars(progress),
-            "failed": self.spikes.failed,
-            "data": self.data.fingerprint,
-            "learner": self.learner.state(),
-        }
-        self._write(manifest, state, progress.step)
-        if not progress.look_due:
+        values = {"data": self.data.fingerprint, **state.values()}
+        if state.sharded:
+            self._save_sharded(manifest, values)
+        else:
+            self.distributed.on_main(lambda: self._save_whole(manifest, values))
+        if not progress.validation_pending:
             self.prune()
 
-    def _write(self, manifest: bundles.Manifest, state: Mapping[str, Any], step: int) -> None:
-        learner, tensors = self.learner, self.learner.tensors()
-
-        def write() -> None:
-            whole = (state, tensors)
-            checkpoints.save(self.folder, manifest, learner.weights(), self.tokenizer, step=step, state=whole)
-
-        if not learner.sharded:
-            self.team.lead(write)
-            return
-        mine = sharding.slices_of(tensors, self.team)
-        checkpoints.save_slices(
+    def _save_whole(self, manifest: Manifest, values: Mapping[str, Any]) -> None:
+        checkpoints.save_checkpoint(
             self.folder,
             manifest,
+            self.state.bundle_weights(),
             self.tokenizer,
-            step=step,
-            state=(state, mine),
-            kept=learner.kept(),
-            team=self.team,
+            step=self.state.progress.step,
+            state=(values, self.state.tensors()),
         )
 
-    def _longest(self) -> dict[str, int]:
-        """The longest sentences met in training: beyond them the network has seen nothing."""
-        return {"source": int(self.batches.by_source.max()), "target": int(self.batches.by_target.max())}
+    def _save_sharded(self, manifest: Manifest, values: Mapping[str, Any]) -> None:
+        """Let each rank write the rows it has; rank 0 merges the weights into the bundle."""
+        own = sharding.slices_to_save(self.state.tensors(), self.distributed)
+        target = checkpoints.step_folder(self.folder, self.state.progress.step)
+        is_main = self.distributed.is_main
+        with atomic_folder(target) if is_main else nullcontext(self.folder) as partial:
+            folder = partial / TRAINING
+            if is_main:
+                folder.mkdir()
+            folder = Path(self.distributed.on_main(lambda: str(folder)))
+            written = self.distributed.all_gather(self._write_slices(folder, own))
+            if is_main:
+                slices.write_index(folder, written)
+                SlicedTensors(folder).merge(partial / bundles.WEIGHTS, self.state.bundle_names())
+                bundles.finish_bundle(partial, manifest, self.tokenizer)
+                checkpoints.write_state(folder, values, tensors=slices.INDEX)
+        self.distributed.on_main(lambda: None)  # no rank goes on before the checkpoint is complete
 
-    def add(self, progress: Progress, seen: Seen) -> None:
-        """Give the checkpoint just written what a look with its weights found."""
-        if not self.team.leads:
+    def _write_slices(self, folder: Path, own: Mapping[str, TensorSlice]) -> dict[str, Any]:
+        rank, world_size = self.distributed.rank, self.distributed.world_size
+        try:
+            return slices.write_slices(folder, own, rank=rank, world_size=world_size)
+        except OSError as error:
+            raise BundleError(
+                f"cannot write to {folder}: {error.strerror or error}; free some space, and check that every "
+                "machine sees the run folder"
+            ) from error
+
+    def add_results(self, result: ValidationResult) -> None:
+        """Add validation results to the checkpoint of this step, then remove checkpoints not to be kept."""
+        if not self.distributed.is_main:
             return
-        point = Checkpoint(checkpoints.step_folder(self.folder, progress.step), progress.step)
-        kept = {"scores": seen.scores if seen.judged else (), "golden": seen.samples}
-        point.add({"progress": vars(progress)}, **kept)
+        progress = self.state.progress
+        checkpoint = Checkpoint(checkpoints.step_folder(self.folder, progress.step), progress.step)
+        scores = result.scores if result.has_metric else ()
+        checkpoint.add_results({"progress": asdict(progress)}, scores=scores, golden=result.samples)
         self.prune()
 
     def prune(self) -> None:
-        """Let go of the checkpoints that are neither among the best nor among the last."""
-        if not self.team.leads:
-            return
-        training = self.recipe.training
-        checkpoints.prune(self.folder, best=training.keep_best, last=training.keep_last)
+        """Remove the checkpoints that are neither among the best nor among the last."""
+        if self.distributed.is_main:
+            training = self.state.recipe.training
+            checkpoints.prune(self.folder, best=training.keep_best, last=training.keep_last)

@@ -1,4 +1,4 @@
-"""What a run folder says of itself: its recipe with every default, its data, how far it came and how well."""
+"""Facts about a run from its folder: recipe with all defaults, data, progress, scores, network size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import CONFIG
-from trmt.config import build, tree_of
+from trmt.config import build, to_tree
 from trmt.errors import TrmtError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
+from trmt.sets.record import RECORD
 from trmt.sets.shards import dev_file
-from trmt.sets.unchanged import RECORD
 from trmt.training import planning
 from trmt.training.history import LOG, TRAIN, VALIDATE, History, Point, best
 from trmt.training.recipe import Recipe, flat, read_recipe
@@ -26,28 +26,28 @@ Facts = dict[str, Any]
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is the folder of a training run, which may have no checkpoint yet."""
+    """Whether the folder is a run folder; it may have no checkpoint yet."""
     return (folder / CONFIG).is_file()
 
 
 def run_of(bundle: Path) -> Path | None:
-    """The run folder that a bundle lies in, if it lies in one."""
+    """The run folder that contains a bundle, if there is one."""
     parent = bundle.resolve().parent
     return parent if is_run(parent) else None
 
 
-# What it was to be
+# Configuration
 
 
 def recipe(run: Path) -> Recipe:
-    """The recipe that a run was begun with."""
+    """The recipe of a run."""
     return read_recipe(run / CONFIG)
 
 
 def settings(run: Path) -> Facts:
-    """Every setting of a run by its dotted name, those that its recipe leaves to defaults included."""
+    """Every setting of a run by dotted name, including defaults."""
     found = recipe(run)
-    tree = tree_of(found)
+    tree = to_tree(found)
     tree["network"] = _with_defaults(NETWORKS, found.architecture, found.network)
     tree["loss"] = _with_defaults(OBJECTIVES, found.objective, found.loss)
     return flat(tree)
@@ -55,25 +55,25 @@ def settings(run: Path) -> Facts:
 
 def _with_defaults(table: Mapping[str, str], name: str, options: Facts) -> Facts:
     try:
-        return tree_of(build(resolve(table, name).config_class, options, where=name))
-    except TrmtError:  # code outside trmt, or of another version: what is written has to do
+        return to_tree(build(resolve(table, name).config_class, options, where=name))
+    except TrmtError:  # code outside trmt or of another version, whose defaults are unknown
         return options
 
 
 def origin(run: Path) -> Facts:
-    """What a run was begun with."""
+    """What a run was started with."""
     found = planning.read_origin(run)
-    return tree_of(found) if found else {}
+    return to_tree(found) if found else {}
 
 
 def data(run: Path) -> Facts:
-    """The prepared set that a run was begun with, as it was then."""
+    """The prepared set of a run, as it was when the run was started."""
     try:
         index = json.loads((run / RECORD).read_bytes())
         splits, files = index["splits"], index["files"]
         languages = list(index.get("languages", ()))
         corpora = [{"name": each["name"], "pairs": each["kept"]} for each in index["corpora"]]
-    except (OSError, ValueError, KeyError, TypeError):  # of a run without a record
+    except (OSError, ValueError, KeyError, TypeError):  # the run has no record of its data
         return {}
     texts = [files.get(dev_file(side), {}).get("sha256") for side in ("source", "target")]
     found = origin(run)
@@ -87,16 +87,16 @@ def data(run: Path) -> Facts:
     }
 
 
-# What became of it
+# Results
 
 
 def history(run: Path) -> History | None:
-    """The log of a run; None before it has one."""
+    """The history in a run's log; None before there is one."""
     return History.read(run / LOG) if (run / LOG).is_file() else None
 
 
 def progress(found: History) -> Facts:
-    """How far a run came: steps, target tokens, seconds of training, and its usual speed."""
+    """Steps, target tokens, seconds of training, and the median speed."""
     if not found.entries:
         return {"step": 0}
     last = found.entries[-1]
@@ -107,7 +107,7 @@ def progress(found: History) -> Facts:
 
 
 def best_scores(found: History) -> list[Facts]:
-    """The best of each metric on the dev set, with the step and the signature."""
+    """The best score of each metric on the dev set, with its step and signature."""
     points = [(metric, best(found.curve(VALIDATE, metric), metric)) for metric in found.metrics()]
     return [
         {"metric": metric, "value": point.value, "step": point.step, "signature": _signature(found, metric)}
@@ -117,7 +117,7 @@ def best_scores(found: History) -> list[Facts]:
 
 
 def _signature(found: History, metric: str) -> str:
-    """The signature of a metric's newest score."""
+    """The signature of the newest score of a metric."""
     for entry in reversed(found.entries):
         for score in entry.get("scores", ()):
             if score["metric"] == metric:
@@ -125,20 +125,20 @@ def _signature(found: History, metric: str) -> str:
     return ""
 
 
-# Its network
+# Network
 
 
-def parts(weights: Mapping[str, Tensor], manifest: Manifest) -> dict[str, int]:
-    """How many numbers each part of a network has; those it shares are counted once."""
+def parameter_counts(weights: Mapping[str, Tensor], manifest: Manifest) -> dict[str, int]:
+    """The number of parameters of each top-level module; tied ones are counted once."""
     counts: dict[str, int] = {}
     for name, tensor in weights.items():
         if name not in manifest.tied:
-            part = name.partition(".")[0]
-            counts[part] = counts.get(part, 0) + math.prod(tensor.shape)
+            module = name.partition(".")[0]
+            counts[module] = counts.get(module, 0) + math.prod(tensor.shape)
     return counts
 
 
-def shared(manifest: Manifest) -> dict[str, str]:
-    """The parts that are another one, by the name of that one."""
+def tied_modules(manifest: Manifest) -> dict[str, str]:
+    """The top-level modules whose weights are those of another one, with the name of that one."""
     pairs = {name.partition(".")[0]: other.partition(".")[0] for name, other in manifest.tied.items()}
     return {name: other for name, other in pairs.items() if name != other}

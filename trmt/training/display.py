@@ -1,9 +1,9 @@
-"""A training run as a person watches it: one picture on a terminal that is drawn anew, plain lines elsewhere.
+"""The display of a training run: a live view on a terminal, plain lines elsewhere.
 
-With console.py the only file that knows Rich. Everything shown comes from the run's log entries, so a
-resumed run shows its whole past. Samples are text of any script from a network that may say anything: they
-are stripped of what steers a terminal, and every line is cut to the terminal's width by what its characters
-take up there.
+With console.py the only file that imports Rich. Everything shown comes from the run's log entries, so a
+resumed run shows its whole history. Sample translations are arbitrary text in any script: terminal control
+characters are removed from them, and every line is cut to the width of the terminal by the width of its
+characters.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from trmt import console, pauses
+from trmt import clock, console
 from trmt.training.history import LABELS, TRAIN, VALIDATE, History, best
 from trmt.training.textplot import Segment, sparkline
 
-REFRESH = 2.0  # pictures a second
-NARROW = 80  # columns below which remarks are left out
-BAR = 24
-LABEL = 14  # columns
-CURVE = 48
-SAMPLE_LINES = 2  # of each translation
-JOINERS = "\u200c\u200d"  # of Persian and Indic scripts; all other format characters are for the terminal
-# Scripts that put no space between words are compared sign by sign.
+REFRESH = 2.0  # updates a second
+NARROW = 80  # columns of a terminal below which details are left out
+BAR = 24  # columns of the progress bar
+LABEL = 14  # columns of labels
+CURVE = 48  # columns of curves
+SAMPLE_LINES = 2  # at most, of each text of a sample
+JOINERS = "\u200c\u200d"  # of Persian and Indic scripts; other format characters can change the terminal
+# Scripts without spaces between words are compared character by character.
 WORDS = re.compile(
     r"\s+|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
     r"|[^\s\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
@@ -41,99 +41,101 @@ WORDS = re.compile(
 
 
 @dataclass(frozen=True)
-class About:
+class RunInfo:
     """What is known of a run before its first step."""
 
-    name: str
-    network: str
+    name: str  # the run folder
+    network: str  # architecture, size, device and precision
     steps_per_epoch: int
-    last: int | None  # the step it ends at, if that is known
-    done: int = 0  # steps taken at another time
-    memory: int | None = None  # bytes that the device has
+    last_step: int | None  # where it ends, if that is known
+    steps_done: int = 0  # before this process was started
+    memory: int | None = None  # of the device, in bytes
 
 
-class Screen(Protocol):
-    """What training tells whoever watches; its log entries come by way of the history."""
+class TrainingDisplay(Protocol):
+    """Shows the progress of training; the log entries to show come from the history."""
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """So many steps were taken."""
+        """Count steps that were taken; a rollback counts negative ones."""
 
-    def doing(self, what: str) -> None:
-        """What takes its time besides steps; nothing when that is over."""
+    def set_activity(self, activity: str) -> None:
+        """What is going on besides steps; an empty string when it is over."""
 
-    def looked(self, samples: Sequence[Mapping[str, str]], outlook: str) -> None:
-        """A validation is in the log; more training is expected to bring this."""
+    def show_validation(self, samples: Sequence[Mapping[str, str]], forecast: str) -> None:
+        """A validation was logged; `forecast` says what more training is expected to gain."""
 
 
 @contextmanager
-def watching(about: About, history: History) -> Iterator[Screen]:
-    """Show a run for as long as the block lasts."""
-    if not console.watched():
-        with console.progress("training", about.last, unit="steps", done=about.done) as lines:
-            yield Lines(lines)
+def open_display(info: RunInfo, history: History) -> Iterator[TrainingDisplay]:
+    """Show a run until the block ends."""
+    if not console.is_terminal():
+        done = info.steps_done
+        with console.progress("training", info.last_step, unit="steps", done=done) as progress:
+            yield LineDisplay(progress)
         return
-    picture = Picture(about, history)
+    display = LiveDisplay(info, history)
     with (
-        console.drawing() as terminal,
-        _Steady(picture, console=terminal, refresh_per_second=REFRESH, redirect_stdout=False),
+        console.live_console() as terminal,
+        _ResizableLive(display, console=terminal, refresh_per_second=REFRESH, redirect_stdout=False),
     ):
-        # Rich hides the cursor while it draws; a process killed by force could never bring it back.
+        # Rich hides the cursor while it draws; a process that is killed would leave it hidden.
         terminal.show_cursor(True)
-        yield picture
+        yield display
 
 
-class _Steady(Live):
-    """A live picture that survives a terminal that gets narrower."""
+class _ResizableLive(Live):
+    """A live view that stays readable when the terminal gets narrower."""
 
     width = 0
 
     def refresh(self) -> None:
         size = self.console.size
         if size.width < self.width:
-            # The terminal has folded what was drawn, so nobody knows how many lines it takes to erase it:
-            # it scrolls out of sight instead, and with it, unharmed, the messages above.
+            # The terminal has wrapped what was drawn, so the number of lines to erase is unknown: scroll it
+            # out of sight instead, together with the messages above it.
             self.console.file.write("\n" * size.height)
         self.width = size.width
         super().refresh()
 
 
-class Lines:
-    """A run in a log file: a line now and then."""
+class LineDisplay:
+    """Plain lines, as in a log file."""
 
-    def __init__(self, lines: console.Progress | None = None) -> None:
-        self.lines = lines
+    def __init__(self, progress: console.ProgressBar | None = None) -> None:
+        self.progress = progress
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        if self.lines:
-            self.lines.advance(amount, note)
+        if self.progress:
+            self.progress.advance(amount, note)
 
-    def doing(self, what: str) -> None:
+    def set_activity(self, activity: str) -> None:
         pass
 
-    def looked(self, samples: Sequence[Mapping[str, str]], outlook: str) -> None:
+    def show_validation(self, samples: Sequence[Mapping[str, str]], forecast: str) -> None:
         for sample in samples[:1]:
-            console.say(f"  {harmless(sample['source'])}\n  -> {harmless(sample['translation'])}")
-        if outlook:
-            console.say(f"  {outlook}")
+            source, translation = (remove_controls(sample[key]) for key in ("source", "translation"))
+            console.say(f"  {source}\n  -> {translation}")
+        if forecast:
+            console.say(f"  {forecast}")
 
 
-class Picture:
-    """A run on a terminal, as it stands whenever it is drawn."""
+class LiveDisplay:
+    """A live view on a terminal, rendered from the current state whenever it is drawn."""
 
-    def __init__(self, about: About, history: History) -> None:
-        self.about, self.history = about, history
-        self.step = about.done
-        self.began = pauses.now()
-        self.what = self.outlook = ""
+    def __init__(self, info: RunInfo, history: History) -> None:
+        self.info, self.history = info, history
+        self.step = info.steps_done
+        self.began = clock.now()
+        self.activity = self.forecast = ""
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.step += int(amount)
 
-    def doing(self, what: str) -> None:
-        self.what = what
+    def set_activity(self, activity: str) -> None:
+        self.activity = activity
 
-    def looked(self, samples: Sequence[Mapping[str, str]], outlook: str) -> None:
-        self.outlook = outlook
+    def show_validation(self, samples: Sequence[Mapping[str, str]], forecast: str) -> None:
+        self.forecast = forecast
 
     def __rich_console__(self, terminal: Console, options: ConsoleOptions) -> RenderResult:
         size = terminal.size
@@ -142,64 +144,64 @@ class Picture:
 
     def lines(self, width: int, height: int, *, plain: bool = False) -> list[Text]:
         """At most `height` - 1 lines of less than `width` columns."""
-        room, across = max(height - 1, 1), max(width - 1, 1)
-        lines = [Text(), self._name(), self._way(across, plain=plain), *self._curves(across, plain=plain)]
-        lines += self._state()
-        lines += _wrapped(Text(self.outlook), across, SAMPLE_LINES) if self.outlook else []
-        samples = _samples(self.history, across, room - len(lines))
-        return [_cut(line, across) for line in (lines + samples)[:room]]
+        rows, columns = max(height - 1, 1), max(width - 1, 1)
+        lines = [Text(), self._title(), self._progress(columns, plain=plain)]
+        lines += [*self._curves(columns, plain=plain), *self._speed_and_memory()]
+        lines += _wrapped(Text(self.forecast), columns, SAMPLE_LINES) if self.forecast else []
+        samples = _samples(self.history, columns, rows - len(lines))
+        return [_cut(line, columns) for line in (lines + samples)[:rows]]
 
-    def _name(self) -> Text:
-        busy = f"  {self.what} ..." if self.what else ""
-        return Text.assemble((harmless(self.about.name), "bold"), busy, "  ", (self.about.network, "dim"))
+    def _title(self) -> Text:
+        activity = f"  {self.activity} ..." if self.activity else ""
+        name = remove_controls(self.info.name)
+        return Text.assemble((name, "bold"), activity, "  ", (self.info.network, "dim"))
 
-    def _way(self, width: int, *, plain: bool) -> Text:
-        about, wide = self.about, width >= NARROW - 1
-        passed, taken = pauses.now() - self.began, self.step - about.done
+    def _progress(self, width: int, *, plain: bool) -> Text:
+        last, wide = self.info.last_step, width >= NARROW - 1
+        elapsed, taken = clock.now() - self.began, self.step - self.info.steps_done
         line = Text(f"step {self.step:,}")
-        if about.last:
-            part = min(self.step / about.last, 1.0)
+        if last:
+            share = min(self.step / last, 1.0)
             bar = BAR if wide else BAR // 2
-            full = int(part * bar)
+            full = int(share * bar)
             done, left = ("#" * full, "-" * (bar - full)) if plain else ("━" * full, "─" * (bar - full))
-            line = Text.assemble((done, "green"), (left, "dim"), f" {part:4.0%}  {line} of {about.last:,}")
+            line = Text.assemble((done, "green"), (left, "dim"), f" {share:4.0%}  {line} of {last:,}")
             if taken > 0:
-                seconds = passed * max(about.last - self.step, 0) / taken
+                seconds = elapsed * max(last - self.step, 0) / taken
                 line.append(f"  {console.duration(seconds)} left", "bold")
-        line.append(f"  epoch {self.step / max(about.steps_per_epoch, 1):.1f}")
+        line.append(f"  epoch {self.step / max(self.info.steps_per_epoch, 1):.1f}")
         if wide:
-            line.append(f"  {console.duration(passed)} gone", "dim")
+            line.append(f"  {console.duration(elapsed)} elapsed", "dim")
         return line
 
     def _curves(self, width: int, *, plain: bool) -> list[Text]:
-        wanted = [("train loss", TRAIN, "loss")]
+        rows = [("train loss", TRAIN, "loss")]
         for name in sorted(self.history.metrics(), key=lambda name: name != "loss"):
-            wanted.append((f"dev {LABELS.get(name, name)}", VALIDATE, name))
-        wanted.append(("learning rate", TRAIN, "lr"))
-        return [self._curve(*row, width=width, plain=plain) for row in wanted if self.history.curve(*row[1:])]
+            rows.append((f"dev {LABELS.get(name, name)}", VALIDATE, name))
+        rows.append(("learning rate", TRAIN, "lr"))
+        return [self._curve(*row, width=width, plain=plain) for row in rows if self.history.curve(*row[1:])]
 
     def _curve(self, label: str, event: str, name: str, *, width: int, plain: bool) -> Text:
         points = self.history.curve(event, name)
         value = points[-1].value
-        line = Text.assemble((f"{label:{LABEL}}", "dim"), (f"{_figure(name, value):>9}  ", "bold"))
+        line = Text.assemble((f"{label:{LABEL}}", "dim"), (f"{_number(name, value):>9}  ", "bold"))
         remark = ""
         if event == VALIDATE and width >= NARROW - 1:
             top = best(points, name)
-            remark = f"  best {_figure(name, top.value)} at {top.step:,}" if top else ""
-        # The remarks need a column of their own, so that curves end where they like.
-        across = max(min(width - len(line) - (30 if width >= NARROW - 1 else 0), CURVE), 0)
-        curve = sparkline([point.value for point in points], across, plain=plain)
+            remark = f"  best {_number(name, top.value)} at {top.step:,}" if top else ""
+        columns = max(min(width - len(line) - (30 if width >= NARROW - 1 else 0), CURVE), 0)
+        curve = sparkline([point.value for point in points], columns, plain=plain)
         line.append(curve, "cyan" if event == TRAIN else "green")
         line.append(remark, "dim")
         return line
 
-    def _state(self) -> list[Text]:
+    def _speed_and_memory(self) -> list[Text]:
         last = self.history.last(TRAIN)
         facts = []
         if last and last.get("tokens_per_second") is not None:
             facts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
         if last and last.get("memory"):
-            of = f" of {gib(self.about.memory)}" if self.about.memory else ""
+            of = f" of {gib(self.info.memory)}" if self.info.memory else ""
             facts.append(f"memory {gib(last['memory'])}{of} GiB")
         if last and last.get("waited") is not None:
             facts.append(f"data wait {last['waited']:.1%}")
@@ -207,11 +209,11 @@ class Picture:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB: two digits where they are few."""
+    """A number of bytes in GiB, with two digits below 10."""
     return f"{size / 2**30:.2g}" if size < 10 * 2**30 else f"{size / 2**30:,.0f}"
 
 
-def _figure(name: str, value: float) -> str:
+def _number(name: str, value: float) -> str:
     if name == "lr":
         return f"{value:.2e}"
     return f"{value:.4f}" if name == "loss" else f"{value:.2f}"
@@ -220,8 +222,8 @@ def _figure(name: str, value: float) -> str:
 # Samples
 
 
-def _samples(history: History, width: int, room: int) -> list[Text]:
-    """Translations of the last validation beside those of the one before, as many as there is room for."""
+def _samples(history: History, width: int, max_lines: int) -> list[Text]:
+    """Translations of the last validation next to those of the one before, as many as fit."""
     now, before = history.last(VALIDATE), history.last(VALIDATE, back=1)
     if not now:
         return []
@@ -229,7 +231,7 @@ def _samples(history: History, width: int, room: int) -> list[Text]:
     lines: list[Text] = []
     for sample in now.get("samples", ()):
         block = [Text(), *_sample(sample, earlier.get(sample["source"]), now, before, width)]
-        if len(lines) + len(block) > room:
+        if len(lines) + len(block) > max_lines:
             break
         lines += block
     return lines
@@ -242,66 +244,66 @@ def _sample(
     before: Mapping[str, Any] | None,
     width: int,
 ) -> list[Text]:
-    translation = harmless(sample["translation"])
-    rows = [("source", Text(harmless(sample["source"]), "dim"))]
+    translation = remove_controls(sample["translation"])
+    rows = [("source", Text(remove_controls(sample["source"]), "dim"))]
     if earlier is not None and before is not None:
-        gone, new = changes(harmless(earlier), translation)
-        rows.append((f"step {before['step']:,}", _marked(gone, "strike dim")))
-        rows.append((f"step {now['step']:,}", _marked(new, "bold underline green")))
+        old_words, new_words = word_diff(remove_controls(earlier), translation)
+        rows.append((f"step {before['step']:,}", _highlighted(old_words, "strike dim")))
+        rows.append((f"step {now['step']:,}", _highlighted(new_words, "bold underline green")))
     else:
         rows.append((f"step {now['step']:,}", Text(translation)))
-    rows.append(("reference", Text(harmless(sample["reference"]), "dim")))
+    rows.append(("reference", Text(remove_controls(sample["reference"]), "dim")))
     return [line for label, text in rows for line in _labelled(label, text, width)]
 
 
 def _labelled(label: str, text: Text, width: int) -> list[Text]:
-    """The text beside its label, in a few lines at most."""
-    across = width - LABEL
-    # Terminals disagree on how wide some scripts are: what they may draw wider gets room for that.
+    """The text next to its label, in a few lines at most."""
+    columns = width - LABEL
+    # Terminals disagree on the width of some scripts: leave space where they may draw them wider.
     if any(ord(character) > 0x2FF for character in text.plain):
-        across -= across // 8
-    lines = _wrapped(text, max(across, 8), SAMPLE_LINES)
+        columns -= columns // 8
+    lines = _wrapped(text, max(columns, 8), SAMPLE_LINES)
     labels = [f"{label:{LABEL}}"] + [" " * LABEL] * (len(lines) - 1)
     return [Text.assemble((head, "dim"), line) for head, line in zip(labels, lines, strict=True)]
 
 
-def _wrapped(text: Text, width: int, most: int) -> list[Text]:
+def _wrapped(text: Text, width: int, max_lines: int) -> list[Text]:
     lines = list(text.wrap(console.stderr(), width, overflow="fold")) or [Text()]
-    if len(lines) > most:
-        lines = lines[:most]
+    if len(lines) > max_lines:
+        lines = lines[:max_lines]
         lines[-1].truncate(width - 1)
         lines[-1].append("…")
     return lines
 
 
-def changes(before: str, now: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Both texts in pieces, each with whether the other text lacks it."""
+def word_diff(before: str, now: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """The words of both texts, each with whether it differs from the other text."""
     old, new = WORDS.findall(before), WORDS.findall(now)
     matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
-    gone: list[tuple[str, bool]] = []
-    come: list[tuple[str, bool]] = []
-    for kind, a, b, c, d in matcher.get_opcodes():
-        gone += [(word, kind != "equal" and not word.isspace()) for word in old[a:b]]
-        come += [(word, kind != "equal" and not word.isspace()) for word in new[c:d]]
-    return gone, come
+    old_words: list[tuple[str, bool]] = []
+    new_words: list[tuple[str, bool]] = []
+    for operation, a, b, c, d in matcher.get_opcodes():
+        old_words += [(word, operation != "equal" and not word.isspace()) for word in old[a:b]]
+        new_words += [(word, operation != "equal" and not word.isspace()) for word in new[c:d]]
+    return old_words, new_words
 
 
-def _marked(pieces: Sequence[tuple[str, bool]], style: str) -> Text:
-    return Text.assemble(*((piece, style if changed else "") for piece, changed in pieces))
+def _highlighted(words: Sequence[tuple[str, bool]], style: str) -> Text:
+    return Text.assemble(*((word, style if changed else "") for word, changed in words))
 
 
-def harmless(text: str) -> str:
-    """The text without what would steer a terminal: escapes, line ends, marks that turn the direction."""
-    return "".join(map(_harmless, text))
+def remove_controls(text: str) -> str:
+    """The text without escapes, line ends and direction marks, which would disturb a terminal."""
+    return "".join(map(_printable, text))
 
 
-def _harmless(character: str) -> str:
-    kind = unicodedata.category(character)
-    if kind in ("Cc", "Zl", "Zp"):
+def _printable(character: str) -> str:
+    category = unicodedata.category(character)
+    if category in ("Cc", "Zl", "Zp"):
         return " "
-    if kind == "Cf":
+    if category == "Cf":
         return character if character in JOINERS else ""
-    return "?" if kind == "Cs" else character
+    return "?" if category == "Cs" else character
 
 
 def _cut(line: Text, width: int) -> Text:
@@ -317,7 +319,7 @@ def _cut(line: Text, width: int) -> Text:
 
 
 def draw(rows: Sequence[Sequence[Segment]], colours: Sequence[str]) -> None:
-    """Rows of a text plot on standard output, each line of the plot in its colour where there are colours."""
+    """Print a text plot on standard output; each curve has its colour on a terminal that has colours."""
     out = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
     for row in rows:
         pieces = ((text, "" if line is None else colours[line % len(colours)]) for text, line in row)

@@ -1,14 +1,14 @@
-"""The processes that train one network together: who we are, sums over all, agreeing, and noticing deaths.
+"""Training on several processes: ranks, sums over all ranks, agreement, and errors of single ranks.
 
-A team is what `torchrun` starts. A process that was started alone is a team of one, for which nothing here
-costs anything. Numbers and gradients travel by collectives, which all ranks call in the same order; what
-takes the leader long (validating, saving) is waited for by asking a store now and then, so that no collective
-runs out of time.
+The processes are started by `torchrun`. A process started alone is a `Distributed` of world size 1, for which
+all of this costs nothing. Numbers and gradients travel by collectives, which all ranks call in the same
+order. What takes rank 0 long (validating, saving) is waited for by polling a store, so that no collective
+runs into its timeout.
 
-Three things end a team whose member has died. A collective over a broken connection fails at once. A rank
-that waits for the leader sees that somebody failed. And each rank has a pulse, a thread that tells the store
-that it lives and listens to its neighbour's: it takes the process down where the other two cannot, as in a
-GPU's collective or beside a machine that has vanished.
+There are three ways in which a run ends when one process has died. A collective over a broken connection
+fails at once. A rank that waits for rank 0 sees in the store that a process has failed. And each rank has a
+heartbeat thread (heartbeat.py), which ends the process where the other two cannot: in a collective on a GPU,
+or next to a machine that has disappeared.
 """
 
 from __future__ import annotations
@@ -35,304 +35,310 @@ from torch.distributed.rendezvous import rendezvous
 
 from trmt import console
 from trmt.errors import ConfigError, TrmtError
-from trmt.training.heartbeat import AGAIN, FAILED, Pulse, first_to_fail
+from trmt.training.heartbeat import FAILED_KEY, RESUME_HINT, Heartbeat, report_failure
 
 T = TypeVar("T")
 
-MEETING = timedelta(minutes=5)  # within which all processes have to turn up
-STUCK = timedelta(minutes=10)  # how long a collective may take: others may be compiling
-BUCKET_BYTES = 64 * 2**20  # of the messages in which gradients are summed
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)  # within which all processes have to appear
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # long, because other ranks may be compiling
+BUCKET_BYTES = 64 * 2**20  # size of the messages in which gradients are summed
 
-_teams = itertools.count()  # each team of a process speaks under keys of its own
+_groups = itertools.count()  # each process group of a process has keys of its own in the store
 
 
-class TeamError(TrmtError):
+class DistributedError(TrmtError):
     """Another process of the run is gone, or differs from this one."""
 
 
-class Team:
-    """A process alone: it leads, and has nobody to agree with."""
+class Distributed:
+    """A single process: rank 0 of 1. The subclass `MultiProcess` overrides everything that communicates."""
 
     rank = 0
-    local_rank = 0  # among those on this machine
-    size = 1
-    wish = 0  # the number of the signal that asked this process to stop
+    local_rank = 0  # among the processes on this machine
+    world_size = 1
+    requested_signal = 0  # the number of the signal that asked this process to stop
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
-    def key(self) -> tuple[int, ...]:
-        """What to add to a random seed for ranks to draw differently."""
+    def seed_key(self) -> tuple[int, ...]:
+        """What to add to a random seed so that ranks draw different numbers."""
         return (self.rank,) if self.rank else ()
 
     @property
-    def signal(self) -> int | None:
-        """The signal at which all are to stop, known to all alike since they last settled."""
-        return self.wish or None
+    def agreed_signal(self) -> int | None:
+        """The signal at which all ranks stop; the same on all since the last `all_reduce_flag`."""
+        return self.requested_signal or None
 
-    def place(self, device: torch.device) -> torch.device:
-        """The device of this rank among those of its machine."""
+    def device(self, device: torch.device) -> torch.device:
+        """The device of this rank, where `device` was asked for."""
         return device
 
     @property
-    def job(self) -> str:
-        """The name under which torchrun starts processes again; empty if there is none."""
+    def torchrun_job(self) -> str:
+        """The ID under which torchrun restarts these processes; empty without torchrun."""
         name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         return "" if name == "none" else name
 
-    def settle(self, failed: bool) -> bool:
-        """Whether any rank failed; on the way all learn of a signal that any of them got."""
-        return failed
+    def all_reduce_flag(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; also tells all ranks of a signal that one of them received."""
+        return flag
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks."""
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by the leader's."""
-
-    def total(self, *values: float) -> list[float]:
+    def all_reduce_numbers(self, *values: float) -> list[float]:
         """The sums of these numbers over all ranks."""
         return list(values)
 
-    def lead(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the leader, as JSON can say it; the others wait as long as it takes."""
-        return work()
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by that of rank 0."""
 
-    def first(self, work: Callable[[], T]) -> T:
-        """Do `work` on the leader first, on the others once that is done."""
-        return work()
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks in their order, as JSON can say them."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks in their order; they have to be JSON values."""
         return [value]
 
-    def alike(self, **values: Any) -> None:
-        """Refuse to go on if any of these values differs between ranks."""
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0 and return its result, a JSON value, on all ranks."""
+        return function()
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0, and on the other ranks after that."""
+        return function()
+
+    def check_equal(self, **values: Any) -> None:
+        """Raise an error if any of these values differs between ranks."""
 
 
-class Together(Team):
-    """One of several processes."""
+class MultiProcess(Distributed):
+    """One of several processes that train together."""
 
-    def __init__(self, rank: int, size: int, local_rank: int, store: Store) -> None:
-        self.rank, self.size, self.local_rank = rank, size, local_rank
+    def __init__(self, rank: int, world_size: int, local_rank: int, store: Store) -> None:
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.store = store
-        self._agreed = 0
-        self._messages = itertools.count()
-        self._pulse = Pulse(rank, size, store)
-        self._handlers = self._note_signals()
-
-    # Agreeing
+        self._agreed_signal = 0
+        self._message_numbers = itertools.count()
+        self._heartbeat = Heartbeat(rank, world_size, store)
+        self._handlers = self._record_signals()
 
     @property
-    def signal(self) -> int | None:
-        return self._agreed or None
+    def agreed_signal(self) -> int | None:
+        return self._agreed_signal or None
 
-    def settle(self, failed: bool) -> bool:
-        # On the CPU even where gradients are on GPUs: nobody has to wait for a device to know.
-        both = torch.tensor([int(failed), self.wish])
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
-        any_failed, self._agreed = both.tolist()
-        return bool(any_failed)
-
-    def place(self, device: torch.device) -> torch.device:
+    def device(self, device: torch.device) -> torch.device:
         if device.type == "cpu":
             return device
         if device.type != "cuda":
             raise ConfigError(f"several processes cannot train on {device.type} together; use --device cpu")
         if ":" in str(device):
             raise ConfigError(
-                f"several processes cannot share {device}; use --device cuda, and each takes one of its own"
+                f"several processes cannot share {device}; use --device cuda, and each takes a GPU of its own"
             )
         if self.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"{platform.node()} has {torch.cuda.device_count()} GPUs and no one for process "
+                f"{platform.node()} has {torch.cuda.device_count()} GPUs and none for process "
                 f"{self.local_rank + 1}; lower --nproc-per-node"
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    # Sums
+    # Collectives
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
+    def all_reduce_flag(self, flag: bool) -> bool:
+        # On the CPU even where gradients are on GPUs: no rank has to synchronise with a device for this.
+        both = torch.tensor([int(flag), self.requested_signal])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        any_flag, self._agreed_signal = both.tolist()
+        return bool(any_flag)
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        pending: deque[tuple[list[Tensor], Tensor, Any]] = deque()
         for bucket in buckets(tensors, BUCKET_BYTES):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-            if len(under_way) > 1:
-                _arrived(*under_way.popleft())
-        for message in under_way:
-            _arrived(*message)
+            pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+            if len(pending) > 1:
+                _copy_result(*pending.popleft())
+        for message in pending:
+            _copy_result(*message)
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
-        for bucket in buckets(tensors, BUCKET_BYTES):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            _arrived(bucket, flat, dist.broadcast(flat, 0, async_op=True))
-
-    def total(self, *values: float) -> list[float]:
+    def all_reduce_numbers(self, *values: float) -> list[float]:
         sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
 
-    # Words
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        for bucket in buckets(tensors, BUCKET_BYTES):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            _copy_result(bucket, flat, dist.broadcast(flat, 0, async_op=True))
 
-    def lead(self, work: Callable[[], T]) -> T:
-        key = f"lead/{next(self._messages)}"
-        if self.leads:
-            self.store.set(key, json.dumps(work()))
-        return self._heard(key)
+    # JSON values through the store
 
-    def first(self, work: Callable[[], T]) -> T:
-        if self.leads:
-            done = work()
-            self.lead(lambda: None)
-            return done
-        self.lead(lambda: None)
-        return work()
-
-    def gather(self, value: Any) -> list[Any]:
-        number = next(self._messages)
+    def all_gather(self, value: Any) -> list[Any]:
+        number = next(self._message_numbers)
         self.store.set(f"gather/{number}/{self.rank}", json.dumps(value))
-        return [self._heard(f"gather/{number}/{rank}") for rank in range(self.size)]
+        return [self._wait_for(f"gather/{number}/{rank}") for rank in range(self.world_size)]
 
-    def alike(self, **values: Any) -> None:
-        everyone = self.gather([platform.node(), values])
-        here, mine = everyone[0]
-        for rank, (node, theirs) in enumerate(everyone):
-            for name, value in mine.items():
-                if theirs[name] != value:
-                    raise TeamError(
-                        f"rank {rank} on {node} has another {name} than rank 0 on {here} ({theirs[name]!r}, "
-                        f"not {value!r}); start all with the same command, and let all see the same files"
+    def on_main(self, function: Callable[[], T]) -> T:
+        key = f"main/{next(self._message_numbers)}"
+        if self.is_main:
+            self.store.set(key, json.dumps(function()))
+        return self._wait_for(key)
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        if self.is_main:
+            result = function()
+            self.on_main(lambda: None)
+            return result
+        self.on_main(lambda: None)
+        return function()
+
+    def check_equal(self, **values: Any) -> None:
+        gathered = self.all_gather([platform.node(), values])
+        main_node, expected = gathered[0]
+        for rank, (node, found) in enumerate(gathered):
+            for name, value in expected.items():
+                if found[name] != value:
+                    raise DistributedError(
+                        f"rank {rank} on {node} has another {name} than rank 0 on {main_node} "
+                        f"({found[name]!r}, not {value!r}); start all processes with the same command, and "
+                        "let all see the same files"
                     )
 
-    def _heard(self, key: str) -> Any:
-        """What somebody says under `key`, waited for without an end unless somebody fails."""
+    def _wait_for(self, key: str) -> Any:
+        """The JSON value under `key`, waited for without a timeout unless a process fails."""
         pause = 0.005
         while not self.store.check([key]):
-            if self.store.check([FAILED]):
-                raise TeamError(f"another process of this run has failed; {AGAIN}")
+            if self.store.check([FAILED_KEY]):
+                raise DistributedError(f"another process of this run has failed; {RESUME_HINT}")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.25)
         return json.loads(self.store.get(key))
 
     # The end
 
-    def _note_signals(self) -> dict[int, Any]:
-        """Only note a signal from now on, and return the handlers that were there.
+    def _record_signals(self) -> dict[int, Any]:
+        """Only record a signal from now on; returns the handlers that were installed before.
 
-        When a rank dies, torchrun asks the others to end: they are about to say why, and have to get to it.
+        When a rank dies, torchrun sends SIGTERM to the others, which must still be able to report the error.
         """
 
-        def note(number: int, frame: FrameType | None) -> None:
-            self.wish = number
+        def record(number: int, frame: FrameType | None) -> None:
+            self.requested_signal = number
 
         try:
-            return {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals are somebody else's
+            return {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread, so signals are handled elsewhere
             return {}
 
-    def leave(self) -> None:
-        """Part in peace, when everyone has come to the end."""
-        self.settle(False)
-        self._pulse.stop()
+    def shut_down(self) -> None:
+        """Leave the process group once all ranks have come to the end."""
+        self.all_reduce_flag(False)
+        self._heartbeat.stop()
         dist.destroy_process_group()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def mourn(self, error: BaseException) -> BaseException:
-        """What to raise in place of `error`: of a whole team only the first to fail speaks."""
-        if isinstance(error, RuntimeError) and lost_contact(error):
-            error = TeamError(
-                f"another process of this run has died or is out of reach ({reason(error)}); {AGAIN}"
+    def error_to_raise(self, error: BaseException) -> BaseException:
+        """What to raise in place of `error`, so that only the first process that fails prints a message."""
+        if isinstance(error, RuntimeError) and is_connection_error(error):
+            error = DistributedError(
+                f"another process of this run has died or is out of reach ({short_reason(error)}); "
+                f"{RESUME_HINT}"
             )
-        first = first_to_fail(self.store)
+        is_first = report_failure(self.store)
         if not isinstance(error, TrmtError):
             return error
-        if error.exit_code > 128:  # a signal, of which all know and which the leader speaks of
-            first = self.leads
-        elif not self.leads:
+        if error.exit_code > 128:  # a signal, which all ranks know of and rank 0 reports
+            is_first = self.is_main
+        elif not self.is_main:
             error.args = (f"rank {self.rank} on {platform.node()}: {error}",)
-        return error if first else SystemExit(error.exit_code)
+        return error if is_first else SystemExit(error.exit_code)
 
 
-def lost_contact(error: RuntimeError) -> bool:
-    """Whether this is what a collective says when somebody is gone."""
+def is_connection_error(error: RuntimeError) -> bool:
+    """Whether a collective raises this when another process is gone."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error)
     return any(sign in text for sign in ("Connection closed", "Connection reset", "gloo", "NCCL"))
 
 
-def reason(error: BaseException) -> str:
-    """What torch says of a broken connection, without its place in the source and its advice."""
+def short_reason(error: BaseException) -> str:
+    """The first sentence of torch's message about a connection, without its position in torch's source."""
     line = (str(error) or type(error).__name__).splitlines()[0]
     return re.sub(r"^\[[^]]*:\d+\] ", "", line).partition(". ")[0]
 
 
 def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """The tensors in groups of one kind and about so many bytes; a larger one stands alone."""
-    for kind in sorted({tensor.dtype for tensor in tensors}, key=str):
+    """The tensors in groups of one dtype and at most `size` bytes; a larger tensor is a group of its own."""
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         bucket: list[Tensor] = []
-        held = 0
-        for tensor in (tensor for tensor in tensors if tensor.dtype == kind):
-            if bucket and held + tensor.nbytes > size:
+        bucket_bytes = 0
+        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
+            if bucket and bucket_bytes + tensor.nbytes > size:
                 yield bucket
-                bucket, held = [], 0
+                bucket, bucket_bytes = [], 0
             bucket.append(tensor)
-            held += tensor.nbytes
+            bucket_bytes += tensor.nbytes
         if bucket:
             yield bucket
 
 
-def _arrived(bucket: list[Tensor], flat: Tensor, message: Any) -> None:
+def _copy_result(bucket: list[Tensor], flat: Tensor, message: Any) -> None:
+    """Wait for a collective and copy its result back into the tensors of the bucket."""
     message.wait()
-    parts = flat.split([tensor.numel() for tensor in bucket])
-    for tensor, part in zip(bucket, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+    pieces = flat.split([tensor.numel() for tensor in bucket])
+    for tensor, piece in zip(bucket, pieces, strict=True):
+        tensor.copy_(piece.view_as(tensor))
 
 
 @contextmanager
-def assembled() -> Iterator[Team]:
-    """The team that `torchrun` started, while it works together; a process started alone is a team of one."""
+def init_distributed() -> Iterator[Distributed]:
+    """The processes that `torchrun` started; a process started alone is a plain `Distributed`."""
     if any(name not in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
-        yield Team()
+        yield Distributed()
         return
     if int(os.environ["WORLD_SIZE"]) == 1:
-        yield Team()
+        yield Distributed()
         return
-    team = _joined()
-    console.set_following(not team.leads)
+    distributed = _join_process_group()
+    console.set_main_process(distributed.is_main)
     try:
-        yield team
-        team.leave()
+        yield distributed
+        distributed.shut_down()
     except BaseException as error:
-        ending = team.mourn(error)
-        if ending is error:
+        replacement = distributed.error_to_raise(error)
+        if replacement is error:
             raise
-        raise ending from error
+        raise replacement from error
     finally:
-        console.set_following(False)
+        console.set_main_process(True)
 
 
-def _joined() -> Together:
-    """Meet the others where torchrun says."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def _join_process_group() -> MultiProcess:
+    """Meet the other processes at the address that torchrun gave."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        meeting, _, _ = next(iter(rendezvous("env://", rank=rank, world_size=size, timeout=MEETING)))
+        found = rendezvous("env://", rank=rank, world_size=world_size, timeout=RENDEZVOUS_TIMEOUT)
+        shared, _, _ = next(iter(found))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"trmt/{attempt}/{next(_teams)}", meeting)
+        store = PrefixStore(f"trmt/{attempt}/{next(_groups)}", shared)
         # Numbers on the CPU go by gloo even where gradients go by NCCL.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=STUCK
+            backend,
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
         )
     except RuntimeError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise TeamError(
-            f"the {size} processes of this run did not find each other at {place} ({reason(error)}); "
-            "see that all were started and can reach that place"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise DistributedError(
+            f"the {world_size} processes of this run did not find each other at {address} "
+            f"({short_reason(error)}); check that all were started and can reach that address"
         ) from error
-    return Together(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
+    return MultiProcess(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)), store)

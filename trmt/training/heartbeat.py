@@ -1,8 +1,8 @@
-"""Signs of life: how the processes of a team notice that one of them is gone.
+"""Heartbeats: how the processes of a run notice that one of them is gone.
 
-Each has a thread that tells the store now and then that it lives, and listens to its neighbour's. The thread
-ends the process where nothing else can: while it waits for a GPU's collective that will never come back, or
-for a machine that has vanished.
+Each process has a thread that writes a heartbeat to the shared store and watches that of the next rank. The
+thread ends the process where nothing else can: while the main thread waits for a collective on a GPU that
+will never return, or for a machine that has disappeared.
 """
 
 from __future__ import annotations
@@ -17,69 +17,69 @@ from torch.distributed.distributed_c10d import Store
 
 from trmt import console
 
-BEAT = 2.0  # seconds between two signs of life
-SILENCE = 20.0  # seconds without one after which a rank is taken for dead; torchrun takes 30 more to kill it
-LAST_WORDS = 10.0  # seconds that a process has to end by itself once another one has failed
-AGAIN = "the same command goes on from the last checkpoint"
-FAILED = "failed"  # the key under which the store counts processes that have failed
+INTERVAL = 2.0  # seconds between two heartbeats
+TIMEOUT = 20.0  # seconds without one after which a rank counts as dead; torchrun takes 30 more to kill it
+GRACE_PERIOD = 10.0  # seconds that a process has to end by itself once another one has failed
+RESUME_HINT = "the same command goes on from the last checkpoint"
+FAILED_KEY = "failed"  # the key under which the store counts processes that have failed
 
 
-def first_to_fail(store: Store) -> bool:
-    """Tell the team of a failure; whether it is the first one it hears of."""
+def report_failure(store: Store) -> bool:
+    """Tell the other processes of a failure; returns whether it is the first one of the run."""
     try:
-        return store.add(FAILED, 1) == 1
-    except RuntimeError:  # whoever kept the store is gone
+        return store.add(FAILED_KEY, 1) == 1
+    except RuntimeError:  # the process that held the store is gone
         return True
 
 
-class Pulse(threading.Thread):
-    """A rank's sign of life, and its ear for the next rank's; it can end the process."""
+class Heartbeat(threading.Thread):
+    """Sends this rank's heartbeats and watches the next rank's; it can end the process."""
 
-    def __init__(self, rank: int, size: int, store: Store) -> None:
-        super().__init__(name="trmt-pulse", daemon=True)
-        self.rank, self.neighbour = rank, (rank + 1) % size
-        # Its own connection: the other one may be waiting for something.
+    def __init__(self, rank: int, world_size: int, store: Store) -> None:
+        super().__init__(name="trmt-heartbeat", daemon=True)
+        self.rank, self.neighbour = rank, (rank + 1) % world_size
+        # A connection of its own: the main thread may be blocked in the other one.
         self.store = store.clone()  # type: ignore[attr-defined]
         self.stopped = threading.Event()
         self.start()
-        # A thread that is inside the store when the interpreter goes would abort the process.
-        atexit.register(self._fall_silent)
+        # A thread that is inside the store when the interpreter exits would abort the process.
+        atexit.register(self._end_thread)
 
     def stop(self) -> None:
-        """Fall silent without alarming anybody."""
-        self._fall_silent(None)
-        atexit.unregister(self._fall_silent)
+        """Stop sending heartbeats without alarming the other ranks."""
+        self._end_thread(None)
+        atexit.unregister(self._end_thread)
 
-    def _fall_silent(self, patience: float | None = BEAT) -> None:
+    def _end_thread(self, timeout: float | None = INTERVAL) -> None:
         self.stopped.set()
-        self.join(patience)
+        self.join(timeout)
 
     def run(self) -> None:
-        heard, when, failed_at = b"", time.monotonic(), None
+        last, last_time, failed_at = b"", time.monotonic(), None
         for beat in itertools.count():
             try:
-                self.store.set(f"pulse/{self.rank}", str(beat))
-                mine = f"pulse/{self.neighbour}"
-                now_heard = self.store.get(mine) if self.store.check([mine]) else b""
-                failed = self.store.check([FAILED])
+                self.store.set(f"heartbeat/{self.rank}", str(beat))
+                key = f"heartbeat/{self.neighbour}"
+                current = self.store.get(key) if self.store.check([key]) else b""
+                failed = self.store.check([FAILED_KEY])
             except RuntimeError:
-                self._end("the process that keeps the team together is out of reach")
+                self._end_process("the process that holds the store of this run is out of reach")
                 return
             now = time.monotonic()
-            if now_heard != heard:
-                heard, when = now_heard, now
-            if now - when > SILENCE:
-                self._end(f"rank {self.neighbour} has given no sign of life for {SILENCE:.0f} s")
+            if current != last:
+                last, last_time = current, now
+            if now - last_time > TIMEOUT:
+                self._end_process(f"rank {self.neighbour} has sent no heartbeat for {TIMEOUT:.0f} s")
             failed_at = (failed_at or now) if failed else None
-            if failed_at and now - failed_at > LAST_WORDS:
-                self._end("another process has failed")
-            if self.stopped.wait(BEAT):
+            if failed_at and now - failed_at > GRACE_PERIOD:
+                self._end_process("another process has failed")
+            if self.stopped.wait(INTERVAL):
                 return
 
-    def _end(self, reason: str) -> None:
-        """The main thread may be waiting for a device for ever: nothing but this ends it."""
+    def _end_process(self, reason: str) -> None:
+        """End the process at once: the main thread may be waiting for a device for ever."""
         if self.stopped.is_set():
             return
-        if first_to_fail(self.store):
-            console.fail(f"{reason}; {AGAIN}")
+        if report_failure(self.store):
+            console.fail(f"{reason}; {RESUME_HINT}")
         os._exit(1)

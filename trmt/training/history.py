@@ -1,7 +1,7 @@
-"""What a run has been through: its log as clean curves, whatever was interrupted, resumed or done twice.
+"""The history of a run: the curves in its log, without what was interrupted and repeated.
 
-A run that was killed after logging step 900 and resumed at step 800 logs the steps in between again. What
-counts is what led to the weights: going back to a step takes back all that was logged after it.
+A run that was killed after logging step 900 and resumed at step 800 logs the steps in between again. Only the
+entries that led to the current weights count: resuming or rolling back removes all that was logged after.
 """
 
 from __future__ import annotations
@@ -18,31 +18,33 @@ from trmt.errors import DataError
 
 LOG = "log.jsonl"  # in a run folder
 TRAIN, VALIDATE = "train", "validate"
-AFRESH = "begin"  # the event of a run folder that starts from nothing
-GOING_BACK = ("resume", "rollback")  # events after which a run stands at their step, or at their `to`
-# How people write the metrics.
+BEGIN = "begin"  # the event with which a run starts
+RESTORING = ("resume", "rollback")  # events after which a run is at their step, or at their `to`
+# How the metrics are written for people.
 LABELS = {"loss": "loss", "chrf": "chrF", "bleu": "BLEU", "right": "answers right (%)"}
-NOT_DRAWN = ("time", "elapsed", "seconds")  # where a point stands, and how long looking took
+NOT_PLOTTED = ("time", "elapsed", "seconds")  # when an entry was written, and how long validating took
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value and where it was met; tokens and hours are of training alone, None if the log lacks them."""
+    """A point of a curve."""
 
     step: int
     value: float
-    tokens: float | None = None
-    hours: float | None = None
+    tokens: float | None = None  # target tokens trained on; None if the log lacks them
+    hours: float | None = None  # spent in training steps; None if the log lacks them
 
 
-def numbers(entry: Mapping[str, Any]) -> dict[str, float]:
-    """What can be drawn of an entry: its fractions by name, its scores by metric."""
-    drawn = {key: value for key, value in entry.items() if isinstance(value, float) and key not in NOT_DRAWN}
-    return drawn | {score["metric"]: float(score["value"]) for score in entry.get("scores", ())}
+def numeric_values(entry: Mapping[str, Any]) -> dict[str, float]:
+    """What can be plotted of an entry: its floats by name, its scores by metric."""
+    plotted = {
+        key: value for key, value in entry.items() if isinstance(value, float) and key not in NOT_PLOTTED
+    }
+    return plotted | {score["metric"]: float(score["value"]) for score in entry.get("scores", ())}
 
 
 class History:
-    """The training and validation entries that led to where a run is now, oldest first, and their curves."""
+    """The training and validation entries that led to the current state of a run, oldest first."""
 
     def __init__(self) -> None:
         self.entries: list[Mapping[str, Any]] = []
@@ -57,7 +59,7 @@ class History:
             text = path.read_bytes()
         except OSError as error:
             raise DataError(
-                f"cannot read {path}: {error.strerror or error}; name a run folder that trmt train has made"
+                f"cannot read {path}: {error.strerror or error}; name a folder that trmt train wrote"
             ) from error
         for line in text[: text.rfind(b"\n") + 1].splitlines():
             try:
@@ -68,29 +70,29 @@ class History:
         return history
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Take note of an entry; what was logged for later steps no longer counts."""
+        """Add an entry; entries of later steps are removed."""
         event = entry["event"]
-        if event == AFRESH:
+        if event == BEGIN:
             self.entries.clear()
             self._curves.clear()
-        elif event in GOING_BACK:
-            self._go_back(int(entry.get("to", entry["step"])))
+        elif event in RESTORING:
+            self._remove_after(int(entry.get("to", entry["step"])))
         elif event in (TRAIN, VALIDATE):
-            self._go_back(entry["step"])
-            self._extend(entry)
+            self._remove_after(entry["step"])
+            self._append(entry)
 
-    def _go_back(self, step: int) -> None:
+    def _remove_after(self, step: int) -> None:
         while self.entries and self.entries[-1]["step"] > step:
             self.entries.pop()
         for curve in self._curves.values():
             while curve and curve[-1].step > step:
                 curve.pop()
 
-    def _extend(self, entry: Mapping[str, Any]) -> None:
+    def _append(self, entry: Mapping[str, Any]) -> None:
         step, event = entry["step"], entry["event"]
         points = {
             name: Point(step, value, entry.get("tokens"), _hours(entry))
-            for name, value in numbers(entry).items()
+            for name, value in numeric_values(entry).items()
             if math.isfinite(value)
         }
         if any((old["step"], old["event"]) == (step, event) for old in self.entries[-2:]):
@@ -107,16 +109,16 @@ class History:
         return self._curves.get((event, name), [])
 
     def last(self, event: str, back: int = 0) -> Mapping[str, Any] | None:
-        """The last entry of a kind, or the one so many before it."""
+        """The last entry of an event, or the one `back` entries before it."""
         found = (entry for entry in reversed(self.entries) if entry["event"] == event)
         return next(itertools.islice(found, back, None), None)
 
     def metrics(self) -> list[str]:
-        """The scores of the validations, the one that chooses first."""
+        """The metrics of the validations; the one that selects checkpoints comes first."""
         last = self.last(VALIDATE)
-        chosen = [score["metric"] for score in last.get("scores", ())] if last else []
-        seen = [name for event, name in self._curves if event == VALIDATE]
-        return list(dict.fromkeys(chosen + seen))
+        latest = [score["metric"] for score in last.get("scores", ())] if last else []
+        known = [name for event, name in self._curves if event == VALIDATE]
+        return list(dict.fromkeys(latest + known))
 
 
 def _hours(entry: Mapping[str, Any]) -> float | None:
@@ -125,6 +127,6 @@ def _hours(entry: Mapping[str, Any]) -> float | None:
 
 
 def best(points: Sequence[Point], metric: str) -> Point | None:
-    """The point with the best value of this metric; of equals the older."""
+    """The point with the best value of this metric; of equal ones the oldest."""
     order = min if metric == "loss" else max
     return order(points, key=lambda point: point.value, default=None)

@@ -1,4 +1,4 @@
-"""Batches in parts, where memory is too short for the whole: nothing is dropped, and the plan stays."""
+"""Micro-batches: the batches of a step are split further where memory is short, without changing the step."""
 
 from __future__ import annotations
 
@@ -6,64 +6,65 @@ from typing import NamedTuple, NoReturn
 
 from trmt import console
 from trmt.errors import TrmtError
-from trmt.sets.batches import Examples, halves
-from trmt.training.distributed import Team
+from trmt.sets.batches import RaggedBatch
+from trmt.training.distributed import Distributed
 
 
-class Pass(NamedTuple):
-    """Some pairs to go forwards and backwards through."""
+class MicroBatch(NamedTuple):
+    """Some pairs for one forward and backward pass."""
 
-    part: Examples
-    idle: bool = False  # whether nothing of it counts
-
-
-class ShortMemory(TrmtError):
-    """Memory ran out where the other processes could not be told, so that all have to begin again."""
+    examples: RaggedBatch
+    is_dummy: bool = False  # computed only because other ranks wait for it; its results are multiplied by 0
 
 
-class Parts:
-    """How a process cuts its share of each batch; how small the parts are is for a team to agree on."""
+class ShardedOutOfMemory(TrmtError):
+    """A rank of a sharded run is out of memory while others wait for its weights: all have to restart."""
 
-    def __init__(self, team: Team, *, sharded: bool, whole: bool = False) -> None:
-        """`whole` batches cannot be cut: in parts the network would make something else of them."""
-        self.team, self.sharded, self.whole = team, sharded, whole
-        self.halvings = 0  # how often batches are halved
 
-    def passes(self, examples: list[Examples]) -> list[Pass]:
-        """What this process goes through: its share of each batch, in parts.
+class MicroBatchSplitter:
+    """Splits the batches of a step into the micro-batches of one rank."""
 
-        With weights in slices, every process has to go through as many: the others wait for its own.
+    def __init__(self, distributed: Distributed, *, sharded: bool, indivisible: bool = False) -> None:
+        """`indivisible` batches cannot be split, because the network computes statistics over them."""
+        self.distributed, self.sharded, self.indivisible = distributed, sharded, indivisible
+        self.halvings = 0  # how often batches are halved; the same on all ranks
+
+    def split(self, batches: list[RaggedBatch]) -> list[MicroBatch]:
+        """This rank's share of each batch, in micro-batches.
+
+        With sharded weights all ranks need the same number of them, because each waits for the others.
         """
-        rank, size = self.team.rank, self.team.size
-        mine = self._halved([share for batch in examples if len(share := batch.share(rank, size))])
-        most = len(self._halved([batch.share(0, size) for batch in examples])) if self.sharded else 0
-        idle = Pass(examples[0].part(0, 1), idle=True)
-        return [Pass(part) for part in mine] + [idle] * (most - len(mine))
+        rank, world_size = self.distributed.rank, self.distributed.world_size
+        shares = [batch.shard(rank, world_size) for batch in batches]
+        own = self._halved([share for share in shares if len(share)])
+        most = len(self._halved([batch.shard(0, world_size) for batch in batches])) if self.sharded else 0
+        dummy = MicroBatch(batches[0].slice(0, 1), is_dummy=True)
+        return [MicroBatch(examples) for examples in own] + [dummy] * (most - len(own))
 
-    def _halved(self, examples: list[Examples]) -> list[Examples]:
+    def _halved(self, batches: list[RaggedBatch]) -> list[RaggedBatch]:
         for _ in range(self.halvings):
-            examples = [half for batch in examples for half in (halves(batch) if len(batch) > 1 else [batch])]
-        return examples
+            batches = [half for batch in batches for half in (batch.halve() if len(batch) > 1 else [batch])]
+        return batches
 
     def halve(self, pairs: int) -> None:
-        """Go on with smaller parts of batches, the largest of which has so many pairs."""
+        """Use micro-batches of half the size from now on; the largest share of a batch has `pairs` pairs."""
         self._check_divisible(pairs)
         self.halvings += 1
-        console.warn(f"out of memory: going on with batches in {2**self.halvings} parts")
+        console.warn(f"out of memory: splitting each batch into {2**self.halvings} micro-batches from now on")
 
-    def give_up(self, pairs: int) -> NoReturn:
-        """The others are waiting for weights that this process can no longer send."""
+    def raise_out_of_memory(self, pairs: int) -> NoReturn:
+        """End a sharded run, whose other ranks wait for weights that this one can no longer send."""
         self._check_divisible(pairs)
-        raise ShortMemory(
-            "out of memory; the same command goes on from the last checkpoint with batches in "
-            f"{2 ** (self.halvings + 1)} parts (torchrun --max-restarts 1 does so by itself)"
+        raise ShardedOutOfMemory(
+            "out of memory; the same command goes on from the last checkpoint and splits each batch into "
+            f"{2 ** (self.halvings + 1)} micro-batches (torchrun --max-restarts 1 runs it again by itself)"
         )
 
     def _check_divisible(self, pairs: int) -> None:
-        if self.whole:
+        if self.indivisible:
             raise TrmtError(
-                'a batch does not fit into memory, and network.norm = "batch" takes its statistics of whole '
-                'ones; lower batches.tokens, or set network.norm = "layer"'
+                'a batch does not fit into memory, and network.norm = "batch" needs whole ones for its '
+                'statistics; lower batches.tokens, or set network.norm = "layer"'
             )
         if 2**self.halvings >= pairs:
             raise TrmtError(

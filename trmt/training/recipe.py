@@ -1,4 +1,4 @@
-"""Recipes: everything a training run is configured by, as one tree of dataclasses.
+"""Recipes: the whole configuration of a training run, as one tree of dataclasses.
 
 A recipe is a TOML file, one of trmt/recipes/ by name or any by path; `--set key=value` changes it.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trmt.bundles.upgrade import upgrade_recipe
-from trmt.config import Tree, build, merged, read_toml, tree_of, with_settings
+from trmt.config import Tree, apply_settings, build, merge, read_toml, to_tree
 from trmt.errors import ConfigError
 from trmt.registry import join_variants, split_variants, suggestion
 from trmt.sets.batches import BatchConfig
@@ -22,45 +22,50 @@ from trmt.training.optim import OptimConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long to train, on what, and what to keep."""
+    """How long to train, on which device, and which checkpoints to keep."""
 
-    steps: int = 0  # where to end; 0 leaves that to epochs or patience
-    epochs: int = 0  # the same, counted in passes over the data
-    patience: int = 0  # validations without improvement after which to end; 0 is off
-    seed: int = 1
-    device: str = "auto"  # cuda, mps, cpu, ...; auto takes the best there is
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # merge the network's operations; auto: on a GPU
-    deterministic: bool = False  # the same bits on a GPU each time, for some speed
-    on_spike: Literal["skip", "rollback", "stop", "ignore"] = "skip"  # of the gradient or the loss
-    shard: bool = False  # of several processes, each keeps a slice of every tensor: for large networks
-    log_every: int = 50  # steps
-    save_every: int = 0  # steps between checkpoints; 0 saves at each validation
-    keep_best: int = 5
-    keep_last: int = 2
+    steps: int = 0  # ends training after so many steps; 0 is off
+    epochs: int = 0  # ends training after so many passes over the data; 0 is off
+    patience: int = 0  # ends training after so many validations without improvement; 0 is off
+    seed: int = 1  # of initial weights, dropout and the order of the data
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto is the fastest that the device supports
+    )
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for the network; auto is on for a GPU
+    deterministic: bool = False  # identical results on a GPU in each run, at some cost in speed
+    on_spike: Literal["skip", "rollback", "stop", "ignore"] = "skip"  # reaction to spikes of gradient or loss
+    shard: bool = False  # split weights and optimiser over the processes (FSDP), for large networks
+    log_every: int = 50  # steps between log entries
+    save_every: int = 0  # steps between checkpoints; 0 saves at each validation only
+    keep_best: int = 5  # checkpoints with the best validation scores that are kept
+    keep_last: int = 2  # newest checkpoints that are kept, from which training can resume
 
     def __post_init__(self) -> None:
         if min(self.steps, self.epochs, self.patience, self.seed, self.save_every, self.keep_best) < 0:
             raise ConfigError(
-                "training's steps, epochs, patience, seed, save_every and keep_best are at least 0"
+                "training.steps, epochs, patience, seed, save_every and keep_best must be at least 0"
             )
         if self.log_every < 1 or self.keep_last < 1:
-            raise ConfigError("training.log_every and training.keep_last are at least 1")
+            raise ConfigError("training.log_every and training.keep_last must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """How often to look, and by what to judge."""
+    """How often to validate on the dev set, and with which metric."""
 
-    every: int = 1000  # steps
-    metric: Literal["chrf", "bleu", "loss"] = "chrf"  # chooses the best checkpoints and counts patience
-    sentences: int = 500  # of the dev set, at most, that are really translated; 0: only the loss
-    beam: int = 1
-    samples: int = 3  # translations shown and kept as golden sentences
+    every: int = 1000  # steps between validations
+    metric: Literal["chrf", "bleu", "loss"] = "chrf"  # selects the best checkpoints and counts for patience
+    sentences: int = 500  # of the dev set that are translated, at most; 0 computes the loss only
+    beam: int = 1  # beam size of these translations; 1 is greedy search
+    samples: int = 3  # translations that are displayed and stored as golden sentences
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.sentences < 0 or self.beam < 1 or self.samples < 0:
-            raise ConfigError("validation.every and validation.beam are at least 1, the others at least 0")
+            raise ConfigError(
+                "validation.every and validation.beam must be at least 1, validation.sentences and "
+                "validation.samples at least 0"
+            )
         if self.metric != "loss" and not self.sentences:
             raise ConfigError(
                 f'validation.metric = "{self.metric}" needs translations: set validation.sentences '
@@ -70,48 +75,47 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorsConfig:
-    """What embeddings begin with instead of chance."""
+    """Word vectors that embeddings are initialised with."""
 
-    source: str = ""  # a file of word2vec or GloVe; "train" makes vectors from the prepared set; "" is chance
-    target: str = ""
-    frozen: bool = False  # whether they stay as they are
+    source: str = ""  # a word2vec or GloVe file; "train" trains vectors on the prepared set; "" is random
+    target: str = ""  # the same for the target side
+    frozen: bool = False  # whether these embeddings are excluded from training
 
     def __post_init__(self) -> None:
         if self.frozen and not (self.source or self.target):
             raise ConfigError(
-                "vectors.frozen = true would keep embeddings of chance; name vectors.source or vectors.target"
+                "vectors.frozen = true would freeze random embeddings; set vectors.source or vectors.target"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything a run is configured by."""
+    """The whole configuration of a run."""
 
-    description: str = ""
-    architecture: str = "transformer"
-    objective: str = "translation"
-    network: dict[str, Any] = field(default_factory=dict)  # the architecture's own fields
-    loss: dict[str, Any] = field(default_factory=dict)  # the objective's own fields
-    vectors: VectorsConfig = field(default_factory=VectorsConfig)
-    batches: BatchConfig = field(default_factory=BatchConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    description: str = ""  # one sentence for people
+    architecture: str = "transformer"  # name of the network's architecture
+    objective: str = "translation"  # name of the training objective
+    network: dict[str, Any] = field(default_factory=dict)  # the options of the architecture
+    loss: dict[str, Any] = field(default_factory=dict)  # the options of the objective
+    vectors: VectorsConfig = field(default_factory=VectorsConfig)  # initial embeddings
+    batches: BatchConfig = field(default_factory=BatchConfig)  # how pairs are put into batches
+    optim: OptimConfig = field(default_factory=OptimConfig)  # optimiser and learning rate
+    training: TrainingConfig = field(default_factory=TrainingConfig)  # length, device and checkpoints
+    validation: ValidationConfig = field(default_factory=ValidationConfig)  # frequency and metric
 
     def __post_init__(self) -> None:
-        ends = (self.training.steps, self.training.epochs, self.training.patience)
-        if not any(ends):
+        if not (self.training.steps or self.training.epochs or self.training.patience):
             raise ConfigError(
                 "nothing would end this training: set training.steps, training.epochs or training.patience"
             )
         if self.batches.subword_alpha and self.loss.get("alignment_weight"):
             raise ConfigError(
-                "loss.alignment_weight is for the pieces that were prepared, and batches.subword_alpha draws "
+                "loss.alignment_weight needs the pieces of the prepared set, and batches.subword_alpha draws "
                 "others; set one of them to 0"
             )
 
 
-# A resumed run may differ in these and stay the same run; anything else would make it another one.
+# Settings that may differ when a run is resumed; any other one would make it another run.
 MAY_CHANGE = frozenset(
     {
         "description",
@@ -151,8 +155,8 @@ def load_recipe(
 ) -> Recipe:
     """The recipe of this name or path, with settings applied.
 
-    `network` is laid over its network table; with `architecture`, they take the place of the recipe's. A
-    Transformer gets these variants.
+    `network` overrides values of its network table; with `architecture` it replaces that table. `variants`
+    are added to a Transformer.
     """
     if name.endswith(".toml"):
         tree = read_toml(Path(name))
@@ -163,8 +167,8 @@ def load_recipe(
     tree = upgrade_recipe(tree)
     if architecture is not None:
         tree = {**tree, "architecture": architecture, "network": {}}
-    tree = merged(tree, {"network": network or {}})
-    tree = upgrade_recipe(with_settings(tree, settings or []))
+    tree = merge(tree, {"network": network or {}})
+    tree = upgrade_recipe(apply_settings(tree, settings or []))
     base, others = split_variants(str(tree.get("architecture", Recipe.architecture)))
     if variants and base == "transformer":
         tree["architecture"] = join_variants(base, [*dict.fromkeys([*variants, *others])])
@@ -176,8 +180,8 @@ def read_recipe(path: Path) -> Recipe:
     return build(Recipe, upgrade_recipe(read_toml(path)), where=str(path))
 
 
-def fitting(pairs: int, *, gpu: bool) -> str:
-    """The recipe for so many pairs: small data starves big networks, and a CPU cannot feed them."""
+def fitting_recipe(pairs: int, *, gpu: bool) -> str:
+    """The name of the recipe for a set of so many pairs; large ones need much data and a GPU."""
     if pairs < 100_000:
         return "transformer-tiny"
     if pairs < 1_000_000 or not gpu:
@@ -186,13 +190,13 @@ def fitting(pairs: int, *, gpu: bool) -> str:
 
 
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two recipes differ, by dotted name."""
-    old, new = flat(tree_of(before)), flat(tree_of(now))
+    """The settings in which two recipes differ, as dotted name -> (before, now)."""
+    old, new = flat(to_tree(before)), flat(to_tree(now))
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
 
 
 def flat(tree: Tree, prefix: str = "") -> Tree:
-    """The values of a tree by their dotted names."""
+    """The values of a tree by dotted name."""
     found: Tree = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -203,5 +207,5 @@ def flat(tree: Tree, prefix: str = "") -> Tree:
 
 
 def safe_name(text: str) -> str:
-    """`text` as the name of a folder."""
+    """`text` with all characters replaced that a folder's name should not have."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "run"

@@ -1,8 +1,8 @@
-"""Training: from a prepared set and a recipe to a run folder; run again, it goes on exactly where it stood.
+"""Training: from a prepared set and a recipe to a run folder; the same command resumes it exactly.
 
-Exactness comes from keeping nothing in motion: the order of the data is a function of (seed, epoch,
-position), dropout is drawn from a generator seeded anew for each batch, and everything else is in the
-checkpoint. Validation and saving therefore cannot disturb the run.
+`TrainingRun` has the loop: restore, step, log, save, stop, validate. step.py has the step, state.py what a
+checkpoint saves. Validating and saving do not change the run, because no random generator has a state that
+they could disturb.
 """
 
 from __future__ import annotations
@@ -10,92 +10,92 @@ from __future__ import annotations
 import hashlib
 import signal
 import time
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 import torch
 
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
-from trmt.bundles.checkpoints import CONFIG, MODELS
-from trmt.config import build, to_toml, tree_of
-from trmt.devices import memory
+from trmt.bundles.checkpoints import CONFIG, MODELS, Checkpoint
+from trmt.config import build, to_toml, to_tree
 from trmt.devices.memory import is_out_of_memory
 from trmt.errors import ConfigError, TrmtError
 from trmt.objectives.base import Specials
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
-from trmt.sets import unchanged
-from trmt.sets.batches import Examples, Position
-from trmt.sets.resampling import resample_with
+from trmt.sets import record
+from trmt.sets.batches import DataPosition, RaggedBatch
 from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
-from trmt.storage.files import atomic_file, only_one, write_json
+from trmt.sets.subword_sampling import subword_resampler
+from trmt.storage.files import atomic_file, write_json
+from trmt.storage.locks import exclusive
 from trmt.text.tokenizer import Tokenizer
-from trmt.training import display, word_vectors
-from trmt.training.budget import Job, about, glance, pace, plan
-from trmt.training.checkpointer import Keeper, Progress
-from trmt.training.distributed import Team, assembled
-from trmt.training.history import LOG, TRAIN, VALIDATE, History
-from trmt.training.learner import Learner
-from trmt.training.logbook import Clock, Logbook
-from trmt.training.micro_batches import ShortMemory
-from trmt.training.outlook import foresee
+from trmt.training import word_vectors
+from trmt.training.budget import PlannedRun, print_plan, print_requirements
+from trmt.training.checkpointer import Checkpointer
+from trmt.training.display import open_display
+from trmt.training.distributed import Distributed, init_distributed
+from trmt.training.micro_batches import ShardedOutOfMemory
 from trmt.training.planning import (
     ORIGIN,
     TrainOptions,
     check_same_run,
     default_data,
     origin_of,
-    remembered,
     resolved_recipe,
+    with_origin,
 )
 from trmt.training.recipe import Recipe, safe_name
-from trmt.training.spikes import GoBack, Spikes
-from trmt.training.stopping import Interrupted, Signals, StoppedHere
-from trmt.training.validation import DevSet, Validate
+from trmt.training.reporting import Reporter
+from trmt.training.run_log import StepClock
+from trmt.training.spikes import SpikePolicy
+from trmt.training.state import TrainState
+from trmt.training.step import rehearse, train_step
+from trmt.training.stopping import Interrupted, StopNow, StopSignals
+from trmt.training.validation import TranslateDevSet, Validator
 
-VERDICTS_AT_ONCE = 100  # steps after which the host asks what became of them, at the latest
+MAX_PENDING_REPORTS = 100  # steps after which the guard's reports are read, at the latest
 
 
-def train(options: TrainOptions, validate: Validate | None = None) -> Path:
-    """Train, or go on training, and return the run folder.
+def train(options: TrainOptions, translate: TranslateDevSet | None = None) -> Path:
+    """Train or resume, and return the run folder.
 
-    `validate` translates and scores the dev set; without it only the loss is looked at.
+    `translate` translates and scores the dev set; without it only the loss is validated.
     """
-    with assembled() as team:
-        return _trained(Run.planned(options, validate, Team() if options.dry_run else team))
-
-
-def _trained(run: Run) -> Path:
-    if run.options.dry_run:
-        run.describe()
-        return run.folder
-    team = run.team
-    # Everything has been read by now: the leader is free to write.
-    recipe = hashlib.sha256(to_toml(tree_of(run.recipe)).encode()).hexdigest()
-    team.alike(data=run.data.fingerprint, recipe=recipe, torch=torch.__version__)
-    try:
-        with only_one(run.folder, job=team.job) if team.leads else nullcontext():
-            run.begin()
-            run.loop()
-    except ShortMemory:
-        run.keeper.remember_shortage()
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    with init_distributed() as distributed:
+        if options.dry_run:
+            run = TrainingRun.from_options(options, translate)
+            print_plan(run.planned())
+            return run.folder
+        run = TrainingRun.from_options(options, translate, distributed)
+        # Nothing is written before this: all input has been read and checked.
+        recipe = hashlib.sha256(to_toml(to_tree(run.recipe)).encode()).hexdigest()
+        distributed.check_equal(data=run.data.fingerprint, recipe=recipe, torch=torch.__version__)
+        job = distributed.torchrun_job
+        try:
+            with exclusive(run.folder, job=job) if distributed.is_main else nullcontext():
+                run.restore()
+                run.train()
+        except ShardedOutOfMemory:
+            run.checkpointer.save_halvings()
             raise
-        raise TrmtError(
-            f"there is not enough memory for this network on {run.learner.device}; use a smaller one or "
-            "lower batches.tokens in a new run folder, or another device in this one"
-        ) from error
-    finally:
-        run.close()
-    return run.folder
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrmtError(
+                f"there is not enough memory for this network on {run.state.device}; use a smaller one or "
+                "lower batches.tokens in a new run folder, or another device in this one"
+            ) from error
+        finally:
+            run.reporter.close()
+        return run.folder
 
 
-class Run:
-    """One training run: its network, its folder, and the loop."""
+class TrainingRun:
+    """One training run: its data, its state, its folder, and the loop."""
 
     def __init__(
         self,
@@ -104,71 +104,87 @@ class Run:
         data: PreparedSet,
         tokenizer: Tokenizer,
         *,
-        validate: Validate | None,
         options: TrainOptions,
-        team: Team | None = None,
+        translate: TranslateDevSet | None = None,
+        distributed: Distributed | None = None,
     ) -> None:
-        self.team = team = team or Team()
+        self.distributed = distributed or Distributed()
         self.folder, self.recipe, self.data, self.tokenizer = folder, recipe, data, tokenizer
         self.options = options
-        in_row = bool(resolve(NETWORKS, recipe.architecture, trust_code=True).packs_tokens)
+        padding_free = bool(resolve(NETWORKS, recipe.architecture, trust_code=True).packs_tokens)
         objective = resolve(OBJECTIVES, recipe.objective, trust_code=True)
-        read = objective.batches(build(objective.config_class, recipe.loss, where="loss"))
-        self.batches = read(data, recipe.batches, seed=recipe.training.seed, in_row=in_row)
-        # Epochs differ by a batch or so; the first one's length stands for all.
+        make_batches = objective.batches(build(objective.config_class, recipe.loss, where="loss"))
+        self.batches = make_batches(
+            data, recipe.batches, seed=recipe.training.seed, padding_free=padding_free
+        )
+        # The lengths of epochs differ by a batch or so; that of the first one stands for all.
         self.steps_per_epoch = len(self.batches.plan(0))
-        specials = Specials.of(tokenizer.target)
-        self.learner = Learner(recipe, steps=self.last_step or 0, team=team, specials=specials)
-        self.positions = self.learner.net.max_positions
+        self.state = TrainState(
+            recipe,
+            total_steps=self.last_step or 0,
+            distributed=self.distributed,
+            specials=Specials.of(tokenizer.target),
+        )
+        max_tokens = self.state.net.max_positions
         if alpha := recipe.batches.subword_alpha:
-            self.batches.resample = resample_with(tokenizer, alpha, self.positions - 1)
-        if room := self.batches.room:
-            self.learner.room = replace(room, longest=min(room.longest, self.positions))
-        self.dev: DevSet | None = None
+            self.batches.resample = subword_resampler(tokenizer, alpha, max_tokens - 1)
+        if shape := self.batches.shape:
+            self.state.batch_shape = replace(shape, max_length=min(shape.max_length, max_tokens))
+        self.validator: Validator | None = None
         if "dev" in data.splits:
-            dev = read(data, recipe.batches, seed=0, split="dev")
-            self.dev = DevSet(dev, self.learner, recipe, tokenizer, validate)
-        self.logbook: Logbook | None = None
-        self.history = History()
-        self.screen: display.Screen = display.Lines()
-        self.progress = Progress()
-        self.signals = Signals(team)
-        half = self.learner.precision == "fp16"
-        self.spikes = Spikes(folder, policy=recipe.training.on_spike, half=half, log=self.log, team=team)
-        self.keeper = Keeper(folder, recipe, tokenizer, self.learner, self.batches, self.spikes)
+            dev = make_batches(data, recipe.batches, seed=0, split="dev")
+            self.validator = Validator(dev, self.state, tokenizer, translate)
+        self.reporter = Reporter(folder, self.state)
+        self.signals = StopSignals(self.distributed)
+        self.spikes = SpikePolicy(
+            folder,
+            policy=recipe.training.on_spike,
+            fp16=self.state.precision == "fp16",
+            log=self.reporter.log,
+            distributed=self.distributed,
+        )
+        self.checkpointer = Checkpointer(folder, self.state, tokenizer, self.batches)
         self._check()
 
     @classmethod
-    def planned(cls, options: TrainOptions, validate: Validate | None, team: Team | None = None) -> Self:
-        """The run that these options describe, about to begin."""
-        options = remembered(options)
+    def from_options(
+        cls,
+        options: TrainOptions,
+        translate: TranslateDevSet | None = None,
+        distributed: Distributed | None = None,
+    ) -> Self:
+        """The run that these options describe; nothing is written yet."""
+        options = with_origin(options)
         data = PreparedSet.open(options.data or default_data(kind=DOCUMENTS if options.pretrain else PAIRS))
         tokenizer = Tokenizer.load(data.tokenizer_folder)
-        recipe, name = resolved_recipe(options, data, tokenizer, translates=validate is not None)
+        recipe, name = resolved_recipe(options, data, tokenizer, translates=translate is not None)
         folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
         check_same_run(folder, recipe, origin_of(options, data))
-        return cls(folder, recipe, data, tokenizer, validate=validate, options=options, team=team)
+        return cls(
+            folder, recipe, data, tokenizer, options=options, translate=translate, distributed=distributed
+        )
 
     def _check(self) -> None:
-        """What cannot work is said before the first step."""
-        for batches in (self.batches, *([self.dev.batches] if self.dev else [])):
-            if batches.lengths.max() > self.positions:
+        """Raise errors that would otherwise come up only later in training."""
+        max_tokens = self.state.net.max_positions
+        for batches in (self.batches, *([self.validator.batches] if self.validator else [])):
+            if batches.lengths.max() > max_tokens:
                 shorter = (
                     "prepare the data with a lower --max-length"
                     if self.data.kind == PAIRS
                     else "lower batches.passage"
                 )
                 raise ConfigError(
-                    f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network "
-                    f"positions for {self.positions}; raise network.max_positions, or {shorter}"
+                    f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network only "
+                    f"has positions for {max_tokens}; raise network.max_positions, or {shorter}"
                 )
-        if not self.dev and self.recipe.training.patience and not self.last_step:
+        if not self.validator and self.recipe.training.patience and not self.last_step:
             raise ConfigError(
                 f"training.patience needs a dev set and {self.data.folder} has none; prepare it again with "
                 "--dev, or set training.steps or training.epochs"
             )
-        if not self.dev:
-            console.warn(f"{self.data.folder} has no dev set: nothing tells which checkpoint is best")
+        if not self.validator:
+            console.warn(f"{self.data.folder} has no dev set, so that the best checkpoint remains unknown")
 
     @property
     def last_step(self) -> int | None:
@@ -182,226 +198,192 @@ class Run:
 
     # Restore
 
-    def begin(self) -> None:
-        """Take up the newest checkpoint, or start a new run folder."""
-        self._verify()
-        state = self.team.first(self.keeper.newest)
-        if state:
-            self.progress = self.keeper.take_up(*state)
-            console.say(f"resuming {self.folder} at step {self.progress.step:,}")
-        elif self.options.init_from:
-            named, encoder = init_from.split(self.options.init_from)
-            place = checkpoints.find_bundle(named)
-            weights = bundles.read_weights(place, bundles.read_manifest(place))
-            self.learner.start_from(weights, where=str(place), encoder=encoder)
-            console.say(f"starting from the {'encoder' if encoder else 'weights'} of {place}")
-        learner = self.learner
-        if not state:
-            word_vectors.begin_with(learner.net, self.recipe.vectors, self.tokenizer, self.data)
-            learner.restart_mean()
-        learner.start_alike()
-        self.keeper.recall_shortage()
-        if self.team.leads:
-            self.logbook = Logbook(self.folder / LOG, step=self.progress.step)
-            if state and self.logbook.path.is_file():  # whoever tidied it away may go on without it
-                self.history = History.read(self.logbook.path)
+    def restore(self) -> None:
+        """Restore the newest checkpoint, or initialise the weights and start a new run folder."""
+        if self.distributed.local_rank == 0:  # once on each machine
+            self.data.verify()
+        self.distributed.all_gather(None)
+        state = self.state
+        saved = self.distributed.main_first(self.checkpointer.newest)
+        if saved:
+            self.checkpointer.restore(saved)
+            console.say(f"resuming {self.folder} at step {state.progress.step:,}")
+        else:
+            self._initialise_weights()
+        state.broadcast_weights()
+        self.checkpointer.restore_halvings()
+        self.reporter.open(resumed=bool(saved))
+        if self.distributed.is_main:
             with atomic_file(self.folder / CONFIG) as stream:
-                stream.write(to_toml(tree_of(self.recipe)).encode())
-            if not state:
-                write_json(self.folder / ORIGIN, tree_of(origin_of(self.options, self.data)))
-                unchanged.remember(self.folder, self.data)
-        self.log(
-            "resume" if state else "begin",
+                stream.write(to_toml(to_tree(self.recipe)).encode())
+            if not saved:
+                write_json(self.folder / ORIGIN, to_tree(origin_of(self.options, self.data)))
+                record.write_record(self.folder, self.data)
+        self.reporter.log(
+            "resume" if saved else "begin",
             data=str(self.data.folder),
             fingerprint=self.data.fingerprint,
-            parameters=learner.parameters,
-            **learner.machine(),
+            parameters=state.parameter_count,
+            **state.environment(),
         )
-        processes = f" on {self.team.size} processes" if self.team.size > 1 else ""
+        world_size = self.distributed.world_size
+        processes = f" on {world_size} processes" if world_size > 1 else ""
         console.say(
-            f"{self.recipe.architecture}, {learner.parameters / 1e6:.1f}M parameters, "
-            f"{learner.device.type} {learner.precision}{processes}, {len(self.batches.split):,} pairs, "
+            f"{self.recipe.architecture}, {state.parameter_count / 1e6:.1f}M parameters, "
+            f"{state.device.type} {state.precision}{processes}, {len(self.batches.split):,} pairs, "
             f"{self.steps_per_epoch:,} steps an epoch -> {self.folder}"
         )
-        glance(self.job())
+        print_requirements(self.planned())
 
-    def _verify(self) -> None:
-        """See that the data is as it was written, once on each machine."""
-        if self.team.local_rank == 0:
-            self.data.verify()
-        self.team.gather(None)
+    def _initialise_weights(self) -> None:
+        """Replace random weights by those of --init-from and by word vectors, where they are given."""
+        if self.options.init_from:
+            path, encoder_only = init_from.split_encoder_suffix(self.options.init_from)
+            bundle = checkpoints.find_bundle(path)
+            weights = bundles.read_weights(bundle, bundles.read_manifest(bundle))
+            self.state.initialise_from(weights, where=str(bundle), encoder_only=encoder_only)
+            console.say(f"starting from the {'encoder' if encoder_only else 'weights'} of {bundle}")
+        word_vectors.initialise_embeddings(self.state.net, self.recipe.vectors, self.tokenizer, self.data)
+        self.state.restart_ema()
 
-    # Step
+    # The loop
 
-    def loop(self) -> None:
-        """Train to the end of the recipe, to the end of patience, or until a signal."""
-        progress, last = self.progress, self.last_step
-        if self.finished() and not progress.look_due:
-            limit = "training.steps" if last is not None and progress.step >= last else "training.patience"
+    def train(self) -> None:
+        """Train until steps, epochs or patience are used up, or until a signal."""
+        progress = self.state.progress
+        if self.finished() and not progress.validation_pending:
+            out_of_steps = self.last_step is not None and progress.step >= self.last_step
+            limit = "training.steps" if out_of_steps else "training.patience"
             console.say(f"{self.folder} has ended at step {progress.step:,}; raise {limit} to go on")
             return
-        mark = Clock(progress.target_tokens)
-        with self.signals.heard(), display.watching(about(self.job()), self.history) as self.screen:
-            if progress.look_due:  # the run was ended between saving and looking
-                self.look()
-            self.learner.rehearse(self.batches)
-            mark.skip()
+        clock = StepClock(progress.target_tokens)
+        shown = open_display(self.planned().info, self.reporter.history)
+        with self.signals.handled(), shown as self.reporter.display:
+            if progress.validation_pending:  # the run was ended between saving and validating
+                self.validate()
+            rehearse(self.state, self.batches)
+            clock.skip()
             while not self.finished():
-                try:
-                    self._stretch(mark)
-                except GoBack as back:
-                    before = self.progress.step
-                    self.progress = self.keeper.take_up(*back.point.state())
-                    self.screen.advance(self.progress.step - before)
-                    mark.restart(self.progress.target_tokens)
-        progress = self.progress
-        self.log("end", seconds=round(progress.seconds, 1))
+                if checkpoint := self._train_until_rollback(clock):
+                    self._roll_back(checkpoint, clock)
+        progress = self.state.progress
+        self.reporter.log("end", seconds=round(progress.seconds, 1))
         console.say(f"done: {progress.step:,} steps in {console.duration(progress.seconds)} -> {self.folder}")
 
-    def _stretch(self, mark: Clock) -> None:
-        """Train to the end, or to where the run goes back."""
-        recipe, progress = self.recipe, self.progress
-        stream = self.batches.steps(Position(progress.epoch, progress.position))
+    def _train_until_rollback(self, clock: StepClock) -> Checkpoint | None:
+        """Train until the end, or until a checkpoint has to be rolled back to, which is returned."""
+        training, validation = self.recipe.training, self.recipe.validation
+        progress, guard = self.state.progress, self.state.guard
+        stream = self._batch_stream()
         try:
             while not self.finished():
-                after, examples = mark.next(stream)
-                self._learn(examples)
-                progress.epoch, progress.position = after
-                progress.seconds += mark.lap(paused=self.signals.was_paused())
-                if progress.step % recipe.training.log_every == 0:
-                    self._report(mark)
-                elif self.learner.guard.unread >= VERDICTS_AT_ONCE:
-                    self._settle()
-                self.screen.advance(1, mark.note)
-                validating = progress.step % recipe.validation.every == 0 or self.finished()
-                every = recipe.training.save_every
-                if validating or (every and progress.step % every == 0) or self.signals.number is not None:
-                    self._settle()
-                    progress.look_due = validating and self.dev is not None
-                    self.screen.doing("saving")
-                    self.keeper.save(progress)
-                    if self.signals.number is not None:
-                        self._stop(self.signals.number)
-                    if progress.look_due:
-                        self.screen.doing("validating")
-                        self.look()
-                    self.screen.doing("")
-                    mark.skip()
+                # Step
+                position, batches = clock.next(stream)
+                self.step(batches)
+                progress.epoch, progress.epoch_step = position
+                progress.seconds += clock.end_step(paused=self.signals.was_paused())
+                self.reporter.display.advance(1, clock.note)
+
+                # What is due, and whether the steps so far were good
+                log_due = progress.step % training.log_every == 0
+                validation_due = progress.step % validation.every == 0 or self.finished()
+                save_due = bool(training.save_every) and progress.step % training.save_every == 0
+                save_due = save_due or validation_due or self.signals.number is not None
+                if log_due or save_due or guard.pending >= MAX_PENDING_REPORTS:
+                    for report in guard.pop_reports():
+                        if checkpoint := self.spikes.handle(report, progress):
+                            return checkpoint
+
+                # Log
+                if log_due:
+                    self.reporter.log_step(clock, self.planned())
+                if not save_due:
+                    continue
+
+                # Save
+                progress.validation_pending = validation_due and self.validator is not None
+                self.reporter.display.set_activity("saving")
+                self.checkpointer.save()
+
+                # Stop
+                if self.signals.number is not None:
+                    self._stop(self.signals.number)
+
+                # Validate
+                if progress.validation_pending:
+                    self.reporter.display.set_activity("validating")
+                    self.validate()
+                self.reporter.display.set_activity("")
+                clock.skip()
         finally:
             stream.close()
+        return None
 
-    def _learn(self, examples: list[Examples]) -> None:
-        number = self.progress.step + 1
-        if number in self.spikes.left_out:
-            self.log("left out", step=number)
+    def _batch_stream(self) -> Generator[tuple[DataPosition, list[RaggedBatch]]]:
+        """The batches of each step from the current position on."""
+        return self.batches.steps(DataPosition(self.state.progress.epoch, self.state.progress.epoch_step))
+
+    def step(self, batches: list[RaggedBatch]) -> None:
+        """Take the next step, unless a rollback has excluded it."""
+        number = self.state.progress.step + 1
+        if number in self.spikes.skipped_steps:
+            self.reporter.log("left out", step=number)
+            self.state.progress.step = number
         else:
-            learned = self.learner.learn(examples, self.progress.step)
-            self.progress.target_tokens += learned.tokens
-        self.progress.step = number
+            train_step(self.state, batches)
 
-    def _settle(self) -> None:
-        """Hear what became of the steps since this was last asked; it may end in going back."""
-        for verdict in self.learner.guard.verdicts():
-            self.spikes.hear(verdict)
+    def _roll_back(self, checkpoint: Checkpoint, clock: StepClock) -> None:
+        """Restore an older checkpoint."""
+        before = self.state.progress.step
+        self.checkpointer.restore(checkpoint.load_state())
+        self.reporter.display.advance(self.state.progress.step - before)
+        clock.restart(self.state.progress.target_tokens)
 
     def finished(self) -> bool:
         """Whether steps, epochs or patience are used up."""
-        patience = self.recipe.training.patience
-        last = self.last_step
-        out_of_patience = bool(patience) and self.progress.stale >= patience
-        return out_of_patience or (last is not None and self.progress.step >= last)
-
-    # Log
-
-    def log(self, event: str, *, step: int | None = None, **values: Any) -> None:
-        """One line in the run's log, on this step or an earlier one; the leader writes it."""
-        if not self.team.leads:
-            return
-        assert self.logbook, "a run begins before it logs"
-        self.history.add(self.logbook.write(event, self.progress.step if step is None else step, **values))
-
-    def close(self) -> None:
-        """Let go of the log's files."""
-        if self.logbook:
-            self.logbook.close()
-
-    def _report(self, mark: Clock) -> None:
-        self._settle()
-        loss = self.learner.guard.mean_loss()
-        speed = mark.speed(self.progress.target_tokens)
-        mark.note = "no usable gradient" if loss is None else f"loss {loss:.3f}  {speed:,.0f} tokens/s"
-        self.log(
-            "train",
-            epoch=self.progress.epoch,
-            loss=loss and round(loss, 5),
-            lr=self.learner.rate(self.progress.step),
-            tokens_per_second=round(speed, 1),
-            waited=round(mark.wait_share, 5),
-            memory=memory.peak(self.learner.device),
-            **self._place(),
-        )
-        if self.history.last(TRAIN, back=1) is None:
-            console.say(pace(self.job(), seconds=self.progress.seconds / self.progress.step))
-
-    def _place(self) -> dict[str, Any]:
-        """How far training has come, for curves over tokens or hours."""
-        return {"tokens": self.progress.target_tokens, "elapsed": round(self.progress.seconds, 3)}
+        progress, patience = self.state.progress, self.recipe.training.patience
+        out_of_patience = bool(patience) and progress.validations_since_best >= patience
+        return out_of_patience or (self.last_step is not None and progress.step >= self.last_step)
 
     # Validate
 
-    def look(self) -> None:
-        """The dev set through the eyes of the weights just saved; what is found goes to them."""
-        assert self.dev, "only a run with a dev set looks at it"
-        began, progress = time.monotonic(), self.progress
+    def validate(self) -> None:
+        """Validate the weights just saved, and add the results to their checkpoint."""
+        assert self.validator, "only runs with a dev set validate"
+        began, progress = time.monotonic(), self.state.progress
         try:
-            with self.signals.harmless(), self.learner.at_rest():
-                seen = self.dev.look()
-        except StoppedHere:
+            with self.signals.stop_at_once(), self.state.evaluating():
+                result = self.validator.validate()
+        except StopNow:
             assert self.signals.number is not None, "only a signal raises it"
             self._stop(self.signals.number)
-        metric = self.recipe.validation.metric
-        if seen.judged:
-            progress.judge(float(seen.scores[0]["value"]), lower_is_better=metric == "loss")
-        shown = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in seen.scores)
-        better = "  (best)" if seen.judged and progress.stale == 0 else ""
-        console.say(f"step {progress.step:,}: {shown or 'not validated'}{better}")
-        took = round(time.monotonic() - began, 2)
-        self.log("validate", scores=seen.scores, samples=seen.samples, seconds=took, **self._place())
-        if self.team.leads:
-            self.screen.looked(seen.samples, self._expected(metric))
-        progress.look_due = False
-        self.keeper.add(progress, seen)
-
-    def _expected(self, metric: str) -> str:
-        progress = self.progress
-        points = self.history.curve(VALIDATE, metric)
-        settled = [point for point in points if point.step >= self.recipe.optim.warmup]
-        return foresee(settled, metric, last=self.last_step, pace=progress.seconds / max(progress.step, 1))
+        if result.has_metric:
+            lower_is_better = self.recipe.validation.metric == "loss"
+            progress.add_score(float(result.scores[0]["value"]), lower_is_better=lower_is_better)
+        seconds = time.monotonic() - began
+        self.reporter.log_validation(result, seconds=seconds, last_step=self.last_step)
+        progress.validation_pending = False
+        self.checkpointer.add_results(result)
 
     # Stop
 
     def _stop(self, number: int) -> NoReturn:
-        self.log("interrupted", signal=number)
+        self.reporter.log("interrupted", signal=number)
         raise Interrupted(
-            f"stopped by {signal.Signals(number).name} after step {self.progress.step:,}, which is saved; "
-            "the same command goes on from there",
+            f"stopped by {signal.Signals(number).name} after step {self.state.progress.step:,}, which is "
+            "saved; the same command goes on from there",
             number,
         )
 
     # Plan
 
-    def describe(self) -> None:
-        """What training would take: memory, time, disk."""
-        plan(self.job())
-
-    def job(self) -> Job:
-        """What is to be done, for who says what it takes."""
-        return Job(
-            self.learner,
+    def planned(self) -> PlannedRun:
+        """This run, as the estimates of memory, time and disk need it."""
+        return PlannedRun(
+            self.state,
             self.batches,
             self.folder,
             self.recipe.training,
             steps_per_epoch=self.steps_per_epoch,
-            last=self.last_step,
-            done=self.progress.step,
+            last_step=self.last_step,
         )

@@ -1,14 +1,14 @@
-"""What a run does about a step that went wrong: leave it out, go back to before it, or stop with advice.
+"""What a run does about a bad step: skip it, roll back to before it, or stop with advice.
 
-    training.on_spike    a gradient far above the usual       a loss far above     no numbers
-    skip                 the step is left out                 said                 left out
-    rollback             the run goes back to the checkpoint before it and leaves out its batches
-    stop                 training ends; the last checkpoint is the one before
-    ignore               said                                 said                 left out
+    training.on_spike    gradient spike               loss spike                   gradient not finite
+    skip                 the step is skipped          a warning                    the step is skipped
+    rollback             the run goes back to the checkpoint before it and skips the steps that caused it
+    stop                 training ends; the last checkpoint is the one before it
+    ignore               a warning                    a warning                    the step is skipped
 
-Steps that were gone back over are a fact of the run, like its data: they stand in `rollbacks.json`, and
-no later attempt takes them, from whatever checkpoint it goes on. Their numbers are used up, so the plan of
-batches and the learning rate stay what they were.
+Steps that a rollback skips are a fact of the run, like its data: they are listed in `rollbacks.json`, and no
+later attempt takes them, whatever checkpoint it resumes from. Their numbers stay used, so the order of the
+batches and the learning rate do not change.
 """
 
 from __future__ import annotations
@@ -22,136 +22,134 @@ from typing import Any
 from trmt import console
 from trmt.bundles import checkpoints
 from trmt.bundles.checkpoints import Checkpoint
-from trmt.config import Tree, build, tree_of
+from trmt.config import Tree, build, to_tree
 from trmt.errors import BundleError, TrmtError
 from trmt.storage.files import write_json
-from trmt.training.distributed import Team
-from trmt.training.guard import Verdict
+from trmt.training.distributed import Distributed
+from trmt.training.guard import StepReport
+from trmt.training.state import TrainProgress
 
 ROLLBACKS = "rollbacks.json"  # in a run folder
-FAILED_STEPS = 20  # left out in a row, after which training has failed
-ATTEMPTS = 3  # rollbacks to one checkpoint, after which training has failed
-SUSPECTS = 8  # steps before a high loss that may have caused it
-LOWER = "start a new run with a lower optim.lr or with optim.clip=1.0"
+MAX_SKIPPED_IN_A_ROW = 20  # steps, after which training has failed
+MAX_ROLLBACKS = 3  # to one checkpoint, after which training has failed
+SUSPECT_STEPS = 8  # before a loss spike, which may have caused it
+ADVICE = "start a new run with a lower optim.lr or with optim.clip=1.0"
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """A way back that was taken."""
+    """A rollback that a run has made."""
 
-    to: int  # the step gone back to
-    at: int  # the step that went wrong
-    why: str
-    left_out: tuple[int, ...]  # steps that are not taken again
-
-
-class GoBack(Exception):
-    """The run is to go on from an older checkpoint."""
-
-    def __init__(self, point: Checkpoint) -> None:
-        super().__init__(f"back to step {point.step}")
-        self.point = point
+    to: int  # the step of the checkpoint that was restored
+    at: int  # the bad step
+    why: str  # what was bad about it
+    left_out: tuple[int, ...]  # the steps that are skipped from then on
 
 
-class Spikes:
-    """The policy of a run, with what has happened so far."""
+class SpikePolicy:
+    """Reports bad steps and decides what to do about them."""
 
     def __init__(
-        self, folder: Path, *, policy: str, half: bool, log: Callable[..., None], team: Team
+        self,
+        folder: Path,
+        *,
+        policy: str,
+        fp16: bool,
+        log: Callable[..., None],
+        distributed: Distributed,
     ) -> None:
-        self.folder, self.policy, self.half, self.log, self.team = folder, policy, half, log, team
-        self.failed = 0  # steps left out in a row; saved with each checkpoint
-        self.high = False  # whether the loss of the last step was
-        self.rollbacks = read(folder)
+        self.folder, self.policy, self.fp16 = folder, policy, fp16
+        self.log, self.distributed = log, distributed
+        self.previous_loss_spike = False  # whether the step before had one
+        self.rollbacks = read_rollbacks(folder)
 
     @property
-    def left_out(self) -> frozenset[int]:
-        """The steps that are not taken, counted from 1."""
+    def skipped_steps(self) -> frozenset[int]:
+        """The steps, counted from 1, that rollbacks have excluded."""
         return frozenset(step for rollback in self.rollbacks for step in rollback.left_out)
 
-    def hear(self, verdict: Verdict) -> None:
-        """Say and log what is remarkable about a step, and do what the policy asks for."""
-        taken = verdict.finite and not (verdict.steep and self.policy != "ignore")
-        self.failed = 0 if taken else self.failed + 1
-        # A loss scale that is still being found meets infinities on purpose, but not so many in a row.
-        expected = self.half and not verdict.finite
-        if not expected and verdict.bits:
-            self._respond(verdict, taken=taken)
-        self.high = verdict.high
-        if self.failed >= FAILED_STEPS:
+    def handle(self, report: StepReport, progress: TrainProgress) -> Checkpoint | None:
+        """Log a step if it was bad; returns the checkpoint to roll back to if the policy asks for that."""
+        updated = report.finite and not (report.gradient_spike and self.policy != "ignore")
+        progress.skipped_in_a_row = 0 if updated else progress.skipped_in_a_row + 1
+        # While the loss scale of fp16 is being adjusted, infinities are expected, but not many in a row.
+        expected = self.fp16 and not report.finite
+        if report.flags and not expected and (checkpoint := self._respond(report, updated=updated)):
+            return checkpoint
+        self.previous_loss_spike = report.loss_spike
+        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrmtError(
-                f"training fell apart: {FAILED_STEPS} steps in a row up to step {verdict.step:,} had no "
-                f"gradient that could be used; {LOWER}"
+                f"training has diverged: {MAX_SKIPPED_IN_A_ROW} steps in a row up to step {report.step:,} "
+                f"had no usable gradient; {ADVICE}"
             )
+        return None
 
-    def _respond(self, verdict: Verdict, *, taken: bool) -> None:
-        why = reason(verdict)
-        numbers = {"norm": verdict.norm, "loss": verdict.loss} if verdict.finite else {}
-        self.log(
-            "spike" if verdict.finite else "bad gradient", step=verdict.step, why=why, taken=taken, **numbers
-        )
+    def _respond(self, report: StepReport, *, updated: bool) -> Checkpoint | None:
+        why = describe(report)
+        values = {"norm": report.norm, "loss": report.loss} if report.finite else {}
+        event = "spike" if report.finite else "bad gradient"
+        self.log(event, step=report.step, why=why, taken=updated, **values)
         if self.policy == "stop":
             raise TrmtError(
-                f"step {verdict.step:,}: {why}, and training.on_spike is stop; go on from the last "
-                f"checkpoint with --set training.on_spike=rollback, or {LOWER}"
+                f"step {report.step:,}: {why}, and training.on_spike is stop; go on from the last "
+                f"checkpoint with --set training.on_spike=rollback, or {ADVICE}"
             )
         if self.policy == "rollback":
-            taken_back = self.team.lead(lambda: self._way_back(verdict, why))
-            if taken_back:
-                self.rollbacks = [build(Rollback, entry, where=ROLLBACKS) for entry in taken_back]
+            rollbacks = self.distributed.on_main(lambda: self._roll_back(report, why))
+            if rollbacks:
+                self.rollbacks = [build(Rollback, entry, where=ROLLBACKS) for entry in rollbacks]
                 step = self.rollbacks[-1].to
-                raise GoBack(Checkpoint(checkpoints.step_folder(self.folder, step), step))
-            console.warn(f"step {verdict.step:,}: {why}; there is no checkpoint before it to go back to")
-        elif not taken:
-            console.warn(f"step {verdict.step:,}: {why}; the step is left out")
-        elif not self.high:  # said once, not at each step of a plateau
-            console.warn(f"step {verdict.step:,}: {why}")
+                return Checkpoint(checkpoints.step_folder(self.folder, step), step)
+            console.warn(f"step {report.step:,}: {why}; there is no checkpoint before it to roll back to")
+        elif not updated:
+            console.warn(f"step {report.step:,}: {why}; the step is skipped")
+        elif not self.previous_loss_spike:  # one warning, not one for each step of a plateau
+            console.warn(f"step {report.step:,}: {why}")
+        return None
 
-    def _way_back(self, verdict: Verdict, why: str) -> list[Tree]:
-        """Choose the checkpoint to go on from, set the newer ones aside, and note the way after the others.
+    def _roll_back(self, report: StepReport, why: str) -> list[Tree]:
+        """Choose the checkpoint to restore, set the newer ones aside, and write the new list of rollbacks.
 
-        Without a checkpoint to go back to, there are none.
+        The list is empty if there is no checkpoint to roll back to.
         """
-        first = verdict.step - SUSPECTS if verdict.high and not verdict.steep else verdict.step
-        older = [point for point in whole_points(self.folder) if point.step < verdict.step]
+        is_delayed = report.loss_spike and not report.gradient_spike
+        first_suspect = report.step - SUSPECT_STEPS if is_delayed else report.step
+        older = [
+            found for found in checkpoints.resumable_checkpoints(self.folder) if found.step < report.step
+        ]
         if not older:
             return []
-        point = next((point for point in reversed(older) if point.step < first), older[0])
-        if sum(rollback.to == point.step for rollback in self.rollbacks) >= ATTEMPTS:
+        target = next((found for found in reversed(older) if found.step < first_suspect), older[0])
+        if sum(rollback.to == target.step for rollback in self.rollbacks) >= MAX_ROLLBACKS:
             raise TrmtError(
-                f"step {verdict.step:,}: {why}, as after each of {ATTEMPTS} rollbacks to step "
-                f"{point.step:,}; {LOWER}"
+                f"step {report.step:,}: {why}, as after each of {MAX_ROLLBACKS} rollbacks to step "
+                f"{target.step:,}; {ADVICE}"
             )
-        for newer in checkpoints.steps(self.folder):
-            if newer.step > point.step:
+        for newer in checkpoints.list_checkpoints(self.folder):
+            if newer.step > target.step:
                 checkpoints.set_aside(newer, "rolled-back")
-        steps = tuple(range(max(first, point.step + 1), verdict.step + 1))
-        rollbacks = [*self.rollbacks, Rollback(point.step, verdict.step, why, steps)]
-        trees = [tree_of(rollback) for rollback in rollbacks]
+        steps = tuple(range(max(first_suspect, target.step + 1), report.step + 1))
+        rollbacks = [*self.rollbacks, Rollback(target.step, report.step, why, steps)]
+        trees = [to_tree(rollback) for rollback in rollbacks]
         write_json(self.folder / ROLLBACKS, trees)
         console.warn(
-            f"step {verdict.step:,}: {why}; going back to step {point.step:,} and leaving out "
+            f"step {report.step:,}: {why}; rolling back to step {target.step:,} and skipping "
             + (f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else f"step {steps[0]:,}")
         )
-        self.log("rollback", step=verdict.step, to=point.step, why=why, left_out=steps)
+        self.log("rollback", step=report.step, to=target.step, why=why, left_out=steps)
         return trees
 
 
-def reason(verdict: Verdict) -> str:
-    """What is wrong with a step, in words."""
-    if not verdict.finite:
+def describe(report: StepReport) -> str:
+    """What is bad about a step, in words."""
+    if not report.finite:
         return "the gradient is not finite"
-    if verdict.steep:
-        return f"the gradient's norm of {verdict.norm:.3g} is far above the usual"
-    return f"the loss of {verdict.loss:.2f} is far above the usual"
+    if report.gradient_spike:
+        return f"the gradient's norm of {report.norm:.3g} is far above that of recent steps"
+    return f"the loss of {report.loss:.2f} is far above that of recent steps"
 
 
-def whole_points(folder: Path) -> list[Checkpoint]:
-    """The checkpoints that can be gone on from, oldest first."""
-    return [point for point in checkpoints.steps(folder) if point.resumable()]
-
-
-def read(folder: Path) -> list[Rollback]:
+def read_rollbacks(folder: Path) -> list[Rollback]:
     """The rollbacks of the run in `folder`, oldest first."""
     path = folder / ROLLBACKS
     try:
@@ -160,4 +158,6 @@ def read(folder: Path) -> list[Rollback]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BundleError(f"cannot read {path}: {error}; put it back, or name another run folder") from error
+        raise BundleError(
+            f"cannot read {path}: {error}; restore the file, or name another run folder"
+        ) from error

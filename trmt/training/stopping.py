@@ -1,4 +1,4 @@
-"""Signals during a run: Ctrl-C and SIGTERM end it where nothing is lost, and a pause is noticed."""
+"""Signals during training: Ctrl-C and SIGTERM end a run after it has been saved, and pauses are noticed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from trmt import console
 from trmt.errors import TrmtError
-from trmt.training.distributed import Team
+from trmt.training.distributed import Distributed
 
 
 class Interrupted(TrmtError):
@@ -21,46 +21,44 @@ class Interrupted(TrmtError):
         self.exit_code = 128 + number
 
 
-class StoppedHere(BaseException):
-    """Raised by a signal where nothing is lost; no library takes it for an error of its own."""
+class StopNow(BaseException):
+    """Raised by the signal handler where nothing is lost; not an Exception, so that no library catches it."""
 
 
-class Signals:
-    """What a run has been told from outside.
+class StopSignals:
+    """The signals that a run receives.
 
-    A scheduler kills half a minute after it has asked. So whatever may take longer than a step, and can be
-    done again, runs under `harmless`.
+    A scheduler sends SIGKILL half a minute after SIGTERM. So whatever may take longer than a step, and can be
+    repeated, runs within `stop_at_once`.
     """
 
-    def __init__(self, team: Team) -> None:
-        self.team = team
-        self._harmless = False
+    def __init__(self, distributed: Distributed) -> None:
+        self.distributed = distributed
+        self._at_once = False
         self._continued = False
 
     @property
     def number(self) -> int | None:
-        """The first signal that asked to stop; in a team, once all know of it."""
-        return self.team.signal
+        """The first signal that asked to stop; with several processes, once all ranks know of it."""
+        return self.distributed.agreed_signal
 
     @number.setter
     def number(self, number: int) -> None:
-        self.team.wish = number
+        self.distributed.requested_signal = number
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Let the first signal to stop be noted; the second one acts at once."""
-        numbers: dict[int, Callable[[int, FrameType | None], None]] = {
-            signal.SIGINT: self._note,
-            signal.SIGTERM: self._note,
+    def handled(self) -> Iterator[None]:
+        """Record the first signal to stop; a second one acts at once."""
+        handlers: dict[int, Callable[[int, FrameType | None], None]] = {
+            signal.SIGINT: self._stop,
+            signal.SIGTERM: self._stop,
         }
         if hasattr(signal, "SIGCONT"):
-            numbers[signal.SIGCONT] = self._continue
+            handlers[signal.SIGCONT] = self._continue
         before: dict[int, Any] = {}
-        try:
-            for number, handler in numbers.items():
+        with suppress(ValueError):  # not the main thread, so signals are handled elsewhere
+            for number, handler in handlers.items():
                 before[number] = signal.signal(number, handler)
-        except ValueError:  # not the main thread: signals are somebody else's
-            pass
         try:
             yield
         finally:
@@ -68,30 +66,31 @@ class Signals:
                 signal.signal(number, handler)
 
     @contextmanager
-    def harmless(self) -> Iterator[None]:
-        """While this block runs, a signal ends it at once, by StoppedHere; in a team it is waited for."""
-        self._harmless = self.team.size == 1
+    def stop_at_once(self) -> Iterator[None]:
+        """Within this block a signal raises StopNow; with several processes it takes effect after it."""
+        self._at_once = self.distributed.world_size == 1
         try:
-            if self._harmless and self.number is not None:
-                raise StoppedHere
+            if self._at_once and self.number is not None:
+                raise StopNow
             yield
         finally:
-            self._harmless = False
+            self._at_once = False
 
     def was_paused(self) -> bool:
-        """Whether the process was stopped and continued since this was last asked."""
+        """Whether the process was stopped and continued since the last call."""
         continued, self._continued = self._continued, False
         return continued
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.team.wish = number
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.distributed.requested_signal = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        if self._harmless:
-            raise StoppedHere
-        # Whoever is interrupted may be writing to the same stream, which refuses to be entered twice.
+        if self._at_once:
+            raise StopNow
+        # The interrupted code may be writing to the same stream, which raises RuntimeError when re-entered.
         with suppress(RuntimeError):
             console.say(
-                "stopping after this step; once more stops at once and loses the steps since the last save"
+                "stopping after this step; a second signal stops at once and loses the steps since the last "
+                "checkpoint"
             )
 
     def _continue(self, number: int, frame: FrameType | None) -> None:

@@ -1,9 +1,8 @@
-"""Word vectors: embeddings that begin with what word2vec (arXiv 1301.3781) or GloVe found, or with our own.
+"""Word vectors: initialising embeddings with vectors of word2vec (arXiv 1301.3781), GloVe, or trained here.
 
-Files are the text format of word2vec, its binary one, and that of GloVe, which has no first line. A piece
-that is a whole word takes the vector of the word; a file of pieces, as `trmt vectors` writes it, fits as
-it is.
-Vectors are shifted and scaled to the spread that the network's fresh embeddings have.
+Files have the text or the binary format of word2vec, or that of GloVe, which has no header. A piece that is a
+whole word takes the vector of the word. A file of vectors of pieces, as `trmt vectors` writes it, is used as
+it is. Vectors are shifted and scaled to the standard deviation of the network's fresh embeddings.
 """
 
 from __future__ import annotations
@@ -22,125 +21,127 @@ from trmt.errors import ConfigError, DataError
 from trmt.nets.base import Network
 from trmt.sets.shards import PAIRS, PreparedSet
 from trmt.storage.files import atomic_file
-from trmt.text.corpus import lines
+from trmt.text.lines import read_lines
 from trmt.text.tokenizer import Side, Tokenizer
 
-TRAIN = "train"  # in a recipe: make vectors from the prepared set
-MARK = "\u2581"  # begins the pieces that begin a word
-TOGETHER = 1 << 14  # sentences that are read at a time
+TRAIN = "train"  # in a recipe: train vectors on the prepared set
+WORD_START = "\u2581"  # first character of the pieces that begin a word
+READ_SENTENCES = 1 << 14  # at a time
 SIDES = ("source", "target")
-Matrix = NDArray[np.float32]
+Floats32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """Words and a row for each."""
+class WordVectors:
+    """Words and their vectors."""
 
     words: tuple[str, ...]
-    rows: Matrix
+    rows: Floats32  # one vector for each word
 
 
 # Reading
 
 
-def read_vectors(path: Path, wanted: Collection[str] | None = None) -> Vectors:
-    """The vectors in a file of word2vec or GloVe, or those of the wanted words only."""
+def read_vectors(path: Path, wanted: Collection[str] | None = None) -> WordVectors:
+    """The vectors in a file of word2vec or GloVe, or only those of the wanted words."""
     try:
         with path.open("rb") as stream:
-            first = stream.readline()
-            count, width = _header(first)
-            if width and not _is_text(stream, width):
-                stream.seek(len(first))
-                return _collected(_binary(stream, count, width, path), wanted, path)
+            first_line = stream.readline()
+            count, size = _parse_header(first_line)
+            if size and not _is_text(stream, size):
+                stream.seek(len(first_line))
+                return _collect(_read_binary(stream, count, size, path), wanted, path)
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror}; check vectors.source and vectors.target"
         ) from error
-    return _collected(_text(path, skip=bool(width)), wanted, path)
+    return _collect(_read_text(path, has_header=bool(size)), wanted, path)
 
 
-def _header(line: bytes) -> tuple[int, int]:
-    """How many vectors there are and how wide, if the first line says so."""
-    parts = line.split()
-    if len(parts) == 2 and all(part.isdigit() for part in parts):
-        return int(parts[0]), int(parts[1])
+def _parse_header(line: bytes) -> tuple[int, int]:
+    """The number of vectors and their size, if the line is a header; else zeros."""
+    fields = line.split()
+    if len(fields) == 2 and all(field.isdigit() for field in fields):
+        return int(fields[0]), int(fields[1])
     return 0, 0
 
 
-def _is_text(stream: BinaryIO, width: int) -> bool:
+def _is_text(stream: BinaryIO, size: int) -> bool:
     """Whether the next line is a word and numbers."""
-    parts = stream.readline().rstrip().split(b" ")
+    fields = stream.readline().rstrip().split(b" ")
     try:
-        return len(parts) == width + 1 and all(np.isfinite(float(part)) for part in parts[1:])
+        return len(fields) == size + 1 and all(np.isfinite(float(field)) for field in fields[1:])
     except ValueError:
         return False
 
 
-def _text(path: Path, *, skip: bool) -> Iterator[tuple[str, Matrix]]:
-    width = None
-    for number, line in enumerate(lines(path), start=1):
-        if (skip and number == 1) or not line.strip():
+def _read_text(path: Path, *, has_header: bool) -> Iterator[tuple[str, Floats32]]:
+    size = None
+    for number, line in enumerate(read_lines(path), start=1):
+        if (has_header and number == 1) or not line.strip():
             continue
-        parts = line.rstrip(" ").split(" ")
-        width = width or len(parts) - 1
-        # GloVe's largest files have words with spaces in them.
+        fields = line.rstrip(" ").split(" ")
+        size = size or len(fields) - 1
+        # Counted from the end, because GloVe's largest files have words with spaces in them.
         try:
-            row = np.array(parts[-width:], np.float32)
+            row = np.array(fields[-size:], np.float32)
         except ValueError as error:
             raise DataError(
-                f"{path}, line {number}: not a word and {width} numbers; mend the file"
+                f"{path}, line {number}: not a word and {size} numbers; correct the file"
             ) from error
-        if width < 1 or len(row) != width or len(parts) <= width:
-            raise DataError(f"{path}, line {number}: not a word and {width} numbers; mend the file")
-        yield " ".join(parts[:-width]), row
+        if size < 1 or len(row) != size or len(fields) <= size:
+            raise DataError(f"{path}, line {number}: not a word and {size} numbers; correct the file")
+        yield " ".join(fields[:-size]), row
 
 
-def _binary(stream: BinaryIO, count: int, width: int, path: Path) -> Iterator[tuple[str, Matrix]]:
+def _read_binary(stream: BinaryIO, count: int, size: int, path: Path) -> Iterator[tuple[str, Floats32]]:
     for number in range(1, count + 1):
         word = bytearray()
         while (byte := stream.read(1)) not in (b" ", b""):
-            if byte != b"\n":  # some writers put one behind each vector
+            if byte != b"\n":  # some programs write a line end after each vector
                 word += byte
-        raw = stream.read(4 * width)
-        if len(raw) < 4 * width:
+        raw = stream.read(4 * size)
+        if len(raw) < 4 * size:
             raise DataError(f"{path} ends in vector {number:,} of {count:,}; copy it again")
         yield word.decode("utf-8", errors="replace"), np.frombuffer(raw, "<f4").astype(np.float32)
 
 
-def _collected(found: Iterable[tuple[str, Matrix]], wanted: Collection[str] | None, path: Path) -> Vectors:
-    kept: dict[str, Matrix] = {}
-    anything = False
+def _collect(
+    found: Iterable[tuple[str, Floats32]], wanted: Collection[str] | None, path: Path
+) -> WordVectors:
+    rows: dict[str, Floats32] = {}
+    is_empty = True
     for word, row in found:
-        anything = True
-        if (wanted is None or word in wanted) and word not in kept:
+        is_empty = False
+        if (wanted is None or word in wanted) and word not in rows:
             if not np.isfinite(row).all():
                 raise DataError(f"{path}: the vector of {word!r} is not finite; make the file again")
-            kept[word] = row
-    if not anything:
-        raise DataError(f"{path} holds no vectors; name a file of word2vec or GloVe")
-    return Vectors(tuple(kept), np.stack(list(kept.values())) if kept else np.zeros((0, 0), np.float32))
+            rows[word] = row
+    if is_empty:
+        raise DataError(f"{path} has no vectors; name a file of word2vec or GloVe")
+    return WordVectors(tuple(rows), np.stack(list(rows.values())) if rows else np.zeros((0, 0), np.float32))
 
 
-# Making
+# Training and writing
 
 
 def train_vectors(
-    sentences: Iterable[Sequence[str]], *, width: int, seed: int = 1, epochs: int = 5
-) -> Vectors:
-    """Vectors of skip-gram with negative sampling, by gensim with one worker: the same ones each time."""
+    sentences: Iterable[Sequence[str]], *, size: int, seed: int = 1, epochs: int = 5
+) -> WordVectors:
+    """Vectors by skip-gram with negative sampling (gensim, with one worker so that it is reproducible)."""
     try:
         from gensim.models import Word2Vec
     except ImportError as error:
         raise ConfigError(
-            "making word vectors needs the package gensim; install it with pip install 'trmt[vectors]', or "
+            "training word vectors needs the package gensim; install it with pip install 'trmt[vectors]', or "
             "name a file of vectors"
         ) from error
-    drawn = {"seed": seed, "workers": 1}
-    model = Word2Vec(sentences, vector_size=width, sg=1, min_count=1, window=5, epochs=epochs, **drawn)
-    return Vectors(tuple(model.wv.index_to_key), np.asarray(model.wv.vectors, np.float32))
+    fixed = {"seed": seed, "workers": 1}
+    model = Word2Vec(sentences, vector_size=size, sg=1, min_count=1, window=5, epochs=epochs, **fixed)
+    return WordVectors(tuple(model.wv.index_to_key), np.asarray(model.wv.vectors, np.float32))
 
 
-def write_vectors(path: Path, vectors: Vectors) -> None:
+def write_vectors(path: Path, vectors: WordVectors) -> None:
     """Write vectors in the text format of word2vec."""
     with atomic_file(path) as stream:
         stream.write(f"{len(vectors.words)} {vectors.rows.shape[1]}\n".encode())
@@ -149,52 +150,52 @@ def write_vectors(path: Path, vectors: Vectors) -> None:
 
 
 class TextPieces:
-    """The sentences of some files in pieces, as often as they are asked for."""
+    """The sentences of some files as pieces; can be iterated repeatedly."""
 
     def __init__(self, files: Sequence[str], side: Side) -> None:
         self.files, self.side = files, side
 
     def __iter__(self) -> Iterator[list[str]]:
         for name in self.files:
-            for line in lines(name):
+            for line in read_lines(name):
                 if line.strip():
                     yield self.side.pieces(self.side.encode([line])[0])
 
 
 class SetPieces:
-    """The sentences of one column of a prepared set in pieces, as often as they are asked for."""
+    """The sentences of one column of a prepared set as pieces; can be iterated repeatedly."""
 
     def __init__(self, data: PreparedSet, column: str, side: Side) -> None:
         self.split, self.column = data.split("train"), column
         self.names = side.pieces(range(side.vocabulary))
 
     def __iter__(self) -> Iterator[list[str]]:
-        for begin in range(0, len(self.split), TOGETHER):
-            places = np.arange(begin, min(begin + TOGETHER, len(self.split)))
-            ids, lengths = self.split.gather(self.column, places)
-            for part in np.split(ids, np.cumsum(lengths)[:-1]):
-                yield [self.names[token] for token in part.tolist()]
+        for begin in range(0, len(self.split), READ_SENTENCES):
+            numbers = np.arange(begin, min(begin + READ_SENTENCES, len(self.split)))
+            ids, lengths = self.split.gather(self.column, numbers)
+            for sentence in np.split(ids, np.cumsum(lengths)[:-1]):
+                yield [self.names[token] for token in sentence.tolist()]
 
 
-# Using
+# Initialising embeddings
 
 
 def check_and_freeze(net: Network, recipe: Any) -> None:
-    """Refuse what vectors cannot be put into, and hold still what is to stay as it is."""
-    asked = [side for side in SIDES if getattr(recipe.vectors, side)]
-    if asked and recipe.training.shard:
-        raise ConfigError(f"training.shard = true and vectors.{asked[0]} exclude each other; leave one out")
-    for side in asked:
+    """Check that a recipe's vectors fit its network, and exclude frozen embeddings from training."""
+    sides = [side for side in SIDES if getattr(recipe.vectors, side)]
+    if sides and recipe.training.shard:
+        raise ConfigError(f"training.shard = true and vectors.{sides[0]} exclude each other; leave one out")
+    for side in sides:
         if _embedding(net, side) is None:
             raise ConfigError(
                 f"architecture = {recipe.architecture!r} has no embeddings for vectors.{side}; leave it out"
             )
         if recipe.vectors.frozen:
             _freeze(net, side)
-    if len(asked) == 2 and _embedding(net, "source") is _embedding(net, "target"):
+    if len(sides) == 2 and _embedding(net, "source") is _embedding(net, "target"):
         raise ConfigError(
-            'vectors.source and vectors.target are two for the one table of network.tied = "all"; leave one '
-            'out, or set network.tied = "target"'
+            'network.tied = "all" gives both sides the same embeddings, so that vectors.source and '
+            'vectors.target exclude each other; leave one out, or set network.tied = "target"'
         )
 
 
@@ -215,8 +216,8 @@ def _freeze(net: Network, side: str) -> None:
     weight.requires_grad_(False)
 
 
-def begin_with(net: Network, config: Any, tokenizer: Tokenizer, data: PreparedSet) -> None:
-    """Put the vectors that a recipe names into the embeddings of a fresh network."""
+def initialise_embeddings(net: Network, config: Any, tokenizer: Tokenizer, data: PreparedSet) -> None:
+    """Initialise the embeddings of a network with the vectors that a recipe names."""
     for name in SIDES:
         file = getattr(config, name)
         if not file:
@@ -225,47 +226,47 @@ def begin_with(net: Network, config: Any, tokenizer: Tokenizer, data: PreparedSe
         weight = _embedding(net, name).weight
         if file == TRAIN:
             column = f"{name}.ids" if data.kind == PAIRS else "text.ids"
-            vectors = train_vectors(SetPieces(data, column, side), width=weight.shape[1])
+            vectors = train_vectors(SetPieces(data, column, side), size=weight.shape[1])
         else:
             vectors = read_vectors(Path(file), set(_spellings(side)))
-        known = put(weight, vectors, side, where=f"vectors.{name} = {file!r}")
-        console.say(f"{name} embeddings: {known:,} of {side.vocabulary:,} pieces begin with a vector")
+        count = set_rows(weight, vectors, side, where=f"vectors.{name} = {file!r}")
+        console.say(f"{name} embeddings: {count:,} of {side.vocabulary:,} pieces start with a word vector")
 
 
 def _spellings(side: Side) -> Iterator[str]:
     for piece in side.pieces(range(side.vocabulary)):
-        yield from _words(piece)
+        yield from _names(piece)
 
 
-def _words(piece: str) -> list[str]:
-    """What a file may call a piece, the best first."""
-    if not piece.startswith(MARK) or piece == MARK:
+def _names(piece: str) -> list[str]:
+    """The words under which a file may have a vector for a piece, the best first."""
+    if not piece.startswith(WORD_START) or piece == WORD_START:
         return [piece]
     return [piece, piece[1:], piece[1:].lower()]
 
 
-def put(weight: torch.Tensor, vectors: Vectors, side: Side, *, where: str) -> int:
-    """Overwrite the rows of the pieces that have a vector; how many have one is returned."""
-    places = {word: number for number, word in enumerate(vectors.words)}
-    # In a file of pieces, a word without a mark goes on with another one.
-    marked = any(word.startswith(MARK) for word in vectors.words)
-    at, rows = [], []
-    for number, piece in enumerate(side.pieces(range(side.vocabulary))):
-        names = [piece] if marked else _words(piece)[-2:] if piece.startswith(MARK) else []
-        found = next((places[name] for name in names if name in places), None)
+def set_rows(weight: torch.Tensor, vectors: WordVectors, side: Side, *, where: str) -> int:
+    """Overwrite the embeddings of the pieces that have a vector; returns the number of these pieces."""
+    indices = {word: index for index, word in enumerate(vectors.words)}
+    # In a file of pieces, one without WORD_START continues a word.
+    has_pieces = any(word.startswith(WORD_START) for word in vectors.words)
+    tokens, rows = [], []
+    for token, piece in enumerate(side.pieces(range(side.vocabulary))):
+        names = [piece] if has_pieces else _names(piece)[-2:] if piece.startswith(WORD_START) else []
+        found = next((indices[name] for name in names if name in indices), None)
         if found is not None:
-            at.append(number)
+            tokens.append(token)
             rows.append(found)
-    if not at:
+    if not tokens:
         raise DataError(f"{where} has no vector for any piece of the tokenizer; is it of another language?")
     if vectors.rows.shape[1] != weight.shape[1]:
         raise ConfigError(
-            f"{where} has vectors of {vectors.rows.shape[1]} numbers, network.d_model is {weight.shape[1]}; "
-            "set one to the other"
+            f"{where} has vectors of {vectors.rows.shape[1]} numbers and network.d_model is "
+            f"{weight.shape[1]}; they have to be equal"
         )
-    taken = torch.from_numpy(vectors.rows[rows])
-    spread = float(weight.detach().std())
-    taken = (taken - taken.mean()) / taken.std().clamp(min=1e-12) * spread
+    values = torch.from_numpy(vectors.rows[rows])
+    deviation = float(weight.detach().std())
+    values = (values - values.mean()) / values.std().clamp(min=1e-12) * deviation
     with torch.no_grad():
-        weight[torch.tensor(at)] = taken.to(weight)
-    return len(at)
+        weight[torch.tensor(tokens)] = values.to(weight)
+    return len(tokens)

@@ -1,1 +1,1 @@
-"""Attention drawn: as text, as a picture, as a page to walk through."""
+"""Attention maps: extracted from a network, and drawn as text, as a figure or as an HTML page."""

@@ -1,4 +1,4 @@
-"""Attention as one page that needs nothing else: no network, no library, only a browser."""
+"""Attention maps as a single HTML file that needs neither network access nor libraries."""
 
 from __future__ import annotations
 
@@ -16,91 +16,94 @@ from typing import Any
 
 from torch import Tensor
 
-from trmt.insight.heatmaps.matrix import AXES, Axis, Choice, Looks
+from trmt.insight.heatmaps.maps import AXES, AttentionMaps, AxisLabels, MapChoice
 from trmt.storage.files import atomic_file
 
-# What could end the element that holds JSON, or a line in it, is written by its number.
+# Characters that could end a script element or a line are escaped in JSON.
 UNSAFE = re.compile(r"[<>&\u2028\u2029]")
-NAMES = {"cross": "target to source", "encoder": "source to itself", "decoder": "target to itself"}
+KIND_NAMES = {
+    "cross": "cross-attention",
+    "encoder": "encoder self-attention",
+    "decoder": "decoder self-attention",
+}
 
 
 @dataclass(frozen=True)
-class About:
-    """What the page says of all its sentences."""
+class PageInfo:
+    """What all sentences of a page share."""
 
     title: str
     languages: tuple[str, str]
-    choice: Choice  # what is shown first
+    choice: MapChoice  # the map that is shown first
 
 
-def write(out: Path, looks: Iterable[Looks], about: About) -> int:
-    """Write the page, sentence by sentence as they come, at least one; how many there were."""
-    before, after = _around(about.title)
+def write_page(out: Path, sentences: Iterable[AttentionMaps], info: PageInfo) -> int:
+    """Write a page of at least one sentence, one after the other; returns the number of sentences."""
+    before, after = _split_template(info.title)
     count, sizes = 0, {}
     with atomic_file(out) as stream:
         stream.write(before.encode())
-        for count, each in enumerate(looks, start=1):
+        for count, maps in enumerate(sentences, start=1):
             sizes = {
                 kind: dict(zip(("layers", "heads"), weights.shape, strict=False))
-                for kind, weights in each.weights.items()
+                for kind, weights in maps.weights.items()
             }
-            stream.write(_sentence(each, count - 1).encode())
-        assert count, "a page is of at least one sentence"
-        stream.write(_element("application/json", _json(_described(about, sizes)), 'id="about"').encode())
+            stream.write(_sentence(maps, count - 1).encode())
+        assert count, "a page needs at least one sentence"
+        stream.write(_element("application/json", _json(_description(info, sizes)), 'id="about"').encode())
         stream.write(after.encode())
     return count
 
 
-def _around(title: str) -> tuple[str, str]:
-    """The page before and after its data."""
-    template = Template(_part("html"))
-    script = _part("weights.js") + _part("js")
-    parts = {"title": html.escape(title), "style": _part("css"), "script": script, "data": "\0"}
-    before, after = template.substitute(parts).split("\0")
+def _split_template(title: str) -> tuple[str, str]:
+    """The HTML before and after the data."""
+    script = _resource("weights.js") + _resource("js")
+    values = {"title": html.escape(title), "style": _resource("css"), "script": script, "data": "\0"}
+    before, after = Template(_resource("html")).substitute(values).split("\0")
     return before, after
 
 
-def _part(kind: str) -> str:
-    return resources.files("trmt.insight.heatmaps").joinpath(f"page.{kind}").read_text(encoding="utf-8")
+def _resource(extension: str) -> str:
+    return resources.files("trmt.insight.heatmaps").joinpath(f"page.{extension}").read_text(encoding="utf-8")
 
 
-def _described(about: About, sizes: Any) -> dict[str, Any]:
-    choice = about.choice
+def _description(info: PageInfo, sizes: Any) -> dict[str, Any]:
+    choice = info.choice
     unit = "words" if choice.by_words else "pieces"
     return {
-        "languages": about.languages,
+        "languages": info.languages,
         "kinds": list(sizes),
-        "kindNames": NAMES,
+        "kindNames": KIND_NAMES,
         "axes": AXES,
         "sizes": sizes,
         "choice": {"kind": choice.kind, "layer": choice.layer, "head": choice.head, "unit": unit},
     }
 
 
-def _sentence(looks: Looks, number: int) -> str:
-    """The elements that hold a sentence: its labels, and the weights of each kind."""
-    used = {name for kind in looks.weights for name in AXES[kind]} | {"source"}
-    axes = {name: _axis(looks.axes[name]) for name in sorted(used)}
+def _sentence(maps: AttentionMaps, index: int) -> str:
+    """The elements of a sentence: its labels, and the weights of each kind of attention."""
+    used = {name for kind in maps.weights for name in AXES[kind]} | {"source"}
+    axes = {name: _axis(maps.axes[name]) for name in sorted(used)}
     labels = _element("application/json", _json({"axes": axes}), 'class="sentence"')
     weights = (
-        _element("text/plain", packed(weights), f'id="{kind}-{number}"')
-        for kind, weights in looks.weights.items()
+        _element("text/plain", compress(weights), f'id="{kind}-{index}"')
+        for kind, weights in maps.weights.items()
     )
     return labels + "".join(weights)
 
 
-def _axis(axis: Axis) -> dict[str, Any]:
+def _axis(axis: AxisLabels) -> dict[str, Any]:
     return {
         "text": axis.text,
         "pieces": axis.pieces,
         "words": axis.words,
-        "ends": [place.stop for place in axis.places],
-        "leftward": axis.leftward,
+        "ends": [positions.stop for positions in axis.word_pieces],
+        "rightToLeft": axis.right_to_left,
     }
 
 
-def packed(weights: Tensor) -> str:
-    """The weights as bytes, 255 times their square roots: what is small loses less than what is not."""
+def compress(weights: Tensor) -> str:
+    """The weights as bytes, 255 times their square roots, which makes small weights more precise."""
     rounded = (weights.clamp(0, 1).sqrt() * 255).round().byte()
     return base64.b64encode(zlib.compress(rounded.numpy().tobytes())).decode()
 
@@ -110,5 +113,5 @@ def _json(tree: Any) -> str:
     return UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _element(kind: str, content: str, attribute: str) -> str:
-    return f'<script type="{kind}" {attribute}>{content}</script>\n'
+def _element(mime_type: str, content: str, attribute: str) -> str:
+    return f'<script type="{mime_type}" {attribute}>{content}</script>\n'

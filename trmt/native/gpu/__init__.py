@@ -1,6 +1,7 @@
 """Kernels in Triton for GPUs, compiled at their first launch, which takes seconds.
 
-Triton comes with PyTorch's CUDA builds, and needs a C compiler. What imports it is imported only after `available`.
+Triton comes with PyTorch's CUDA builds, and needs a C compiler. What imports it is imported only after
+`available`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def cached_attention(
 ) -> Tensor | None:
     """What `SharedKVCache.attend` does with one new token of each hypothesis: [S, K, D].
 
-    Columns from `columns` on are neither read nor written. Without a table of ancestors there is one hypothesis.
+    Columns from `columns` on are neither read nor written. Without a table of ancestors there is one
+    hypothesis.
     """
     sentences, heads, hypotheses, head_dim = query_SHKP.shape
     if position_ST.shape[1] != 1 or not serves_cached_attention(query_SHKP, head_dim):
@@ -84,7 +86,7 @@ def cached_attention(
 
 
 def top(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The highest scores, their ids and the logarithm of the sum of exponentials; equal scores in order of ids."""
+    """The highest scores, their ids and the logarithm of the sum of exponentials; ties in order of ids."""
     rows, vocabulary = scores_RV.shape
     count = min(count, vocabulary)
     fits = count <= MAX_CANDIDATES and vocabulary <= MAX_VOCABULARY and scores_RV.stride(1) == 1

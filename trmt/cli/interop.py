@@ -1,0 +1,86 @@
+"""`trmt export`, `trmt import` and `trmt bert`: models of other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trmt.cli.common import Model
+
+bert = typer.Typer(
+    help="Convert encoders from and to BertForPreTraining.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+def export_command(
+    to: Annotated[str, typer.Option("--to", help="Format: ctranslate2, huggingface or onnx.")],
+    model: Model = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write. [default: beside the model, named after the format]"),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(help="Load the exported model with the other program and compare the outputs."),
+    ] = True,
+) -> None:
+    """Export a model to CTranslate2, Hugging Face or ONNX."""
+    from trmt.interop.exporting import ExportOptions, export
+
+    export(ExportOptions(model=model, to=to, out=out, check=check))
+
+
+def import_command(
+    folder: Annotated[
+        Path, typer.Argument(help="Hugging Face folder with a Marian model, such as those of OPUS-MT.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Bundle to write. [default: in models/, with the name of FOLDER]"),
+    ] = None,
+    source: Annotated[
+        str, typer.Option("--from", help="Source language. [default: from the model's files]")
+    ] = "",
+    target: Annotated[
+        str, typer.Option("--to", help="Target language. [default: from the model's files]")
+    ] = "",
+    check: Annotated[
+        bool, typer.Option(help="Compare the outputs with those of transformers, if it is installed.")
+    ] = True,
+) -> None:
+    """Import a Marian model as a bundle. It can be translated with and fine-tuned."""
+    from trmt.interop.importing import ImportOptions, import_model
+
+    import_model(ImportOptions(folder=folder, out=out, languages=(source, target), check=check))
+
+
+@bert.command("import")
+def bert_import(
+    folder: Annotated[Path, typer.Argument(help="Folder with config.json, vocab.txt and model.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Bundle to write.")],
+    tokenizer: Annotated[
+        Path,
+        typer.Option(help="Tokenizer of the new encoder; pieces that BERT also has keep their embeddings."),
+    ] = Path("data/tokenizer"),
+) -> None:
+    """Import a BERT as a bundle. For trmt train --init-from OUT:encoder."""
+    from trmt.interop.bert_folder import import_bert
+    from trmt.text.tokenizer import Tokenizer
+
+    import_bert(folder, out, Tokenizer.load(tokenizer))
+
+
+@bert.command("export")
+def bert_export(
+    model: Annotated[Path, typer.Argument(help="Bundle or run folder of trmt pretrain.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Export a pretrained encoder. The folder is for BertForPreTraining.from_pretrained."""
+    from trmt.bundles.checkpoints import find_bundle
+    from trmt.interop.bert_folder import export_bert
+
+    export_bert(find_bundle(model), out)

@@ -1,0 +1,36 @@
+"""A record of the prepared set in the run folder, and the files that have changed since."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trmt.sets.shards import INDEX, PreparedSet
+from trmt.storage.files import write_json
+
+RECORD = "data.json"  # in a run folder: the index of the prepared set when the run was started
+
+
+def write_record(run: Path, data: PreparedSet) -> None:
+    """Store the index of the prepared set in the run folder."""
+    write_json(run / RECORD, data.index)
+
+
+def describe_changes(run: Path, data: Path) -> str:
+    """How the set in the folder `data` differs from the record of `run`, as the end of a sentence."""
+    try:
+        before = json.loads((run / RECORD).read_bytes())
+        now = json.loads((data / INDEX).read_bytes())
+        files = _changed_keys(before["files"], now["files"])
+        keys = _changed_keys(before, now)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a run without a record
+        return ""
+    if files:
+        more = f" and {len(files) - 1:,} other files differ" if len(files) > 1 else " differs"
+        return f": {data / files[0]}{more}"
+    return f": {data / INDEX} differs in {', '.join(map(repr, keys))}" if keys else ""
+
+
+def _changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]

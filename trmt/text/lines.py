@@ -1,0 +1,79 @@
+"""The lines of UTF-8 text files, plain or gzipped, local or behind a URL, and of standard input."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from trmt.errors import DataError
+from trmt.storage.files import open_file
+from trmt.text.ranges import FileSlice, open_slice
+
+STDIN = "-"
+BOM = b"\xef\xbb\xbf"
+
+TextFile = str | Path | FileSlice
+
+
+def read_lines(file: TextFile) -> Iterator[str]:
+    """The lines of a UTF-8 file or of a slice of it, plain or .gz, or of standard input for `-`.
+
+    Only `\\n` ends a line, and a `\\r` right before it is dropped with it; every other character, such as a
+    lone CR or U+2028, is text. The last line needs no newline.
+    """
+    name = display_name(file)
+    before = number = lines_before(file)
+    with ExitStack() as stack:
+        stream = open_text(file, stack)
+        try:
+            for number, raw in enumerate(stream, start=before + 1):
+                if number == 1:
+                    raw = raw.removeprefix(BOM)
+                    if not raw:  # the file holds a byte order mark and nothing else
+                        return
+                if raw.endswith(b"\n"):
+                    raw = raw[:-2] if raw.endswith(b"\r\n") else raw[:-1]
+                yield raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{name}, line {number}: not valid UTF-8 (byte 0x{error.object[error.start]:02x} at "
+                f"position {error.start + 1} of the line); convert the file to UTF-8, for example with iconv"
+            ) from error
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(
+                f"{name} is damaged after line {number} ({error}); download or compress it again"
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"cannot read {name}: {error.strerror or error}; check the path and its permissions"
+            ) from error
+
+
+def open_text(file: TextFile, stack: ExitStack) -> BinaryIO:
+    """The uncompressed bytes of a file, which `stack` closes."""
+    if str(file) == STDIN:
+        return sys.stdin.buffer
+    name = file.path if isinstance(file, FileSlice) else str(file)
+    stream = stack.enter_context(open_file(name))
+    if isinstance(file, FileSlice):
+        stream = stack.enter_context(open_slice(stream, file))
+    if name.lower().endswith(".gz"):
+        return stack.enter_context(gzip.open(stream, "rb"))  # type: ignore[return-value]
+    return stream
+
+
+def lines_before(file: TextFile) -> int:
+    """How many lines of the file come before the first line of a slice."""
+    return file.range.first if isinstance(file, FileSlice) else 0
+
+
+def display_name(file: TextFile) -> str:
+    """The name of a file in messages."""
+    if isinstance(file, FileSlice):
+        return file.path
+    return "standard input" if str(file) == STDIN else str(file)

@@ -1,0 +1,250 @@
+"""The state of training: what a step reads and changes, and what a checkpoint saves of it for resuming.
+
+No state of a random generator is saved. The order of the data is a function of (seed, epoch), and each
+micro-batch seeds the generator anew from (seed, step, micro-batch, rank). So `TrainProgress` is the position
+of both the data and the generator, and a resumed run draws what an uninterrupted one draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trmt import console
+from trmt.bundles import bundles, init_from
+from trmt.config import build
+from trmt.devices.choice import be_deterministic, choose_device, choose_precision, compile_network
+from trmt.errors import ConfigError
+from trmt.nets.base import Network
+from trmt.objectives.base import Objective, Specials
+from trmt.registry import OBJECTIVES, resolve
+from trmt.sets.batches import BatchShape
+from trmt.text.tokenizer import BOS, EOS
+from trmt.training import optim, sharding, word_vectors
+from trmt.training.distributed import Distributed
+from trmt.training.guard import GradientGuard
+from trmt.training.micro_batches import MicroBatchSplitter
+from trmt.training.recipe import Recipe
+
+DEFAULT_SPECIALS = Specials(bos=BOS, eos=EOS)  # of the tokenizers that trmt trains
+
+
+@dataclass
+class TrainProgress:
+    """How far training has come, in numbers."""
+
+    step: int = 0  # steps taken so far
+    epoch: int = 0  # epoch of the next step
+    epoch_step: int = 0  # index of the next step in its epoch
+    target_tokens: int = 0  # target tokens trained on
+    seconds: float = 0.0  # time spent in steps
+    skipped_in_a_row: int = 0  # steps up to this one that the guard has skipped
+    best: float | None = None  # best validation score
+    validations_since_best: int = 0  # what patience counts
+    validation_pending: bool = False  # whether this step has been saved, but not validated yet
+
+    def add_score(self, value: float, *, lower_is_better: bool) -> None:
+        """Compare the score of a validation with the best one so far."""
+        better = self.best is None or (value < self.best if lower_is_better else value > self.best)
+        if better and not math.isnan(value):
+            self.best, self.validations_since_best = value, 0
+        else:
+            self.validations_since_best += 1
+
+
+class TrainState:
+    """Network, objective, optimiser, EMA, guard and progress; training ends at `total_steps`, 0 if unknown.
+
+    With several processes each has a TrainState. Weights and moments are the same on all ranks, or each rank
+    has some rows of every tensor (`sharded`).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        total_steps: int,
+        distributed: Distributed | None = None,
+        specials: Specials = DEFAULT_SPECIALS,
+    ) -> None:
+        self.recipe, self.distributed = recipe, distributed or Distributed()
+        if recipe.training.deterministic:
+            be_deterministic()
+        self.device = self.distributed.device(choose_device(recipe.training.device))
+        self.precision = choose_precision(recipe.training.precision, self.device)
+        self.sharded = recipe.training.shard and self.distributed.world_size > 1
+        self.net = self._build_network()
+        self.objective = self._build_objective(specials)
+        d_model = int(getattr(self.net.config, "d_model", 512))
+        self.learning_rate = optim.learning_rate(recipe.optim, d_model=d_model, total_steps=total_steps)
+        self.optimizer = optim.build_optimizer(self.net, recipe.optim)
+        self.ema = optim.EMA(self.net, recipe.optim.ema) if recipe.optim.ema else None
+        self.guard = GradientGuard(
+            self.device,
+            skip_spikes=recipe.training.on_spike != "ignore",
+            fp16=self.precision == "fp16",
+        )
+        self.micro_batches = MicroBatchSplitter(
+            self.distributed, sharded=self.sharded, indivisible=self.net.couples_batch
+        )
+        wanted = {"on": True, "auto": self.device.type == "cuda"}.get(recipe.training.compile, False)
+        self.compiled = wanted and not self.sharded  # gathering weights cannot be compile_network
+        self.forward: Any = compile_network(self.net) if self.compiled else self.net
+        self.batch_shape: BatchShape | None = None  # the shape that every batch fits into, if there is one
+        self.progress = TrainProgress()
+
+    # Build
+
+    def _build_network(self) -> Network:
+        """The network with fresh weights, the same for the same seed, on the device and in training mode."""
+        torch.manual_seed(self.recipe.training.seed)
+        net = bundles.build_network(self.recipe.architecture, self.recipe.network, trust_code=True)
+        word_vectors.check_and_freeze(net, self.recipe)
+        if net.couples_batch and self.distributed.world_size > 1:
+            raise ConfigError(
+                'network.norm = "batch" needs whole batches for its statistics, of which each of '
+                f"{self.distributed.world_size} processes would have a part; train in one process, or set "
+                'network.norm = "layer"'
+            )
+        if not self.sharded:
+            return net.to(self.device).train()
+        if self.precision == "fp16":
+            raise ConfigError("training.shard works with bf16 and fp32, not fp16; set training.precision")
+        sharding.shard(net, self.distributed, self.device)  # before it is moved: whole it may not fit
+        return net.train()
+
+    def _build_objective(self, specials: Specials) -> Objective:
+        objective = resolve(OBJECTIVES, self.recipe.objective, trust_code=True)
+        built: Objective = objective(build(objective.config_class, self.recipe.loss, where="loss"), specials)
+        if not isinstance(self.net, built.networks):
+            raise ConfigError(
+                f"objective = {self.recipe.objective!r} cannot train architecture = "
+                f"{self.recipe.architecture!r}; change one of the two"
+            )
+        return built
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of parameters of the network."""
+        return sum(parameter.numel() for parameter in self.net.parameters())
+
+    # Initialise
+
+    def initialise_from(
+        self, weights: Mapping[str, Tensor], *, where: str, encoder_only: bool = False
+    ) -> None:
+        """Replace the fresh weights by these, or only those of the encoder."""
+        if encoder_only:
+            if self.sharded:
+                raise ConfigError(
+                    f"training.shard = true and --init-from {where}:encoder exclude each other; train "
+                    "without sharding, or initialise from a whole network"
+                )
+            weights = init_from.with_encoder(self.net.state_dict(), weights, where=where)
+        if self.sharded:
+            bundles.check_weights(self.net, weights, where=where)
+            for name, tensor in self.net.state_dict().items():
+                sharding.load_tensor(tensor, weights, name, self.distributed)
+        else:
+            bundles.load_weights(self.net, weights, where=where)
+        self.restart_ema()
+
+    def restart_ema(self) -> None:
+        """Start the moving average at the current weights."""
+        if self.ema:
+            self.ema = optim.EMA(self.net, self.ema.decay)
+
+    def broadcast_weights(self) -> None:
+        """Give all ranks the weights of rank 0; machines may draw different ones from the same seed."""
+        if not self.sharded:
+            with torch.no_grad():
+                self.distributed.broadcast([*self.net.parameters(), *self.net.buffers()])
+
+    # Save and restore
+
+    def bundle_weights(self) -> dict[str, Tensor]:
+        """The weights that a bundle stores: the moving average if there is one."""
+        weights = dict(self.net.state_dict())
+        return weights | self.ema.named_averages() if self.ema else weights
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that resuming needs, each once."""
+        named: dict[str, Tensor] = {
+            f"weights:{name}": parameter for name, parameter in self.net.named_parameters()
+        }
+        named |= {f"buffer:{name}": value for name, value in optim.saved_buffers(self.net).items()}
+        named |= optim.moments(self.net, self.optimizer)
+        if self.ema:
+            named |= {f"ema:{name}": tensor for name, tensor in self.ema.named_averages().items()}
+        return named | {f"guard:{name}": tensor for name, tensor in self.guard.tensors().items()}
+
+    def bundle_names(self) -> dict[str, str]:
+        """Which of `tensors` a bundle stores, with their names in the bundle."""
+        buffers = {f"buffer:{name}": name for name in optim.saved_buffers(self.net)}
+        if self.ema:
+            averages = {f"ema:{name}": name for name in self.ema.named_averages()}
+            others = {key: name for key, name in buffers.items() if f"ema:{name}" not in averages}
+            return averages | others
+        return {f"weights:{name}": name for name, _ in self.net.named_parameters()} | buffers
+
+    def values(self) -> dict[str, Any]:
+        """All that resuming needs besides tensors, as JSON values."""
+        return {
+            "progress": asdict(self.progress),
+            "halvings": self.micro_batches.halvings,
+            "environment": self.environment(),
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """What has to stay the same for a resumed run to be the same to the last bit."""
+        return {
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+            "precision": self.precision,
+            "processes": self.distributed.world_size,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+
+    def restore(self, values: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+        """Restore what `values` and `tensors` returned, on any number of processes."""
+        for key, current in self.environment().items():
+            if (before := values["environment"].get(key, current)) != current:
+                console.warn(
+                    f"this run was saved with {key} {before} and goes on with {current}: the data comes in "
+                    "the same order, but results will not be the same to the last bit"
+                )
+        optim.load_moments(self.net, self.optimizer, saved, self.distributed)
+        guard = {name.removeprefix("guard:"): saved[name] for name in saved if name.startswith("guard:")}
+        self.guard.load(guard)
+        for name, tensor in self.tensors().items():
+            if name.startswith(("weights:", "buffer:", "ema:")) and name in saved:
+                sharding.load_tensor(tensor, saved, name, self.distributed)
+        sharding.reshard(self.net)
+        self.micro_batches.halvings = values["halvings"]
+        self.progress = TrainProgress(**values["progress"])
+
+    # Evaluate
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The weights that a bundle would store, in eval mode; afterwards everything is as it was before."""
+        if self.ema:
+            self.ema.swap()
+        sharding.reshard(self.net)
+        self.net.eval()
+        try:
+            yield
+        finally:
+            self.net.train()
+            if self.ema:
+                self.ema.swap()
+            sharding.reshard(self.net)

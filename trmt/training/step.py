@@ -1,0 +1,147 @@
+"""One training step: forward and backward over micro-batches, sum over ranks, clip, update, moving average.
+
+With several processes each knows all batches of the step and computes the gradients of its share. Gradients
+are sums over the tokens of a share, divided by the tokens of all shares; the ranks' gradients are added up
+once all have computed theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trmt.devices.choice import autocast
+from trmt.devices.memory import is_out_of_memory
+from trmt.sets.batches import PROBE_SEED, Batches, BatchShape, RaggedBatch
+from trmt.training import optim, sharding
+from trmt.training.micro_batches import MicroBatch
+from trmt.training.state import TrainState
+
+
+@dataclass
+class StepResult:
+    """The loss of a step."""
+
+    nll: Any  # sum of negative log likelihoods; a tensor, because a number would make the host wait
+    tokens: int  # target tokens of all ranks
+
+
+def train_step(state: TrainState, batches: list[RaggedBatch]) -> StepResult:
+    """Take the next step, over the gradients of some batches.
+
+    Whether the weights were updated or the guard skipped the step is in the guard's reports.
+    """
+    result = compute_gradients(state, batches)
+    update_weights(state, result)
+    state.progress.step += 1
+    state.progress.target_tokens += result.tokens
+    return result
+
+
+def compute_gradients(state: TrainState, batches: list[RaggedBatch]) -> StepResult:
+    """The gradients of the mean loss over the batches of all ranks, left in the parameters' `grad`.
+
+    Where memory runs out, all ranks halve their micro-batches and compute the gradients again.
+    """
+    tokens = sum(state.objective.tokens(batch) for batch in batches)
+    while True:
+        state.optimizer.zero_grad(set_to_none=True)
+        nll: Any = None
+        try:
+            nll = forward_backward(state, state.micro_batches.split(batches), tokens)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler, because the error keeps the tensors of the failed attempt alive.
+        largest_share = max(-(-len(batch) // state.distributed.world_size) for batch in batches)
+        if nll is None and state.sharded:
+            state.micro_batches.raise_out_of_memory(largest_share)
+        if not state.distributed.all_reduce_flag(nll is None):
+            return StepResult(_sum_over_ranks(state, nll), tokens)
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.device.type == "cuda":
+            torch.cuda.empty_cache()
+        state.micro_batches.halve(largest_share)
+
+
+def forward_backward(state: TrainState, micro_batches: list[MicroBatch], tokens: int) -> Any:
+    """Add up the gradients of the micro-batches; returns the sum of their negative log likelihoods."""
+    nll: Any = 0.0
+    for number, (examples, is_dummy) in enumerate(micro_batches):
+        seed = state.recipe.training.seed
+        torch.manual_seed(_seed(seed, state.progress.step, number, *state.distributed.seed_key))
+        batch = state.objective.collate(examples, state.device, shape=_micro_batch_shape(state))
+        with autocast(state.precision, state.device):
+            loss = state.objective.loss(state.forward, batch)
+        total = loss.total * 0 if is_dummy else loss.total
+        state.guard.scale_loss(total / tokens).backward()
+        nll = nll + (loss.nll * 0 if is_dummy else loss.nll)
+    return nll
+
+
+def update_weights(state: TrainState, result: StepResult) -> None:
+    """Clip the gradients and update the weights, unless the guard skips the step, and the moving average."""
+    step = state.progress.step
+    optim.set_learning_rate(state.optimizer, state.learning_rate(step + 1))
+    grads = [p.grad for p in state.net.parameters() if p.grad is not None]
+    state.guard.update(
+        state.optimizer,
+        step=step + 1,
+        norm=sharding.full_tensor(torch.nn.utils.get_total_norm(grads)),
+        nll=result.nll,
+        tokens=result.tokens,
+        clip=state.recipe.optim.clip,
+    )
+    if state.ema:
+        state.ema.update(step)
+
+
+def rehearse(state: TrainState, batches: Batches) -> None:
+    """Compute and discard the gradients of the largest batches, so that short memory shows before step 1.
+
+    Only the number of micro-batches can have changed afterwards: every step seeds the generator itself, and
+    buffers are put back.
+    """
+    buffers = {name: buffer.clone() for name, buffer in state.net.named_buffers()}
+    # The optimiser's moments exist from the first step on, and have to fit next to the gradients.
+    missing = [] if state.optimizer.state else [*state.net.parameters()] * 2
+    reserved = [torch.empty_like(parameter) for parameter in missing]
+    for pairs in batches.largest_batches():
+        # From the second batch of a step on, there are gradients besides the activations.
+        compute_gradients(state, [batches.load(pairs, seed=PROBE_SEED)] * min(batches.config.accumulate, 2))
+    del reserved
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, buffer in state.net.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+def _sum_over_ranks(state: TrainState, nll: Any) -> Any:
+    """Sum the gradients over all ranks, and return the sum of `nll`; a rank without pairs adds zeros."""
+    if state.distributed.world_size == 1:
+        return nll
+    total = torch.zeros(1, device=state.device) + nll
+    grads: list[Tensor] = []
+    if not state.sharded:  # FSDP has summed those of sharded parameters already
+        for parameter in filter(lambda p: p.requires_grad, state.net.parameters()):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            grads.append(parameter.grad)
+    state.distributed.all_reduce([*grads, total])
+    return total[0]
+
+
+def _micro_batch_shape(state: TrainState) -> BatchShape | None:
+    """The shape that micro-batches are padded to for a compiled network; None where none are padded."""
+    if state.net.counts_tokens or not state.compiled or not state.batch_shape:
+        return None  # a network that counts tokens would count the padding
+    return state.batch_shape.micro_batch(state.distributed.world_size * 2**state.micro_batches.halvings)
+
+
+def _seed(*keys: int) -> int:
+    """A seed that is a function of these keys alone."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
