@@ -145,8 +145,8 @@ def test_sampled_scores_are_those_of_the_network(net: Seq2Seq) -> None:
 # The same bits whatever the batch
 
 # Kernels of trmt.native compute each row by itself. What MKL returns on AMD processors depends on where a row
-# lies in memory, unless its results have to be reproducible. Attention of a single sentence with a single head
-# is split among threads there: with several threads, plain PyTorch is only close.
+# lies in memory, unless its results have to be reproducible. Attention of one sentence with a single head is
+# split among threads there: with several threads, plain PyTorch is only close.
 ENVIRONMENT = {"MKL_CBWR": "AUTO", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
 CPU = Path("/proc/cpuinfo")
 INTEL = not CPU.exists() or "GenuineIntel" in CPU.read_text(encoding="utf-8")
