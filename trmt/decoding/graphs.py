@@ -274,6 +274,8 @@ class GraphRunner:
         self.kept: dict[int, StaticSlots] = {}  # by their max_tokens
         self.record: Callable[[Callable[[], None]], Any] = Repeated
         self.direct: DirectRunner | None = None  # what runs instead
+        self.waiting: tuple[list[Request], Batch] | None = None  # the batch that comes next
+        self.left: tuple[list[Request], Callable[[], Any]] | None = None  # who was done at the last sync
         if decoder.device.type == "cuda":
             self.record = GraphRecorder(decoder.device)
             # It makes a plan for each new shape, which takes as long as hundreds of steps.
@@ -308,11 +310,11 @@ class GraphRunner:
         if self.current:
             self.current.open(queue, max_tokens)
             return
+        self.waiting = self.left = None
         self.max_tokens = max_tokens
         self.slots = self._slots(queue, max_tokens)
         self.few = max(math.ceil(COMPACT_AT * len(self.slots.slots)), 1)  # so many come together
         self.waiting = self._next(queue, len(self.slots.slots))
-        self.left: tuple[list[Request], Callable[[], Any]] | None = None  # who was done at the last sync
 
     def admit(self, queue: deque[Request]) -> bool:
         """Put the waiting batch into free slots; False when there is nothing left to decode."""
@@ -351,6 +353,7 @@ class GraphRunner:
     def free(self) -> None:
         """Let go of memory."""
         self.kept.clear()
+        self.waiting = self.left = None
         vars(self).pop("slots", None)
         if self.direct:
             self.direct.free()
