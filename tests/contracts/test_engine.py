@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from tests.fakes import VOCABULARY, Table, random_sentences, small_network
 from tests.variants import Variant, variants
 from trmt.decoding.base import Hypothesis, Search
+from trmt.decoding.batch import Batch, BatchDecoder
 from trmt.decoding.beam import Beam
 from trmt.decoding.engine import Engine, Runs
 from trmt.decoding.greedy import Greedy
@@ -321,6 +323,35 @@ def test_an_engine_that_was_left_in_the_middle_starts_anew(runs: Runs, sentences
     assert translated(engine, requests) == expected
     assert engine.shrink() == (sentences > 1)
     assert translated(engine, requests) == expected
+
+
+class RecordedDecoder(BatchDecoder):
+    """Remembers which batches there were, without keeping them."""
+
+    started: ClassVar[list[weakref.ref[Batch]]] = []
+
+    def start(self, requests: Sequence[Request], max_tokens: int, *, static: bool = False) -> Batch:
+        batch = super().start(requests, max_tokens, static=static)
+        if len(self.started) == 3:
+            raise torch.OutOfMemoryError("no memory for another batch")
+        self.started.append(weakref.ref(batch))
+        return batch
+
+
+@pytest.mark.parametrize("runs", RUNS)
+def test_batches_are_freed_when_all_is_decoded_or_memory_is_short(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(runs, random_table(), Greedy(), sentences=2)
+    monkeypatch.setattr(RecordedDecoder, "started", [])
+    engine.decoder.__class__ = RecordedDecoder
+    translated(engine, requests_of(1, longest=8))
+    assert RecordedDecoder.started and not any(batch() for batch in RecordedDecoder.started)
+    RecordedDecoder.started.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        translated(engine, requests_of(9, longest=8))
+    engine.shrink()
+    assert not any(batch() for batch in RecordedDecoder.started)
 
 
 @pytest.mark.parametrize("dropout", [0.5])

@@ -104,7 +104,7 @@ def lines_of(output: bytes) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """What a copy must keep: all but white space, control characters, and sentencepiece's mark of white space."""
+    """What a copy must keep: all but white space, control characters and sentencepiece's mark."""
     normal = unicodedata.normalize("NFC", " ".join(text.split()))
     return "".join(
         character
@@ -396,9 +396,7 @@ def check_batches(bundle: Path, count: int, *, ways: list[tuple[int, int]]) -> N
     ]
     translations = [json.loads(line)["translation"] for line in outputs[0].splitlines()]
     assert len(translations) == count
-    assert len(set(translations)) > len(set(sentences)) / 4, (
-        "translations have to differ for this to mean anything"
-    )
+    assert len(set(translations)) > len(set(sentences)) / 4, "translations have to differ"
     assert len(set(outputs)) == 1
 
 
