@@ -90,10 +90,18 @@ class BatchTensors:
         pairs = list(zip(leaves(self), leaves(other), strict=True))
         if any(mine.shape != theirs.shape for mine, theirs in pairs):
             return False
-        for mine, theirs in pairs:
-            if mine is not theirs:
-                mine.copy_(theirs)
+        # A step may return views of what it was given, which must be read before that is overwritten.
+        pairs = [(mine, theirs) for mine, theirs in pairs if mine is not theirs]
+        overwritten = {storage_of(mine) for mine, _ in pairs}
+        values = [theirs.clone() if storage_of(theirs) in overwritten else theirs for _, theirs in pairs]
+        for (mine, _), value in zip(pairs, values, strict=True):
+            mine.copy_(value)
         return True
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The address of the memory that a tensor is a view of."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
