@@ -1,10 +1,8 @@
-"""Steps that are recorded once and replayed: whatever a device replays must be all there is to a step."""
+"""Steps that are recorded once and replayed: what a device replays must be all that a step is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import chain
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,32 +10,36 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trmt.decoding.captured import Captured
 
+from tests.cached_attention import cached_attention
 from tests.contracts.test_engine import (
     BANNED,
     BOS,
     EOS,
     SEARCHES,
-    VARIANTS,
+    assert_close,
     engine_of,
+    random_table,
     requests_of,
     translated,
 )
 from tests.fakes import small_network
-from trmt.decoding import beam, choosing
-from trmt.decoding import slots as slots_of
+from tests.variants import Variant, variants
+from trmt.decoding import beam, graphs
 from trmt.decoding.base import Hypothesis, Search
+from trmt.decoding.batch import Batch, BatchDecoder
 from trmt.decoding.beam import Beam
-from trmt.decoding.engine import Batching, Request
+from trmt.decoding.engine import Engine
+from trmt.decoding.graphs import GraphRunner, Repeated
 from trmt.decoding.greedy import Greedy
+from trmt.decoding.request import Batching, Request
 from trmt.decoding.sampling import Sampling
-from trmt.nets import fixed_stores, looking_back
+from trmt.nets import kv_cache
 from trmt.nets.base import Seq2Seq
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on the CPU: the operations, and the memory they read and wrote; no Python."""
+    """What a CUDA graph is, on the CPU: the operations and the memory they read and wrote; no Python."""
 
     def __init__(self, run: Callable[[], None]) -> None:
         super().__init__()
@@ -58,10 +60,9 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """Makes tapes, which a graph differs from in one thing: recording runs nothing."""
+    """Makes tapes, which differ from graphs in one thing: recording a graph runs nothing."""
 
     def __init__(self) -> None:
-        self.tapes: list[Tape] = []
         self.replays = 0
 
     def __call__(self, run: Callable[[], None]) -> Any:
@@ -76,48 +77,65 @@ class Recorder:
                     self.tape.replay()
                 else:
                     self.tape = Tape(run)
-                    recorder.tapes.append(self.tape)
 
         return Recorded()
 
 
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Searches do what they do on a GPU: no C kernels, which tapes cannot see, and no looks at values."""
-    for module in (beam, choosing):
-        monkeypatch.setattr(module, "library_for", lambda *_: None)
-    monkeypatch.setattr(beam, "_is_seen", lambda _: False)
+    """Searches do what they do on a GPU: no C kernels, which tapes cannot record, no values in Python."""
+    monkeypatch.setenv("TRMT_KERNELS", "0")
+    monkeypatch.setattr(beam, "_on_host", lambda _: False)
 
 
-def captured_engine(net: Seq2Seq, search: Search, *, sentences: int = 64) -> tuple[Captured, Recorder]:
-    batching = Batching(sentences=sentences)
-    engine = Captured(net, search, bos=BOS, eos=EOS, banned=BANNED, batching=batching)
-    engine._record = recorder = Recorder()
+def recording_engine(net: Seq2Seq, search: Search, *, sentences: int = 64) -> tuple[Engine, Recorder]:
+    engine = engine_of("graphs", net, search, sentences=sentences)
+    recorder = runner_of(engine).record = Recorder()
     return engine, recorder
 
 
-def assert_alike(found: list[list[Hypothesis]], expected: list[list[Hypothesis]], message: str) -> None:
-    assert [[each.ids for each in one] for one in found] == [[e.ids for e in one] for one in expected], (
-        message
-    )
-    for one, other in zip(chain(*found), chain(*expected), strict=True):
-        assert one.score == pytest.approx(other.score, abs=1e-4), message
+def runner_of(engine: Engine) -> GraphRunner:
+    assert isinstance(engine.runner, GraphRunner)
+    return engine.runner
 
 
-# Every network with a beam, and every search with a Transformer.
-PAIRS = [*((variant, SEARCHES[1]) for variant in VARIANTS), *((VARIANTS[0], search) for search in SEARCHES)]
+def directly(net: Seq2Seq, search: Search, requests: Sequence[Request]) -> list[list[Hypothesis]]:
+    """What is expected."""
+    return translated(engine_of("direct", net, search), requests)
+
+
+def assert_all_close(found: list[list[Hypothesis]], expected: list[list[Hypothesis]]) -> None:
+    for some, others in zip(found, expected, strict=True):
+        assert len(some) == len(others)
+        assert_close(some, others)
+
+
+# Every network with a beam, and every search with one of them.
+PAIRS = [
+    *((variant, SEARCHES[1]) for variant in variants()),
+    *((variants()[0], search) for search in SEARCHES),
+]
 
 
 @pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize(("variant", "search"), PAIRS, ids=str)
-def test_replaying_is_all_there_is_to_a_step(variant: tuple[str, dict[str, Any]], search: Search) -> None:
-    net = small_network(variant[0], **variant[1])
+def test_a_replayed_step_does_all_that_a_step_does(variant: Variant, search: Search) -> None:
+    net = small_network(variant.name, **variant.options)
     requests = requests_of(6, longest=5)
-    expected = translated(engine_of("eager", net, search), requests)
-    engine, recorder = captured_engine(net, search, sentences=4)
+    expected = directly(net, search, requests)
+    engine, recorder = recording_engine(net, search, sentences=4)
     for _ in range(2):
-        assert_alike(translated(engine, requests), expected, str(search))
-    assert recorder.replays > 5 and not engine.eager, search
+        assert_all_close(translated(engine, requests), expected)
+    assert recorder.replays > 5 and not runner_of(engine).direct
+
+
+def test_a_step_may_return_views_of_what_it_was_given() -> None:
+    """The table keeps the tokens that it was given, which are overwritten by the next ones."""
+    net, requests = random_table(), requests_of(8, longest=6)
+    expected = directly(net, Greedy(), requests)
+    engine, _ = recording_engine(net, Greedy(), sentences=4)
+    for _ in range(2):
+        assert_all_close(translated(engine, requests), expected)
 
 
 class OnTheDevice(TorchDispatchMode):
@@ -131,125 +149,139 @@ class OnTheDevice(TorchDispatchMode):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("variant", "search"), PAIRS, ids=str)
-def test_steps_never_ask_the_device_for_a_value(variant: tuple[str, dict[str, Any]], search: Search) -> None:
-    # Tensors of the device "meta" have no values: who asks for one fails.
-    requests = [Request((5, 6, 2), limit=3, prefix=(7,), least=2), Request((5, 2), limit=2)]
+def test_steps_never_ask_the_device_for_a_value(variant: Variant, search: Search) -> None:
+    # Tensors of the device "meta" have no values: to ask for one fails.
+    requests = [Request((5, 6, 2), 3, prefix=(7,), min_tokens=2), Request((5, 2), 2)]
     here, there = (
-        Captured(small_network(variant[0], **variant[1]).to(device), search, bos=BOS, eos=EOS, banned=BANNED)
+        engine_of("graphs", small_network(variant.name, **variant.options).to(device), search)
         for device in ("cpu", "meta")
     )
-    slots = here._new_slots(size=4, room=32, width=5)
-    slots.put(here._begun(requests, [0, 1], 32, fixed=True), requests)
-    slots.parts = slots_of.mapped(slots.parts, lambda tensor: tensor.to("meta"))
-    slots.like.masks.banned = there.banned
+    slots = runner_of(here)._new_slots(count=4, max_tokens=32, source_length=5)
+    slots.put(requests, here.decoder.start(requests, 32, static=True))
+    slots.tensors = graphs.mapped(slots.tensors, lambda tensor: tensor.to("meta"))
+    slots.masks.banned = torch.tensor(BANNED, device="meta")
     with OnTheDevice():
-        slots.run(there)
+        slots.run(there.decoder.step, Repeated)
 
 
 @pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("search", [Greedy(), Beam(size=3, n_best=2), Sampling(samples=3)], ids=str)
-def test_many_sentences_come_and_go(search: Search) -> None:
-    net = small_network("transformer")
+@pytest.mark.parametrize("variant", variants(defaults=True), ids=str)
+def test_many_sentences_come_and_go(variant: Variant, search: Search) -> None:
+    net = small_network(variant.name, **variant.options)
+    limits = (0, 1, 2, 31, 32, 33)
     requests = [
         *requests_of(16, longest=9),
-        *(Request((5, 8, EOS), limit=limit, least=limit // 2, key=limit) for limit in (0, 1, 2, 31, 32, 33)),
+        *(Request((5, 8, EOS), limit, min_tokens=limit // 2, key=100 + limit) for limit in limits),
     ]
-    expected = translated(engine_of("eager", net, search), requests)
+    longer = requests_of(2, longest=40, seed=8)
+    expected, expected_longer = directly(net, search, requests), directly(net, search, longer)
     for sentences in (3, 64):
-        engine, recorder = captured_engine(net, search, sentences=sentences)
+        engine, recorder = recording_engine(net, search, sentences=sentences)
         # The second time with graphs; and in between longer sources, for which the memory is too small.
-        longer = requests_of(2, longest=40, seed=8)
-        assert_alike(translated(engine, requests), expected, f"{sentences}, the first time")
-        assert_alike(
-            translated(engine, longer), translated(engine_of("eager", net, search), longer), "longer"
-        )
-        assert_alike(translated(engine, requests), expected, f"{sentences}, the second time")
+        assert_all_close(translated(engine, requests), expected)
+        assert_all_close(translated(engine, longer), expected_longer)
+        assert_all_close(translated(engine, requests), expected)
         assert recorder.replays > 20, sentences
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-def test_sentences_move_together_when_nobody_comes() -> None:
-    net = small_network("transformer")
+@pytest.mark.parametrize("variant", variants(defaults=True), ids=str)
+def test_sentences_move_to_the_front_when_none_is_waiting(variant: Variant) -> None:
+    net = small_network(variant.name, **variant.options)
     # Nothing ends by itself: one sentence of sixteen goes on for long.
     requests = [
-        Request((5, 6, EOS), limit=60 if index == 11 else 33, least=33, key=index) for index in range(16)
+        Request((5, 6, EOS), 60 if index == 11 else 33, min_tokens=33, key=index) for index in range(16)
     ]
-    engine, _ = captured_engine(net, Beam(size=2), sentences=16)
-    expected = translated(engine_of("eager", net, Beam(size=2)), requests)
-    assert_alike(translated(engine, requests), expected, "moved")
-    (slots,) = engine._kept.values()
-    assert {key[0] for key in slots.seen} == {16, 1}
+    engine, _ = recording_engine(net, Beam(size=2), sentences=16)
+    assert_all_close(translated(engine, requests), directly(net, Beam(size=2), requests))
+    (slots,) = runner_of(engine).kept.values()
+    assert {size[0] for size in slots.seen} == {16, 1}
 
 
-def test_what_cannot_be_recorded_goes_on_step_by_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_recorded_runs_step_by_step(capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(run: Callable[[], None]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
-    net, requests = small_network("rnn"), requests_of(12, longest=9)
-    expected = translated(engine_of("eager", net, Beam()), requests)
-    engine, _ = captured_engine(net, Beam(), sentences=4)
-    engine._record = refuse
+    net, requests = random_table(), requests_of(12, longest=9)
+    expected = directly(net, Beam(), requests)
+    engine, _ = recording_engine(net, Beam(), sentences=4)
+    runner_of(engine).record = refuse
     for _ in range(3):
-        assert_alike(translated(engine, requests), expected, "refused")
+        assert_all_close(translated(engine, requests), expected)
     assert capsys.readouterr().err.count("operation not permitted") == 1
 
 
+def test_a_network_without_static_states_runs_step_by_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, requests = random_table(), requests_of(12, longest=9)
+    expected = directly(net, Beam(), requests)
+    monkeypatch.setattr("trmt.nets.base.Stepper.static", False)
+    engine, recorder = recording_engine(net, Beam(), sentences=4)
+    assert_all_close(translated(engine, requests), expected)
+    assert runner_of(engine).direct and not recorder.replays
+    assert "the network's states change their shapes" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("as_on_a_device")
-def test_memory_that_is_short_makes_fewer_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, requests = small_network("transformer"), requests_of(12, longest=9)
-    engine, _ = captured_engine(net, Greedy())
-    begun = engine._begun
+def test_short_memory_makes_fewer_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = BatchDecoder.start
 
-    def scarce(chosen: Any, *arguments: Any, **options: Any) -> Any:
-        if len(chosen) > 3:
+    def scarce(self: BatchDecoder, requests: Sequence[Request], *arguments: Any, **options: Any) -> Batch:
+        if len(requests) > 3:
             raise torch.OutOfMemoryError("there is no more")
-        return begun(chosen, *arguments, **options)
+        return start(self, requests, *arguments, **options)
 
-    monkeypatch.setattr(engine, "_begun", scarce)
-    assert_alike(translated(engine, requests), translated(engine_of("eager", net, Greedy()), requests), "few")
-    assert [slots.size for slots in engine._kept.values()] == [2]
+    net, requests = random_table(), requests_of(12, longest=9)
+    expected = directly(net, Greedy(), requests)
+    engine, _ = recording_engine(net, Greedy())
+    monkeypatch.setattr(BatchDecoder, "start", scarce)
+    assert_all_close(translated(engine, requests), expected)
+    assert [len(slots.slots) for slots in runner_of(engine).kept.values()] == [2]
 
 
-def test_columns_are_rounded_up_to_few_sizes() -> None:
-    sizes = [slots_of.rounded(count) for count in range(1, 1025)]
+def test_sizes_are_rounded_up_to_few() -> None:
+    sizes = [graphs.rounded(count) for count in range(1, 1025)]
     assert sorted(set(sizes)) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert all(count <= size for count, size in enumerate(sizes, 1))
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-def test_a_store_looks_back_by_a_kernel_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("search", [Greedy(), Beam(size=3), Beam(size=20), Sampling(samples=2)], ids=str)
+def test_static_caches_attend_by_a_kernel_where_there_is_one(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[torch.Size] = []
 
-    def look_back(query_SHKP: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    def kernel(query_SHKP: Tensor, *arguments: Any) -> Tensor:
         calls.append(query_SHKP.shape)
-        return looking_back.look_back(query_SHKP, *tensors, **options)
+        return cached_attention(query_SHKP, *arguments).float()
 
-    net, requests = small_network("transformer"), requests_of(9, longest=6)
-    for search in (Greedy(), Beam(size=3), Beam(size=20), Sampling(samples=2)):
-        expected = translated(engine_of("eager", net, search), requests)
-        calls.clear()
-        with monkeypatch.context() as kernels:
-            kernels.setattr(fixed_stores, "looking_back", SimpleNamespace(suits=suits, look_back=look_back))
-            engine, _ = captured_engine(net, search, sentences=4)
-            for _ in range(2):
-                assert_alike(translated(engine, requests), expected, str(search))
-        assert calls, search
+    kernels = {"serves_cached_attention": lambda like, head_dim: True, "cached_attention": kernel}
+    net, requests = small_network(variants()[0].name), requests_of(9, longest=6)
+    expected = directly(net, search, requests)
+    monkeypatch.setattr(kv_cache, "accelerated", kernels.get)
+    engine = engine_of("graphs", net, search, sentences=4)
+    assert_all_close(translated(engine, requests), expected)
+    assert {shape[2] for shape in calls} == ({search.hypotheses} if search.reorders else {1})
 
 
-def suits(like: Tensor, part: int) -> bool:
-    return True
-
-
-@pytest.mark.parametrize("architecture", ["transformer", "conv", "universal"])
-def test_who_waits_to_leave_stays_within_the_networks_positions(architecture: str) -> None:
-    net = small_network(architecture, longest=36)
-    # The second ends at once. When the first is done the third is not, and both go on until the host looks.
+@pytest.mark.parametrize("variant", variants(defaults=True), ids=str)
+def test_finished_sentences_stay_within_the_networks_positions(variant: Variant) -> None:
+    net = small_network(variant.name, **{**variant.options, **limited(variant)})
+    # The second ends at once. When the first is done the third is not, and both go on until the next sync.
     requests = [
-        Request((5,) * 9, limit=35, least=35),
-        Request((5,) * 8, limit=35, prefix=(EOS,)),
-        Request((5,) * 7, limit=35, least=35),
+        Request((5,) * 9, 35, min_tokens=35, key=0),
+        Request((5,) * 8, 35, prefix=(EOS,), key=1),
+        Request((5,) * 7, 35, min_tokens=35, key=2),
     ]
-    engine = Captured(net, Greedy(), bos=BOS, eos=EOS, banned=BANNED, batching=Batching(sentences=2))
-    assert_alike(
-        translated(engine, requests), translated(engine_of("eager", net, Greedy()), requests), "late"
-    )
+    batching = Batching(sentences=2)
+    engine = Engine(net, Greedy(), bos=BOS, eos=EOS, banned=BANNED, batching=batching, runs="graphs")
+    assert_all_close(translated(engine, requests), directly(net, Greedy(), requests))
+
+
+def limited(variant: Variant) -> dict[str, int]:
+    """A limit of positions, for networks that have one."""
+    has_one = hasattr(small_network(variant.name, **variant.options).config, "max_positions")
+    return {"max_positions": 36} if has_one else {}

@@ -116,7 +116,9 @@ def assert_close(found: Sequence[Hypothesis], expected: Sequence[Hypothesis]) ->
         assert one.score == pytest.approx(other.score, abs=CLOSE)
         tied = [each.ids for each in expected if abs(each.score - one.score) < CLOSE]
         assert one.ids in tied
-    assert len({each.ids for each in found}) == len(found) <= len(expected)
+    assert len(found) <= len(expected)
+    if len({each.ids for each in expected}) == len(expected):  # samples may be equal
+        assert len({each.ids for each in found}) == len(found)
 
 
 @pytest.mark.parametrize("runs", RUNS)
