@@ -15,6 +15,7 @@ from trmt.registry import NETWORKS, OBJECTIVES, resolve
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("[dm]*/README.md")), *DOCS.glob("*.md")]
 MAX_COLUMNS = 115
+FILES = ("md", "py", "json", "svg", "toml", "txt")  # endings of file names, which look like keys
 GENERATED = re.compile(r"<!-- (?:results|generated): .*?<!-- end -->", re.DOTALL)
 CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
@@ -119,8 +120,8 @@ def test_every_key_that_a_page_names_exists(page: Path) -> None:
         return
     tables = "|".join([*recipes.tables(), "network", "loss"])
     text = GENERATED.sub("", page.read_text(encoding="utf-8"))
-    named = set(re.findall(rf"(?<![\w/])((?:{tables})\.\w+)(?![\w.]*\()", text))
-    named = {name for name in named if name.rpartition(".")[2] not in ("md", "py", "json", "svg", "toml")}
+    named = set(re.findall(rf"(?<![\w/.])((?:{tables})\.\w+)", text))
+    named = {name for name in named if name.rpartition(".")[2] not in FILES}
     assert not named - keys()
 
 
