@@ -23,16 +23,16 @@ def slots(
     ancestors_SKC: Tensor | None,
     position_ST: Tensor,
     columns: int,
-    sentence: int,
-    hypothesis: int,
-    count: int,
+    hypothesis: tuple[int, int],
+    hypotheses: int,
 ) -> list[int]:
-    """The slots that a hypothesis attends to, its newest one last; `count` hypotheses share a cache."""
+    """The slots that a hypothesis (sentence, number) attends to, its newest one last."""
+    sentence, number = hypothesis
     newest = min(int(position_ST[sentence, 0]), columns - 1)
-    rows = [hypothesis] * newest
+    rows = [number] * newest
     if ancestors_SKC is not None:
-        rows = ancestors_SKC[sentence, hypothesis, :newest].tolist()
-    return [column * hypotheses + row for column, row in enumerate([*rows, hypothesis])]
+        rows = ancestors_SKC[sentence, number, :newest].tolist()
+    return [column * hypotheses + row for column, row in enumerate([*rows, number])]
 
 
 def cached_attention(
