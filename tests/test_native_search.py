@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from trmt.decoding import choosing
-from trmt.decoding.base import CHUNK, Search, SearchState
+from trmt.decoding.base import Search, SearchState
 from trmt.decoding.beam import Beam
 from trmt.decoding.greedy import Greedy
 from trmt.decoding.sampling import Sampling
+from trmt.decoding.top import CHUNK
+from trmt.native.search import library
 
-EOS, ROOM = 2, 12
+EOS, MAX_TOKENS = 2, 12
 CPU = torch.device("cpu")
 SEARCHES: tuple[Search, ...] = (
     Greedy(),
@@ -24,14 +25,14 @@ SEARCHES: tuple[Search, ...] = (
     Beam(size=5, n_best=3, length_penalty=1.0),
     Beam(size=8, n_best=8, length_penalty=0.0),
 )
-needs_kernels = pytest.mark.skipif(not choosing._library(), reason="no C compiler here")
+needs_kernels = pytest.mark.skipif(library() is None, reason="no C compiler here")
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a search is told of a sentence."""
+class Request:
+    """What a search knows of a sentence."""
 
-    limit: int
+    max_tokens: int
     key: int = 0
 
 
@@ -46,9 +47,9 @@ def scores_of(step: int, *, rows: tuple[int, int], wish: float) -> Tensor:
 def walk(search: Search, *, wish: float) -> tuple[list[tuple[Tensor, ...]], Any]:
     """Every choice on a way to the end, on which sentences leave and others take their places."""
     limits = [12, 12, 3, 1, 9, 12, 7]
-    state = search.start([Told(limit) for limit in limits], room=ROOM, eos=EOS, device=CPU)
+    state = search.start([Request(limit) for limit in limits], max_tokens=MAX_TOKENS, eos=EOS, device=CPU)
     choices: list[tuple[Tensor, ...]] = []
-    for step in range(ROOM):
+    for step in range(MAX_TOKENS):
         scores = scores_of(step, rows=(len(state.done_S), search.hypotheses), wish=wish)
         parents, tokens, state = search.advance(scores, state)
         alive = state.done_S.logical_not()
@@ -56,7 +57,7 @@ def walk(search: Search, *, wish: float) -> tuple[list[tuple[Tensor, ...]], Any]
         if step == 3:
             state = state.keep(torch.tensor([5, 0, 2, 4, 1]))
         if step == 5:
-            fresh = search.start([Told(12), Told(5)], room=ROOM, eos=EOS, device=CPU)
+            fresh = search.start([Request(12), Request(5)], max_tokens=MAX_TOKENS, eos=EOS, device=CPU)
             state = state.replace(torch.tensor([2, 0]), fresh)
     return choices, state
 
@@ -68,7 +69,7 @@ def test_the_kernel_chooses_what_pytorch_does(
     search: Search, wish: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     native, native_state = walk(search, wish=wish)
-    monkeypatch.setattr(choosing, "_library", lambda: None)
+    monkeypatch.setenv("TRMT_KERNELS", "0")
     plain, plain_state = walk(search, wish=wish)
     for one, other in zip(native, plain, strict=True):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
@@ -81,18 +82,18 @@ def test_the_kernel_chooses_what_pytorch_does(
 @pytest.mark.parametrize("search", SEARCHES, ids=str)
 def test_a_sentence_does_not_depend_on_its_neighbours(search: Search) -> None:
     limits = [4, 12, 8]
-    together = search.start([Told(limit) for limit in limits], room=ROOM, eos=EOS, device=CPU)
-    alone = [search.start([Told(limit)], room=ROOM, eos=EOS, device=CPU) for limit in limits]
-    for step in range(ROOM):
+    together = search.start([Request(limit) for limit in limits], max_tokens=MAX_TOKENS, eos=EOS, device=CPU)
+    alone = [search.start([Request(limit)], max_tokens=MAX_TOKENS, eos=EOS, device=CPU) for limit in limits]
+    for step in range(MAX_TOKENS):
         if bool(together.done_S.all()):
             break
         scores = scores_of(step, rows=(3, search.hypotheses), wish=5.0)
         _, _, together = search.advance(scores.clone(), together)
-        for place, state in enumerate(alone):
-            _, _, alone[place] = search.advance(scores[place : place + 1].clone(), state)
-    for place, state in enumerate(alone):
+        for index, state in enumerate(alone):
+            _, _, alone[index] = search.advance(scores[index : index + 1].clone(), state)
+    for index, state in enumerate(alone):
         mine, whole = tensors(state), tensors(together)
-        assert all(torch.equal(mine[name][0], whole[name][place]) for name in mine)
+        assert all(torch.equal(mine[name][0], whole[name][index]) for name in mine)
 
 
 def tensors(state: SearchState) -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ def tensors(state: SearchState) -> dict[str, Tensor]:
 @needs_kernels
 @pytest.mark.parametrize("search", SEARCHES, ids=str)
 def test_scores_that_are_no_numbers_do_not_look_like_a_result(search: Search) -> None:
-    state = search.start([Told(4), Told(4)], room=4, eos=EOS, device=CPU)
+    state = search.start([Request(4), Request(4)], max_tokens=4, eos=EOS, device=CPU)
     for step in range(4):
         scores = scores_of(step, rows=(2, search.hypotheses), wish=0.0)
         scores[1, :, 300] = torch.nan
@@ -118,8 +119,8 @@ def test_scores_may_be_of_half_precision(
     search: Search, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
-        monkeypatch.setattr(choosing, "_library", lambda: None)
-    states = [search.start([Told(9)] * 2, room=9, eos=EOS, device=CPU) for _ in range(2)]
+        monkeypatch.setenv("TRMT_KERNELS", "0")
+    states = [search.start([Request(9)] * 2, max_tokens=9, eos=EOS, device=CPU) for _ in range(2)]
     for step in range(9):
         half = scores_of(step, rows=(2, search.hypotheses), wish=3.0).bfloat16()
         both = [
