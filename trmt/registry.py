@@ -6,7 +6,7 @@ through the paths in these tables and through `optional`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -15,16 +15,43 @@ from typing import Any
 
 from trmt.errors import ConfigError
 
+# Variants of the Transformer's encoder for study, and of the whole network: "transformer-alibi" is one,
+# "transformer-alibi+batch-norm" two at once, "masked-encoder-alibi" BERT with one.
+ENCODER_VARIANTS: Mapping[str, str] = {
+    "no-positions": "trmt.lab.no_positions:NoPositions",
+    "complex": "trmt.lab.complex_positions:ComplexPositions",
+    "concatenated": "trmt.lab.concatenated_positions:ConcatenatedPositions",
+    "relative": "trmt.lab.relative_positions:RelativePositions",
+    "t5": "trmt.lab.t5_positions:T5Positions",
+    "alibi": "trmt.lab.alibi:ALiBi",
+    "batch-norm": "trmt.lab.batch_norm:BatchNormalised",
+    "no-residual": "trmt.lab.no_residual:NoResidual",
+    "unscaled": "trmt.lab.unscaled:UnscaledScores",
+}
+VARIANTS: Mapping[str, str] = {
+    **ENCODER_VARIANTS,
+    "hard": "trmt.lab.hard_cross_attention:HardCrossAttention",
+    "same-layer": "trmt.lab.same_layer:SameLayer",
+}
+
 ARCHITECTURES: Mapping[str, str] = {
     "transformer": "trmt.nets.transformer:Transformer",
     "ssru": "trmt.nets.ssru:SSRUDecoder",
     "rnn": "trmt.nets.rnn:RNN",
     "conv": "trmt.nets.conv:ConvS2S",
+    "universal": "trmt.lab.universal:Universal",
+    "rnn-attention": "trmt.lab.rnn_attention:RNNAttention",
+    "hierarchical": "trmt.lab.hierarchical:Hierarchical",
+    "conv-encoder-attention": "trmt.lab.conv_encoder_attention:ConvEncoderAttention",
+    **{f"transformer-{name}": path for name, path in VARIANTS.items()},
 }
+
+COMBINED = "trmt.lab.combining:combined"  # makes one class of a network and its variants
 
 # Encoders without a decoder: they are pretrained to initialise the encoder of another network.
 ENCODERS: Mapping[str, str] = {
     "masked-encoder": "trmt.lab.masked_encoder:MaskedEncoder",
+    **{f"masked-encoder-{name}": path for name, path in ENCODER_VARIANTS.items()},
 }
 
 NETWORKS: Mapping[str, str] = {**ARCHITECTURES, **ENCODERS}
@@ -62,6 +89,7 @@ NATIVE: Mapping[str, str] = {
     "cached_attention": "trmt.native.gpu:cached_attention",
     "serves_cached_attention": "trmt.native.gpu:serves_cached_attention",
     "backend": "trmt.native.products:backend",
+    "keep_freed_memory": "trmt.native.malloc:keep_freed_memory",
 }
 
 # The formats of `trmt export`.
@@ -84,18 +112,43 @@ def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) ->
     A full `module:Class` is imported only with `trust_code`: recipes are the user's own and may name code,
     bundles come from elsewhere and must not run any.
     """
-    if name in table:
-        path = table[name]
-    elif ":" in name and trust_code:
-        path = name
-    elif ":" in name:
+    if paths := _paths(table, name):
+        classes = [_load(path, name) for path in paths]
+        return classes[0] if len(classes) == 1 else _load(COMBINED, name)(*classes)
+    if ":" not in name:
+        raise ConfigError(f"unknown name {name!r}; {suggestion(name, list(table))}")
+    if not trust_code:
         raise ConfigError(
             f"{name!r} names code outside trmt; pass --trust-code if you trust where it came from"
         )
-    else:
-        raise ConfigError(f"unknown name {name!r}; {suggestion(name, list(table))}")
+    return _load(name, name)
+
+
+def split_variants(name: str) -> tuple[str, list[str]]:
+    """The network that a name stands for, and its variants: "transformer-alibi+hard" has two."""
+    first, *more = name.split("+")
+    for base in ("transformer", "masked-encoder"):
+        if first.startswith(f"{base}-"):
+            return base, [first.removeprefix(f"{base}-"), *more]
+    return name, []
+
+
+def join_variants(base: str, variants: Sequence[str]) -> str:
+    """The name of a network with these variants."""
+    return f"{base}-{'+'.join(variants)}" if variants else base
+
+
+def _paths(table: Mapping[str, str], name: str) -> list[str]:
+    """The paths of the classes that a name stands for; none if the table has not all of them."""
+    base, variants = split_variants(name)
+    names = [*dict.fromkeys(f"{base}-{variant}" for variant in variants), base]
+    return [table[each] for each in names] if all(each in table for each in names) else []
+
+
+def _load(path: str, name: str) -> Any:
+    """The class at a path, which is what `name` needs."""
     module, _, attribute = path.partition(":")
-    if path in table.values() and not is_installed(package := _package_of(module)):
+    if path != name and not is_installed(package := _package_of(module)):
         raise ConfigError(f"{name!r} needs {package}, which this copy of trmt does not have; choose another")
     try:
         return getattr(import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""`trmt check-resume`: whether a run can be resumed exactly."""
+"""`trmt check-resume`: proof that a run can be resumed exactly."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import typer
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run folder; it is copied and not changed.")],
-    steps: Annotated[
-        int, typer.Option("--steps", help="Steps to train for, with a kill in the middle.")
-    ] = 20,
+    run: Annotated[Path, typer.Argument(help="Run folder; it is copied and not touched.")],
+    steps: Annotated[int, typer.Option("--steps", help="Steps to train on, with a kill in the middle.")] = 20,
     data: Annotated[
         Path | None, typer.Option("--data", help="Prepared set. [default: that of the run]")
     ] = None,
@@ -20,12 +18,12 @@ def command(
         list[str] | None,
         typer.Option("--set", help="Change a setting of the copy: --set training.deterministic=true."),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 uses all.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all.")] = 0,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Let the run folder name code outside trmt.")
     ] = False,
 ) -> None:
-    """Check on copies that a run which is killed and resumed is the same to the last byte."""
+    """Prove on a copy that resuming a run continues the very same run, to the last byte."""
     from trmt import console
     from trmt.errors import TrmtError
     from trmt.resume_check import CheckOptions, check_resume
@@ -43,9 +41,9 @@ def command(
         console.warn(difference)
     if found:
         raise TrmtError(
-            f"resuming {run} does not give the same run; on a GPU, try --set training.deterministic=true"
+            f"resuming {run} does not continue the same run; on a GPU, try --set training.deterministic=true"
         )
     console.say(
-        "the same to the last byte with a kill in between and without: weights, optimiser, everything else "
-        "that is saved, data and log"
+        "the same to the last byte: weights, optimiser, all else that is saved, data and log, "
+        "with a kill in between as without"
     )

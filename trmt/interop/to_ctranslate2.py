@@ -25,7 +25,7 @@ from trmt.interop.base import (
     transformer_of,
 )
 from trmt.interop.sentencepiece_files import write_models
-from trmt.nets.transformer import Transformer, TransformerConfig
+from trmt.nets.transformer import Decoder, Encoder, Transformer, TransformerConfig
 from trmt.text.tokenizer import Side, Tokenizer
 
 ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "swish": "SWISH", "swiglu": "SWISH"}
@@ -99,7 +99,8 @@ def _specification(net: Transformer, tokenizer: Tokenizer) -> Any:
     decoder.embeddings.weight = _array(token_rows(net.decoder.embedding.tokens.weight, tokenizer.target))
     decoder.projection.weight = _array(token_rows(net.output.weight, tokenizer.target))
     decoder.projection.bias = _array(_output_bias(net, tokenizer.target))
-    for spec, module in ((encoder, net.encoder), (decoder, net.decoder)):
+    stacks: list[tuple[Any, Encoder | Decoder]] = [(encoder, net.encoder), (decoder, net.decoder)]
+    for spec, module in stacks:
         spec.scale_embeddings = True  # by the square root of d_model
         if module.embedding.positions is None:
             spec.__dict__.pop("position_encodings", None)
@@ -109,7 +110,9 @@ def _specification(net: Transformer, tokenizer: Tokenizer) -> Any:
             _fill_norm(spec.layer_norm, module.norm)
         for layer_spec, layer in zip(spec.layer, module.layers, strict=True):
             _fill_layer(layer_spec, layer, config)
-    weights, biases = (x.chunk(config.decoder_layers) for x in (net.cross_kv.weight, net.cross_kv.bias))
+    cross_kv = net.cross_kv
+    assert isinstance(cross_kv, nn.Linear)
+    weights, biases = (x.chunk(config.decoder_layers) for x in (cross_kv.weight, cross_kv.bias))
     for spec, weight, bias in zip(decoder.layer, weights, biases, strict=True):
         spec.attention.linear[1].weight, spec.attention.linear[1].bias = _array(weight), _array(bias)
     return transformer_spec.TransformerSpec(encoder, decoder)

@@ -1,14 +1,13 @@
-"""BERT (Devlin et al., arXiv 1810.04805): the Transformer's encoder with two heads to learn to read by.
+"""BERT (Devlin et al., arXiv 1810.04805): a Transformer's encoder with two heads for its two training tasks.
 
-One head tells which pieces were masked, the other whether the second part of a text follows the first. Both
-are left behind when the encoder moves on to translate.
+One head predicts masked tokens, the other whether the second part of a text follows the first. Both are left
+behind when another network begins with the encoder.
 
-Axes: S sentence, M tokens in a row, N tokens that are asked for, D width, V vocabulary.
+Axes: S sentence, M tokens in a row, N masked tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,75 +15,82 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.nets import fused, layers
-from trmt.nets.base import Network, Output, Source
-from trmt.nets.positions import Kind, PositionConfig
-from trmt.nets.transformer_layers import Encoder
+from trmt.nets import layers
+from trmt.nets.base import NO_WEIGHTS, Output, Source, WantedWeights
+from trmt.nets.layers import Linear, Spans
+from trmt.nets.transformer import EncoderConfig, TransformerEncoder, Weights
 
 DEVIATION = 0.02  # of fresh embeddings, as in the paper's code
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedEncoderConfig(PositionConfig):
+class MaskedEncoderConfig(EncoderConfig):
     """The sizes and options of a masked encoder; the defaults are BERT base."""
 
-    source_vocabulary: int
-    width: int = 768
+    d_model: int = 768
     feed_forward: int = 3072
     heads: int = 12
     encoder_layers: int = 12
-    dropout: float = 0.1
     attention_dropout: float = 0.1
-    norm_place: Literal["post", "pre"] = "post"
-    norm: Literal["layer", "rms", "batch"] = "layer"
-    epsilon: float = 1e-12  # of the norms
-    residual: bool = True  # whether what goes into a sublayer is added to what comes out of it
-    score_scale: bool = True  # whether scores of attention are divided by the square root of a head's width
+    norm_epsilon: float = 1e-12
     embedding_norm: bool = True
     embedding_scale: bool = False
-    segments: int = 2
-    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
-    positions: Kind = "learned"
-    longest: int = 512  # positions there are, where there is a table of them
-
-    def __post_init__(self) -> None:
-        layers.check_sizes(self)
-        self.check_positions()
+    segments: int = 2  # types of tokens, of which each adds a vector of its own if there are several
+    activation: Literal["relu", "gelu", "swish", "swiglu"] = "gelu"
+    positions: Literal["sinusoidal", "learned", "rotary"] = "learned"
+    max_positions: int = 512
 
 
-class MaskedEncoder(Encoder, Network):
+class MaskedEncoder(TransformerEncoder):
     """The encoder and its two heads."""
 
+    config: MaskedEncoderConfig
     config_class = MaskedEncoderConfig
-    in_row = True
-    layers_called_once = True
 
     def __init__(self, config: MaskedEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.width
-        self.make_encoder(config, nn.Embedding(config.source_vocabulary, width), sides=1)
-        self.guess = layers.xavier(fused.Linear(width, width))
-        self.guess_norm = layers.norm(config.norm, width, config.epsilon)
-        self.guess_bias = nn.Parameter(torch.zeros(config.source_vocabulary))
-        self.summary = layers.xavier(fused.Linear(width, width))
-        self.follows = layers.xavier(nn.Linear(width, 2))
-        nn.init.normal_(self.source_embedding.weight, std=DEVIATION)
-        for name in ("positions", "segments"):
-            if isinstance(parameter := getattr(self, name, None), nn.Parameter):
+        tokens = nn.Embedding(config.source_vocabulary, config.d_model)
+        embedding = self.make_embedding(config, tokens, decoder=False)
+        self.encoder = self.encoder_class(config, embedding, self.encoder_layer)
+        self.make_rotary_table(config)
+        self.segments: nn.Parameter | None = None
+        if config.segments > 1:
+            self.segments = nn.Parameter(torch.empty(config.segments, config.d_model))
+        self.prediction = Linear(config.d_model, config.d_model)
+        self.prediction_norm = config.make_norm()
+        self.prediction_bias = nn.Parameter(torch.zeros(config.source_vocabulary))
+        self.pooler = Linear(config.d_model, config.d_model)
+        self.next_sentence = layers.xavier(nn.Linear(config.d_model, 2))
+        for parameter in (tokens.weight, embedding.positions, self.segments):
+            if isinstance(parameter, nn.Parameter):
                 nn.init.normal_(parameter, std=DEVIATION)
 
-    def forward(self, source: Source, *, want: Collection[str] = ()) -> Output:
-        return Output(self.read(source))
+    def encode_packed(self, source: Source, *, weights: Weights = None) -> Tensor:
+        self.check_length(source)
+        position_M, spans = source.positions_N(), Spans.of(source)
+        x_MD = self.encoder.embedding.embed(source.ids_N, position_M)
+        if self.segments is not None:
+            x_MD = x_MD + self.segments[source.extras.get("segments", 0)]
+
+        def self_attention(layer: int, qkv_M3D: Tensor) -> Tensor:
+            return self.packed_self_attention(
+                layer, qkv_M3D, position_M, spans, causal=False, weights=weights
+            )
+
+        return self.encoder(self.encoder.embedding.finish(x_MD), self_attention)
+
+    def forward(self, source: Source, *, want: WantedWeights = NO_WEIGHTS) -> Output:
+        return Output(self.encode_packed(source))
 
     def readout(self, hidden_ND: Tensor) -> Tensor:
-        """Which piece stands there: logits [N, V]."""
-        guess_ND = self.guess_norm(F.gelu(self.guess(hidden_ND)))
-        return F.linear(guess_ND, self.source_embedding.weight, self.guess_bias)
+        """The logits of the tokens that were masked: [N, V]."""
+        x_ND = self.prediction_norm(F.gelu(self.prediction(hidden_ND)))
+        return F.linear(x_ND, self.encoder.embedding.tokens.weight, self.prediction_bias)
 
-    def judge(self, first_SD: Tensor) -> Tensor:
-        """Whether the second part follows the first, from what became of each first token: logits [S, 2].
+    def next_sentence_logits(self, first_SD: Tensor) -> Tensor:
+        """Whether the second part follows the first, of the hidden state of each first token: logits [S, 2].
 
         The first column is for those that do.
         """
-        return self.follows(self.summary(first_SD).tanh())
+        return self.next_sentence(self.pooler(first_SD).tanh())

@@ -1,423 +1,327 @@
 """The Universal Transformer (Dehghani et al., arXiv 1807.03819): one layer, again and again.
 
-Encoder and decoder have a single layer each, whose weights all steps share. Before every step a position is
-told where it stands and which step it is. With adaptive computation time (Graves, arXiv 1603.08983) each
-position decides for itself after how many steps it has seen enough: a step's state counts with the
-probability of halting there, and one that has halted stays as it is while others go on and look at it.
+Encoder and decoder have one layer each, whose weights all steps share. Before every step the vectors of its
+position and of the step are added to a state. With adaptive computation time (Graves, arXiv 1603.08983) each
+position halts after a number of steps of its own: the state of a step counts with the probability of halting
+there, and a position that has halted keeps its state while others go on and attend to it.
 
 Axes: S sentence, K hypothesis, L source position, Q queries (K * T of them when decoding), N target tokens of
-a batch in a row, M source tokens in a row, H heads, P width of one head, D width, V vocabulary, A steps.
+a batch in a row, M source tokens in a row, D hidden size.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trmt.errors import ConfigError
-from trmt.nets import attention, fixed_stores, fused, layers, stores
-from trmt.nets.attention import Spans
-from trmt.nets.base import Linear, Memory, Output, Product, Ragged, Seq2Seq, Source, State, Stepper, stacked
-from trmt.nets.transformer_layers import Layer
+from trmt.nets import kv_cache, layers
+from trmt.nets.base import (
+    NO_WEIGHTS,
+    DecoderState,
+    Decoding,
+    EncoderMemory,
+    FrozenLinear,
+    Output,
+    Products,
+    Ragged,
+    Source,
+    WantedWeights,
+    stack_weights,
+)
+from trmt.nets.layers import Spans, Sublayer
+from trmt.nets.transformer import (
+    CrossAttention,
+    Decoder,
+    DecoderLayer,
+    Encoder,
+    EncoderConfig,
+    EncoderLayer,
+    SelfAttention,
+    TokenEmbedding,
+    Transformer,
+    TransformerConfig,
+    Weights,
+)
 
-Sublayer = tuple[Any, Callable[[Tensor], Tensor]]  # with the norm that belongs to it
-
-
-OUTPUTS = 16  # of a product that torch makes like larger ones
+MIN_OUTPUTS = 16  # of a product that torch computes like larger ones
+IDENTITY = nn.Identity()
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniversalConfig:
+class UniversalConfig(TransformerConfig):
     """The sizes and options of a Universal Transformer; the defaults are the paper's base model."""
 
-    source_vocabulary: int
-    target_vocabulary: int
-    width: int = 512
-    feed_forward: int = 2048
-    heads: int = 8
-    encoder_steps: int = 6  # with halting = "adaptive" the most there are
+    # Options of the Transformer that are none here
+    encoder_layers: ClassVar[int] = 1  # type: ignore[misc]
+    decoder_layers: ClassVar[int] = 1  # type: ignore[misc]
+    positions: ClassVar[Literal["sinusoidal"]] = "sinusoidal"  # type: ignore[misc]
+    encoder_steps: int = 6  # how often the layer is applied; with halting = "adaptive" at most
     decoder_steps: int = 6
-    halting: Literal["adaptive", "fixed"] = "adaptive"
-    threshold: float = 0.99  # of the probability of having halted; what is left of it goes to the last step
-    ponder: float = 0.01  # what a step of one position costs, beside the loss of one target token
-    dropout: float = 0.1
-    attention_dropout: float = 0.0
-    norm_place: Literal["post", "pre"] = "post"
-    norm: Literal["layer", "rms"] = "layer"
-    epsilon: float = 0.0  # of the norms; 0 takes what is usual for them
-    activation: Literal["relu", "gelu", "swiglu"] = "relu"
-    tied: Literal["all", "target", "none"] = "all"  # which embeddings share the output's matrix
-    longest: int = 1024  # positions there are
-
-    def __post_init__(self) -> None:
-        layers.check_sizes(self)
-        if self.width % self.heads:
-            raise ConfigError(f"width = {self.width} cannot be divided into heads = {self.heads}; change one")
-        if self.tied == "all" and self.source_vocabulary != self.target_vocabulary:
-            raise ConfigError(
-                'tied = "all" needs a joint tokenizer; set network.tied = "target" or train one'
-            )
+    halting: Literal["adaptive", "fixed"] = "adaptive"  # whether positions halt by themselves
+    threshold: float = (
+        0.99  # probability of having halted at which a position halts; the last step gets the rest
+    )
+    ponder: float = 0.01  # the loss of one step of one position
 
 
-class Universal(Seq2Seq):
-    """The network as it is trained.
+class UniversalEmbedding(TokenEmbedding):
+    """Scaled embeddings; positions are added before every step."""
+
+    positions: Tensor
+
+    def embed(self, ids: Tensor, position: Tensor) -> Tensor:
+        return F.embedding(ids, self.tokens.weight) * self.scale
+
+
+class Halt(nn.Linear):
+    """The logit of halting at a state; high at first, because many steps are hard to learn."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, 1)
+        layers.xavier(self)
+        nn.init.ones_(self.bias)
+
+    def frozen_as(self, products: Products) -> FrozenLinear:
+        """For inference, with the same bits whatever the number of rows.
+
+        On the CPU, torch computes products with one output in another way than larger ones; outputs of zeros
+        make it large enough.
+        """
+        missing = MIN_OUTPUTS - 1
+        weight = F.pad(self.weight.detach(), (0, 0, 0, missing))
+        product = products(weight, F.pad(self.bias.detach(), (0, missing)))
+        return FrozenLinear(lambda x: product(x)[..., :1])
+
+
+class Steps(nn.Module):
+    """Applies a layer step by step, until all positions have halted."""
+
+    step_table: Tensor
+
+    def __init__(self, config: UniversalConfig, steps: int) -> None:
+        super().__init__()
+        self.halt = Halt(config.d_model) if config.halting == "adaptive" else None
+        self.threshold, self.dropout, self.pre_norm = (
+            config.threshold,
+            config.dropout,
+            config.norm_position == "pre",
+        )
+        self.register_buffer("step_table", layers.sinusoids(steps, config.d_model), persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        sublayers: Callable[[int], list[Sublayer]],
+        *,
+        all_steps: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The states after the steps, and the number of steps of all positions.
+
+        `sublayers` are those of a step. `all_steps` are taken where even those that change nothing are
+        wanted.
+        """
+
+        def transition(step: int, x: Tensor) -> Tensor:
+            p = self.dropout if self.training else 0.0
+            return layers.residual(x, sublayers(step), IDENTITY if self.pre_norm else None, p)
+
+        def inputs(step: int, x: Tensor) -> Tensor:
+            return x + positions + self.step_table[step]
+
+        return ponder(
+            x, len(self.step_table), inputs, transition, self.halt, self.threshold, all_steps=all_steps
+        )
+
+
+def ponder(
+    x: Tensor,
+    steps: int,
+    inputs: Callable[[int, Tensor], Tensor],
+    transition: Callable[[int, Tensor], Tensor],
+    halt: Callable[[Tensor], Tensor] | None,
+    threshold: float,
+    *,
+    all_steps: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The states after the steps, and the steps of all positions with their remainders, with a gradient."""
+    if halt is None:
+        for step in range(steps):
+            x = transition(step, inputs(step, x))
+        return x, x.new_full((), float(steps * x.shape[:-1].numel()))
+    # Probabilities are added up in full precision, whatever the states have.
+    out, halted = torch.zeros_like(x), torch.zeros(x.shape[:-1], device=x.device)
+    running = torch.ones_like(halted, dtype=torch.bool)
+    total = x.new_zeros(())
+    for step in range(steps):
+        input_ = inputs(step, x)
+        probability = halt(input_).float().sigmoid().squeeze(-1)
+        ends = halted + probability > threshold if step + 1 < steps else torch.ones_like(running)
+        ends = ends & running
+        weight = (1 - halted).where(ends, probability).where(running, 0.0)
+        new = transition(step, input_)
+        out = out + weight[..., None].to(x.dtype) * new
+        total = total + running.sum() + weight.where(ends, 0.0).sum()
+        halted = halted + weight
+        # A position that has halted keeps its state; the others attend to it.
+        x = new.where(running[..., None], x)
+        running = running & ~ends
+        if not all_steps and not bool(running.any()):
+            break
+    return out, total
+
+
+class UniversalEncoder(Encoder):
+    """An encoder with one layer."""
+
+    embedding: UniversalEmbedding
+
+    def __init__(self, config: EncoderConfig, embedding: TokenEmbedding, layer: type[EncoderLayer]) -> None:
+        super().__init__(config, embedding, layer)
+        assert isinstance(config, UniversalConfig)
+        self.steps = Steps(config, config.encoder_steps)
+
+    def run(
+        self, ids: Tensor, position: Tensor, self_attention: SelfAttention, *, all_steps: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The encoder output on any layout, and the number of steps of all positions."""
+        [layer] = self.layers
+
+        def sublayers(step: int) -> list[Sublayer]:
+            return [layer.self_sublayer(partial(self_attention, step)), layer.feed_forward_sublayer()]
+
+        positions = self.embedding.positions[0, position]
+        x, total = self.steps(self.embedding(ids, position), positions, sublayers, all_steps=all_steps)
+        return (x if self.norm is None else self.norm(x)), total
+
+
+class UniversalDecoder(Decoder):
+    """A decoder with one layer."""
+
+    embedding: UniversalEmbedding
+
+    def __init__(
+        self, config: TransformerConfig, embedding: TokenEmbedding, layer: type[DecoderLayer]
+    ) -> None:
+        super().__init__(config, embedding, layer)
+        assert isinstance(config, UniversalConfig)
+        self.steps = Steps(config, config.decoder_steps)
+
+    def run(
+        self,
+        ids: Tensor,
+        position: Tensor,
+        self_attention: SelfAttention,
+        cross_attention: CrossAttention,
+        *,
+        all_steps: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states on any layout, and the number of steps of all positions.
+
+        Attention gets the step for a layer; self-attention covers the same step of earlier tokens.
+        """
+        [layer] = self.layers
+
+        def sublayers(step: int) -> list[Sublayer]:
+            return [
+                layer.self_sublayer(partial(self_attention, step)),
+                layer.cross_sublayer(partial(cross_attention, step)),
+                layer.feed_forward_sublayer(),
+            ]
+
+        positions = self.embedding.positions[0, position]
+        x, total = self.steps(self.embedding(ids, position), positions, sublayers, all_steps=all_steps)
+        return (x if self.norm is None else self.norm(x)), total
+
+    def forward(
+        self, ids: Tensor, position: Tensor, self_attention: SelfAttention, cross_attention: CrossAttention
+    ) -> Tensor:
+        # All steps: a later token may take more of them and attend to the keys of this one.
+        only_layer = partial(cross_attention, 0)
+        hidden, _ = self.run(
+            ids, position, self_attention, lambda step, query: only_layer(query), all_steps=True
+        )
+        return hidden
+
+
+class Universal(Transformer):
+    """The Universal Transformer.
 
     It computes no padding, but counts the steps of all positions it is given, so batches are not filled up.
     """
 
+    config: UniversalConfig
     config_class = UniversalConfig
+    encoder: UniversalEncoder
+    encoder_class = UniversalEncoder
+    decoder: UniversalDecoder
+    takes_encoder = False
+    packs_tokens = False
+    layers_called_once = False
 
     def __init__(self, config: UniversalConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.width
-        self.target_embedding = _embedding(config.target_vocabulary, width)
-        self.source_embedding = (
-            self.target_embedding if config.tied == "all" else _embedding(config.source_vocabulary, width)
+        super().__init__(config)
+        self.decoder = UniversalDecoder(config, self.decoder.embedding, self.decoder_layer)
+
+    def make_embedding(
+        self, config: EncoderConfig, tokens: nn.Embedding, *, decoder: bool
+    ) -> UniversalEmbedding:
+        return UniversalEmbedding(config, tokens)
+
+    def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
+        self.check_length(source)
+        config, spans, source_spans = self.config, Spans.of(target), Spans.of(source)
+        position_M, position_N = source.positions_N(), target.positions_N()
+        cross: list[Tensor] = []
+        encoder: Weights = [] if want.encoder else None
+        decoder: Weights = [] if want.decoder else None
+        wanted = want.cross_layers(config.decoder_steps)
+
+        def encoder_attention(step: int, qkv_M3D: Tensor) -> Tensor:
+            return self.packed_self_attention(
+                step, qkv_M3D, position_M, source_spans, causal=False, weights=encoder
+            )
+
+        def self_attention(step: int, qkv_N3D: Tensor) -> Tensor:
+            return self.packed_self_attention(step, qkv_N3D, position_N, spans, causal=True, weights=decoder)
+
+        def cross_attention(step: int, query_ND: Tensor) -> Tensor:
+            dropout = config.attention_dropout if self.training else 0.0
+            if step in wanted:
+                key_MD = kv_M2D.chunk(2, -1)[0]
+                both = spans, source_spans
+                cross.append(layers.packed_weights(query_ND, key_MD, *both, config.heads, only=want.heads))
+            return layers.packed_cross_attention(
+                query_ND, kv_M2D, spans, source_spans, config.heads, dropout=dropout
+            )
+
+        encoded_MD, encoder_steps = self.encoder.run(
+            source.ids_N, position_M, encoder_attention, all_steps=encoder is not None
         )
-        self.output = (
-            _embedding(config.target_vocabulary, width) if config.tied == "none" else self.target_embedding
-        )
-        self.encoder_layer = Layer(config, cross=False)
-        self.decoder_layer = Layer(config, cross=True)
-        self.memory = layers.xavier(fused.Linear(width, 2 * width), 2)
-        if config.halting == "adaptive":
-            self.encoder_halt, self.decoder_halt = _halting(width), _halting(width)
-        if config.norm_place == "pre":
-            self.encoder_norm = layers.norm(config.norm, width, config.epsilon)
-            self.decoder_norm = layers.norm(config.norm, width, config.epsilon)
-        places = max(config.longest, config.encoder_steps, config.decoder_steps)
-        self.register_buffer("table", layers.sinusoids(places, width), persistent=False)
-
-    def forward(self, source: Source, target: Ragged, *, want: Collection[str] = ()) -> Output:
-        config = self.config
-        _check_length(config, source)
-        spans, over = Spans.of(target), Spans.of(source)
-        weights: list[Tensor] = []
-        around: list[Tensor] | None = [] if "encoder_attention" in want else None
-        back: list[Tensor] = []
-        hidden_MD, read = encode(
-            self,
-            config,
-            source.ids_N,
-            source.positions_N(),
-            _around(self, over, around),
-            all_steps=around is not None,
-        )
-        memory_M2D = self.memory(hidden_MD)
-        dropout = config.attention_dropout if self.training else 0.0
-
-        def look_back(_: int, merged_N3D: Tensor) -> Tensor:
-            if "decoder_attention" in want:
-                back.append(attention.own_weights(merged_N3D, spans, config.heads, causal=True))
-            return attention.attend_own(merged_N3D, spans, config.heads, causal=True, dropout=dropout)
-
-        def look_over(query_ND: Tensor) -> Tensor:
-            if "attention" in want:
-                key_MD = memory_M2D.chunk(2, -1)[0]
-                weights.append(attention.attention_weights(query_ND, key_MD, spans, over, config.heads))
-            return attention.attend_over(query_ND, memory_M2D, spans, over, config.heads, dropout=dropout)
-
-        hidden_ND, written = decode(
-            self,
-            config,
+        kv_M2D = self.cross_kv(encoded_MD)
+        hidden_ND, decoder_steps = self.decoder.run(
             target.ids_N,
-            target.positions_N(),
-            look_back,
-            look_over,
-            all_steps="attention" in want or "decoder_attention" in want,
+            position_N,
+            self_attention,
+            cross_attention,
+            all_steps=bool(wanted) or decoder is not None,
         )
         aux = {}
         if config.halting == "adaptive":
-            aux["ponder"] = (
-                config.ponder * (read + written),
-                source.lengths_S.sum() + target.lengths_S.sum(),
-            )
-        return Output(hidden_ND, aux, stacked(weights), stacked(around or ()), stacked(back))
+            aux["ponder"] = config.ponder * (encoder_steps + decoder_steps)
+        weights = (stack_weights(each or ()) for each in (cross, encoder, decoder))
+        return Output(hidden_ND, aux, *weights)
 
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        weight = self.output.weight
-        return F.linear(hidden, weight if only is None else weight[only])
+    def start(self, source: Source, decoding: Decoding) -> tuple[EncoderMemory, DecoderState]:
+        memory = self.encode(source)
+        sizes = (self.config.decoder_steps, self.config.heads, self.config.head_dim)
+        return memory, kv_cache.make_cache(memory["key0"], len(source), decoding, sizes)
 
-    def readout_matrix(self) -> Tensor:
-        return self.output.weight
-
-    def frozen(self, linear: Linear) -> Stepper:
-        return UniversalStepper(self, linear)
-
-
-def _embedding(vocabulary: int, width: int) -> nn.Embedding:
-    embedding = nn.Embedding(vocabulary, width)
-    nn.init.normal_(embedding.weight, std=width**-0.5)
-    return embedding
-
-
-def _halting(width: int) -> nn.Linear:
-    """The probability of halting, as a logit; high at first, because long thoughts are hard to learn."""
-    linear = layers.xavier(nn.Linear(width, 1))
-    nn.init.ones_(linear.bias)
-    return linear
-
-
-def _check_length(config: UniversalConfig, source: Source) -> None:
-    if source.longest > config.longest:
-        raise ConfigError(f"a source has {source.longest} pieces, the network positions for {config.longest}")
-
-
-def _around(net: Universal, over: Spans, weights: list[Tensor] | None) -> Callable[[int, Tensor], Tensor]:
-    """Attention of the source to itself; `weights` gets those of each step."""
-    heads, dropout = net.config.heads, net.config.attention_dropout if net.training else 0.0
-
-    def look_around(_: int, merged_M3D: Tensor) -> Tensor:
-        if weights is not None:
-            weights.append(attention.own_weights(merged_M3D, over, heads, causal=False))
-        return attention.attend_own(merged_M3D, over, heads, causal=False, dropout=dropout)
-
-    return look_around
-
-
-def encode(
-    net: Any,
-    config: UniversalConfig,
-    ids: Tensor,
-    position: Tensor,
-    look_around: Callable[[int, Tensor], Tensor],
-    *,
-    all_steps: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The encoder on any layout, and the steps of all its positions."""
-    layer, dropout = net.encoder_layer, _dropout(net, config)
-
-    def transition(step: int, x: Tensor) -> Tensor:
-        own = (layer.own_norm, lambda x: layer.own_out(look_around(step, layer.own(x))))
-        return _through([own, (layer.feed_norm, lambda x: _feed(layer, config, x))], config, x, dropout)
-
-    x = fused.drop(F.embedding(ids, net.source_embedding.weight) * math.sqrt(config.width), dropout)
-    course = Course(net.table, position, config.encoder_steps, getattr(net, "encoder_halt", None), all_steps)
-    x, spent = pondered(course, config.threshold, x, transition)
-    return (net.encoder_norm(x) if config.norm_place == "pre" else x), spent
-
-
-def decode(
-    net: Any,
-    config: UniversalConfig,
-    ids: Tensor,
-    position: Tensor,
-    look_back: Callable[[int, Tensor], Tensor],
-    look_over: Callable[[Tensor], Tensor],
-    *,
-    all_steps: bool,
-) -> tuple[Tensor, Tensor]:
-    """The decoder on any layout, and the steps of all its positions.
-
-    `look_back(step, merged queries, keys, values)` is attention to the same step of what went before;
-    `all_steps` are taken where somebody will want to look at those that change nothing.
-    """
-    layer, dropout = net.decoder_layer, _dropout(net, config)
-
-    def transition(step: int, x: Tensor) -> Tensor:
-        own = (layer.own_norm, lambda x: layer.own_out(look_back(step, layer.own(x))))
-        cross = (layer.cross_norm, lambda x: layer.cross_out(look_over(layer.query(x))))
-        feed = (layer.feed_norm, lambda x: _feed(layer, config, x))
-        return _through([own, cross, feed], config, x, dropout)
-
-    x = fused.drop(F.embedding(ids, net.target_embedding.weight) * math.sqrt(config.width), dropout)
-    course = Course(net.table, position, config.decoder_steps, getattr(net, "decoder_halt", None), all_steps)
-    x, spent = pondered(course, config.threshold, x, transition)
-    return (net.decoder_norm(x) if config.norm_place == "pre" else x), spent
-
-
-@dataclass(frozen=True)
-class Course:
-    """The steps ahead of some positions."""
-
-    table: Tensor  # sinusoids, of positions and of steps
-    position: Tensor
-    steps: int
-    halt: Any = None  # from a state to the logit of halting there; None: nobody halts before the end
-    all_steps: bool = False
-
-    def told(self, step: int, x: Tensor) -> Tensor:
-        """The states, told where they stand and which step it is."""
-        return x + self.table[self.position] + self.table[step]
-
-
-def pondered(
-    course: Course, threshold: float, x: Tensor, transition: Callable[[int, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """What the states become, and the steps of all of them with their remainders, which have a gradient."""
-    if course.halt is None:
-        for step in range(course.steps):
-            x = transition(step, course.told(step, x))
-        return x, x.new_full((), float(course.steps * x.shape[:-1].numel()))
-    # Shares are added up in full precision, whatever the states have.
-    out, halted = torch.zeros_like(x), torch.zeros(x.shape[:-1], device=x.device)
-    running = torch.ones_like(halted, dtype=torch.bool)
-    spent = x.new_zeros(())
-    for step in range(course.steps):
-        told = course.told(step, x)
-        chance = course.halt(told).float().sigmoid().squeeze(-1)
-        ends = halted + chance > threshold if step + 1 < course.steps else torch.ones_like(running)
-        ends = ends & running
-        weight = (1 - halted).where(ends, chance).where(running, 0.0)
-        new = transition(step, told)
-        out = out + weight[..., None].to(x.dtype) * new
-        spent = spent + running.sum() + weight.where(ends, 0.0).sum()
-        halted = halted + weight
-        # One that has halted stays as it is; the others look at it as it was then.
-        x = new.where(running[..., None], x)
-        running = running & ~ends
-        if not course.all_steps and not bool(running.any()):
-            break
-    return out, spent
-
-
-def _through(steps: Sequence[Sublayer], config: UniversalConfig, x: Tensor, dropout: float) -> Tensor:
-    """Sublayers in turn, each with its residual connection and its norm."""
-    for norm, sublayer in steps:
-        if config.norm_place == "post":
-            x = fused.add_norm(x, sublayer(x), norm, dropout)[1]
-        else:
-            x = x + fused.drop(sublayer(norm(x)), dropout)
-    return x
-
-
-def _feed(layer: Any, config: UniversalConfig, x: Tensor) -> Tensor:
-    inner = layer.feed.inner(x)
-    if config.activation == "swiglu":
-        gate, value = inner.chunk(2, -1)
-        inner = F.silu(gate) * value
-    elif config.activation == "gelu":
-        inner = F.gelu(inner)
-    return layer.feed.outer(inner)
-
-
-def _dropout(net: Any, config: UniversalConfig) -> float:
-    return config.dropout if getattr(net, "training", False) else 0.0
-
-
-def remember(net: Any, config: UniversalConfig, source: Source) -> Memory:
-    """Read the source for decoding: keys and values, which all steps share, and the mask over them."""
-    _check_length(config, source)
-    ids_SL, real_SL = source.padded(layers.KEY_MULTIPLE)
-    mask = layers.blocked(real_SL, net.source_embedding.weight.dtype)[:, None, None]
-    position_L = torch.arange(ids_SL.shape[1], device=ids_SL.device).clamp(max=config.longest - 1)
-
-    def look_around(_: int, merged_SLD: Tensor) -> Tensor:
-        return layers.attend(*_split(config, merged_SLD), mask)
-
-    hidden_SLD, _ = encode(net, config, ids_SL, position_L, look_around)
-    key_SHLP, value_SHLP = (layers.heads(part, config.heads) for part in net.memory(hidden_SLD).chunk(2, -1))
-    return Memory(
-        {"key": key_SHLP.contiguous(), "value": value_SHLP.contiguous(), "mask": mask},
-        {"key": (2, 0.0), "value": (2, 0.0), "mask": (3, -math.inf)},
-    )
-
-
-def _split(config: UniversalConfig, merged_SQD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [S, H, Q, P] from their merged product."""
-    query, key, value = (layers.heads(part, config.heads) for part in merged_SQD.chunk(3, -1))
-    return query, key, value
-
-
-def _steady(halt: nn.Linear, linear: Linear) -> Product:
-    """The product with one output, whose bits do not depend on how many rows there are.
-
-    On the CPU, torch makes products with one output in another way than larger ones; outputs of zeros make
-    it large enough.
-    """
-    weight, bias = (
-        F.pad(halt.weight.detach(), (0, 0, 0, OUTPUTS - 1)),
-        F.pad(halt.bias.detach(), (0, OUTPUTS - 1)),
-    )
-    product = linear(weight, bias)
-    return lambda x: product(x)[..., :1]
-
-
-class UniversalStepper(Stepper):
-    """The Universal Transformer for translating: cached keys and values of every step.
-
-    Also one that halts early leaves keys and values for all steps: those after it may take longer.
-    """
-
-    fixes = True
-
-    def __init__(self, net: Universal, linear: Linear) -> None:
-        self.config = net.config
-        self.net = layers.freeze(net, linear)
-        for name in ("source_embedding", "target_embedding"):
-            setattr(self.net, name, getattr(net, name))
-        self.net.table = net.table
-        for name in ("encoder_halt", "decoder_halt"):
-            if halt := getattr(net, name, None):
-                setattr(self.net, name, _steady(halt, linear))
-        self.weight_VD = net.output.weight.detach()
-        self.product = linear(self.weight_VD, None)
-
-    def start(
-        self,
-        source: Source,
-        *,
-        hypotheses: int,
-        room: int,
-        reorders: bool = True,
-        fixed: bool = False,
-    ) -> State:
-        if room > self.config.longest:
-            raise ConfigError(
-                f"{room} target positions are asked for, the network has {self.config.longest}; "
-                "lower --max-length"
-            )
-        memory = remember(self.net, self.config, source)
-        store = (fixed_stores if fixed else stores).key_value_store(
-            memory["key"],
-            (len(source), hypotheses),
-            reorders=reorders,
-            layers=self.config.decoder_steps,
-            heads=self.config.heads,
-            width=self.config.width,
-            room=room,
-        )
-        return State(memory, store, torch.zeros_like(source.lengths_S))
-
-    def step(self, tokens_SKT: Tensor, state: State, *, want: Collection[str] = ()) -> tuple[Output, State]:
-        memory, store, position_S = state.take()
-        config = self.config
-        sentences, hypotheses, count = tokens_SKT.shape
-        mask = store.advance(count)
-        step_T = torch.arange(count, device=tokens_SKT.device)
-        position_SQ = (position_S[:, None] + step_T).repeat(1, hypotheses)
-        weights: list[Tensor] = []
-
-        def look_back(step: int, merged_SQD: Tensor) -> Tensor:
-            query_SHQP, key_SHQP, value_SHQP = _split(config, merged_SQD)
-            return store.attend(step, query_SHQP, torch.stack([key_SHQP, value_SHQP]), mask)
-
-        def look_over(query_SQD: Tensor) -> Tensor:
-            query_SHQP = layers.heads(query_SQD, config.heads)
-            key_SHLP, value_SHLP = memory["key"], memory["value"]
-            if "attention" in want:
-                weights.append(layers.attention_weights(query_SHQP, key_SHLP, memory["mask"]))
-            return layers.attend(query_SHQP, key_SHLP, value_SHLP, memory["mask"])
-
-        x_SQD, _ = decode(
-            self.net, config, tokens_SKT.flatten(1), position_SQ, look_back, look_over, all_steps=True
-        )
-        attention = torch.stack(weights) if weights else None
-        hidden_SKTD = x_SQD.view(sentences, hypotheses, count, -1)
-        return Output(hidden_SKTD, attention=attention), State(memory, store, position_S + count)
-
-    def mixes_ages(self, hypotheses: int, room: int) -> bool:
-        return stores.mixes_ages(hypotheses, room)
-
-    def readout(self, hidden: Tensor, only: Tensor | None = None) -> Tensor:
-        return self.product(hidden) if only is None else F.linear(hidden, self.weight_VD[only])
-
-    def narrowed(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
-        return layers.narrowed(self.product, ids)
+    def grid_cross_kv(self, ids_SL: Tensor, position_L: Tensor, self_attention: SelfAttention) -> Tensor:
+        return self.cross_kv(self.encoder.run(ids_SL, position_L, self_attention)[0])

@@ -39,6 +39,7 @@ class Products(Protocol):
 
     @property
     def precision(self) -> Precision: ...
+
     def __call__(self, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Product: ...
 
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from trmt.acceleration import accelerated
 from trmt.errors import ConfigError
 from trmt.nets.base import FrozenLinear, Products, Ragged, frozen_copy, grid_cells
 
+M = TypeVar("M", bound=nn.Module)
 GridAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (query, key, value, mask) -> [S, Q, D]
 
 # On the CPU, attention gives the same bits for any padding when the number of keys is a multiple of this.
@@ -39,6 +40,11 @@ def check_sizes(config: Any, *, except_for: Collection[str] = ()) -> None:
             raise ConfigError(f"network.{name} = {value} is too small; set it to at least 1")
         if isinstance(value, float) and not 0 <= value < 1:
             raise ConfigError(f"network.{name} = {value} is out of range; set it from 0 to below 1")
+
+
+def module_list(modules: Iterable[M]) -> Sequence[M]:
+    """An nn.ModuleList that type checkers know the modules of."""
+    return cast(Sequence[M], nn.ModuleList(modules))
 
 
 # Linear layers, dropout, norms
@@ -138,28 +144,23 @@ def norm_layer(name: Literal["layer", "rms"], d_model: int, epsilon: float = 0.0
     return RMSNorm(d_model, eps=epsilon or 1e-6)
 
 
-L = TypeVar("L", bound=nn.Module)
-
-
-class LayerList(nn.ModuleList, Generic[L]):
-    """A ModuleList whose modules are of one class."""
-
-    def __init__(self, modules: Iterable[L]) -> None:
-        super().__init__(modules)
-
-    def __iter__(self) -> Iterator[L]:
-        return cast(Iterator[L], super().__iter__())
-
-
 Sublayer = tuple[nn.Module, Callable[[Tensor], Tensor]]  # the norm that belongs to it, and its function
+AddNorm = Callable[[Tensor, Tensor, nn.Module, float], tuple[Tensor, Tensor]]
 
 
-def residual(x: Tensor, sublayers: Sequence[Sublayer], last_norm: nn.Module | None, p: float) -> Tensor:
+def residual(
+    x: Tensor,
+    sublayers: Sequence[Sublayer],
+    last_norm: nn.Module | None,
+    p: float,
+    add_norm: AddNorm = add_norm,
+) -> Tensor:
     """The sublayers f one after another, each with dropout, a residual connection and its norm.
 
-    Post-norm, without a `last_norm`:  x = norm(x + f(x)). Pre-norm, with one:                x = x +
-    f(norm(x)), and in the end last_norm(x). Both are chains of the same step, a sum and the norm of it, which
-    a kernel makes in one pass: in pre-norm the norm is the next sublayer's.
+    Post-norm, without a `last_norm`:  x = norm(x + f(x)).
+    Pre-norm, with one:                x = x + f(norm(x)), and in the end last_norm(x).
+    Both are chains of the same step, a sum and the norm of it, which a kernel makes in one pass: in pre-norm
+    the norm is the next sublayer's.
     """
     norms = [norm for norm, _ in sublayers]
     if last_norm is None:
@@ -282,8 +283,8 @@ def packed_self_attention(
         out = fast(qkv_N3D, spans, heads, causal)
         if out is not None:
             return out
-    query, key, value = qkv_N3D.unflatten(-1, (3, heads, -1)).unbind(1)
-    return attend_packed(query, key, value, spans, spans, causal=causal, dropout=dropout)
+    query_NHP, key_NHP, value_NHP = qkv_N3D.unflatten(-1, (3, heads, -1)).unbind(1)
+    return attend_packed(query_NHP, key_NHP, value_NHP, spans, spans, causal=causal, dropout=dropout)
 
 
 def packed_cross_attention(
@@ -295,8 +296,8 @@ def packed_cross_attention(
         if out is not None:
             return out
     query_NHP = query_ND.unflatten(-1, (heads, -1))
-    key, value = kv_M2D.unflatten(-1, (2, heads, -1)).unbind(1)
-    return attend_packed(query_NHP, key, value, spans, source, causal=False, dropout=dropout)
+    key_MHP, value_MHP = kv_M2D.unflatten(-1, (2, heads, -1)).unbind(1)
+    return attend_packed(query_NHP, key_MHP, value_MHP, spans, source, causal=False, dropout=dropout)
 
 
 def attend_packed(

@@ -24,13 +24,13 @@ from torch import Tensor
 from trmt.nets import layers
 from trmt.nets.base import Decoding, EncoderMemory, HiddenVectors, Source
 from trmt.nets.layers import Linear, Spans, Sublayer
-from trmt.nets.transformer import DecoderLayer, Transformer, TransformerConfig, Weights
+from trmt.nets.transformer import DecoderLayer, EncoderConfig, Transformer, Weights
 
 
 class SSRULayer(DecoderLayer):
     """A recurrent unit, cross-attention and a feed-forward layer."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         del self.self_qkv, self.self_out
         self.ssru = Linear(config.d_model, 2 * config.d_model, merged=2)  # gate and input side by side

@@ -1,6 +1,6 @@
 """The Transformer of "Attention Is All You Need" (arXiv 1706.03762), with what people change about it today.
 
-Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T of them when decoding),
+Axes: S sentence, K hypothesis, L source position, T target position, Q queries (K * T when decoding),
 N target tokens of a batch in a row, M source tokens in a row, H heads, P head dimension, D hidden size
 (d_model), A layers.
 
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from trmt.nets.base import (
     stack_weights,
 )
 from trmt.nets.kv_cache import KVCache
-from trmt.nets.layers import FeedForward, LayerList, Linear, Spans, Sublayer, split_heads
+from trmt.nets.layers import FeedForward, Linear, Spans, Sublayer, split_heads
 
 SelfAttention = Callable[[int, Tensor], Tensor]  # (layer, merged queries, keys, values [.., 3D]) -> [.., D]
 CrossAttention = Callable[[int, Tensor], Tensor]  # (layer, queries [.., D]) -> [.., D]
@@ -48,46 +48,36 @@ Weights = list[Tensor] | None  # where attention weights are collected, if anybo
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """The sizes and options of a Transformer; the defaults are the paper's base model."""
+class EncoderConfig:
+    """The sizes and options of a Transformer's encoder; the defaults are the paper's base model."""
 
     source_vocabulary: int  # source tokens, set from the tokenizer
-    target_vocabulary: int  # target tokens, set from the tokenizer
     d_model: int = 512  # the hidden size
     feed_forward: int = 2048  # the inner size of the feed-forward layers
     heads: int = 8  # attention heads of each layer
     encoder_layers: int = 6  # layers of the encoder
-    decoder_layers: int = 6  # layers of the decoder
     dropout: float = 0.1  # of embeddings and of the output of each sublayer
     attention_dropout: float = 0.0  # of attention weights
-    norm_position: Literal["post", "pre"] = (
-        "post"  # norms after the residual connection, or before each sublayer
-    )
+    norm_position: Literal["post", "pre"] = "post"  # norms after residual connections or before sublayers
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm or RMSNorm
     norm_epsilon: float = 0.0  # added to the variance; 0 takes what is usual for the norm
     embedding_norm: bool = False  # a norm behind the embeddings, as BERT and BART have it
     embedding_scale: bool = True  # embeddings are multiplied by the square root of d_model
     activation: Literal["relu", "gelu", "swish", "swiglu"] = "relu"  # of the feed-forward layers
     positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"  # how tokens know their positions
-    position_offset: int = (
-        0  # rows of the sinusoidal table that come before position 0, as imported models have it
-    )
+    position_offset: int = 0  # rows of the sinusoidal table before that of position 0, for imported models
     max_positions: int = 1024  # the longest sentence in tokens; rotary positions have no limit
-    tied: Literal["all", "target", "none"] = "all"  # which embeddings share the output's matrix
-    output_bias: bool = False  # a bias for each token of the vocabulary, as Marian has it
+
+    not_rates: ClassVar[tuple[str, ...]] = ()  # fields that `check_sizes` does not check
 
     def __post_init__(self) -> None:
-        layers.check_sizes(self, except_for=("position_offset",))
+        layers.check_sizes(self, except_for=("position_offset", *self.not_rates))
         if self.d_model % self.heads:
             raise ConfigError(
                 f"d_model = {self.d_model} cannot be divided into heads = {self.heads}; change one"
             )
         if self.positions == "rotary" and self.d_model // self.heads % 2:
             raise ConfigError('positions = "rotary" rotates pairs of columns: d_model / heads must be even')
-        if self.tied == "all" and self.source_vocabulary != self.target_vocabulary:
-            raise ConfigError(
-                'tied = "all" needs a joint tokenizer; set network.tied = "target" or train one'
-            )
 
     @property
     def head_dim(self) -> int:
@@ -99,12 +89,29 @@ class TransformerConfig:
         return layers.norm_layer(self.norm, self.d_model, self.norm_epsilon)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(EncoderConfig):
+    """The sizes and options of a Transformer; the defaults are the paper's base model."""
+
+    target_vocabulary: int  # target tokens, set from the tokenizer
+    decoder_layers: int = 6  # layers of the decoder
+    tied: Literal["all", "target", "none"] = "all"  # which embeddings share the output's matrix
+    output_bias: bool = False  # a bias for each token of the vocabulary, as Marian has it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tied == "all" and self.source_vocabulary != self.target_vocabulary:
+            raise ConfigError(
+                'tied = "all" needs a joint tokenizer; set network.tied = "target" or train one'
+            )
+
+
 class TokenEmbedding(nn.Module):
     """Scaled embeddings of tokens, with their positions added."""
 
     positions: Tensor | None
 
-    def __init__(self, config: TransformerConfig, tokens: nn.Embedding) -> None:
+    def __init__(self, config: EncoderConfig, tokens: nn.Embedding) -> None:
         super().__init__()
         self.tokens = tokens
         self.dropout = config.dropout
@@ -112,9 +119,8 @@ class TokenEmbedding(nn.Module):
         self.norm = config.make_norm() if config.embedding_norm else None
         table = None
         if config.positions == "sinusoidal":
-            table = layers.sinusoids(config.max_positions, config.d_model, offset=config.position_offset)[
-                None
-            ]
+            sinusoids = layers.sinusoids(config.max_positions, config.d_model, offset=config.position_offset)
+            table = sinusoids[None]
         if config.positions == "learned":
             # An axis more than needed: int8 quantises matrices, which would be too coarse for positions.
             learned = torch.randn(1, config.max_positions, config.d_model) * config.d_model**-0.5
@@ -123,9 +129,15 @@ class TokenEmbedding(nn.Module):
             self.register_buffer("positions", table, persistent=False)
 
     def forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        return self.finish(self.embed(ids, position))
+
+    def embed(self, ids: Tensor, position: Tensor) -> Tensor:
+        """Scaled embeddings with positions."""
         x = F.embedding(ids, self.tokens.weight) * self.scale
-        if self.positions is not None:
-            x = x + self.positions[0, position]
+        return x if self.positions is None else x + self.positions[0, position]
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The norm behind the embeddings, and dropout."""
         if self.norm is not None:
             x = self.norm(x)
         return layers.dropout(x, self.dropout if self.training else 0.0)
@@ -134,7 +146,7 @@ class TokenEmbedding(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward layer."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         d_model = config.d_model
         self.self_qkv = Linear(d_model, 3 * d_model, merged=3)
@@ -155,7 +167,7 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(EncoderLayer):
     """Self-attention, cross-attention and a feed-forward layer."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
         self.cross_query = Linear(config.d_model, config.d_model)
         self.cross_out = Linear(config.d_model, config.d_model)
@@ -167,22 +179,23 @@ class DecoderLayer(EncoderLayer):
 
 
 class Encoder(nn.Module):
-    """From source tokens to the encoder output, on any layout."""
+    """From embedded source tokens to the encoder output, on any layout."""
 
-    def __init__(self, config: TransformerConfig, embedding: TokenEmbedding) -> None:
+    def __init__(self, config: EncoderConfig, embedding: TokenEmbedding, layer: type[EncoderLayer]) -> None:
         super().__init__()
         self.embedding = embedding
-        self.layers = LayerList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.layers = layers.module_list(layer(config) for _ in range(config.encoder_layers))
         self.norm = config.make_norm() if config.norm_position == "pre" else None
         self.dropout = config.dropout
+        self.add_norm = layers.add_norm
 
-    def forward(self, ids: Tensor, position: Tensor, self_attention: SelfAttention) -> Tensor:
+    def forward(self, x: Tensor, self_attention: SelfAttention) -> Tensor:
         sublayers: list[Sublayer] = []
         for index, layer in enumerate(self.layers):
             sublayers.append(layer.self_sublayer(partial(self_attention, index)))
             sublayers.append(layer.feed_forward_sublayer())
-        x = self.embedding(ids, position)
-        return layers.residual(x, sublayers, self.norm, self.dropout if self.training else 0.0)
+        p = self.dropout if self.training else 0.0
+        return layers.residual(x, sublayers, self.norm, p, self.add_norm)
 
 
 class Decoder(nn.Module):
@@ -193,9 +206,10 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = embedding
-        self.layers = LayerList(layer(config) for _ in range(config.decoder_layers))
+        self.layers = layers.module_list(layer(config) for _ in range(config.decoder_layers))
         self.norm = config.make_norm() if config.norm_position == "pre" else None
         self.dropout = config.dropout
+        self.add_norm = layers.add_norm
 
     def forward(
         self, ids: Tensor, position: Tensor, self_attention: SelfAttention, cross_attention: CrossAttention
@@ -206,19 +220,27 @@ class Decoder(nn.Module):
             sublayers.append(layer.cross_sublayer(partial(cross_attention, index)))
             sublayers.append(layer.feed_forward_sublayer())
         x = self.embedding(ids, position)
-        return layers.residual(x, sublayers, self.norm, self.dropout if self.training else 0.0)
+        p = self.dropout if self.training else 0.0
+        return layers.residual(x, sublayers, self.norm, p, self.add_norm)
 
 
 class TransformerEncoder(Network):
     """A network with a Transformer's encoder, whether a decoder follows or not (BERT)."""
 
-    config: TransformerConfig
+    config: EncoderConfig
     encoder: Encoder
+    encoder_class = Encoder
+    encoder_layer = EncoderLayer
     rotary_table: Tensor | None
     packs_tokens = True
     layers_called_once = True
+    exact = False  # whether a frozen copy computes attention in double precision, rounded once (for int8)
 
-    def make_rotary_table(self, config: TransformerConfig) -> None:
+    def make_embedding(self, config: EncoderConfig, tokens: nn.Embedding, *, decoder: bool) -> TokenEmbedding:
+        """The embedding of one side."""
+        return TokenEmbedding(config, tokens)
+
+    def make_rotary_table(self, config: EncoderConfig) -> None:
         """The sines and cosines of rotary positions, if the config asks for them."""
         rotary = config.positions == "rotary"
         table = layers.sinusoids(config.max_positions, config.head_dim) if rotary else None
@@ -226,7 +248,7 @@ class TransformerEncoder(Network):
 
     @property
     def max_positions(self) -> int:
-        return UNLIMITED if self.config.positions == "rotary" else self.config.max_positions
+        return UNLIMITED if self.encoder.embedding.positions is None else self.config.max_positions
 
     def encode_packed(self, source: Source, *, weights: Weights = None) -> Tensor:
         """The encoder output of packed tokens [M, D]."""
@@ -238,7 +260,7 @@ class TransformerEncoder(Network):
                 layer, qkv_M3D, position_M, spans, causal=False, weights=weights
             )
 
-        return self.encoder(source.ids_N, position_M, self_attention)
+        return self.encoder(self.encoder.embedding(source.ids_N, position_M), self_attention)
 
     def packed_self_attention(
         self,
@@ -271,14 +293,25 @@ class TransformerEncoder(Network):
         rows = rows[..., None, :]  # the same for all heads
         return torch.stack([layers.rotary(query, rows), layers.rotary(key, rows), value], -3).flatten(-3)
 
+    def grid_attention(self) -> layers.GridAttention:
+        """Scaled dot-product attention in a grid."""
+        return layers.attend_exactly if self.exact else layers.attend
+
+    def frozen_as(self, products: Products) -> Self:
+        """For inference."""
+        copy = frozen_copy(self, products)
+        copy.exact = products.precision == "int8"
+        return copy
+
 
 class Transformer(TransformerEncoder, Seq2Seq):
     """The Transformer, for training and decoding."""
 
-    config_class = TransformerConfig
+    config: TransformerConfig
+    config_class: ClassVar[type] = TransformerConfig
     decoder_layer = DecoderLayer
+    cross_kv: nn.Module
     takes_encoder = True
-    exact = False  # whether a frozen copy computes attention in double precision, rounded once (for int8)
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -293,24 +326,13 @@ class Transformer(TransformerEncoder, Seq2Seq):
         )
         if config.output_bias:
             self.output_bias = nn.Parameter(torch.zeros(config.target_vocabulary))
-        self.encoder = Encoder(config, self.make_embedding(config, source_tokens, decoder=False))
+        source_embedding = self.make_embedding(config, source_tokens, decoder=False)
+        self.encoder = self.encoder_class(config, source_embedding, self.encoder_layer)
         target_embedding = self.make_embedding(config, target_tokens, decoder=True)
         self.decoder = Decoder(config, target_embedding, self.decoder_layer)
         # Cross-attention keys and values of all decoder layers, from one product.
         self.cross_kv = Linear(d_model, width * d_model, merged=width)
         self.make_rotary_table(config)
-
-    def make_embedding(
-        self, config: TransformerConfig, tokens: nn.Embedding, *, decoder: bool
-    ) -> TokenEmbedding:
-        """The embedding of one side."""
-        return TokenEmbedding(config, tokens)
-
-    def frozen_as(self, products: Products) -> Self:
-        """For inference."""
-        copy = frozen_copy(self, products)
-        copy.exact = products.precision == "int8"
-        return copy
 
     # Training
 
@@ -370,7 +392,7 @@ class Transformer(TransformerEncoder, Seq2Seq):
 
     def grid_cross_kv(self, ids_SL: Tensor, position_L: Tensor, self_attention: SelfAttention) -> Tensor:
         """Cross-attention keys and values of all decoder layers, side by side [S, L, ..]."""
-        return self.cross_kv(self.encoder(ids_SL, position_L, self_attention))
+        return self.cross_kv(self.encoder(self.encoder.embedding(ids_SL, position_L), self_attention))
 
     def step(
         self, tokens_SKT: Tensor, memory: EncoderMemory, decoder: Any, position_S: Tensor
@@ -404,10 +426,6 @@ class Transformer(TransformerEncoder, Seq2Seq):
 
         hidden_SQD = self.decoder(tokens_SKT.flatten(1), position_SQ, self_sublayer, cross_attention)
         return hidden_SQD.view(*tokens_SKT.shape, -1)
-
-    def grid_attention(self) -> layers.GridAttention:
-        """Scaled dot-product attention in a grid."""
-        return layers.attend_exactly if self.exact else layers.attend
 
     def grid_self_attention(self, layer: int, qkv_SL3D: Tensor, position_L: Tensor, mask: Tensor) -> Tensor:
         """Self-attention of the encoder over padded sources."""

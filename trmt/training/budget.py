@@ -27,7 +27,7 @@ from trmt.training.state import TrainState
 from trmt.training.step import train_step
 
 # The steps to time, as quantiles of the size of an epoch's steps: the mean of each group, and of the first
-# groups together, stands for the epoch.
+# groups together, is typical of the epoch.
 TIMED_QUANTILES = ((0.5,), (0.1, 0.9), (0.3, 0.7))
 MAX_SECONDS = 10.0  # after which no further group is timed
 SAFE_SHARE = 0.8  # of the free memory; steps that are expected to need more are not tried
@@ -236,7 +236,7 @@ def _warn_of_memory(fixed: int, needed: int, free: int | None) -> None:
     if fixed > free * SAFE_SHARE:
         console.warn(
             f"the network and its optimiser alone take {format_bytes(fixed)} of memory and "
-            f"{format_bytes(free)} are free; use a smaller network.width or fewer layers, or another "
+            f"{format_bytes(free)} are free; use a smaller network.d_model or fewer layers, or another "
             "training.device"
         )
     else:

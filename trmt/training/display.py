@@ -56,7 +56,7 @@ class TrainingDisplay(Protocol):
     """Shows the progress of training; the log entries to show come from the history."""
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Steps were taken, or taken back if negative."""
+        """Count steps that were taken; a rollback counts negative ones."""
 
     def set_activity(self, activity: str) -> None:
         """What is going on besides steps; an empty string when it is over."""

@@ -1,7 +1,7 @@
 """Training on several processes: ranks, sums over all ranks, agreement, and errors of single ranks.
 
 The processes are started by `torchrun`. A process started alone is a `Distributed` of world size 1, for which
-nothing here costs anything. Numbers and gradients travel by collectives, which all ranks call in the same
+all of this costs nothing. Numbers and gradients travel by collectives, which all ranks call in the same
 order. What takes rank 0 long (validating, saving) is waited for by polling a store, so that no collective
 runs into its timeout.
 
@@ -148,7 +148,7 @@ class MultiProcess(Distributed):
     # Collectives
 
     def all_reduce_flag(self, flag: bool) -> bool:
-        # On the CPU even where gradients are on GPUs: nobody has to synchronise with a device for this.
+        # On the CPU even where gradients are on GPUs: no rank has to synchronise with a device for this.
         both = torch.tensor([int(flag), self.requested_signal])
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         any_flag, self._agreed_signal = both.tolist()

@@ -5,7 +5,7 @@ exponentials, each `a + b * basis(step)`, and weighted by their marginal likelih
 flat priors). The forecast is a mixture of Student distributions, whose spread contains both the noise of the
 scores and the uncertainty about the curve.
 
-No curve knows of what changes on the way: a learning rate that falls to zero at the end gains more than is
+No curve accounts for later changes: a learning rate that falls to zero at the end gains more than is
 forecast here, overfitting less. So a fit has to pass two tests first: its residuals must not be
 autocorrelated, as they are around a curve of another shape, and fitted without the latest scores, it must
 have forecast them. Where the first scores spoil a fit, it is tried without them.

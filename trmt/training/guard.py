@@ -1,9 +1,9 @@
 """Skipping bad steps without synchronising: the decision is made on the device, the host reads it later.
 
 A step whose gradient is not finite, or far above those of the steps before, is skipped by the optimiser's own
-kernel, which leaves weights and moments untouched where it is told of an infinity. So no step makes the host
-wait for the device; the host reads the reports of many steps at once, before it logs or saves. Clipping and
-the loss scale of fp16 are one factor in the same kernel.
+kernel, whose argument `found_inf` leaves weights and moments untouched. So no step makes the host wait for
+the device; the host reads the reports of many steps at once, before it logs or saves. Clipping and the loss
+scale of fp16 are one factor in the same kernel.
 
 A spike is a value above the median of the last `WINDOW` steps by more than `DEVIATIONS` robust standard
 deviations, and by more than a fixed margin. The median is not moved by the spikes themselves, and follows
@@ -166,7 +166,7 @@ def _optimizer_step(optimizer: Any, skipped: Tensor, divisor: Tensor | None) -> 
         optimizer.step()
         del optimizer.found_inf, optimizer.grad_scale
         return
-    if bool(skipped):  # the other kernels cannot be told, so the host has to wait
+    if bool(skipped):  # the other kernels have no such argument, so the host has to wait
         return
     if divisor is not None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

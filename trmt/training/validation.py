@@ -136,20 +136,20 @@ def _loss_sums_that_fit(state: TrainState, examples: RaggedBatch) -> list[tuple[
     """The loss sums of a batch's micro-batches, which are halved until they fit into memory."""
     micro_batches = state.micro_batches.split([examples])
     if state.sharded:
-        return [loss_sums(state, part, is_dummy=is_dummy) for part, is_dummy in micro_batches]
-    waiting, done = [part for part, _ in micro_batches][::-1], []
+        return [loss_sums(state, each.examples, is_dummy=each.is_dummy) for each in micro_batches]
+    waiting, done = [each.examples for each in micro_batches][::-1], []
     while waiting:
-        part = waiting.pop()
+        current = waiting.pop()
         try:
-            done.append(loss_sums(state, part))
+            done.append(loss_sums(state, current))
             continue
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or len(part) == 1:
+            if not is_out_of_memory(error) or len(current) == 1:
                 raise
         # Outside of the handler, because the error keeps the tensors of the failed attempt alive.
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
-        waiting += part.halve()[::-1]
+        waiting += current.halve()[::-1]
     return done
 
 

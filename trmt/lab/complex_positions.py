@@ -1,0 +1,63 @@
+"""Complex embeddings (Wang et al., arXiv 1912.12333): a position rotates the embedding of a token.
+
+An embedding has d_model / 2 complex numbers r exp(i (w p + t)) at position p, whose real and imaginary parts
+stand side by side. Amplitude r and phase t of each token and column are held as the embedding at position 0,
+which can be shared with the output; the frequencies w of each token and column are learned, too.
+
+Axes: D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trmt.errors import ConfigError
+from trmt.nets import layers
+from trmt.nets.transformer import EncoderConfig, TokenEmbedding, TransformerEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComplexPositionsConfig(EncoderConfig):
+    """The sizes and options of a Transformer with complex embeddings."""
+
+    positions: Literal["complex"] = "complex"  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_model % 2:
+            raise ConfigError(
+                f'positions = "complex" rotates pairs of columns; d_model = {self.d_model} is odd; change it'
+            )
+
+
+class ComplexEmbedding(TokenEmbedding):
+    """Scaled embeddings of tokens, rotated by their positions."""
+
+    def __init__(self, config: EncoderConfig, tokens: nn.Embedding) -> None:
+        super().__init__(config, tokens)
+        # At first the same for all tokens: those of the sinusoids. An axis more than needed, [1, V, D / 2]:
+        # int8 quantises matrices, which would be too coarse for frequencies.
+        frequencies = layers.frequencies(config.d_model)
+        self.frequencies = nn.Parameter(frequencies.repeat(1, tokens.num_embeddings, 1))
+
+    def embed(self, ids: Tensor, position: Tensor) -> Tensor:
+        angle = F.embedding(ids, self.frequencies[0]) * position[..., None]
+        return layers.rotate(super().embed(ids, position), angle.sin(), angle.cos())
+
+
+class ComplexPositions(TransformerEncoder):
+    """A Transformer with complex embeddings."""
+
+    config_class = ComplexPositionsConfig
+
+    def make_embedding(
+        self, config: EncoderConfig, tokens: nn.Embedding, *, decoder: bool
+    ) -> ComplexEmbedding:
+        embedding = ComplexEmbedding(config, tokens)
+        if decoder and getattr(config, "tied", "none") == "all":
+            embedding.frequencies = self.encoder.embedding.get_parameter("frequencies")
+        return embedding
