@@ -3,53 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from trmt.bundles.bundles import Manifest
+from trmt.bundles.upgrade import POSITIONS, fold_segments, without_segments
 from trmt.config import Tree
 from trmt.errors import BundleError, ConfigError
+from trmt.registry import ENCODER_VARIANTS, split_variants
 
 ENCODER_SUFFIX = ":encoder"
-# The fields of a network's config that its encoder depends on; they have the same names in all networks.
+# The options of an encoder; they have the same names in all networks that have one.
 ENCODER_FIELDS = (
-    "width",
+    "d_model",
     "feed_forward",
     "heads",
     "encoder_layers",
-    "norm_place",
+    "norm_position",
     "norm",
-    "epsilon",
+    "norm_epsilon",
     "embedding_norm",
     "embedding_scale",
-    "segments",
     "activation",
     "positions",
-    "longest",
+    "max_positions",
 )
-# More such fields, with the values of bundles that were written before the fields existed.
-NEWER_ENCODER_FIELDS: Mapping[str, Any] = {
-    "residual": True,
-    "score_scale": True,
-    "position_join": "add",
-    "position_width": 64,
-    "reach": 16,
-    "buckets": 32,
-    "farthest": 128,
-}
-ENCODER_PREFIXES = (
-    "source_embedding.",
-    "source_turns",
-    "encoder.",
-    "encoder_norm.",
-    "encoder_apart",
-    "embedding_norms.0.",
-    "segments",
-)
-TWO_SIDED = ("positions", "biases")  # tensors that hold the encoder's part at index 0, the decoder's at 1
-SHARED = ("source_embedding.weight", "source_turns")  # tensors of the encoder that others may be tied to
+# Options that only some encoders have
+OPTIONAL_FIELDS = ("position_offset", "position_columns", "max_distance", "buckets")
+# Tensors of the encoder that others may be tied to
+SHARED = ("encoder.embedding.tokens.weight", "encoder.embedding.frequencies")
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What an encoder depends on: the variants of the Transformer, and options."""
+
+    variants: list[str]
+    network: Tree
 
 
 def split_encoder_suffix(path: Path) -> tuple[Path, bool]:
@@ -60,40 +53,48 @@ def split_encoder_suffix(path: Path) -> tuple[Path, bool]:
     return path, False
 
 
-def encoder_fields(manifest: Manifest, *, where: Path) -> Tree:
-    """The fields of a network that have to be those of the bundle whose encoder it takes over."""
+def encoder_options(manifest: Manifest, *, where: Path) -> EncoderOptions:
+    """The options of a network that have to be those of the bundle whose encoder it takes over."""
     missing = [name for name in ENCODER_FIELDS if name not in manifest.network]
     if missing:
         raise BundleError(
             f"{where} is a network of architecture {manifest.architecture!r}, which has no encoder to take "
             f"over (no {missing[0]!r}); name a run of trmt pretrain or of a transformer"
         )
-    network = {**NEWER_ENCODER_FIELDS, **manifest.network}
-    return {name: network[name] for name in (*ENCODER_FIELDS, *NEWER_ENCODER_FIELDS)}
+    network = without_segments(manifest.network)
+    options = {name: network[name] for name in (*ENCODER_FIELDS, *OPTIONAL_FIELDS) if name in network}
+    _, variants = split_variants(manifest.architecture)
+    return EncoderOptions([each for each in variants if each in ENCODER_VARIANTS], options)
 
 
-def check_fields(network: Mapping[str, Any], expected: Mapping[str, Any], *, where: Path) -> None:
+def check_options(
+    architecture: str, network: Mapping[str, Any], encoder: EncoderOptions, *, where: Path
+) -> None:
     """Raise an error if a network's settings do not fit the encoder that it takes over."""
-    for name, value in expected.items():
+    for name, value in encoder.network.items():
         if network.get(name) != value:
             raise ConfigError(
                 f"network.{name} = {network.get(name)!r} does not fit the encoder of {where}, which has "
                 f"{name} = {value!r}; remove that setting, or train without --init-from"
             )
+    others = set(ENCODER_VARIANTS) & set(split_variants(architecture)[1]) - set(encoder.variants)
+    if others:
+        raise ConfigError(
+            f"architecture = {architecture!r} does not fit the encoder of {where}, which is without "
+            f"{min(others)!r}; choose another architecture, or train without --init-from"
+        )
 
 
 def with_encoder(
     state: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, where: str
 ) -> dict[str, Tensor]:
     """A network's weights, with those of its encoder replaced by those in `weights`."""
-    merged = dict(state)
+    merged, weights = dict(state), dict(weights)
+    if "segments" in weights and POSITIONS[0] in state:
+        fold_segments(weights, weights.pop("segments"), state[POSITIONS[0]].shape[1])
+        merged[POSITIONS[1]] = weights.get(POSITIONS[1], state[POSITIONS[1]])
     for name, tensor in state.items():
-        if name in TWO_SIDED:
-            if name not in weights or weights[name].shape[1:] != tensor.shape[1:]:
-                raise BundleError(f"{where} has no {name!r} of the network's size; its encoder does not fit")
-            merged[name] = tensor.clone()
-            merged[name][0] = weights[name][0]
-        elif name.startswith(ENCODER_PREFIXES):
+        if name.startswith("encoder."):
             if name not in weights or weights[name].shape != tensor.shape:
                 raise BundleError(
                     f"{where} has no {name!r} of shape {list(tensor.shape)}; its encoder does not fit"

@@ -169,7 +169,7 @@ def upgrade_network(architecture: str, options: Mapping[str, Any]) -> tuple[str,
         names = {old: new for each in variants for old, new in VARIANT_OPTIONS.get(each, {}).items()}
         options = _renamed(_without(options, ONLY_VARIANTS, keep=names), names)
         if base == "transformer":
-            options = _without_segments(options)
+            options = without_segments(options)
         architecture = join_variants(base, variants)
     elif base == "rnn" and _attends_otherwise(options):
         architecture = "rnn-attention"
@@ -208,17 +208,17 @@ def _renamed(options: Tree, names: Mapping[str, str]) -> Tree:
     return {**kept, **{new: options[old] for old, new in names.items() if old in options}}
 
 
-def _without_segments(options: Tree) -> Tree:
-    """The options of a Transformer that had segments: its positions now hold the vector of segment 0."""
+def without_segments(options: Mapping[str, Any]) -> Tree:
+    """The options of a Transformer whose positions hold the vector of segment 0, that of all its sources."""
     options = dict(options)
     segments, positions = options.pop("segments", 1), options.get("positions", "sinusoidal")
     if not isinstance(segments, int) or segments <= 1:
         return options
     if positions not in ("sinusoidal", "learned") or "position_columns" in options:
-        beside = "concatenated positions" if "position_columns" in options else f"positions = {positions!r}"
+        what = "concatenated positions" if "position_columns" in options else f"positions = {positions!r}"
         raise ConfigError(
-            f"a Transformer with segments = {segments} and {beside} has no table of positions that its "
-            "segments can be added to; train one with learned positions, or without segments"
+            f"a Transformer cannot take over segments = {segments} with {what}: it adds the vector of the "
+            "one segment that it knows to a table of positions; train one without segments"
         )
     return {**options, "positions": "learned"}
 
@@ -259,15 +259,13 @@ def upgrade_weights(
         else:
             upgraded[upgrade_name(name, architecture, options)] = tensor
     if _family(architecture) == "transformer" and "segments" in upgraded:
-        fold_segments(upgraded, upgraded.pop("segments"), options)
+        fold_segments(upgraded, upgraded.pop("segments"), options["max_positions"])
     return upgraded
 
 
-def fold_segments(
-    weights: dict[str, Tensor], segments: Tensor, options: Mapping[str, Any], sides: Sequence[str] = POSITIONS
-) -> None:
-    """Add the vector of segment 0 to the positions of the encoder, which are learned then."""
-    for name in sides:
-        if name not in weights:
-            weights[name] = sinusoids(options["max_positions"], options["d_model"])[None]
+def fold_segments(weights: dict[str, Tensor], segments: Tensor, count: int) -> None:
+    """Add the vector of segment 0 to the encoder's positions; sinusoids of both sides become learned."""
+    if POSITIONS[0] not in weights:
+        table = sinusoids(count, segments.shape[1])[None]
+        weights |= dict.fromkeys(POSITIONS, table)
     weights[POSITIONS[0]] = weights[POSITIONS[0]] + segments[0]

@@ -14,7 +14,9 @@ def command(
         list[str], typer.Option("--text", metavar="FILE", help="Text with one sentence per line; repeatable.")
     ],
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
-    width: Annotated[int, typer.Option(min=1, help="Dimension of the vectors; must be network.width.")] = 512,
+    width: Annotated[
+        int, typer.Option(min=1, help="Dimension of the vectors; must be network.d_model.")
+    ] = 512,
     target: Annotated[bool, typer.Option("--target", help="The text is in the target language.")] = False,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs.")] = 5,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 1,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +57,10 @@ IDENTITY = nn.Identity()
 class UniversalConfig(TransformerConfig):
     """The sizes and options of a Universal Transformer; the defaults are the paper's base model."""
 
-    encoder_layers: Literal[1] = 1
-    decoder_layers: Literal[1] = 1
-    positions: Literal["sinusoidal"] = "sinusoidal"
+    # Options of the Transformer that are none here
+    encoder_layers: ClassVar[int] = 1  # type: ignore[misc]
+    decoder_layers: ClassVar[int] = 1  # type: ignore[misc]
+    positions: ClassVar[Literal["sinusoidal"]] = "sinusoidal"  # type: ignore[misc]
     encoder_steps: int = 6  # how often the layer is applied; with halting = "adaptive" at most
     decoder_steps: int = 6
     halting: Literal["adaptive", "fixed"] = "adaptive"  # whether positions halt by themselves

@@ -236,7 +236,7 @@ def _warn_of_memory(fixed: int, needed: int, free: int | None) -> None:
     if fixed > free * SAFE_SHARE:
         console.warn(
             f"the network and its optimiser alone take {format_bytes(fixed)} of memory and "
-            f"{format_bytes(free)} are free; use a smaller network.width or fewer layers, or another "
+            f"{format_bytes(free)} are free; use a smaller network.d_model or fewer layers, or another "
             "training.device"
         )
     else:

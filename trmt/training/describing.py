@@ -13,14 +13,14 @@ from torch import Tensor
 
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import CONFIG
-from trmt.config import build, read_toml, to_tree
+from trmt.config import build, to_tree
 from trmt.errors import TrmtError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import RECORD
 from trmt.sets.shards import dev_file
 from trmt.training import planning
 from trmt.training.history import LOG, TRAIN, VALIDATE, History, Point, best
-from trmt.training.recipe import Recipe, flat
+from trmt.training.recipe import Recipe, flat, read_recipe
 
 Facts = dict[str, Any]
 
@@ -41,7 +41,7 @@ def run_of(bundle: Path) -> Path | None:
 
 def recipe(run: Path) -> Recipe:
     """The recipe of a run."""
-    return build(Recipe, read_toml(run / CONFIG), where=str(run / CONFIG))
+    return read_recipe(run / CONFIG)
 
 
 def settings(run: Path) -> Facts:

@@ -11,13 +11,13 @@ import torch
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG
-from trmt.config import Tree, build, read_toml
+from trmt.config import build
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import describe_changes
 from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.text.tokenizer import Tokenizer
-from trmt.training.recipe import MAY_CHANGE, Recipe, differences, fitting_recipe, load_recipe
+from trmt.training.recipe import MAY_CHANGE, Recipe, differences, fitting_recipe, load_recipe, read_recipe
 
 DATA = Path("data")
 SCHEDULES_WITH_END = ("linear", "cosine")  # whose learning rate depends on the last step
@@ -122,7 +122,7 @@ def resolved_recipe(
     settings = list(options.settings)
     if not translates:
         settings += ["validation.sentences=0", 'validation.metric="loss"']
-    encoder: Tree = {}
+    encoder: init_from.EncoderOptions | None = None
     if options.init_from:
         path, encoder_only = init_from.split_encoder_suffix(options.init_from)
         bundle = checkpoints.find_bundle(path)
@@ -133,8 +133,8 @@ def resolved_recipe(
                 f"data with --tokenizer {bundle / bundles.TOKENIZER}"
             )
         if encoder_only:
-            encoder = init_from.encoder_fields(manifest, where=bundle)
-            recipe = load_recipe(name, settings, network=encoder)
+            encoder = init_from.encoder_options(manifest, where=bundle)
+            recipe = load_recipe(name, settings, network=encoder.network, variants=encoder.variants)
         else:
             recipe = load_recipe(name, settings, network=manifest.network, architecture=manifest.architecture)
     else:
@@ -149,7 +149,7 @@ def resolved_recipe(
                 f"architecture = {recipe.architecture!r} cannot take over the encoder of --init-from "
                 f"{options.init_from}; choose the recipe of a transformer"
             )
-        init_from.check_fields(recipe.network, encoder, where=bundle)
+        init_from.check_options(recipe.architecture, recipe.network, encoder, where=bundle)
     recipe = _with_vocabularies(recipe, network.config_class, tokenizer)
     _check_purpose(options, recipe, data)
     if not tokenizer.joint and recipe.network.get("tied", getattr(network.config_class, "tied", "")) == "all":
@@ -195,7 +195,7 @@ def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
             f"{folder} was started with --init-from {started.init_from} and cannot go on from the weights of "
             f"{origin.init_from}; name another run folder"
         )
-    before = build(Recipe, read_toml(folder / CONFIG), where=str(folder / CONFIG))
+    before = read_recipe(folder / CONFIG)
     changed = differences(before, recipe)
     for key, (old, new) in changed.items():
         if key not in MAY_CHANGE:

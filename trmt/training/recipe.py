@@ -6,14 +6,16 @@ A recipe is a TOML file, one of trmt/recipes/ by name or any by path; `--set key
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from trmt.bundles.upgrade import upgrade_recipe
 from trmt.config import Tree, apply_settings, build, merge, read_toml, to_tree
 from trmt.errors import ConfigError
-from trmt.registry import suggestion
+from trmt.registry import join_variants, split_variants, suggestion
 from trmt.sets.batches import BatchConfig
 from trmt.training.optim import OptimConfig
 
@@ -27,9 +29,7 @@ class TrainingConfig:
     patience: int = 0  # ends training after so many validations without improvement; 0 is off
     seed: int = 1  # of initial weights, dropout and the order of the data
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # auto is the fastest that the device supports
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fastest on the device
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for the network; auto is on for a GPU
     deterministic: bool = False  # identical results on a GPU in each run, at some cost in speed
     on_spike: Literal["skip", "rollback", "stop", "ignore"] = "skip"  # reaction to spikes of gradient or loss
@@ -149,10 +149,12 @@ def load_recipe(
     *,
     network: Tree | None = None,
     architecture: str | None = None,
+    variants: Sequence[str] = (),
 ) -> Recipe:
     """The recipe of this name or path, with settings applied.
 
-    `network` overrides values of its network table; with `architecture` it replaces that table.
+    `network` overrides values of its network table; with `architecture` it replaces that table. `variants`
+    are added to a Transformer.
     """
     if name.endswith(".toml"):
         tree = read_toml(Path(name))
@@ -160,10 +162,20 @@ def load_recipe(
         tree = read_toml(Path(str(files("trmt") / "recipes" / f"{name}.toml")))
     else:
         raise ConfigError(f"there is no recipe {name!r}; {suggestion(name, names())}, or name a .toml file")
+    tree = upgrade_recipe(tree)
     if architecture is not None:
         tree = {**tree, "architecture": architecture, "network": {}}
     tree = merge(tree, {"network": network or {}})
-    return build(Recipe, apply_settings(tree, settings or []), where="recipe")
+    tree = upgrade_recipe(apply_settings(tree, settings or []))
+    base, others = split_variants(str(tree.get("architecture", Recipe.architecture)))
+    if variants and base == "transformer":
+        tree["architecture"] = join_variants(base, [*dict.fromkeys([*variants, *others])])
+    return build(Recipe, tree, where="recipe")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file."""
+    return build(Recipe, upgrade_recipe(read_toml(path)), where=str(path))
 
 
 def fitting_recipe(pairs: int, *, gpu: bool) -> str:

@@ -176,7 +176,7 @@ class TrainingRun:
                 )
                 raise ConfigError(
                     f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network only "
-                    f"has positions for {max_tokens}; raise network.longest, or {shorter}"
+                    f"has positions for {max_tokens}; raise network.max_positions, or {shorter}"
                 )
         if not self.validator and self.recipe.training.patience and not self.last_step:
             raise ConfigError(

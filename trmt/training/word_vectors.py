@@ -186,21 +186,27 @@ def check_and_freeze(net: Network, recipe: Any) -> None:
     if sides and recipe.training.shard:
         raise ConfigError(f"training.shard = true and vectors.{sides[0]} exclude each other; leave one out")
     for side in sides:
-        if not hasattr(net, f"{side}_embedding"):
+        if _embedding(net, side) is None:
             raise ConfigError(
                 f"architecture = {recipe.architecture!r} has no embeddings for vectors.{side}; leave it out"
             )
         if recipe.vectors.frozen:
             _freeze(net, side)
-    if len(sides) == 2 and net.source_embedding is net.target_embedding:
+    if len(sides) == 2 and _embedding(net, "source") is _embedding(net, "target"):
         raise ConfigError(
             'network.tied = "all" gives both sides the same embeddings, so that vectors.source and '
             'vectors.target exclude each other; leave one out, or set network.tied = "target"'
         )
 
 
+def _embedding(net: Any, side: str) -> Any:
+    """The embeddings of one side; None if the network has none."""
+    stack = getattr(net, "encoder" if side == "source" else "decoder", None)
+    return getattr(net, f"{side}_embedding", getattr(getattr(stack, "embedding", None), "tokens", None))
+
+
 def _freeze(net: Network, side: str) -> None:
-    weight = getattr(net, f"{side}_embedding").weight
+    weight = _embedding(net, side).weight
     output = getattr(getattr(net, "output", None), "weight", None)
     if weight is output:
         raise ConfigError(
@@ -217,7 +223,7 @@ def initialise_embeddings(net: Network, config: Any, tokenizer: Tokenizer, data:
         if not file:
             continue
         side: Side = getattr(tokenizer, name)
-        weight = getattr(net, f"{name}_embedding").weight
+        weight = _embedding(net, name).weight
         if file == TRAIN:
             column = f"{name}.ids" if data.kind == PAIRS else "text.ids"
             vectors = train_vectors(SetPieces(data, column, side), size=weight.shape[1])
@@ -255,8 +261,8 @@ def set_rows(weight: torch.Tensor, vectors: WordVectors, side: Side, *, where: s
         raise DataError(f"{where} has no vector for any piece of the tokenizer; is it of another language?")
     if vectors.rows.shape[1] != weight.shape[1]:
         raise ConfigError(
-            f"{where} has vectors of {vectors.rows.shape[1]} numbers and network.width is {weight.shape[1]}; "
-            "they have to be equal"
+            f"{where} has vectors of {vectors.rows.shape[1]} numbers and network.d_model is "
+            f"{weight.shape[1]}; they have to be equal"
         )
     values = torch.from_numpy(vectors.rows[rows])
     deviation = float(weight.detach().std())
