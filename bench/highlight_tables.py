@@ -132,8 +132,10 @@ def expectations() -> str:
     return (
         f"On two CPU cores, the demo's recipe ({first['parameters'] / 1e6:.1f}M parameters) trains for "
         f"{first['training_seconds']:.0f} s and reaches BLEU {bleu[0]:.1f} on the demo's small language. "
-        f"`transformer-tiny`, with settings for a [short training]({SHORT}), reaches BLEU {bleu[1]:.1f} there "
-        f"in {tiny['seconds']:.0f} s on one core. On Multi30k, {short['steps']} training steps and all other commands take {short['seconds']:.0f} s and reach BLEU {bleu[2]:.1f}, which is far from convergence."
+        f"`transformer-tiny`, with settings for a [short training]({SHORT}), reaches BLEU {bleu[1]:.1f} "
+        f"there in {tiny['seconds']:.0f} s on one core. On Multi30k, {short['steps']} training steps and all "
+        f"other commands take {short['seconds']:.0f} s and reach BLEU {bleu[2]:.1f}, which is far from "
+        "convergence."
     )
 
 
