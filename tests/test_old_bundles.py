@@ -91,9 +91,7 @@ def rounded(number: float) -> float:
     return round(number, 5)
 
 
-def log_probabilities(
-    bundle: Bundle, pairs: list[list[str]], *, segments: bool = False
-) -> list[list[float]]:
+def log_probabilities(bundle: Bundle, pairs: list[list[str]], *, segments: bool = False) -> list[list[float]]:
     """The log probability of each piece of the targets, and of their ends, after the pieces before it.
 
     With `segments`, the second half of each source is of another kind.
