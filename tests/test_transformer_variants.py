@@ -259,9 +259,9 @@ def test_a_network_with_a_pretrained_encoder_encodes_the_same(
 def encoder_of(architecture: str, network: dict[str, Any]) -> init_from.EncoderOptions:
     """What a network must have to take over an encoder that an earlier trmt described so."""
     old = {
-        "width": 16, "feed_forward": 32, "heads": 2, "encoder_layers": 2, "norm_place": "post", "norm": "layer",
-        "epsilon": 0.0, "embedding_norm": True, "embedding_scale": False, "activation": "gelu",
-        "positions": "learned", "longest": 40,
+        "width": 16, "feed_forward": 32, "heads": 2, "encoder_layers": 2, "norm_place": "post",
+        "norm": "layer", "epsilon": 0.0, "embedding_norm": True, "embedding_scale": False,
+        "activation": "gelu", "positions": "learned", "longest": 40,
     }  # fmt: skip
     name, options = upgrade_network(architecture, {**old, **network})
     manifest: Any = SimpleNamespace(network=options, architecture=name)
