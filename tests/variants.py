@@ -29,11 +29,13 @@ def each(name: str, weights: str, *options: Mapping[str, Any]) -> list[Variant]:
     return [Variant(name, one, frozenset(weights.split())) for one in options]
 
 
+SELF = "cross encoder decoder"  # the weights of Transformers
+
 # The defaults first; every option occurs in some combination with the others.
 TABLE: Mapping[str, list[Variant]] = {
     "transformer": each(
         "transformer",
-        "cross encoder decoder",
+        SELF,
         {},
         {"norm_position": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"},
         {"positions": "learned", "activation": "gelu", "tied": "none", "decoder_layers": 1},
@@ -47,6 +49,123 @@ TABLE: Mapping[str, list[Variant]] = {
         {"norm_position": "pre", "norm": "rms", "positions": "learned", "decoder_layers": 1},
         {"positions": "rotary", "activation": "gelu", "tied": "none", "heads": 4},
     ),
+    "transformer-no-positions": [
+        *each("transformer-no-positions", SELF, {}),
+        *each("transformer-no-positions+no-residual+same-layer", SELF, {}),
+    ],
+    "transformer-complex": [
+        *each("transformer-complex", SELF, {}),
+        *each("transformer-complex+hard", SELF, {"heads": 1}),
+        *each("transformer-complex+no-residual", SELF, {"tied": "target", "norm_position": "pre"}),
+    ],
+    "transformer-concatenated": [
+        *each("transformer-concatenated", SELF, {"position_columns": 6}),
+        *each(
+            "transformer-concatenated+hard",
+            SELF,
+            {"position_columns": 6, "cross_attention": "sampled", "tied": "none"},
+        ),
+        *each(
+            "transformer-concatenated+batch-norm+same-layer+hard+unscaled",
+            SELF,
+            {
+                "position_columns": 4,
+                "positions": "learned",
+                "norm_position": "pre",
+                "cross_attention": "sampled",
+            },
+        ),
+    ],
+    "transformer-relative": [
+        *each("transformer-relative", SELF, {}),
+        *each(
+            "transformer-relative+same-layer", SELF, {"max_distance": 3, "norm_position": "pre", "heads": 4}
+        ),
+        *each("transformer-relative+unscaled+batch-norm", SELF, {"max_distance": 1}),
+    ],
+    "transformer-t5": [
+        *each("transformer-t5", SELF, {}),
+        *each("transformer-t5+unscaled", SELF, {"buckets": 8, "max_distance": 6, "norm_position": "pre"}),
+    ],
+    "transformer-alibi": [
+        *each("transformer-alibi", SELF, {}),
+        *each("transformer-alibi+batch-norm", SELF, {"heads": 16, "tied": "none"}),
+    ],
+    **{
+        f"transformer-{name}": each(f"transformer-{name}", SELF, {}, {"norm_position": "pre"})
+        for name in ("batch-norm", "unscaled", "same-layer")
+    },
+    # Without residual connections, deeper decoders hardly depend on the last token.
+    "transformer-no-residual": each(
+        "transformer-no-residual", SELF, {"decoder_layers": 1, "norm_position": "pre"}
+    ),
+    "transformer-hard": each("transformer-hard", SELF, {}, {"cross_attention": "sampled"}),
+    "universal": each(
+        "universal",
+        SELF,
+        {},
+        {"halting": "fixed", "norm_position": "pre", "norm": "rms", "activation": "swiglu"},
+    ),
+    "rnn": [
+        *each(
+            "rnn",
+            "",
+            {"context": "start", "cell": "lstm", "encoder_direction": "backward"},
+            {"context": "start", "cell": "rnn", "encoder_direction": "forward", "summary": "mean"},
+            {"context": "every", "cell": "gru", "summary": "max", "residual": True},
+            {"context": "every", "cell": "lstm", "summary": "attention", "decoder_layers": 3},
+        ),
+        *each(
+            "rnn",
+            "cross",
+            {},
+            {"decoder_layers": 1, "encoder_layers": 1, "heads": 1, "tied": "none"},
+            {"score": "dot", "attention_step": "after", "cell": "lstm", "residual": True},
+            {"score": "scaled", "cell": "rnn"},
+            {"score": "general", "attention_step": "after", "input_feeding": True, "cell": "lstm"},
+        ),
+    ],
+    "rnn-attention": each(
+        "rnn-attention",
+        "cross",
+        {},
+        {"score": "cosine", "attention_step": "after", "heads": 1},
+        {"score": "location", "encoder_direction": "forward"},
+        {"score": "general", "attention": "monotonic", "attention_step": "after", "window": 2},
+        {
+            "score": "general",
+            "attention": "predictive",
+            "window": 2,
+            "input_feeding": True,
+            "attention_step": "after",
+        },
+        {"score": "location", "attention": "predictive", "window": 3, "attention_step": "after"},
+        {"attention": "sampled", "summary": "mean"},
+        {"attention": "sampled", "attention_step": "after", "score": "dot"},
+        {"attention": "gumbel", "heads": 1},
+        {"attend_once": True},
+        {"attend_once": True, "attention_step": "after", "input_feeding": True, "score": "dot"},
+        {"attend_once": True, "attention": "gumbel", "attention_step": "after"},
+        {"attend_once": True, "attention": "predictive", "window": 4, "summary": "max"},
+    ),
+    "hierarchical": each(
+        "hierarchical",
+        "cross",
+        {},
+        {"mark": 7, "score": "dot", "attention_step": "after", "input_feeding": True},
+        {"mark": 7, "score": "location", "summary": "mean", "sentence_layers": 2},
+        {"mark": 7, "attend_once": True},
+    ),
+    "conv": each("conv", "cross", {}, {"kernel": 5, "tied": "none"}),
+    "conv-encoder-attention": [
+        *each(
+            "conv-encoder-attention",
+            "cross encoder",
+            {"encoder_attention": "before"},
+            {"encoder_attention": "after"},
+        ),
+        *each("conv-encoder-attention", "cross", {"encoder_attention": "pooling"}),
+    ],
 }
 
 
