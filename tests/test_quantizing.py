@@ -28,7 +28,7 @@ def bundle(request: pytest.FixtureRequest, toy_set: Path, tmp_path: Path) -> Pat
     """A bundle of random weights, large enough for its matrices to be most of it."""
     tokenizer = Tokenizer.load(toy_set / "tokenizer")
     net = small_network(
-        request.param, source_vocabulary=60, target_vocabulary=60, width=64, **_wide(request.param)
+        request.param, source_vocabulary=60, target_vocabulary=60, d_model=64, **_wide(request.param)
     )
     manifest = make_manifest(
         net,
