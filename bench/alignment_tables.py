@@ -1,4 +1,4 @@
-"""The tables of how far links of words are from those that people found."""
+"""The tables of alignment error rates."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 RESULT = Path(__file__).resolve().parent / "results" / "alignment.json"
 KINDS = {
-    "counting": "counting",
-    "plain": "attention, the default look",
-    "chosen": "attention, the look that agrees best with counting",
-    "guided": "a head that was taught, one step later",
+    "counting": "IBM Model 1",
+    "plain": "attention, default",
+    "chosen": "attention, chosen by agreement with IBM Model 1",
+    "guided": "guided attention head, shifted",
 }
 WAYS = {
     "there": "source to target",
@@ -20,17 +20,17 @@ WAYS = {
     "grow-diag-final-and": "grow-diag-final-and",
     "union": "union",
 }
-NETWORKS = {"plain": "as it is", "guided": "taught"}
-HEAD = ("links from", *WAYS.values(), "precision, recall of the best")
-LOOK_HEAD = (
+NETWORKS = {"plain": "not guided", "guided": "guided"}
+HEAD = ("aligner", *WAYS.values(), "precision, recall of the best")
+HEADS_HEAD = (
     "network",
     "direction",
     "layer",
-    "its heads' mean",
-    "a step later",
-    "its best head",
-    "a step later",
-    "its heads' mean, against counting, on a test of the corpus",
+    "mean of heads",
+    "mean of heads, shifted",
+    "best head",
+    "best head, shifted",
+    "mean of heads against IBM Model 1, test set of the corpus",
 )
 Row = tuple[str, ...]
 
@@ -40,7 +40,7 @@ def result() -> dict | None:
 
 
 def rows(found: dict) -> list[Row]:
-    """The alignment error rates of each kind of links."""
+    """The alignment error rates of each aligner."""
     figures = found["figures"]
     made = []
     for kind, name in KINDS.items():
@@ -51,60 +51,71 @@ def rows(found: dict) -> list[Row]:
     return made
 
 
-def look_rows(found: dict) -> list[Row]:
-    """The error rates of every layer, from source to target and back."""
+def head_rows(found: dict) -> list[Row]:
+    """The error rates of every layer in both directions."""
     return [
         (name, WAYS[way], *row)
         for kind, name in NETWORKS.items()
-        for way, looks in found["figures"][kind]["looks"].items()
-        for row in layer_rows(looks)
+        for way, choices in found["figures"][kind]["looks"].items()
+        for row in layer_rows(choices)
     ]
 
 
-def layer_rows(looks: list[dict]) -> Iterable[Row]:
-    for layer in sorted({look["layer"] for look in looks}):
-        [mean] = [look for look in looks if (look["layer"], look["head"], look["shift"]) == (layer, None, 0)]
-        rates = [*(least(looks, layer, *cell) for cell in CELLS), mean["test_from_counting"]]
+def layer_rows(choices: list[dict]) -> Iterable[Row]:
+    for layer in sorted({choice["layer"] for choice in choices}):
+        [mean] = [
+            choice
+            for choice in choices
+            if (choice["layer"], choice["head"], choice["shift"]) == (layer, None, 0)
+        ]
+        rates = [*(least(choices, layer, *cell) for cell in CELLS), mean["test_from_counting"]]
         yield (str(layer), *(f"{rate:.3f}" for rate in rates))
 
 
 CELLS = [(mean, shift) for mean in (True, False) for shift in (0, 1)]
 
 
-def least(looks: list[dict], layer: int, mean: bool, shift: int) -> float:
-    """The least error of a layer's mean, or of its heads."""
+def least(choices: list[dict], layer: int, mean: bool, shift: int) -> float:
+    """The lowest error rate of a layer's mean, or of its heads."""
     wanted = (layer, mean, shift)
     return min(
-        look["aer"] for look in looks if (look["layer"], look["head"] is None, look["shift"]) == wanted
+        choice["aer"]
+        for choice in choices
+        if (choice["layer"], choice["head"] is None, choice["shift"]) == wanted
     )
 
 
 def chosen(found: dict) -> str:
-    """What choosing by counting costs against choosing by gold, in a sentence."""
+    """What choosing by IBM Model 1 instead of gold links costs, in a sentence."""
     parts = []
-    for looks in found["figures"]["plain"]["looks"].values():
-        counted, best = (min(looks, key=lambda look: look[by]) for by in ("from_counting", "aer"))
-        parts.append(f"{told(counted)}, {counted['aer']:.3f} (by gold {told(best)}, {best['aer']:.3f})")
-    return f"Of the looks of the network as it is, counting agrees best with {'; back, '.join(parts)}."
+    for choices in found["figures"]["plain"]["looks"].values():
+        counted, best = (min(choices, key=lambda choice: choice[by]) for by in ("from_counting", "aer"))
+        parts.append(f"{named(counted)}, {counted['aer']:.3f} (by gold {named(best)}, {best['aer']:.3f})")
+    return (
+        "Of the unguided network's layers and heads, IBM Model 1 agrees best with "
+        f"{'; in the other direction with '.join(parts)}."
+    )
 
 
-def told(look: dict) -> str:
-    head = "the mean" if look["head"] is None else f"head {look['head'] + 1}"
-    return f"{head} of layer {look['layer']}{', a step later' if look['shift'] else ''}"
+def named(choice: dict) -> str:
+    """A head or the mean of a layer, in words."""
+    head = "the mean" if choice["head"] is None else f"head {choice['head'] + 1}"
+    return f"{head} of layer {choice['layer']}{', shifted' if choice['shift'] else ''}"
 
 
 def made_with(found: dict) -> str:
-    """On what the figures were measured, in sentences."""
+    """The data and the networks of the measurement, in sentences."""
     known = found["figures"]["made_with"]
     source, target = known["languages"]
     text = (
-        f"{known['gold_pairs']} pairs of gold from {source} to {target}; counted in {known['pairs']:,} other "
-        f"pairs, on which `{known['recipe']}` was trained with {known['pieces']:,} pieces for "
-        f"{known['steps']:,} steps ({known['target_tokens']:,} target tokens; "
-        f"{', '.join(f'`{each}`' for each in known['settings'])}), taught with a weight of {known['weight']}."
+        f"{known['gold_pairs']} gold pairs from {source} to {target}. IBM Model 1 was trained on "
+        f"{known['pairs']:,} other pairs, and on the same pairs `{known['recipe']}` with "
+        f"{known['pieces']:,} pieces for {known['steps']:,} steps ({known['target_tokens']:,} target tokens; "
+        f"{', '.join(f'`{each}`' for each in known['settings'])}); the guided network has "
+        f"`loss.alignment_weight={known['weight']}`."
     )
     scores = [
-        f"{name} {' and back '.join(f'{value:.1f}' for value in found['figures'][kind]['bleu'].values())}"
+        f"{name} {' and '.join(f'{value:.1f}' for value in found['figures'][kind]['bleu'].values())}"
         for kind, name in NETWORKS.items()
     ]
-    return f"{text} BLEU on a test of the corpus: {', '.join(scores)}."
+    return f"{text} BLEU on a test set of the corpus, in both directions: {', '.join(scores)}."

@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md: what workers do in a second, and what a billion sentences would take."""
+"""The tables of docs/scale.md: speed of workers, and an estimate for a billion sentences."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BILLION = 1_000_000_000
-# Of a network that people would use, whose rate is measured with the others.
+# A point of translate.json: a network of a common size.
 BASE = "base/int8/16/greedy/1"
 LINES_IN_PART = 10_000
 KINDS = {
-    "processes": "in parts, processes of this machine",
+    "processes": "in parts, local processes",
     "ray": "in parts, Ray",
-    "alone": "the ordinary command",
+    "alone": "not in parts",
     "sentencepiece": "sentencepiece alone",
 }
 RATES_HEAD = (
-    "how",
+    "command",
     "workers",
-    "lines/s of a worker",
-    "by its processor time",
-    "lines/s, all",
-    "s beside the parts",
+    "lines/s per worker",
+    "lines per CPU second",
+    "lines/s in all",
+    "overhead in s",
 )
 CLOCK = ("lines_per_second_of_a_worker", "clock_seconds", "beside_the_parts_seconds")
-PREPARE_HEAD = (*RATES_HEAD, "of sentencepiece's rate")
-PLAN_HEAD = ("step", "who", "measured", "a billion sentences")
+PREPARE_HEAD = (*RATES_HEAD, "share of sentencepiece's rate")
+PLAN_HEAD = ("step", "run by", "measured rate", "a billion sentences")
 Row = tuple[str, ...]
 
 
 def prepare_rates() -> list[Row]:
-    """The rows of `prepare`, with what share of sentencepiece's own rate by processor time each has."""
+    """The rows of `prepare`, with the share of sentencepiece's own rate per CPU second."""
     found = result("prepare")
     if found is None:
         return [(*row, "") for row in rates("prepare")]
@@ -45,7 +45,7 @@ def result(what: str) -> dict | None:
 
 
 def rates(what: str) -> list[Row]:
-    """One for each way to work that was measured."""
+    """One for each kind and number of workers that was measured."""
     found = result(what)
     if found is None:
         return [("pending", *("" for _ in RATES_HEAD[1:]))]
@@ -60,7 +60,7 @@ def rates(what: str) -> list[Row]:
 
 
 def _rates(row: dict, kind: str, workers: str) -> Row:
-    if row.get("busy"):  # what was measured by the clock says more of the others than of the work
+    if row.get("busy"):  # other programs ran at the same time: wall clock times mean little
         row = {key: row[key] for key in row if key not in CLOCK}
     own = row.get("lines_per_second_of_a_worker")
     busy = row.get("lines_per_cpu_second_of_a_worker", row.get("lines_per_cpu_second"))
@@ -76,7 +76,7 @@ def _rates(row: dict, kind: str, workers: str) -> Row:
 
 
 def plan() -> list[Row]:
-    """What a billion sentences cost, step by step, at the measured rates."""
+    """The cost of a billion sentences, step by step, at the measured rates."""
     translated, prepared, large = result("translate"), result("prepare"), result("main")
     if translated is None or prepared is None or large is None:
         return [("pending", *("" for _ in PLAN_HEAD[1:]))]
@@ -93,38 +93,42 @@ def plan() -> list[Row]:
     base = _figures("translate")["points"][BASE]["engines"]["trmt"]["sentences_per_second"]
     handed = rows["handing/2"]["parts_per_cpu_second"]
     return [
-        ("translate: cut the text", "one core", f"{cut:,} MB/s", _hours(BILLION * 100 / (cut * 1e6))),
         (
-            "translate: hand out parts",
-            "one core",
+            "translate: divide the text into parts",
+            "main process",
+            f"{cut:,} MB/s",
+            _hours(BILLION * 100 / (cut * 1e6)),
+        ),
+        (
+            "translate: assign parts to workers",
+            "main process",
             f"{handed:,} parts/s",
             _hours(BILLION / LINES_IN_PART / handed),
         ),
-        ("translate, a tiny network", "each worker", f"{tiny:,.0f} lines/s", _core_hours(BILLION / tiny)),
+        ("translate with a tiny network", "each worker", f"{tiny:,.0f} lines/s", _core_hours(BILLION / tiny)),
         (
-            "translate, a base network in int8",
+            "translate with a base network in int8",
             "each worker",
             f"{base:,.0f} lines/s",
             _core_hours(BILLION / base),
         ),
-        ("translate on a GPU", "each worker", "waits for a GPU", ""),
         (
-            "prepare: read, encode, judge",
+            "prepare: read, encode, filter",
             "each worker",
             f"{encoding:,.0f} pairs/s",
             _core_hours(BILLION / encoding),
         ),
         (
-            "prepare: all that one process does",
-            "one core",
+            "prepare: work of the main process",
+            "main process",
             f"{1 / main:,.0f} pairs/s",
             _hours(BILLION * main),
         ),
-        ("prepare: workers that keep that one busy", "", f"{1 / main / encoding:,.0f}", ""),
+        ("prepare: workers that keep the main process busy", "", f"{1 / main / encoding:,.0f}", ""),
         (
             "prepare: text read by the main process",
             "storage",
-            f"{per_pair:,.0f} bytes a pair",
+            f"{per_pair:,.0f} bytes per pair",
             f"{2 * per_pair:,.0f} GB",
         ),
     ]

@@ -1,4 +1,4 @@
-"""The table of docs/gpu.md: how fast translation on a GPU is, beside other programs with the same weights."""
+"""The table of translation speed on a GPU, compared with other programs with the same weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NETWORKS = {
     "base": "base (6+6 layers of 512)",
     "big": "big (6+6 layers of 1024)",
 }
-# Points of bench/gpu_translate.py: tokens per second that the base network is to reach, and then to reach.
+# Points of bench/gpu_translate.py, with the goals of the base network in tokens per second.
 POINTS = {
     "bf16/1/beam": "",
     "bf16/32/beam": "40,000; 100,000",
@@ -21,7 +21,7 @@ POINTS = {
     "fp32/512/beam": "",
 }
 HEAD = (
-    "network, random weights, forced length",
+    "network (random weights, forced length)",
     "precision",
     "batch",
     "search",
@@ -39,7 +39,7 @@ Row = tuple[str, ...]
 
 
 def results() -> dict[str, dict]:
-    """The result of each network that was measured on a GPU."""
+    """The results measured on a GPU, by network."""
     found = {}
     for network in NETWORKS:
         path = RESULTS / f"translate-{network}.json"
@@ -49,7 +49,7 @@ def results() -> dict[str, dict]:
 
 
 def rows() -> list[Row]:
-    """One for each point of each network, measured or not."""
+    """One for each point of each network, measured or pending."""
     found = results()
     return [
         _row(network, name, found.get(network, {"figures": {"points": {}}})["figures"]["points"].get(name))
@@ -79,7 +79,7 @@ def _row(network: str, name: str, point: dict | None) -> Row:
 
 
 def speed(one: dict) -> str:
-    """Tokens per second, or why there are none; who did something else than its name says so."""
+    """Tokens per second, or the reason why there are none; an engine that fell back to another is marked."""
     if "failed" in one:
         return f"failed: {one['failed']}"
     if SPEED not in one:
@@ -100,7 +100,7 @@ def _times(point: dict, engine: str) -> str:
 
 
 def summary(figures: dict) -> str:
-    """One result in a few words."""
+    """A short summary of one result."""
     parts = [
         f"{speed(point['engines'].get('graphs', {}))} at {name}"
         for name in POINTS

@@ -1,4 +1,4 @@
-"""The lineage's table of what each option of the Transformer learns at first."""
+"""The table of short trainings with each option of the Transformer."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 PATH = Path(__file__).resolve().parent / "results" / "options.json"
 HEAD = ("option", "BLEU", "loss, nats per token")
 NAMES = {
-    "base": "none: sinusoidal positions, layer norm before, 4 heads",
-    "none": '`positions = "none"`',
+    "base": "none (sinusoidal positions, pre-norm LayerNorm, 4 heads)",
+    "none": "`transformer-no-positions`",
     "learned": '`positions = "learned"`',
-    "complex": '`positions = "complex"`',
+    "complex": "`transformer-complex`",
     "rotary": '`positions = "rotary"`',
-    "relative": '`positions = "relative"`',
-    "t5": '`positions = "t5"`',
-    "alibi": '`positions = "alibi"`',
-    "sinusoidal-beside": '`position_join = "concatenate"`',
-    "learned-beside": '`position_join = "concatenate"`, `positions = "learned"`',
-    "post": '`norm_place = "post"`',
+    "relative": "`transformer-relative`",
+    "t5": "`transformer-t5`",
+    "alibi": "`transformer-alibi`",
+    "sinusoidal-beside": "`transformer-concatenated`",
+    "learned-beside": '`transformer-concatenated`, `positions = "learned"`',
+    "post": '`norm_position = "post"`',
     "rms": '`norm = "rms"`',
-    "batch": '`norm = "batch"`',
-    "no-residual": "`residual = false`",
-    "no-scale": "`score_scale = false`",
+    "batch": "`transformer-batch-norm`",
+    "no-residual": "`transformer-no-residual`",
+    "no-scale": "`transformer-unscaled`",
     "one-head": "`heads = 1`",
     "sixteen-heads": "`heads = 16`",
-    "same": '`cross_source = "same"`',
-    "gumbel": '`cross_focus = "gumbel"`',
-    "sampled": '`cross_focus = "sampled"`',
+    "same": "`transformer-same-layer`",
+    "gumbel": "`transformer-hard`",
+    "sampled": '`transformer-hard`, `cross_attention = "sampled"`',
 }
 
 

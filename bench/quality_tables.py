@@ -1,4 +1,4 @@
-"""README's tables of what translations score, and of what waits for a GPU."""
+"""The tables of translation quality, and of the measurements that need a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ WAITS = "waits for a GPU"
 PUBLISHED = {"test_2016_flickr": 41.02, "test_2017_flickr": 33.36, "test_2017_mscoco": 29.88}
 MULTI30K = {
     "multi30k": "published recipe",
-    "multi30k-plus": "our recipe",
-    "multi30k-raw": "our recipe, raw text",
+    "multi30k-plus": "recipe multi30k-plus",
+    "multi30k-raw": "recipe multi30k-plus, raw text",
 }
 FORMS = {"published": ("bleu",), "detokenised": ("bleu", "chrf"), "all references": ("bleu", "chrf")}
 Row = tuple[str, ...]
@@ -27,7 +27,7 @@ def load(name: str) -> dict | None:
 
 
 def spread(values: list[float]) -> str:
-    """The mean, and from where to where it goes."""
+    """The mean, the lowest and the highest."""
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.2f}–{max(values):.2f})"
 
@@ -59,12 +59,12 @@ def values(result: dict, test: str, form: str, metric: str) -> list[float]:
 
 
 def shown(result: dict, form: str, metric: str) -> str:
-    """The name of a metric as sacreBLEU writes it."""
+    """sacreBLEU's name of a metric."""
     return result["figures"]["seeds"][0]["dev_scores"][form][metric]["name"]
 
 
 def signatures(names: list[str]) -> list[str]:
-    """How every number of these results was made, once each."""
+    """The signatures of these results, once each."""
     found = {}
     for name in names:
         result = load(name)
@@ -75,7 +75,7 @@ def signatures(names: list[str]) -> list[str]:
 
 
 def corpora_rows() -> list[Row]:
-    """A row for each corpus and form: scores on dev and test, and the time."""
+    """A row for each corpus and form: scores on dev and test sets, and the training time."""
     rows: list[Row] = []
     for name in ("tatoeba", "laws"):
         result = load(name)
@@ -94,7 +94,7 @@ def corpora_rows() -> list[Row]:
 
 
 def gpu_rows(named: list[tuple[str, str]]) -> list[Row]:
-    """What is measured on a GPU and whether it has been: (name of the row, what it measures)."""
+    """The rows of the GPU suite, given as (name, what it measures), and the results so far."""
     return [(f"`{name}`", measures, _state(name)) for name, measures in named]
 
 
@@ -110,8 +110,8 @@ def _speed(found: dict) -> str:
     ours, share = found["toolkits"]["trmt"], found["trmt"]
     return (
         f"{ours['target_tokens_per_second']:,.0f} target tokens/s, {share['share_of_gemm_peak']:.0%} of the "
-        f"products' peak, {ours.get('peak_device_mib', 0):,.0f} MiB, "
-        f"{share['share_waiting_for_the_loader']:.2%} waiting for the loader"
+        f"GEMM peak, {ours.get('peak_device_mib', 0):,.0f} MiB, "
+        f"{share['share_waiting_for_the_loader']:.2%} waiting for data"
     )
 
 

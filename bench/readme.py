@@ -1,4 +1,8 @@
-"""Writes the tables of README.md and docs from the files in bench/results: `python bench/readme.py`."""
+"""Writes the measured results in README.md and docs from bench/results: `python bench/readme.py`.
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`. What comes from the code is written by
+docs/generate.py.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import alignment_tables
 import cluster_tables
 import gpu_suite
 import gpu_translation_tables
+import highlight_tables
 import options_tables
 import quality_tables
 import recipe_tables
@@ -31,7 +36,7 @@ def load(name: str) -> dict:
 
 
 def source(result: dict) -> str:
-    """Where a figure comes from, in one line; a note says what has changed since."""
+    """Command, commit, date, machine and versions of a result, in one line."""
     versions = f"Python {result['python']}, torch {result['versions']['torch']}"
     machine = result.get("gpu") or f"{result['cores']} cores of {result['cpu']}"
     note = f" {result['note']}" if "note" in result else ""
@@ -44,10 +49,10 @@ def phrasebook() -> str:
     rows = [
         ("BLEU", f"{scores['bleu'][0]:.1f}", f"`{scores['bleu'][1]}`"),
         ("chrF", f"{scores['chrf'][0]:.1f}", f"`{scores['chrf'][1]}`"),
-        ("word for word right", f"{figures['exact']:,}", f"of {figures['sentences']:,} held-out sentences"),
+        ("exact matches", f"{figures['exact']:,}", f"of {figures['sentences']:,} held-out sentences"),
         ("training", f"{figures['training_tokens_per_second']:,}", "target tokens/s"),
-        ("translating, beam 4", f"{figures['translating_tokens_per_second']:,}", "target tokens/s"),
-        ("the whole demo", f"{figures['demo_seconds']:.0f} s", "after installing"),
+        ("translation, beam 4", f"{figures['translating_tokens_per_second']:,}", "target tokens/s"),
+        ("whole demo", f"{figures['demo_seconds']:.0f} s", "without the installation"),
     ]
     return table(("", "", ""), rows) + f"\n\n{source(result)}"
 
@@ -80,7 +85,7 @@ def multi30k() -> str:
             f"{figures['steps']:,}",
             f"stopped by SIGTERM after {figures['stopped_and_resumed_at']:,}, resumed",
         ),
-        ("from text to score", f"{figures['seconds']:.0f} s", "all commands together"),
+        ("from text to score", f"{figures['seconds']:.0f} s", "all commands"),
         *(
             (found["name"], f"{found['value']:.1f}", f"`{found['signature']}`")
             for found in figures["scores"].values()
@@ -108,6 +113,12 @@ def translation() -> str:
     return measured + (f"\n\n- {source(result)}" if result else "")
 
 
+def ssru() -> str:
+    result = translation_tables.result("ssru")
+    measured = table(translation_tables.SSRU_HEAD, translation_tables.ssru_rows())
+    return measured + (f"\n\n- {source(result)}" if result else "")
+
+
 def startup() -> str:
     path = RESULTS / "startup.json"
     if not path.exists():
@@ -119,13 +130,13 @@ def startup() -> str:
         for name, what in (
             ("fp32", "first translation after `import torch`"),
             ("int8", "the same in int8"),
-            ("help", "`trmt --help`, all of it"),
+            ("help", "`trmt --help`, whole process"),
         )
     ]
     rows.append(
-        ("int8 for the first time, packing weights", f"{figures['int8_packing']['seconds']:.2f} s", "", "")
+        ("packing weights for int8, the first time", f"{figures['int8_packing']['seconds']:.2f} s", "", "")
     )
-    return table(("", "median", "least", "most"), rows) + f"\n\n- {source(result)}"
+    return table(("", "median", "minimum", "maximum"), rows) + f"\n\n- {source(result)}"
 
 
 def recipes() -> str:
@@ -145,7 +156,7 @@ def starts() -> str:
 
 
 def listed(result: dict, runs: list[dict]) -> str:
-    """How these runs were scored, and where they come from."""
+    """Signatures and source of these runs."""
     return "\n\n" + "\n".join(f"- {line}" for line in [*recipe_tables.signatures(runs), source(result)])
 
 
@@ -162,9 +173,9 @@ def alignment() -> str:
     if result is None:
         return "pending"
     rates = table(alignment_tables.HEAD, alignment_tables.rows(result))
-    looks = table(alignment_tables.LOOK_HEAD, alignment_tables.look_rows(result))
+    heads = table(alignment_tables.HEADS_HEAD, alignment_tables.head_rows(result))
     notes = (alignment_tables.chosen(result), alignment_tables.made_with(result), source(result))
-    return "\n\n".join((rates, looks, "\n".join(f"- {note}" for note in notes)))
+    return "\n\n".join((rates, heads, "\n".join(f"- {note}" for note in notes)))
 
 
 def cluster_translate() -> str:
@@ -182,19 +193,19 @@ def cluster_plan() -> str:
 
 
 def sources(names: list[str]) -> str:
-    """Where the figures come from, of those results that there are."""
+    """The sources of those results that exist."""
     found = [result for name in names if (result := speed_tables.load(name))]
     return "\n\n" + "\n".join(f"- {source(result)}" for result in found) if found else ""
 
 
 def quality() -> str:
     names = list(quality_tables.MULTI30K)
-    head = ("training", "scored as", "", "test2016", "test2017", "mscoco", "seeds")
+    head = ("training", "scoring", "metric", "test2016", "test2017", "mscoco", "seeds")
     return table(head, quality_tables.multi30k_rows()) + notes(names)
 
 
 def corpora() -> str:
-    head = ("corpus", "scored as", "dev BLEU", "test BLEU", "test chrF2", "training", "target tokens/s")
+    head = ("corpus", "scoring", "dev BLEU", "test BLEU", "test chrF2", "training time", "target tokens/s")
     return table(head, quality_tables.corpora_rows()) + notes(["tatoeba", "laws"])
 
 
@@ -206,11 +217,11 @@ def gpu_translation() -> str:
 
 def gpu() -> str:
     named = [(row.name, row.measures) for row in gpu_suite.ROWS]
-    return table(("row", "measures", "measured"), quality_tables.gpu_rows(named))
+    return table(("row", "measures", "result"), quality_tables.gpu_rows(named))
 
 
 def notes(names: list[str]) -> str:
-    """Signatures and sources of the results that there are."""
+    """Signatures and sources of those results that exist."""
     found = [result for name in names if (result := quality_tables.load(name))]
     lines = quality_tables.signatures(names) + [source(result) for result in found]
     return "\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
@@ -239,7 +250,14 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def highlights() -> str:
+    return table(highlight_tables.HEAD, highlight_tables.rows())
+
+
 TABLES = {
+    "highlights": highlights,
+    "expectations": highlight_tables.expectations,
+    "files": highlight_tables.files,
     "phrasebook": phrasebook,
     "prepare": prepare,
     "multi30k": multi30k,
@@ -247,6 +265,7 @@ TABLES = {
     "peers": peers,
     "scale": scale,
     "translation": translation,
+    "ssru": ssru,
     "startup": startup,
     "options": options,
     "alignment": alignment,
@@ -264,7 +283,7 @@ TABLES = {
 
 
 def generated(text: str) -> str:
-    """README's text with every table made anew."""
+    """A page with all its tables written anew."""
 
     def fill(match: re.Match[str]) -> str:
         return f"<!-- results: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"

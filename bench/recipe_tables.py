@@ -1,4 +1,4 @@
-"""The tables of what each recipe learns in a few minutes, and of what pretrained starts gain."""
+"""The tables of short trainings with each recipe, and of pretrained initial weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 RECIPES_HEAD = (
     "recipe",
-    "what is changed",
+    "changed settings",
     "parameters",
     "steps",
     "seconds",
     "BLEU",
     "chrF",
-    "exactly right",
+    "exact matches",
 )
-STARTS_HEAD = ("begins with", "BLEU", "chrF", "dev loss")
-USUAL = ("validation.", "batches.passage")  # what is changed for time's sake alone, or said elsewhere
+STARTS_HEAD = ("initial weights", "BLEU", "chrF", "dev loss")
+STARTS = {"chance": "random", "encoder": "pretrained encoder (BERT)"}
+USUAL = ("validation.", "batches.passage")  # changed settings that are not shown: they only save time
+RENAMED = {"width": "d_model"}  # keys that had other names when they were measured
 Row = tuple[str, ...]
 
 
@@ -54,14 +56,15 @@ def _recipe_row(name: str, row: dict) -> Row:
 
 def _short(setting: str) -> str:
     name, _, value = setting.partition("=")
-    return f"{name.rpartition('.')[2].replace('_', ' ')} {value}"
+    key = name.rpartition(".")[2]
+    return f"`{RENAMED.get(key, key)}` {value}"
 
 
 def start_rows(result: dict) -> list[Row]:
-    """One for each start: the mean of its seeds, and from where to where they go."""
+    """One for each kind of initial weights: the mean of its seeds, the lowest and the highest."""
     return [
         (
-            name,
+            STARTS.get(name, name),
             _spread([seed["scores"]["bleu"]["value"] for seed in seeds], 1),
             _spread([seed["scores"]["chrf"]["value"] for seed in seeds], 1),
             _spread([seed["dev_loss"] for seed in seeds], 3),

@@ -1,4 +1,4 @@
-"""README's tables of how fast training is, beside other toolkits and as the data grows."""
+"""The tables of training speed, compared with other toolkits and as the data grows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PENDING = "pending"
 WAITS = "pending: waits for a GPU"
 Row = tuple[str, ...]
 
-# Result file: what is trained.
+# Result file: network and data.
 TRAINING = {
     "train-multi30k": "Multi30k German-English, 3+3 layers of 256, fp32, 2 cores",
     "train-multi30k-bf16": "the same in bf16, on a processor with AMX",
@@ -29,28 +29,28 @@ NAMES = {
 TRAINING_HEAD = (
     "network and data",
     "target tokens/s",
-    "of the GEMM peak",
+    "share of the GEMM peak",
     "padding",
     "peak memory",
-    "waiting for the loader",
-    "times the fastest other toolkit",
+    "waiting for data",
+    "times the speed of the fastest other toolkit",
 )
 PEERS_HEAD = (
     "toolkit",
     "version",
     "target tokens/s",
-    "in an update",
+    "target tokens per update",
     "padding",
     "peak memory",
-    "trmt is so many times as fast",
+    "speed of trmt divided by its speed",
 )
 SCALE_HEAD = (
     "pairs",
-    "training, µs of processor time a target token",
-    "waiting for the loader",
-    "loader alone, ns a target token",
-    "until the first batch",
-    "own memory",
+    "training, µs of CPU time per target token",
+    "waiting for data",
+    "data loader alone, ns per target token",
+    "time to the first batch",
+    "private memory",
     "with mapped pages",
 )
 
@@ -61,7 +61,7 @@ def load(name: str) -> dict | None:
 
 
 def training_rows() -> list[Row]:
-    """Our own speed, one row for each network, measured or not."""
+    """The training speed of trmt, one row for each network, measured or pending."""
     rows: list[Row] = []
     for name, trained in TRAINING.items():
         result = load(name)
@@ -88,16 +88,17 @@ def training_rows() -> list[Row]:
 def _fastest(figures: dict) -> str:
     name = figures.get("fastest_peer")
     alone = len(figures["toolkits"]) == 1
-    return f"{_times(figures['ratios'][name])}, {NAMES[name]}" if name else "" if alone else PENDING
+    return f"{times(figures['ratios'][name])}, {NAMES[name]}" if name else "" if alone else PENDING
 
 
-def _times(ratio: dict) -> str:
+def times(ratio: dict) -> str:
+    """The median of a ratio, and its smallest and largest rounds."""
     low, high = ratio["interval"]
     return f"{ratio['median']:.2f} ({low:.2f}–{high:.2f})"
 
 
 def peers_rows(name: str = "train-multi30k") -> list[Row]:
-    """Every toolkit of one comparison, the fastest first; those that failed last."""
+    """The toolkits of one comparison, the fastest first, failed ones last."""
     result = load(name)
     if result is None:
         return [(NAMES[toolkit], PENDING, *("" for _ in PEERS_HEAD[2:])) for toolkit in NAMES]
@@ -120,14 +121,14 @@ def peers_rows(name: str = "train-multi30k") -> list[Row]:
                 f"{one['target_tokens_per_update']:,.0f}",
                 f"{one['padding']:.1%}",
                 f"{one['peak_mib']:,.0f} MiB",
-                _times(ratio) if ratio else "",
+                times(ratio) if ratio else "",
             )
         )
     return rows
 
 
 def scale_rows() -> list[Row]:
-    """The cost of training, one row for each size of the data."""
+    """The cost of training, one row for each size of the data set."""
     result = load("scale")
     if result is None:
         return [(PENDING, *("" for _ in SCALE_HEAD[1:]))]

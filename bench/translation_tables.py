@@ -1,4 +1,4 @@
-"""README's table of how fast translation is, beside other engines with the same weights."""
+"""The table of translation speed on a CPU, compared with other programs with the same weights."""
 
 from __future__ import annotations
 
@@ -8,26 +8,41 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {
     "trained": "trained, tiny (4+4 layers of 128), real sentences",
-    "base": "base (6+6 layers of 512), random weights, 30 pieces into 30",
-    "deep": "deep (12+1 layers of 512), random weights, 30 pieces into 30",
+    "base": "base (6+6 layers of 512), random weights, 30 source and 30 target pieces",
+    "deep": "deep (12+1 layers of 512), random weights, 30 source and 30 target pieces",
 }
 HEAD = (
     "network",
-    "products",
+    "precision",
     "batch",
     "search",
     "threads",
     "trmt, target tokens/s",
-    "times CTranslate2",
-    "times Hugging Face",
+    "relative to CTranslate2",
+    "relative to Hugging Face",
     "chrF2: trmt, CTranslate2",
 )
+SSRU_HEAD = ("network, precision, length", "decoder", "translation, greedy", "translation, beam 4")
+SSRU_PARTS = ("decoder", "translation, greedy", "translation, beam of 4")
 Row = tuple[str, ...]
 
 
-def result() -> dict | None:
-    path = RESULTS / "translate.json"
+def result(name: str = "translate") -> dict | None:
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def ssru_rows() -> list[Row]:
+    """The speed of an SSRU decoder relative to self-attention, for each network, precision and length."""
+    found = result("ssru")
+    if found is None:
+        return [("pending", *("" for _ in SSRU_HEAD[1:]))]
+    points = found["figures"]["times_faster"]
+    return [(name, *(_ratio(point[part]) for part in SSRU_PARTS)) for name, point in points.items()]
+
+
+def _ratio(point: dict) -> str:
+    return f"{point['times']:.2f} ({point['from']:.2f}–{point['to']:.2f})"
 
 
 def rows() -> list[Row]:

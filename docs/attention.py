@@ -1,7 +1,7 @@
-"""Draw the pictures of docs/looking-inside.md: python docs/attention.py models/demo --layer 2 --head 1.
+"""Draws the figures of docs/attention.md: python docs/attention.py models/demo --layer 2 --head 1.
 
-`make demo` trains that model. attention.svg is what `trmt attend` writes, attention-page.png its page in a
-headless Chromium, if one is installed.
+`make demo` trains that model. attention.svg is a figure of `trmt attend`, attention-page.png a screenshot of
+its page in a headless Chromium, if that is installed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SIZE = (1180, 760)  # of the window, in pixels
 
 
 def main() -> None:
-    """Write both pictures."""
+    """Write both figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--layer", type=int, required=True, help="of the picture")
-    parser.add_argument("--head", type=int, required=True)
+    parser.add_argument("--layer", type=int, required=True, help="layer of the figure")
+    parser.add_argument("--head", type=int, required=True, help="head of the figure")
     given = parser.parse_args()
     chosen = {"model": given.model, "layer": given.layer, "head": given.head, "by_words": True}
     lines = [AttendLine(number, text) for number, text in enumerate(SENTENCES, start=1)]
@@ -37,14 +37,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
         write_maps(AttentionExtractor(AttendOptions(out=page, **chosen)), lines)
-        photograph(page, HERE / "attention-page.png")
+        screenshot(page, HERE / "attention-page.png")
 
 
-def photograph(page: Path, out: Path) -> None:
-    """A picture of the page in a window, if there is a browser."""
+def screenshot(page: Path, out: Path) -> None:
+    """Take a screenshot of the page, if there is a browser."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
-        print(f"there is no Chromium, and {out.name} stays as it is")
+        print(f"Chromium is not installed; {out.name} is not updated")
         return
     options = [
         "--headless",

@@ -1,6 +1,6 @@
-"""Draw docs/training.svg and docs/curves.svg: python docs/pictures.py RUN [OTHERS...] --step 750 --last 1500.
+"""Draws docs/training.svg and curves.svg: python docs/pictures.py RUN [OTHERS...] --step 750 --last 1500.
 
-The first is the display of `trmt train` as it stood at that step, the second what `trmt plot` writes.
+The first is the display of `trmt train` at that step, the second the figure of `trmt plot`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS, LINES = 96, 30
 
 
 def display(run: Path, *, step: int, last: int) -> str:
-    """The picture of a run as it stood at `step` of `last`."""
+    """The display of a run at `step` of `last`, as SVG."""
     history, began, epoch = History(), {}, 1
     for line in (run / LOG).read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
@@ -49,17 +49,17 @@ def display(run: Path, *, step: int, last: int) -> str:
     terminal = Console(record=True, width=COLUMNS, height=LINES, file=io.StringIO(), force_terminal=True)
     terminal.print(picture)
     drawing = terminal.export_svg(title="trmt train", unique_id="trmt")
-    # A picture that fetches nothing: any font of fixed width will do.
+    # Without fonts from the network: any monospaced font will do.
     return re.sub(r"@font-face \{.*?\}\s*", "", drawing, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Write both pictures."""
+    """Write both figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--step", type=int, required=True, help="when to look")
-    parser.add_argument("--last", type=int, required=True, help="the step that the run ended at")
-    parser.add_argument("others", nargs="*", type=Path, help="runs whose curves are drawn beside")
+    parser.add_argument("--step", type=int, required=True, help="the step to show")
+    parser.add_argument("--last", type=int, required=True, help="the last step of the run")
+    parser.add_argument("others", nargs="*", type=Path, help="runs to compare in the curves")
     given = parser.parse_args()
     (HERE / "training.svg").write_text(display(given.run, step=given.step, last=given.last), encoding="utf-8")
     plot(PlotOptions(runs=(given.run, *given.others), out=HERE / "curves.svg"))

@@ -1,4 +1,4 @@
-"""Attention over sentences in a row: every way to it against one, and that one against the definition."""
+"""Attention over packed sentences: every way to compute it against one, that one against the definition."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
-from trmt.nets.attention import Spans
 
 from tests.derivatives import assert_same, gradients, needs_kernels
-from trmt.nets import attention, fused
+from trmt.native import training
+from trmt.nets import layers
 from trmt.nets.base import Ragged
+from trmt.nets.layers import Spans
 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """A switch that takes the kernels away."""
-    return lambda: monkeypatch.setattr(fused, "library", lambda: None)
+    """Switches the kernels off."""
+    return lambda: monkeypatch.setenv("TRMT_KERNELS", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +37,14 @@ LENGTHS = [(1,), (3, 1, 17, 5), (16, 32), (40, 2, 33), (2, 70)]
 @needs_kernels
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_in_a_row_is_that_in_a_grid(
+def test_packed_self_attention_is_that_in_a_grid(
     lengths: tuple[int, ...], causal: bool, plain: Callable[[], None]
 ) -> None:
     here = spans(*lengths)
     merged = torch.randn(sum(lengths), 3 * 64, requires_grad=True)
 
     def attended() -> Tensor:
-        return attention.attend_own(merged, here, 4, causal=causal)
+        return layers.packed_self_attention(merged, here, 4, causal=causal)
 
     ours = gradients(attended, merged)
     plain()
@@ -52,15 +53,15 @@ def test_attention_in_a_row_is_that_in_a_grid(
 
 @needs_kernels
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_attention_to_a_source_in_a_row_is_that_in_a_grid(
+def test_packed_cross_attention_is_that_in_a_grid(
     lengths: tuple[int, ...], plain: Callable[[], None]
 ) -> None:
     here, over = spans(*lengths), spans(*(length + 4 for length in reversed(lengths)))
     query = torch.randn(sum(lengths), 64, requires_grad=True)
     wide = torch.randn(sum(lengths) + 4 * len(lengths), 3 * 128, requires_grad=True)
 
-    def attended() -> Tensor:  # the memory of one layer of three: its rows do not touch
-        return attention.attend_over(query, wide.chunk(3, -1)[1], here, over, 2)
+    def attended() -> Tensor:  # keys and values of one layer of three: there are gaps between the rows
+        return layers.packed_cross_attention(query, wide.chunk(3, -1)[1], here, over, 2)
 
     ours = gradients(attended, query, wide)
     plain()
@@ -68,11 +69,14 @@ def test_attention_to_a_source_in_a_row_is_that_in_a_grid(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_weights_are_those_that_attention_gives_the_values(causal: bool) -> None:
+def test_the_weights_are_those_of_the_values(causal: bool) -> None:
     here, heads = spans(3, 1, 5), 2
     merged = torch.randn(9, 3 * 32)
-    weights = attention.own_weights(merged, here, heads, causal=causal)
-    found = attention.attend_own(merged, here, heads, causal=causal)
+    query, key, _ = merged.chunk(3, -1)
+    weights = layers.packed_weights(query, key, here, here, heads, causal=causal)
+    some = layers.packed_weights(query, key, here, here, heads, causal=causal, only=slice(1, 2))
+    torch.testing.assert_close(some, weights[:, 1:2])
+    found = layers.packed_self_attention(merged, here, heads, causal=causal)
     values = merged.chunk(3, -1)[2]
     for number, (begin, end) in enumerate([(0, 3), (3, 4), (4, 9)]):
         value = values[begin:end].unflatten(-1, (heads, -1)).transpose(0, 1)
@@ -82,26 +86,24 @@ def test_the_weights_are_those_that_attention_gives_the_values(causal: bool) -> 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_in_a_grid_is_each_sentence_by_itself(causal: bool) -> None:
-    """The reference of all the others, against the definition."""
-    lengths, heads, part = (3, 1, 6), 2, 5
-    query, key, value = torch.randn(3, sum(lengths), heads, part)
-    found = attention.attend_padded((query, key, value), spans(*lengths), spans(*lengths), causal=causal)
+    """What all others are compared with, against the definition."""
+    lengths, heads, head_dim = (3, 1, 6), 2, 5
+    query, key, value = torch.randn(3, sum(lengths), heads, head_dim)
+    found = layers.attend_padded(query, key, value, spans(*lengths), spans(*lengths), causal=causal)
     begin = 0
     for length in lengths:
         rows = slice(begin, begin + length)
         for head in range(heads):
-            scores = query[rows, head] @ key[rows, head].T / part**0.5
+            scores = query[rows, head] @ key[rows, head].T / head_dim**0.5
             if causal:
                 scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
             expected = scores.softmax(-1) @ value[rows, head]
-            torch.testing.assert_close(found[rows, head * part : (head + 1) * part], expected)
+            torch.testing.assert_close(found[rows, head * head_dim : (head + 1) * head_dim], expected)
         begin += length
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_many_sentences_share_grids_with_others_of_their_length(
-    causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sentences_of_similar_length_share_a_grid(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [1 + (7 * number) % 23 for number in range(100)]
     over = lengths if causal else [1 + (5 * number) % 31 for number in range(100)]
     query = torch.randn(sum(lengths), 2, 8, requires_grad=True)
@@ -109,27 +111,27 @@ def test_many_sentences_share_grids_with_others_of_their_length(
 
     def attended() -> Tensor:
         key, value = memory.chunk(2, -1)
-        return attention.attend_padded((query, key, value), spans(*lengths), spans(*over), causal=causal)
+        return layers.attend_packed(query, key, value, spans(*lengths), spans(*over), causal=causal)
 
     ours = gradients(attended, query, memory)
-    monkeypatch.setattr(attention, "TOGETHER", 1000)
+    monkeypatch.setattr(layers, "GROUP", 1000)
     assert_same(ours, gradients(attended, query, memory))
 
 
-def test_a_sentence_without_a_source_disturbs_nobody(plain: Callable[[], None]) -> None:
+def test_a_sentence_without_a_source_disturbs_no_other(plain: Callable[[], None]) -> None:
     here, over = spans(2, 3), spans(0, 4)
     query, memory = torch.randn(5, 32, requires_grad=True), torch.randn(4, 64, requires_grad=True)
     for _ in range(2):
-        found = gradients(lambda: attention.attend_over(query, memory, here, over, 2), query, memory)
+        found = gradients(lambda: layers.packed_cross_attention(query, memory, here, over, 2), query, memory)
         assert all(x.isfinite().all() for x in found)
-        alone = attention.attend_over(query[2:], memory, spans(3), spans(4), 2)
+        alone = layers.packed_cross_attention(query[2:], memory, spans(3), spans(4), 2)
         torch.testing.assert_close(found[0][2:], alone)
         plain()
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_gpus_attention_gets_what_it_asks_for(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no kernel on the CPU: a stand-in with its signature checks the call and answers in its place."""
+def test_the_attention_for_gpus_gets_what_it_asks_for(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not run on the CPU: a function with its signature checks the arguments."""
     here, over = spans(3, 1, 6), spans(2, 4, 6)
 
     def stand_in(
@@ -149,25 +151,23 @@ def test_the_gpus_attention_gets_what_it_asks_for(causal: bool, monkeypatch: pyt
         assert (cu_seq_q.tolist(), cu_seq_k.tolist()) == ([0, 3, 4, 10], [0, 2, 6, 12])
         assert (max_q, max_k) == (6, 6)
         assert window_size in ((-1, -1), (-1, 0))
-        out = attention.attend_padded((query, key, value), here, over, causal=window_size == (-1, 0))
+        out = layers.attend_padded(query, key, value, here, over, causal=window_size == (-1, 0))
         return out.unflatten(-1, (query.shape[1], -1))
 
     query, key, value = (torch.randn(rows, 2, 16).bfloat16() for rows in (10, 12, 12))
-    expected = attention.attend((query, key, value), here, over, causal=causal)
-    monkeypatch.setattr(attention, "varlen_attn", stand_in)
-    monkeypatch.setattr(
-        attention, "_CAUSAL", {True: {"window_size": (-1, 0)}, False: {"window_size": (-1, -1)}}
-    )
-    monkeypatch.setattr(attention, "has_varlen", lambda x: True)
-    assert torch.equal(attention.attend((query, key, value), here, over, causal=causal), expected)
+    expected = layers.attend_packed(query, key, value, here, over, causal=causal)
+    monkeypatch.setattr(layers, "varlen_attn", stand_in)
+    monkeypatch.setattr(layers, "_CAUSAL", {True: {"window_size": (-1, 0)}, False: {"window_size": (-1, -1)}})
+    monkeypatch.setattr(layers, "has_varlen", lambda x: True)
+    assert torch.equal(layers.attend_packed(query, key, value, here, over, causal=causal), expected)
 
 
 @needs_kernels
-def test_heads_that_the_kernel_is_not_made_for_are_attended_to(plain: Callable[[], None]) -> None:
+def test_other_head_dimensions_are_left_to_pytorch(plain: Callable[[], None]) -> None:
     here, merged = spans(5, 2, 9), torch.randn(16, 3 * 40, requires_grad=True)
 
     def attended() -> Tensor:  # heads of 20 and of 8
-        return attention.attend_own(merged, here, 2, causal=True) + attention.attend_own(
+        return layers.packed_self_attention(merged, here, 2, causal=True) + layers.packed_self_attention(
             merged, here, 5, causal=True
         )
 
@@ -176,11 +176,11 @@ def test_heads_that_the_kernel_is_not_made_for_are_attended_to(plain: Callable[[
     assert_same(ours, gradients(attended, merged))
 
 
-def test_queries_and_gradients_may_lie_anyhow_in_memory() -> None:
+def test_queries_and_gradients_may_have_any_strides() -> None:
     here, merged = spans(3, 20, 6), torch.randn(29, 3 * 32)
     scattered, grad = merged.t().contiguous().t().requires_grad_(), torch.randn(29, 32)
     merged.requires_grad_()
-    out, other = (attention.attend_own(x, here, 2, causal=True) for x in (merged, scattered))
+    out, other = (layers.packed_self_attention(x, here, 2, causal=True) for x in (merged, scattered))
     torch.testing.assert_close(out, other)
     (expected,) = torch.autograd.grad(out, merged, grad, retain_graph=True)
     for gradient, result, given in (
@@ -192,13 +192,13 @@ def test_queries_and_gradients_may_lie_anyhow_in_memory() -> None:
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_weights_are_dropped_if_that_is_wanted() -> None:
+def test_attention_weights_are_dropped_if_wanted() -> None:
     here, over = spans(4, 9), spans(7, 5)
     merged, memory = torch.randn(13, 3 * 32), torch.randn(12, 2 * 32)
 
     def both(dropout: float) -> tuple[Tensor, Tensor]:
-        own = attention.attend_own(merged, here, 2, causal=False, dropout=dropout)
-        cross = attention.attend_over(merged[:, :32], memory, here, over, 2, dropout=dropout)
+        own = layers.packed_self_attention(merged, here, 2, causal=False, dropout=dropout)
+        cross = layers.packed_cross_attention(merged[:, :32], memory, here, over, 2, dropout=dropout)
         return own, cross
 
     draws = [both(0.2) for _ in range(400)]
@@ -209,18 +209,18 @@ def test_weights_are_dropped_if_that_is_wanted() -> None:
 
 
 @needs_kernels
-def test_a_kernel_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Short:
+def test_a_kernel_without_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemory:
         def trmt_attention(self, *_: object) -> int:
             return 1
 
-    monkeypatch.setattr(fused, "library", Short)
+    monkeypatch.setattr(training, "library", OutOfMemory)
     with pytest.raises(MemoryError):
-        attention.attend_own(torch.randn(4, 3 * 32), spans(4), 2, causal=True)
+        layers.packed_self_attention(torch.randn(4, 3 * 32), spans(4), 2, causal=True)
 
 
-def test_the_gpus_attention_is_not_asked_to_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attention_for_gpus_is_not_asked_for_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     here, x = spans(3, 4), torch.randn(7, 2, 16)
-    monkeypatch.setattr(attention, "varlen_attn", lambda *_, **__: pytest.fail("it knows no dropout"))
-    monkeypatch.setattr(attention, "has_varlen", lambda x: True)
-    assert attention.attend((x, x, x), here, here, causal=True, dropout=0.5).shape == (7, 32)
+    monkeypatch.setattr(layers, "varlen_attn", lambda *_, **__: pytest.fail("it has no dropout"))
+    monkeypatch.setattr(layers, "has_varlen", lambda x: True)
+    assert layers.attend_packed(x, x, x, here, here, causal=True, dropout=0.5).shape == (7, 32)

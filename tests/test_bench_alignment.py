@@ -88,4 +88,4 @@ def test_a_layer_is_shown_by_its_mean_and_its_best_head() -> None:
         ("2", "0.700", "0.700", "0.400", "0.400", "0.200"),
     ]
     text = alignment_tables.chosen({"figures": {"plain": {"looks": {"there": LOOKS}}}})
-    assert "head 2 of layer 2, a step later, 0.400 (by gold head 1 of layer 1, 0.300)" in text
+    assert "head 2 of layer 2, shifted, 0.400 (by gold head 1 of layer 1, 0.300)" in text

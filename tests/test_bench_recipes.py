@@ -73,4 +73,4 @@ def test_the_tables_say_what_was_changed_and_found() -> None:
     assert cells[2:] == ("1,234,567", "5 + 10", "3 + 61", "61.2", "80.0", "75%")
     other = {**FIGURES, "scores": {**SCORES, "bleu": {**SCORES["bleu"], "value": 60.0}}, "dev_loss": 2.0}
     [cells] = recipe_tables.start_rows({"figures": {"starts": {"chance": [FIGURES, other]}}})
-    assert cells == ("chance", "60.6 (60.0–61.2)", "80.0 (80.0–80.0)", "1.750 (1.500–2.000)")
+    assert cells == ("random", "60.6 (60.0–61.2)", "80.0 (80.0–80.0)", "1.750 (1.500–2.000)")

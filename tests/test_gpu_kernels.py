@@ -1,4 +1,4 @@
-"""Kernels for GPUs: what they compute, that they compile, and what happens where they cannot be had."""
+"""Kernels for GPUs: what they compute, that they compile, and what happens where there are none."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from trmt.decoding.choosing import highest
-from trmt.nets.looking_back import look_back
 
 import gpu_kernels
+from tests.cached_attention import cached_attention
+from trmt.decoding.top import top
 from trmt.native import gpu
+from trmt.nets.base import Decoding
+from trmt.nets.kv_cache import SharedKVCache
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="no Triton here")
@@ -54,8 +56,7 @@ class Card:
 def test_they_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from triton.runtime import driver, jit
 
-    from trmt.native.gpu import highest as choosing
-    from trmt.native.gpu import looking_back
+    from trmt.native.gpu import attention_kernel, top_kernel
 
     compiled = []
 
@@ -65,16 +66,16 @@ def test_they_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", Card())
     monkeypatch.setattr(jit.JITFunction, "__getitem__", only_compiled)
-    sentences, heads, hypotheses, columns, part = 32, 8, 4, 64, 64
-    both = torch.zeros(2, sentences, heads, columns * hypotheses, part, dtype=torch.bfloat16)
-    query = both[0, :, :, :hypotheses]
-    told = {"position_S": torch.zeros(sentences, dtype=torch.long), "columns": columns}
-    for table in (torch.zeros(sentences, hypotheses, columns, dtype=torch.long), None):
-        looking_back.launch(query, query, both[:, :, :, :hypotheses], both, table_SKC=table, **told)
+    sentences, heads, hypotheses, columns, head_dim = 32, 8, 4, 64, 64
+    cached = torch.zeros(2, sentences, heads, columns * hypotheses, head_dim, dtype=torch.bfloat16)
+    query, kv = cached[0, :, :, :hypotheses], cached[:, :, :, :hypotheses]
+    newest = {"position_S": torch.zeros(sentences, dtype=torch.long), "columns": columns}
+    for ancestors in (torch.zeros(sentences, hypotheses, columns, dtype=torch.long), None):
+        attention_kernel.launch(query, query, kv, cached, ancestors_SKC=ancestors, **newest)
     best, log = torch.zeros(2, 4), torch.zeros(2, 1)
-    choosing.launch(torch.zeros(2, 5001, dtype=torch.bfloat16), best, best.long(), log)
+    top_kernel.launch(torch.zeros(2, 5001, dtype=torch.bfloat16), best, best.long(), log)
     names = [kernel.metadata.name for kernel in compiled if kernel.asm["cubin"]]
-    assert names == ["_look_back", "_look_back", "_survey", "_pick"]
+    assert names == ["_attend", "_attend", "_survey", "_pick"]
 
 
 @needs_triton
@@ -83,20 +84,19 @@ def test_their_speed_can_be_measured(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "gpu_kernels.py"), "--smoke", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     figures = json.loads((tmp_path / "translate-kernels.json").read_bytes())["figures"]
-    [looking_back], [choosing] = figures["looking_back"], figures["highest"]
-    for row in (looking_back, choosing):
+    for row in (*figures["attention"], *figures["top"]):
         assert row["kernel_microseconds"] > 0 and row["pytorch_microseconds"] > 0
 
 
-def test_what_must_be_read_is_counted_once() -> None:
-    work = gpu_kernels.LookingBack(8, 5, torch.device("cpu"), cold=1)
-    others = 2 * 6 * 8 * 8 * 64 + 8 * 8 * 5  # queries, fresh keys and values twice, what is found; the table
+def test_each_byte_that_must_be_read_is_counted_once() -> None:
+    work = gpu_kernels.Attention(8, 5, torch.device("cpu"), cold=1)
+    others = 2 * 6 * 8 * 8 * 64 + 8 * 8 * 5  # queries, new keys and values twice, the output; the table
     for seen, table in ((1, torch.zeros(2, 4, 5)), (4, torch.arange(4)[:, None].expand(2, 4, 5))):
-        work.table_SKC = table.long()
+        work.ancestors_SKC = table.long()
         assert work.moved() == 2 * 2 * (2 * 4 * seen) * 8 * 64 + others
 
 
-def test_who_has_one_ancestor_has_all_its_ancestors() -> None:
+def test_hypotheses_with_one_common_ancestor_have_all_before_it_in_common() -> None:
     table = gpu_kernels.ancestors(5, 30)
     assert torch.equal(table[:, :, -1], torch.arange(4).expand(5, 4))
     alike = table[:, :, None] == table[:, None]  # [S, K, K, C]
@@ -105,39 +105,36 @@ def test_who_has_one_ancestor_has_all_its_ancestors() -> None:
 
 
 @needs_triton
-def test_where_triton_fails_it_is_said_once_and_done_without(
+def test_where_triton_fails_pytorch_serves_and_a_warning_is_printed_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Triton takes no tensor of the CPU, so its kernels really fail.
-    monkeypatch.setattr(gpu, "_given_up", False)
-    monkeypatch.setattr(gpu, "at_hand", lambda like: not gpu._given_up)
+    monkeypatch.setattr(gpu, "_failed", False)
+    monkeypatch.setattr(gpu, "available", lambda like: not gpu._failed)
     scores = torch.randn(3, 700, dtype=torch.bfloat16)
     for _ in range(2):
-        best, ids, sums = highest(scores, 2)
+        best, ids, sums = top(scores, 2)
         assert torch.equal(best, scores.float().topk(2).values)
         assert torch.equal(scores.float().gather(1, ids), best)
         torch.testing.assert_close(sums, scores.float().logsumexp(-1, keepdim=True))
-    said = capsys.readouterr().err
-    assert said.count("warning: Triton cannot build trmt's kernels (") == 1
-    assert "it goes on without them, slower" in said
+    printed = capsys.readouterr().err
+    assert printed.count("warning: Triton cannot build trmt's kernels (") == 1
+    assert "it goes on without them, slower" in printed
 
 
-def test_plain_pytorch_looks_back_the_same_way() -> None:
+@pytest.mark.parametrize("hypotheses", [1, 4])
+def test_plain_pytorch_computes_the_same(hypotheses: int) -> None:
     draw = torch.Generator().manual_seed(1)
-    sentences, heads, hypotheses, columns, part = 3, 2, 4, 9, 16
-    query, *fresh = torch.randn(3, sentences, heads, hypotheses, part, generator=draw)
-    store = torch.randn(2, sentences, heads, columns * hypotheses, part, generator=draw)
-    table = torch.randint(hypotheses, (sentences, hypotheses, columns), generator=draw)
-    position = torch.tensor([0, 5, 11])
-    told = {"table_SKC": table, "position_S": position, "columns": columns}
-    found = look_back(query, torch.stack(fresh), store, **told).unflatten(2, (heads, part))
-    for sentence, newest in enumerate((0, 5, 8)):
-        for hypothesis in range(hypotheses):
-            rows = [*table[sentence, hypothesis, :newest].tolist(), hypothesis]
-            slots = [column * hypotheses + row for column, row in enumerate(rows)]
-            keys, values = store[:, sentence, :, slots].double()
-            assert torch.equal(keys[:, -1].float(), fresh[0][sentence, :, hypothesis])
-            assert torch.equal(values[:, -1].float(), fresh[1][sentence, :, hypothesis])
-            scores = (keys * query[sentence, :, hypothesis, None].double()).sum(-1) / part**0.5
-            expected = (scores.softmax(-1)[..., None] * values).sum(1).float()
-            torch.testing.assert_close(found[sentence, hypothesis], expected, atol=1e-5, rtol=1e-5)
+    sentences, heads, columns, head_dim = 3, 2, 16, 16
+    query, *kv = torch.randn(3, sentences, heads, hypotheses, head_dim, generator=draw)
+    cached = torch.randn(2, sentences, heads, columns * hypotheses, head_dim, generator=draw)
+    ancestors = torch.randint(hypotheses, (sentences, hypotheses, columns), generator=draw)
+    position = torch.tensor([0, 5, 20])  # the last one is beyond the cache
+    decoding = Decoding(hypotheses, columns, static=True)
+    cache = SharedKVCache.empty(query, sentences, decoding, (1, heads, head_dim))
+    cache.ancestors_SKC, cache.key_values = ancestors, [cached.clone()]
+    cache.advance(position, 1)
+    found = cache.attend(0, query, torch.stack(kv))
+    expected = cached_attention(query, torch.stack(kv), cached, ancestors, position[:, None], columns)
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(cache.key_values[0], cached)

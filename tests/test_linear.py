@@ -11,15 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trmt.nets.linear import eager
+from trmt.nets.linear import PlainProducts
 
-# Outer by inner, as real networks have them: projections, feed-forward layers, gates, vocabularies.
+# Outputs by inputs, as networks have them: projections, feed-forward layers, gates, vocabularies.
 SHAPES = [
     (128, 128), (384, 128), (256, 1024), (1024, 256), (512, 512), (1536, 512), (2048, 512), (512, 2048),
     (512, 1024), (1024, 1536), (512, 1280), (256, 896), (128, 384), (200, 64), (23, 16), (1000, 128),
 ]  # fmt: skip
 VOCABULARIES = [(8000, 256), (32000, 128)]
 EDGES = [1, 15, 17, 64, 100, 129, 193, 300]
+PLAIN = PlainProducts()
 
 
 def unequal_rows(counts: list[int], shapes: list[tuple[int, int]]) -> list[str]:
@@ -28,7 +29,7 @@ def unequal_rows(counts: list[int], shapes: list[tuple[int, int]]) -> list[str]:
     for outer, inner in shapes:
         generator = torch.Generator().manual_seed(outer + inner)
         weight, bias = torch.randn(outer, inner, generator=generator), torch.randn(outer, generator=generator)
-        product = eager(weight, bias)
+        product = PLAIN(weight, bias)
         x = torch.randn(340, inner, generator=generator)
         whole = product(x)
         found += [
@@ -41,11 +42,11 @@ def unequal_rows(counts: list[int], shapes: list[tuple[int, int]]) -> list[str]:
 
 
 def digest() -> str:
-    """A fingerprint of all products, to compare thread counts by."""
+    """A checksum of all products, to compare numbers of threads."""
     made = hashlib.sha256()
     for outer, inner in SHAPES:
         generator = torch.Generator().manual_seed(outer)
-        product = eager(torch.randn(outer, inner, generator=generator), None)
+        product = PLAIN(torch.randn(outer, inner, generator=generator), None)
         made.update(product(torch.randn(47, inner, generator=generator)).numpy().tobytes())
     return made.hexdigest()
 
@@ -68,7 +69,7 @@ def with_threads(threads: int, statement: str) -> str:
 
 @pytest.fixture(scope="module")
 def reports() -> list[str]:
-    """The rows that differ and the fingerprint, with one thread and with two."""
+    """The rows that differ and the checksum, with one thread and with two."""
     statement = "unequal_rows(EDGES, SHAPES) + unequal_rows([77], VOCABULARIES), digest()"
     return [with_threads(threads, statement) for threads in (1, 2)]
 
@@ -94,7 +95,7 @@ def test_it_is_the_product(outer: int, inner: int, biased: bool) -> None:
     weight, x = torch.randn(outer, inner, generator=generator), torch.randn(3, 7, inner, generator=generator)
     bias = torch.randn(outer, generator=generator) if biased else None
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
-    product = eager(weight, bias)
+    product = PLAIN(weight, bias)
     torch.testing.assert_close(product(x), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(product(x[0, :1]), expected[0, :1], atol=1e-4, rtol=1e-4)
     assert product(x[:0]).shape == (0, 7, outer)
@@ -103,6 +104,6 @@ def test_it_is_the_product(outer: int, inner: int, biased: bool) -> None:
 def test_a_product_leaves_its_input_and_weights_alone() -> None:
     weight, bias, x = torch.randn(64, 1024), torch.randn(64), torch.randn(20, 1024)
     before = [tensor.clone() for tensor in (weight, bias, x)]
-    product = eager(weight, bias)
+    product = PLAIN(weight, bias)
     assert torch.equal(product(x), product(x))
     assert all(torch.equal(one, other) for one, other in zip(before, (weight, bias, x), strict=True))

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from trmt.decoding.eager import Eager
 
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import validating
 from trmt.bundles import checkpoints
+from trmt.decoding.batch import BatchDecoder
 from trmt.nets.transformer import Transformer
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import Translation
@@ -226,14 +226,14 @@ def test_the_dev_set_is_translated_in_smaller_batches(
 ) -> None:
     recipe = toy.recipe(tmp_path, TRANSLATED)
     train(options(tmp_path / "unlimited", toy_set, recipe), validating.validate)
-    limited, started = LimitedMemory(), Eager._started
+    limited, start = LimitedMemory(), BatchDecoder.start
 
-    def checked(self: Eager, requests: Any, indices: list[int], room: int) -> Any:
-        limited.check(len(indices), 5)
-        return started(self, requests, indices, room)
+    def checked(self: BatchDecoder, requests: Any, max_tokens: int, **options: Any) -> Any:
+        limited.check(len(requests), 5)
+        return start(self, requests, max_tokens, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Eager, "_started", checked)
+        patch.setattr(BatchDecoder, "start", checked)
         train(options(run, toy_set, recipe), validating.validate)
     assert limited.refused and max(limited.fitted) <= 5
     assert "memory is short: translating goes on with fewer sentences" in capsys.readouterr().err
@@ -258,7 +258,7 @@ def test_a_dev_set_that_does_not_fit_at_all_does_not_end_the_run(
         if where == "loss":
             patch.setattr(validation, "loss_sums", full)
         else:
-            patch.setattr(Eager, "_started", full)
+            patch.setattr(BatchDecoder, "start", full)
         train(options(run, toy_set, recipe), validating.validate)
     assert capsys.readouterr().err.count("training goes on without validating") == 2
     found = checkpoints.list_checkpoints(run)

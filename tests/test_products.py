@@ -1,4 +1,4 @@
-"""The products of every processor against each other, against plain PyTorch and against whole numbers."""
+"""The products of every processor against each other, against plain PyTorch and against integers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.fakes import small_network
+from trmt.decoding.engine import frozen
 from trmt.native import products
-from trmt.native.products import Int8, Native, quantised, quantised_rows
-from trmt.nets import linear
+from trmt.native.products import PackedProduct
+from trmt.nets.base import Precision
+from trmt.nets.linear import Int8Product, quantize, quantize_activations
 
 ROWS = (1, 2, 3, 4, 5, 7, 12, 15, 16, 17, 31, 32, 33, 47, 49, 64, 70)
 OUTER = (1, 15, 16, 33, 48, 100, 137)
 INNER = (1, 3, 63, 64, 65, 130, 512, 1100)
 
-needs_kernels = pytest.mark.skipif(not products.best(), reason="no C compiler here")
+needs_kernels = pytest.mark.skipif(not products.best_processor(), reason="no C compiler here")
 
 
 def cases(count: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Inputs, weights and biases of all kinds of sizes, some of them as nasty as they come."""
+    """Inputs, weights and biases of many sizes, some of them extreme."""
     generator = torch.Generator().manual_seed(3)
     found = []
     for number in range(count):
@@ -33,7 +36,7 @@ def cases(count: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         weight = torch.randn(outer, inner, generator=generator) * 10.0 ** (number % 5 - 2)
         x = torch.randn(rows, inner, generator=generator)
         x = x * torch.randn(rows, 1, generator=generator).mul(3).exp()
-        if number % 6 == 1:  # everything at its limit: the largest sums there can be
+        if number % 6 == 1:  # the largest sums there can be
             x, weight = x.sign() * 3, weight.sign()
         if number % 6 == 2:
             x[0], weight[-1] = 0, 0
@@ -52,8 +55,8 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def by_numpy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The int8 product from its definition, row by row, with whole numbers of 64 bits."""
-    whole, scale = (part.numpy() for part in quantised(weight))
+    """The int8 product by its definition, row by row, with integers of 64 bits."""
+    integers, scale = (each.numpy() for each in quantize(weight))
     out = np.empty((len(x), len(weight)), np.float32)
     for row, values in enumerate(x.numpy()):
         most = np.abs(values).max()
@@ -61,7 +64,7 @@ def by_numpy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             out[row] = np.nan
             continue
         step = np.float32(127) / most if most >= 2.0**-100 else np.float32(0)
-        sums = whole.astype(np.int64) @ np.rint(values * step).astype(np.int64)
+        sums = integers.astype(np.int64) @ np.rint(values * step).astype(np.int64)
         unit = most / np.float32(127) if step else np.float32(0)
         out[row] = sums.astype(np.float32) * unit * scale
         if bias is not None:
@@ -71,18 +74,18 @@ def by_numpy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def test_plain_pytorch_follows_the_definition() -> None:
     for x, weight, bias in cases(70):
-        product = Int8(weight, bias)
+        product = Int8Product(weight, bias)
         assert same(product(x), by_numpy(x, weight, bias))
-        product.sums = product._by_fp32  # the way of machines whose int8 products saturate
+        product.sums = product._fp32_sums  # as on machines whose int8 products saturate
         assert same(product(x), by_numpy(x, weight, bias))
 
 
 @needs_kernels
 def test_every_processor_gives_the_same_int8_bits() -> None:
     for x, weight, bias in cases(140):
-        expected = Int8(weight, bias)(x)
+        expected = Int8Product(weight, bias)(x)
         for processor in products.processors():
-            found = Native(weight, bias, precision="int8", processor=processor)(x)
+            found = PackedProduct(weight, bias, precision="int8", processor=processor)(x)
             assert same(found, expected), (products.PROCESSORS[processor], x.shape, weight.shape)
 
 
@@ -93,7 +96,7 @@ def test_fp32_rows_do_not_depend_on_their_neighbours() -> None:
         expected = F.linear(finite.double(), weight.double(), None if bias is None else bias.double())
         reach = float((finite.abs().double() @ weight.abs().double().t()).max()) * 1e-5 + 1e-6
         for processor in products.processors():
-            product = Native(weight, bias, precision="fp32", processor=processor)
+            product = PackedProduct(weight, bias, precision="fp32", processor=processor)
             found = product(finite)
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=reach)
             assert all(
@@ -103,62 +106,56 @@ def test_fp32_rows_do_not_depend_on_their_neighbours() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_relu_in_the_same_pass(precision: products.Precision) -> None:
+def test_relu_in_the_same_pass(precision: Precision) -> None:
     x, weight, bias = torch.randn(9, 40), torch.randn(37, 40), torch.randn(37)
     x[4] = torch.nan
-    product = Native(weight, bias, precision=precision)
-    assert same(product.with_relu()(x), F.relu(product(x)))
-    assert (product(x) < 0).any(), "the original is left as it was"
-    assert same(Int8(weight, bias).with_relu()(x), F.relu(Int8(weight, bias)(x)))
+    product = PackedProduct(weight, bias, precision=precision)
+    assert same(PackedProduct(weight, bias, precision=precision, relu=True)(x), F.relu(product(x)))
+    assert (product(x) < 0).any()
+    assert same(Int8Product(weight, bias, relu=True)(x), F.relu(Int8Product(weight, bias)(x)))
 
 
-def test_some_outputs_have_the_bits_of_the_whole() -> None:
-    for x, weight, bias in cases(40):
-        outputs = torch.randperm(len(weight))[: 1 + len(weight) // 2]
-        made = [Int8(weight, bias)]
-        if products.processors():
-            made += [Native(weight, bias, precision="fp32"), Native(weight, bias, precision="int8")]
-        for product in made:
-            assert same(product.only(outputs)(x), product(x)[:, outputs])
-            assert same(product.with_relu().only(outputs)(x), F.relu(product(x)[:, outputs]))
-
-
-def test_quantising_what_was_quantised_changes_nothing() -> None:
+def test_quantising_twice_changes_nothing() -> None:
     for _, weight, _ in cases(40):
-        whole, scale = quantised(weight)
-        again, scale_again = quantised(whole.float() * scale[:, None])
-        assert torch.equal(whole, again) and torch.equal(scale, scale_again)
-        assert int(whole.min()) >= -127
-        assert float((whole.double() * scale.double()[:, None] - weight.double()).abs().max()) <= float(
+        integers, scale = quantize(weight)
+        again, scale_again = quantize(integers.float() * scale[:, None])
+        assert torch.equal(integers, again) and torch.equal(scale, scale_again)
+        assert int(integers.min()) >= -127
+        assert float((integers.double() * scale.double()[:, None] - weight.double()).abs().max()) <= float(
             0.501 * max(scale.max(), 2.0**-100)
         )
 
 
-def test_rows_round_half_to_even() -> None:
-    whole, _ = quantised_rows(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]))
-    assert whole.tolist() == [[127, 0, 2, 2, 0, -2]]
+def test_activations_are_rounded_half_to_even() -> None:
+    integers, _ = quantize_activations(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]))
+    assert integers.tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_the_engine_takes_kernels_where_there_are_any(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native and not products.best():
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_steppers_take_kernels_where_there_are_any(
+    native: bool, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native and not products.best_processor():
         pytest.skip("no C compiler here")
     if not native:
         monkeypatch.setattr(products, "processors", lambda: ())
-    kinds = {type(linear.choose(precision)(torch.randn(4, 4), None)) for precision in ("fp32", "int8")}
-    assert (Native in kinds) == native and (Int8 in kinds) != native
-    assert linear.backend().startswith("native" if native else "pure")
+    readout = frozen(small_network("transformer"), precision).readout
+    assert isinstance(readout, PackedProduct) == native
+    assert isinstance(readout, Int8Product) == (precision == "int8" and not native)
+    backend = products.backend()
+    assert backend is None if not native else str(backend).startswith("native, ")
 
 
 def digest() -> str:
-    """A fingerprint of products that are worth several threads."""
+    """A checksum of products that are large enough for several threads."""
     made = hashlib.sha256()
     generator = torch.Generator().manual_seed(5)
     for outer, inner, rows in ((2000, 256, 3), (512, 1024, 70), (300, 700, 33), (4000, 64, 1)):
         weight, bias = torch.randn(outer, inner, generator=generator), torch.randn(outer, generator=generator)
         x = torch.randn(rows, inner, generator=generator)
         for precision in ("fp32", "int8"):
-            product = Native(weight, bias, precision=precision)  # type: ignore[arg-type]
+            product = PackedProduct(weight, bias, precision=precision)  # type: ignore[arg-type]
             made.update(product(x).numpy().tobytes())
     return made.hexdigest()
 

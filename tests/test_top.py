@@ -1,14 +1,13 @@
-"""The searches for the highest scores, in two stages and by the kernel, against torch.topk."""
+"""The highest scores, in two stages and by the kernel, against torch.topk."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from trmt.decoding.choosing import highest
 
-from trmt.decoding import choosing
-from trmt.decoding.base import CHUNK, top
+from trmt.decoding.top import CHUNK, top, top_k
+from trmt.native import search
 
 SIZES = [1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK - 1, 5 * CHUNK, 5 * CHUNK + 1, 40 * CHUNK + 17]
 
@@ -33,7 +32,7 @@ FILLINGS = {
 @pytest.mark.parametrize("count", [1, 2, 4, 12])
 def test_it_equals_topk(filling: str, size: int, count: int) -> None:
     scores = FILLINGS[filling](random(7, size))
-    values, ids = top(scores, count)
+    values, ids = top_k(scores, count)
     expected = scores.topk(min(count, size), -1).values
     assert torch.equal(values, expected)
     assert torch.equal(scores.gather(1, ids), expected)
@@ -42,26 +41,35 @@ def test_it_equals_topk(filling: str, size: int, count: int) -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     scores = FILLINGS["tied"](random(33, 20 * CHUNK + 3))
-    values, ids = top(scores, 4)
+    values, ids = top_k(scores, 4)
     for row in range(33):
-        alone = top(scores[row : row + 1], 4)
+        alone = top_k(scores[row : row + 1], 4)
         assert torch.equal(alone[0][0], values[row]) and torch.equal(alone[1][0], ids[row])
 
 
-@pytest.fixture(params=["kernel", "pure"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "pure":
-        monkeypatch.setattr(choosing, "_library", lambda: None)
-    elif not choosing._library():
+@pytest.fixture(params=["kernel", "pytorch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "pytorch":
+        monkeypatch.setenv("TRMT_KERNELS", "0")
+    elif not search.library():
         pytest.skip("no kernels here")
+    return request.param
+
+
+def test_the_kernel_serves_where_its_heap_is_large_enough() -> None:
+    if not search.library():
+        pytest.skip("no kernels here")
+    assert search.top(random(2, 4 * CHUNK), 4) is not None
+    assert search.top(random(2, 4 * CHUNK - 1), 4) is None
+    assert search.top(random(2, 100 * CHUNK), search.MAX_CANDIDATES + 1) is None
 
 
 @pytest.mark.parametrize("filling", FILLINGS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("count", [1, 4, 5])
-def test_the_highest_and_the_sum_of_all(way: None, filling: str, size: int, count: int) -> None:
+def test_the_highest_and_the_sum_of_all(way: str, filling: str, size: int, count: int) -> None:
     scores = FILLINGS[filling](random(7, size)).contiguous()
-    best, ids, sums = highest(scores.clone(), count)
+    best, ids, sums = top(scores.clone(), count)
     expected = scores.topk(min(count, size), -1).values
     assert torch.equal(best, expected)
     real = expected.isfinite()
@@ -76,17 +84,17 @@ def test_the_highest_and_the_sum_of_all(way: None, filling: str, size: int, coun
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("size", [700, 1000])
-def test_what_is_no_number_is_not_hidden(way: None, poison: float, size: int) -> None:
-    for place in (0, 5, 300, size - 1):
+def test_scores_that_are_not_numbers_are_not_hidden(way: str, poison: float, size: int) -> None:
+    for column in (0, 5, 300, size - 1):
         scores = random(3, size)
-        scores[1, place] = poison
-        best, _, sums = highest(scores, 2)
+        scores[1, column] = poison
+        best, _, sums = top(scores, 2)
         assert (best - sums).isfinite().all(1).tolist() == [True, False, True]
 
 
-def test_rows_of_the_kernel_do_not_depend_on_their_neighbours(way: None) -> None:
+def test_rows_do_not_depend_on_their_neighbours(way: str) -> None:
     scores = random(33, 20 * CHUNK + 3)
-    together = highest(scores.clone(), 4)
+    together = top(scores.clone(), 4)
     for row in range(33):
-        alone = highest(scores[row : row + 1].clone(), 4)
+        alone = top(scores[row : row + 1].clone(), 4)
         assert all(torch.equal(one[0], other[row]) for one, other in zip(alone, together, strict=True))

@@ -31,7 +31,7 @@ def each(name: str, weights: str, *options: Mapping[str, Any]) -> list[Variant]:
 
 SELF = "cross encoder decoder"  # the weights of Transformers
 
-# Every option of a network occurs in some combination with the others.
+# The defaults first; every option occurs in some combination with the others.
 TABLE: Mapping[str, list[Variant]] = {
     "transformer": each(
         "transformer",
@@ -169,6 +169,7 @@ TABLE: Mapping[str, list[Variant]] = {
 }
 
 
-def variants() -> list[Variant]:
-    """All registered networks with all their options, those with default options included."""
-    return [variant for name in ARCHITECTURES for variant in TABLE.get(name, [Variant(name)])]
+def variants(*, defaults: bool = False) -> list[Variant]:
+    """All registered networks with all their options, or with `defaults` each network once."""
+    found = [TABLE.get(name, [Variant(name)]) for name in ARCHITECTURES]
+    return [variant for several in found for variant in several[: 1 if defaults else None]]

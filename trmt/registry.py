@@ -89,6 +89,7 @@ NATIVE: Mapping[str, str] = {
     "cached_attention": "trmt.native.gpu:cached_attention",
     "serves_cached_attention": "trmt.native.gpu:serves_cached_attention",
     "backend": "trmt.native.products:backend",
+    "keep_freed_memory": "trmt.native.malloc:keep_freed_memory",
 }
 
 # The formats of `trmt export`.

@@ -35,9 +35,7 @@ class ScoreOptions:
     metrics: tuple[str, ...] = ("bleu", "chrf", "ter")  # names in METRICS
     tokenize: str = DEFAULT_TOKENIZER  # sacreBLEU's tokenizer for BLEU; chrF and TER have one of their own
     lowercase: bool = False  # ignore case in BLEU and chrF; TER always does
-    resamples: int = (
-        0  # of the bootstrap, or trials of the test; 0: no intervals, sacreBLEU's default in tests
-    )
+    resamples: int = 0  # of the bootstrap, or trials of the test; 0: no intervals, tests with the default
     paired: Literal["bs", "ar"] = "bs"  # the test: paired bootstrap or approximate randomization
     seed: int = 12345  # of the resamples
 

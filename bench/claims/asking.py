@@ -1,4 +1,4 @@
-"""How claims are asked: contrasts of measured values, by names that `sayings.evidence` knows."""
+"""Claims as contrasts of measured values, which are named as in `sayings.evidence`."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import Any
 
 from claims.verdicts import Contrast
 
-BLEU = 2.0  # points: with so few steps, less than this is not worth talking about
-TIMES = 1.1  # the same of speed, as a factor
+BLEU = 2.0  # points: with so few steps, a smaller difference does not matter
+TIMES = 1.1  # the same for speed, as a factor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What people repeat."""
+    """A claim of the literature."""
 
     name: str
     title: str
     says: str
     source: str
     contrasts: tuple[Contrast, ...]
-    figure: str = ""  # the name of the picture it is shown in
-    note: str = ""  # what is true whatever comes out
-    begins_with: str = ""  # the system that others begin with, whose own loss is told
+    figure: str = ""  # the name of the figure that shows it
+    note: str = ""  # an explanation that does not depend on the result
+    begins_with: str = ""  # the system that initialises the others, whose own loss is reported
 
 
 def score(system: str, what: str = "all", metric: str = "bleu") -> str:
-    """The name of a score: on all test sets that are no longer than training, or on one of them."""
+    """The name of a score: on all test sets of lengths in training, or on one test set."""
     return f"{metric}/{system}/{what}"
 
 
 def difference(
     asks: str, more: str, less: str, *, what: str = "all", expects: Any = "more", margin: float = BLEU
 ) -> Contrast:
-    """How much more BLEU the first system has than the second."""
+    """The difference in BLEU of two systems."""
     return Contrast(
         asks=asks,
         terms=((1, score(more, what)), (-1, score(less, what))),
@@ -44,7 +44,7 @@ def difference(
 
 
 def keeps(asks: str, more: str, less: str, *, short: str, long: str) -> Contrast:
-    """How many times as large a share of its BLEU the first keeps, from short to long examples."""
+    """The ratio of the shares of BLEU that two systems keep from short to long examples."""
     terms = (
         (1, score(more, long)),
         (-1, score(more, short)),
@@ -57,10 +57,10 @@ def keeps(asks: str, more: str, less: str, *, short: str, long: str) -> Contrast
 def times(
     asks: str, *terms: tuple[float, str], expects: Any = "more", margin: float = TIMES, at_least: float = 1.0
 ) -> Contrast:
-    """A product of rates or sizes, each to the power of its weight."""
+    """A product of rates or sizes, with weights as exponents."""
     return Contrast(asks=asks, terms=terms, expects=expects, margin=margin, unit="times", at_least=at_least)
 
 
 def exact(asks: str, name: str, *, within: float) -> Contrast:
-    """Whether a computed difference is nothing but rounding."""
+    """Whether a computed difference is only rounding."""
     return Contrast(asks=asks, terms=((1, name),), expects="same", margin=within, unit="")

@@ -1,10 +1,10 @@
-"""The pictures of the claims, as SVG that follows the reader's light or dark page.
+"""The figures of the claims, as SVG that follows the light or dark theme of the reader.
 
     python bench/claims/figures.py [bench/results/lineage.json]
 
-Colours are written as variables with a value for each kind of page (Okabe and Ito's, which colour-blind eyes
-tell apart, lighter on dark). Text stays text. Each file carries the digest of what it was drawn from, which
-is how tests know that it is up to date.
+Colours are variables with a value for each theme (those of Okabe and Ito, which colour-blind people can
+distinguish, lighter on dark). Text stays text. Each file contains the digest of its data, by which tests
+check that it is up to date.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from claims.verdicts import Evidence
 from provenance import RESULTS, ROOT
 
 DOCS = ROOT / "docs" / "claims"
-# What matplotlib draws with, by name, and what stands there on a light and on a dark page.
+# By name: the colour that matplotlib draws with, and its replacements in a light and a dark theme.
 COLOURS = {
     "paper": ("#fefefe", "#ffffff", "#0d1117"),
     "ink": ("#010203", "#1f2328", "#e6edf3"),
@@ -55,19 +55,19 @@ LINES = {
     "conv": "yellow",
     "as written": "green",
 }
-SIZE = (7.2, 3.3)  # inches, of a picture with lines
+SIZE = (7.2, 3.3)  # inches, of a figure with curves
 Draw = Callable[[Any, Evidence, Scale], None]
-Curve = tuple[str, str, Sequence[int], Sequence[float | None]]  # system, name, places, values
+Curve = tuple[str, str, Sequence[int], Sequence[float | None]]  # system, label, x values, y values
 
 
 def by_length(figure: Any, evidence: Evidence, scale: Scale) -> None:
-    """BLEU against the number of sentences in a row, and where training ended."""
+    """BLEU by the number of concatenated sentences."""
     counts, ended = (*scale.shorter, *scale.longer), scale.shorter[-1]
     shown = {"additive": "attention", "transformer": "Transformer", "fixed": "one vector"}
-    shown |= {"fixed-every": "one vector, at each step", "static": "one look"}
+    shown |= {"fixed-every": "one vector at every step", "static": "attention once"}
     axes = figure.subplots()
     axes.axvspan(ended + 0.5, counts[-1] + 0.2, color=DRAWN["grid"], alpha=0.5, lw=0)
-    axes.text(ended + 0.6, 101, "longer than any in training", color=DRAWN["faint"], va="top", fontsize=8)
+    axes.text(ended + 0.6, 101, "longer than in training", color=DRAWN["faint"], va="top", fontsize=8)
     axes.set(xlim=(counts[0] - 0.2, counts[-1] + 0.2), ylim=(0, 103), xticks=counts)
     for name in shown:
         for count in counts:
@@ -80,20 +80,20 @@ def by_length(figure: Any, evidence: Evidence, scale: Scale) -> None:
             for name, label in shown.items()
         ],
     )
-    _frame(axes, title="BLEU (a dot for each seed, the line is their mean)", x="sentences in a row")
+    _frame(axes, title="BLEU (dots: seeds, line: mean)", x="concatenated sentences")
 
 
 def positions(figure: Any, evidence: Evidence, scale: Scale) -> None:
-    """Scores at trained lengths and beyond, for every way to tell positions."""
+    """Scores at lengths of training and beyond, for every kind of positions."""
     shown = [(system.name, system.title) for system in systems.POSITIONS]
     sides = figure.subplots(1, 2, sharey=True)
-    _dots(sides[0], evidence, shown, what="all", title="as long as in training")
+    _dots(sides[0], evidence, shown, what="all", title="lengths of training")
     longer = str(scale.longer[0])
-    _dots(sides[1], evidence, shown, what=longer, title=f"{longer} sentences in a row", names=False)
+    _dots(sides[1], evidence, shown, what=longer, title=f"{longer} concatenated sentences", names=False)
 
 
 def dots(*shown: str, names: Mapping[str, str] = MappingProxyType({})) -> Draw:
-    """One row for each system, one dot for each seed."""
+    """A row for each system, a dot for each seed."""
 
     def draw(figure: Any, evidence: Evidence, scale: Scale) -> None:
         rows = [(name, names.get(name, systems.BY_NAME[name].title)) for name in shown]
@@ -103,10 +103,10 @@ def dots(*shown: str, names: Mapping[str, str] = MappingProxyType({})) -> Draw:
 
 
 def speed(figure: Any, evidence: Evidence, scale: Scale) -> None:
-    """Tokens a second against length: training, translating."""
+    """Tokens per second by length, in training and in translation."""
     titles = {"fixed": "one vector", "rnnsearch": "attention before", "additive": "attention after"}
     titles |= {"conv": "convolutions", "transformer": "Transformer"}
-    kinds = (("train", "training"), ("translate", "translating"))
+    kinds = (("train", "training"), ("translate", "translation"))
     for axes, (kind, title) in zip(figure.subplots(1, 2), kinds, strict=True):
         curves = [
             (name, label, scale.lengths, [_mean(evidence, f"{kind}/{name}/{n}") for n in scale.lengths])
@@ -114,13 +114,13 @@ def speed(figure: Any, evidence: Evidence, scale: Scale) -> None:
         ]
         _logarithmic(axes, curves)
         _curves(axes, curves)
-        _frame(axes, title=f"{title}: target tokens a second", x="tokens of a sentence")
+        _frame(axes, title=f"{title}: target tokens per second", x="tokens per sentence")
 
 
 def memory(figure: Any, evidence: Evidence, scale: Scale) -> None:
-    """What a sentence leaves for the backward pass, against its length."""
+    """Memory saved for the backward pass of a sentence, by its length."""
     titles = {"transformer": "Transformer", "conv": "convolutions", "fixed": "one vector"}
-    titles |= {"additive": "additive attention", "as written": "one attention, as the formula is written"}
+    titles |= {"additive": "additive attention", "as written": "one attention with stored weights"}
     curves: list[Curve] = []
     for name, label in titles.items():
         found = [_mean(evidence, f"memory/{name}/{length}") for length in MEMORY]
@@ -128,24 +128,24 @@ def memory(figure: Any, evidence: Evidence, scale: Scale) -> None:
     axes = figure.subplots()
     _logarithmic(axes, curves)
     _curves(axes, curves)
-    _frame(axes, title="MiB kept for the backward pass of one sentence", x="tokens of the sentence")
+    _frame(axes, title="MiB saved for the backward pass of one sentence", x="tokens of the sentence")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn, and how."""
+    """A figure and how it is drawn."""
 
     title: str
-    says: str  # to those who do not see it
+    says: str  # alternative text
     draw: Draw
     rows: int = 0  # of dots
 
 
 TRANSFORMER = {"transformer": "Transformer", "additive": "attention after the step"}
 PICTURES = {
-    "length": Picture("The length of a sentence", "BLEU of five systems against length", by_length),
+    "length": Picture("Length of sentences", "BLEU of five systems by length", by_length),
     "systems": Picture(
-        "From one vector to attention",
+        "From a context vector to attention",
         "BLEU of recurrent, convolutional and Transformer networks",
         dots(
             *("fixed", "fixed-every", "static", "additive", "rnnsearch", "conv", "transformer"),
@@ -154,32 +154,32 @@ PICTURES = {
         rows=7,
     ),
     "similarity": Picture(
-        "What is alike",
-        "BLEU of six similarity functions",
+        "Attention scores",
+        "BLEU of six attention scores",
         dots("additive", "dot", "scaled", "general", "cosine", "location"),
         rows=6,
     ),
     "focus": Picture(
-        "Where to look",
+        "Soft, local and hard attention",
         "BLEU of soft, local and hard attention",
         dots(
             *("additive", "monotonic", "predictive", "sampled", "gumbel", "transformer", "hard-cross"),
             names={
-                "additive": "everything (soft)",
+                "additive": "soft",
                 "transformer": "Transformer, soft",
-                "hard-cross": "Transformer, one place",
+                "hard-cross": "Transformer, hard",
             },
         ),
         rows=7,
     ),
-    "speed": Picture("Speed", "Tokens a second of five networks against length", speed),
-    "memory": Picture("Memory", "Memory of five networks against length", memory),
+    "speed": Picture("Speed", "Tokens per second of five networks by length", speed),
+    "memory": Picture("Memory", "Memory of five networks by length", memory),
     "positions": Picture(
-        "Positions", "BLEU of nine ways to tell positions, at trained lengths and beyond", positions, rows=9
+        "Positions", "BLEU of nine kinds of positions, at lengths of training and beyond", positions, rows=9
     ),
     "heads": Picture(
-        "Heads and scores",
-        "BLEU with 1 to 16 heads, with and without scaled scores",
+        "Heads and scaling",
+        "BLEU with 1 to 16 heads, with and without scaling",
         dots(
             *("heads-1", "heads-2", "transformer", "heads-8", "heads-16", "unscaled-1", "unscaled-16"),
             names={"transformer": "4 heads"},
@@ -187,8 +187,8 @@ PICTURES = {
         rows=7,
     ),
     "training": Picture(
-        "What makes a Transformer learn",
-        "BLEU with and without residual connections, warm-up, LayerNorm, label smoothing",
+        "Training a Transformer",
+        "BLEU with and without residual connections, warm-up, LayerNorm and label smoothing",
         dots(
             *("transformer", "pre-norm-cold", "post-norm", "post-norm-cold", "batch-norm", "unsmoothed"),
             *("plain", "deep", "deep-post", "deep-plain"),
@@ -197,11 +197,11 @@ PICTURES = {
         rows=10,
     ),
     "start": Picture(
-        "Little data",
-        "BLEU on little data from a cold start, word vectors and BERT",
+        "Small data",
+        "BLEU on small data from random weights, word vectors and BERT",
         dots(
             *("little", "little-vectors", "little-bert"),
-            names={"little": "cold start", "little-vectors": "word vectors", "little-bert": "BERT"},
+            names={"little": "random weights", "little-vectors": "word vectors", "little-bert": "BERT"},
         ),
         rows=3,
     ),
@@ -231,7 +231,7 @@ def _logarithmic(axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def _curves(axes: Any, curves: Sequence[Curve]) -> None:
-    """Lines with their names at their ends, which are moved apart where they would lie on each other."""
+    """Curves with labels at their ends, which are moved apart where they would overlap."""
     ends = []
     for name, label, places, values in curves:
         known = [(x, y) for x, y in zip(places, values, strict=True) if y is not None]
@@ -239,7 +239,7 @@ def _curves(axes: Any, curves: Sequence[Curve]) -> None:
         if known:
             axes.plot(*zip(*known, strict=True), color=colour, lw=1.8, solid_capstyle="round")
             ends.append((known[-1][1], known[-1][0], label, colour))
-    axes.figure.canvas.draw()  # so that it is known where values lie
+    axes.figure.canvas.draw()  # computes the positions of values
     point, below = axes.figure.dpi / 72, -math.inf
     for value, place, label, colour in sorted(ends):
         at = axes.transData.transform((place, value))[1] / point
@@ -281,7 +281,7 @@ def _dots(
     _frame(
         axes,
         title=title,
-        x="BLEU (a dot for each seed, the bar is their mean)" if names else "BLEU",
+        x="BLEU (dots: seeds, bar: mean)" if names else "BLEU",
         rows=True,
     )
 
@@ -299,13 +299,13 @@ def _frame(axes: Any, *, title: str, x: str, rows: bool = False) -> None:
 
 
 def digest(figures: dict[str, Any]) -> str:
-    """What tells whether a picture was drawn from these figures."""
+    """Identifies the data of a figure."""
     drawn = {name: figures[name] for name in ("scale", "seeds", "runs", "speed")}
     return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def draw(figures: dict[str, Any], folder: Path = DOCS) -> None:
-    """Write every picture."""
+    """Write every figure."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -336,7 +336,7 @@ def draw(figures: dict[str, Any], folder: Path = DOCS) -> None:
 
 
 def themed(svg: str, says: str, stamp: str) -> str:
-    """The picture with variables for colours, a title, and the digest of its figures."""
+    """The figure with variables for colours, a title, and the digest of its data."""
     for name, (drawn, _, _) in COLOURS.items():
         svg = re.sub(drawn, f"var(--{name})", svg, flags=re.IGNORECASE)
     light, dark = (

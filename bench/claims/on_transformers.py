@@ -1,4 +1,4 @@
-"""What is said of Transformers: positions, heads, depth, norms, and what training begins with."""
+"""Claims about Transformers: positions, heads, depth, norms, and initial weights."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def _order(scale: Scale) -> tuple[Claim, ...]:
     return (
         Claim(
             name="order",
-            title="Without positions, no order",
-            says="Attention does not see order, so a Transformer needs to be told positions.",
+            title="Order needs positions",
+            says="Attention ignores the order of tokens, so a Transformer needs positions.",
             source="Vaswani et al. 2017 (arXiv 1706.03762), section 3.5",
             figure="positions",
-            contrasts=(difference("sinusoidal against none", "transformer", "none"),),
-            note="A decoder that sees only what is before it can count without being told (Haviv et al. "
-            "2022, arXiv 2203.16634); an encoder cannot.",
+            contrasts=(difference("sinusoidal versus none", "transformer", "none"),),
+            note="A decoder with causal attention can infer positions (Haviv et al. 2022, arXiv "
+            "2203.16634); an encoder cannot.",
         ),
         Claim(
             name="learned",
-            title="Sinusoids or learned positions",
+            title="Sinusoidal or learned positions",
             says="Learned and sinusoidal positions give nearly identical results.",
             source="Vaswani et al. 2017, section 3.5 and table 3 (E)",
             figure="positions",
             contrasts=(
-                difference("sinusoidal against learned", "transformer", "learned", expects="same"),
+                difference("sinusoidal versus learned", "transformer", "learned", expects="same"),
                 difference(
-                    "sinusoidal against learned, on sentences longer than trained",
+                    "sinusoidal versus learned, on sentences longer than in training",
                     "transformer",
                     "learned",
                     what=next_long,
@@ -58,21 +58,21 @@ def _longer(scale: Scale) -> tuple[Claim, ...]:
     return (
         Claim(
             name="extrapolate",
-            title="Sinusoids go on for ever",
-            says="Sinusoids may let a network extrapolate to sentences longer than any in training.",
+            title="Sinusoidal positions extrapolate",
+            says="Sinusoidal positions may extrapolate to sentences longer than any in training.",
             source="Vaswani et al. 2017, section 3.5",
             figure="positions",
             contrasts=(
                 Contrast(
-                    asks=f"{next_long} sentences in a row, of which training had {longest} at most, are "
-                    "translated as well as those",
+                    asks=f"{next_long} concatenated sentences are translated as well as {longest}, the most "
+                    "in training",
                     terms=((1, score("transformer", longest)), (-1, score("transformer", next_long))),
                     expects="same",
                     margin=5.0,
                     unit="BLEU",
                 ),
                 difference(
-                    "a recurrent network with attention does better there",
+                    f"a recurrent network with attention is better at {far}",
                     "additive",
                     "transformer",
                     what=far,
@@ -81,14 +81,14 @@ def _longer(scale: Scale) -> tuple[Claim, ...]:
         ),
         Claim(
             name="biases",
-            title="Distances instead of positions",
-            says="What tells distances, not places, extrapolates: relative positions, rotations, biases.",
+            title="Relative positions extrapolate",
+            says="Methods that represent distances extrapolate: relative positions, rotations, biases.",
             source="Press et al. 2022 (arXiv 2108.12409); Shaw et al. 2018 (arXiv 1803.02155); "
             "Raffel et al. 2020 (arXiv 1910.10683); Su et al. 2021 (arXiv 2104.09864)",
             figure="positions",
             contrasts=tuple(
                 difference(
-                    f"{name} against sinusoidal, {next_long} sentences in a row",
+                    f"{name} versus sinusoidal, {next_long} concatenated sentences",
                     system,
                     "transformer",
                     what=next_long,
@@ -96,7 +96,7 @@ def _longer(scale: Scale) -> tuple[Claim, ...]:
                 for system, name in (
                     ("alibi", "ALiBi"),
                     ("relative", "relative"),
-                    ("t5", "T5's biases"),
+                    ("t5", "T5 biases"),
                     ("rotary", "rotary"),
                 )
             ),
@@ -108,31 +108,33 @@ def _ways() -> tuple[Claim, ...]:
     return (
         Claim(
             name="relative",
-            title="Relative positions translate better",
+            title="Relative positions are better",
             says="Relative positions give better translations than absolute ones, at trained lengths too.",
             source="Shaw et al. 2018 (arXiv 1803.02155)",
             figure="positions",
             contrasts=(
-                difference("relative against sinusoidal", "relative", "transformer"),
-                difference("rotary against sinusoidal", "rotary", "transformer"),
+                difference("relative versus sinusoidal", "relative", "transformer"),
+                difference("rotary versus sinusoidal", "rotary", "transformer"),
             ),
         ),
         Claim(
             name="complex",
-            title="Words as waves",
-            says="Complex-valued embeddings, in which a word's phase turns with its position, are better "
-            "than a word's vector and a position's side by side or added.",
+            title="Complex embeddings",
+            says="Complex-valued embeddings, whose phase depends on the position, are better than word and "
+            "position vectors that are added or concatenated.",
             source="Wang et al. 2020 (ICLR, arXiv 1912.12333)",
             figure="positions",
-            contrasts=(difference("complex against sinusoidal", "complex", "transformer"),),
+            contrasts=(difference("complex versus sinusoidal", "complex", "transformer"),),
         ),
         Claim(
             name="concatenate",
-            title="Add or put beside",
-            says="Positions may as well be added as put beside the word's vector.",
-            source="a question in every course; Vaswani et al. 2017 add",
+            title="Adding or concatenating positions",
+            says="Adding positions to embeddings is as good as concatenating both.",
+            source="a common question; Vaswani et al. 2017 add",
             figure="positions",
-            contrasts=(difference("added against beside", "transformer", "concatenated", expects="same"),),
+            contrasts=(
+                difference("added versus concatenated", "transformer", "concatenated", expects="same"),
+            ),
         ),
     )
 
@@ -140,27 +142,27 @@ def _ways() -> tuple[Claim, ...]:
 def _shift() -> Claim:
     return Claim(
         name="shift",
-        title="PE(pos + k) is a linear map of PE(pos)",
-        says="For any fixed offset k, the sinusoids of pos + k are a linear function of those of pos.",
+        title="PE(pos + k) is a linear function of PE(pos)",
+        says="For any fixed offset k, PE(pos + k) is a linear function of PE(pos).",
         source="Vaswani et al. 2017, section 3.5",
         contrasts=(
-            exact("the greatest error of the rotation", "shift-residual", within=1e-10),
+            exact("largest error of the rotation", "shift-residual", within=1e-10),
             exact(
-                "the share of the variance that no matrix explains",
+                "share of the variance that no matrix explains",
                 "shift-residual-of-sines",
                 within=1e-8,
             ),
             Contrast(
-                asks="the same share for a table of chance",
+                asks="the same share for a random table",
                 terms=((1, "shift-residual-of-chance"),),
                 margin=0.1,
                 unit="",
                 at_least=0.5,
             ),
         ),
-        note="The matrix turns each pair of columns by k times its rate. So PE(pos) . PE(pos + k) is the "
-        "same for every pos, and the same as PE(pos) . PE(pos - k): by itself it tells how far, not "
-        "which way.",
+        note="The matrix rotates each pair of columns by k times its frequency. So PE(pos) . PE(pos + k) is "
+        "the same for every pos, and equal to PE(pos) . PE(pos - k): it contains the distance, but not the "
+        "direction.",
     )
 
 
@@ -168,20 +170,20 @@ def _parts() -> tuple[Claim, ...]:
     return (
         Claim(
             name="convolution",
-            title="Feed-forward is convolution",
+            title="Feed-forward layers are convolutions",
             says="The feed-forward layer is two convolutions of width one.",
             source="Vaswani et al. 2017, section 3.3",
-            contrasts=(exact("the greatest difference of the two", "feed-forward-difference", within=1e-10),),
+            contrasts=(exact("largest difference of the two", "feed-forward-difference", within=1e-10),),
         ),
         Claim(
             name="heads",
             title="Several heads are better than one",
-            says="One head is worse than several, and too many are worse again.",
+            says="One head is worse than several, and too many heads are worse again.",
             source="Vaswani et al. 2017, table 3 (A)",
             figure="heads",
             contrasts=(
-                difference("4 heads against 1", "transformer", "heads-1"),
-                difference("4 heads against 16", "transformer", "heads-16"),
+                difference("4 heads versus 1", "transformer", "heads-1"),
+                difference("4 heads versus 16", "transformer", "heads-16"),
                 Contrast(
                     asks="1 head has as many parameters as 16",
                     terms=((1, "parameters/heads-1"), (-1, "parameters/heads-16")),
@@ -193,35 +195,37 @@ def _parts() -> tuple[Claim, ...]:
         ),
         Claim(
             name="scaling",
-            title="Why scores are divided by the root of the width",
-            says="Where heads are wide, unscaled dot products push the softmax to where it learns nothing; "
-            "where they are narrow it does not matter.",
+            title="Scaled dot products",
+            says="With wide heads, unscaled dot products saturate the softmax, which then learns nothing; "
+            "with narrow heads, scaling does not matter.",
             source="Vaswani et al. 2017, section 3.2.1",
             figure="heads",
             contrasts=(
-                difference("1 wide head: scaled against not", "heads-1", "unscaled-1"),
-                difference("16 narrow heads: scaled against not", "heads-16", "unscaled-16", expects="same"),
+                difference("1 wide head: scaled versus unscaled", "heads-1", "unscaled-1"),
+                difference(
+                    "16 narrow heads: scaled versus unscaled", "heads-16", "unscaled-16", expects="same"
+                ),
             ),
         ),
         Claim(
             name="residual",
-            title="Residual connections make depth possible",
-            says="Without residual connections a deep network does not learn.",
+            title="Residual connections",
+            says="Without residual connections, a deep network does not learn.",
             source="He et al. 2016 (arXiv 1512.03385), Vaswani et al. 2017, section 3.1",
             figure="training",
             contrasts=(
-                difference("deep: with against without", "deep", "deep-plain"),
-                difference("shallow: with against without", "transformer", "plain"),
-                difference("deep against shallow, both with", "deep", "transformer"),
+                difference("deep: with versus without", "deep", "deep-plain"),
+                difference("shallow: with versus without", "transformer", "plain"),
+                difference("with residual connections: deep versus shallow", "deep", "transformer"),
             ),
         ),
         Claim(
             name="batch-norm",
-            title="LayerNorm, not BatchNorm",
-            says="BatchNorm does worse in a Transformer than LayerNorm.",
+            title="LayerNorm or BatchNorm",
+            says="In a Transformer, LayerNorm is better than BatchNorm.",
             source="Shen et al. 2020 (arXiv 2003.07845)",
             figure="training",
-            contrasts=(difference("LayerNorm against BatchNorm", "transformer", "batch-norm"),),
+            contrasts=(difference("LayerNorm versus BatchNorm", "transformer", "batch-norm"),),
         ),
     )
 
@@ -231,37 +235,37 @@ def _training() -> tuple[Claim, ...]:
         Claim(
             name="warm-up",
             title="Post-norm needs warm-up",
-            says="With norms behind the layers, training needs a warm-up; before them it does not.",
+            says="Post-norm Transformers need a warm-up, pre-norm Transformers do not.",
             source="Xiong et al. 2020 (arXiv 2002.04745)",
             figure="training",
             contrasts=(
-                difference("post-norm: with warm-up against without", "post-norm", "post-norm-cold"),
+                difference("post-norm: with versus without warm-up", "post-norm", "post-norm-cold"),
                 difference(
-                    "pre-norm: with warm-up against without", "transformer", "pre-norm-cold", expects="same"
+                    "pre-norm: with versus without warm-up", "transformer", "pre-norm-cold", expects="same"
                 ),
             ),
         ),
         Claim(
             name="pre-norm",
-            title="Pre-norm for depth",
-            says="Shallow, post-norm ends better; deep, only pre-norm trains.",
+            title="Pre-norm for deep networks",
+            says="Shallow networks are better with post-norm; deep networks train only with pre-norm.",
             source="Wang et al. 2019 (arXiv 1906.01787), Liu et al. 2020 (arXiv 2004.08249)",
             figure="training",
             contrasts=(
-                difference("deep: pre-norm against post-norm", "deep", "deep-post"),
-                difference("shallow: post-norm against pre-norm", "post-norm", "transformer"),
+                difference("deep: pre-norm versus post-norm", "deep", "deep-post"),
+                difference("shallow: post-norm versus pre-norm", "post-norm", "transformer"),
             ),
         ),
         Claim(
             name="smoothing",
-            title="Label smoothing: less sure, better",
+            title="Label smoothing",
             says="Label smoothing hurts perplexity but improves BLEU.",
             source="Vaswani et al. 2017, section 5.4",
             figure="training",
             contrasts=(
-                difference("smoothed against not", "transformer", "unsmoothed"),
+                difference("with versus without smoothing", "transformer", "unsmoothed"),
                 Contrast(
-                    asks="nats that a piece of the reference costs more with smoothing",
+                    asks="loss of a reference token, with minus without smoothing",
                     terms=((1, score("transformer", metric="nll")), (-1, score("unsmoothed", metric="nll"))),
                     margin=0.01,
                     unit="nats",
@@ -275,24 +279,24 @@ def _starts() -> tuple[Claim, ...]:
     return (
         Claim(
             name="vectors",
-            title="Word vectors for little data",
-            says="Embeddings that begin as word vectors help where parallel text is short.",
+            title="Word vectors for small data",
+            says="Pretrained word vectors help when there is little parallel data.",
             source="Qi et al. 2018 (arXiv 1804.06323)",
             figure="start",
-            contrasts=(difference("word vectors against a cold start", "little-vectors", "little"),),
+            contrasts=(difference("word vectors versus random initialisation", "little-vectors", "little"),),
         ),
         Claim(
             name="bert",
-            title="A BERT for little data",
-            says="An encoder that was pretrained to fill gaps helps where parallel text is short.",
+            title="BERT for small data",
+            says="A pretrained BERT encoder helps when there is little parallel data.",
             source="Devlin et al. 2019 (arXiv 1810.04805); Rothe et al. 2020 (arXiv 1907.12461)",
             figure="start",
             contrasts=(
-                difference("BERT's encoder against a cold start", "little-bert", "little"),
-                difference("BERT's encoder against word vectors", "little-bert", "little-vectors"),
+                difference("BERT encoder versus random initialisation", "little-bert", "little"),
+                difference("BERT encoder versus word vectors", "little-bert", "little-vectors"),
             ),
-            note="An encoder whose loss soon stops falling knows how often pieces occur, and little of what "
-            "stands beside them.",
+            note="An encoder whose loss soon stops falling has learned the frequencies of pieces, but little "
+            "of their contexts.",
             begins_with=BERT,
         ),
     )

@@ -1,4 +1,4 @@
-"""What docs/claims.md says of the claims: everything here follows from the result, whatever it is."""
+"""The generated part of docs/claims.md, which follows from the result alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from claims.verdicts import CANNOT_TELL, CONFIRMED, NOT_CONFIRMED, PENDING, Cont
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 HERE, OTHER = "lineage", "lineage-multi30k"
-ELSEWHERE = "Arithmetic"  # the heading of what no picture is drawn of
+ELSEWHERE = "Computed exactly"  # the heading of claims without a figure
 Tree = Mapping[str, Any]
 
 
 def result(name: str = HERE) -> dict[str, Any] | None:
-    """The result of one of the scales, if there is one."""
+    """The result of one of the scales, if it exists."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_bytes()) if path.exists() else None
 
@@ -31,51 +31,50 @@ def result(name: str = HERE) -> dict[str, Any] | None:
 def overview(found: Tree, other: Tree | None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows of a table with the verdict on every claim."""
     figures, seeds = found["figures"], found["figures"]["seeds"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for claim in claims(scale_of(figures)):
         judged = figures["claims"][claim.name][0]
-        elsewhere = other["figures"]["claims"].get(claim.name, [judged])[0]["verdict"] if other else PENDING
-        rows.append(
-            (claim.title, judged["verdict"], value(claim.contrasts[0], judged, seeds=seeds), elsewhere)
-        )
-    return ("claim", "phrasebook, CPU", "measured", "Multi30k, GPU"), rows
+        row = (claim.title, judged["verdict"], value(claim.contrasts[0], judged, seeds=seeds))
+        elsewhere = [other["figures"]["claims"].get(claim.name, [judged])[0]["verdict"]] if other else []
+        rows.append((*row, *elsewhere))
+    return ("claim", "verdict", "measured", *(["verdict on Multi30k"] if other else [])), rows
 
 
 def count(found: Tree) -> str:
-    """How many claims have which verdict."""
+    """The number of claims with each verdict."""
     verdicts = Counter(judged[0]["verdict"] for judged in found["figures"]["claims"].values())
-    named = [f"{verdicts[kind]} {kind}" for kind in (CONFIRMED, NOT_CONFIRMED, CANNOT_TELL, PENDING)]
-    return f"Of {verdicts.total()} claims: {', '.join(named[:-1])}, and {named[-1]}."
+    kinds = (CONFIRMED, NOT_CONFIRMED, CANNOT_TELL, *([PENDING] if verdicts[PENDING] else []))
+    return f"Of {verdicts.total()} claims: {', '.join(f'{verdicts[kind]} {kind}' for kind in kinds)}."
 
 
 def design(found: Tree) -> str:
-    """What was trained on what."""
+    """The training of the systems and the test sets."""
     figures = found["figures"]
     scale: Scale = scale_of(figures)
     words = [words_of(figures, str(n)) for n in (scale.shorter[0], scale.shorter[-1], scale.longer[-1])]
-    lengths = "" if None in words else ", of {:.0f}, {:.0f} and {:.0f} words".format(*words)
+    lengths = "" if None in words else " have {:.0f}, {:.0f} and {:.0f} words".format(*words)
     done = {run["system"] for run in figures["runs"]}
     shortest, most, far = scale.shorter[0], scale.shorter[-1], scale.longer[-1]
     return (
-        f"Every system is trained for {scale.steps} steps of {scale.tokens:,} tokens on {scale.examples:,} "
-        f"examples of 1 to {scale.joined} sentences in a row, each of {figures['seeds']} times with other "
-        f"data, another order and other first weights; networks are {scale.width} wide and have "
-        f"{scale.layers} layers (deep ones {scale.layers * scale.deep}). All scores are BLEU of greedy "
-        f"translations of sentences never seen. Tests have {shortest} to {most} sentences in a row, "
-        f"and {' and '.join(map(str, scale.longer))}, which is longer than anything in training (at "
-        f"{shortest}, {most} and {far} in a row{lengths}). Such short trainings show who learns fast, which "
-        f"need not be who ends best. {len(done)} of {len(systems.ALL)} systems have been trained."
+        f"Every system was trained for {scale.steps} steps of {scale.tokens:,} tokens on {scale.examples:,} "
+        f"examples of 1 to {scale.joined} concatenated sentences, with {figures['seeds']} seeds for data, "
+        f"order and initial weights. Networks have a hidden size of {scale.width} and {scale.layers} "
+        f"layers (deep ones {scale.layers * scale.deep}). Scores are BLEU of greedy translations of held-out "
+        f"sentences. Test sets have examples of {shortest} to {most} concatenated sentences, and of "
+        f"{' and '.join(map(str, scale.longer))}, which is longer than in training ({shortest}, {most} and "
+        f"{far} sentences{lengths}). Such short trainings show which systems learn fast; these need not be "
+        f"the best after long training. {len(done)} of {len(systems.ALL)} systems have been trained."
     )
 
 
 def words_of(figures: Tree, length: str) -> float | None:
-    """The mean number of words of the test examples of a length."""
+    """The mean number of words of the test examples of one length."""
     known = [run["lengths"][length]["words"] for run in figures["runs"] if "lengths" in run]
     return fmean(known) if known else None
 
 
 def sections(found: Tree) -> str:
-    """Every picture with the claims that it shows, and then those that need none."""
+    """Every figure with its claims, and then the claims without a figure."""
     figures = found["figures"]
     asked = claims(scale_of(figures))
     parts = []
@@ -91,7 +90,7 @@ def sections(found: Tree) -> str:
 
 
 def paragraph(claim: Claim, figures: Tree) -> str:
-    """A claim, what was measured, and what follows."""
+    """A claim, its source, the measurements and their verdicts."""
     judged, seeds = figures["claims"][claim.name], figures["seeds"]
     measured = [
         f"{_capital(contrast.asks)}: {value(contrast, one, seeds=seeds)}"
@@ -104,17 +103,17 @@ def paragraph(claim: Claim, figures: Tree) -> str:
 
 
 def losses(system: str, figures: Tree) -> list[str]:
-    """A sentence on how the training loss of a system fell, if there is one."""
+    """A sentence on the training loss of a system, if it was trained."""
     curves = [run["training"]["curve"] for run in figures["runs"] if run["system"] == system]
     if not curves:
         return []
-    points = [[curve[place] for curve in curves] for place in (0, len(curves[0]) // 4, -1)]
-    told = [f"{fmean(loss for _, loss in point):.2f} at step {point[0][0]}" for point in points]
-    return [f"The loss of `{system}` itself is {told[0]}, {told[1]} and {told[2]}."]
+    points = [[curve[index] for curve in curves] for index in (0, len(curves[0]) // 4, -1)]
+    shown = [f"{fmean(loss for _, loss in point):.2f} at step {point[0][0]}" for point in points]
+    return [f"The loss of `{system}` is {shown[0]}, {shown[1]} and {shown[2]}."]
 
 
 def value(contrast: Contrast, judged: Tree, *, seeds: int) -> str:
-    """What came out, with its interval."""
+    """The measured value with its interval."""
     if judged["verdict"] == PENDING:
         known = len(judged["values"])
         return f"pending, {known} of {seeds} seeds" if known and contrast.unit != "times" else "pending"
@@ -140,7 +139,7 @@ def _capital(text: str) -> str:
 
 
 def trained(found: Tree) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows of a table of all systems: parameters, scores, time."""
+    """Head and rows of a table of all systems: parameters, scores, training time."""
     figures = found["figures"]
     known = evidence(figures)
     rows = []
@@ -160,12 +159,12 @@ def trained(found: Tree) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         rows.append((*named, f"{parameters:,}", *scores, f"{seconds:.0f}", f"{len(runs)}"))
     head = (
         "network",
-        "what is its own",
+        "variant",
         "name",
         "parameters",
-        "BLEU (least to most)",
-        "nats a piece",
-        "seconds, others beside",
+        "BLEU (lowest to highest)",
+        "nats per token",
+        "seconds, on shared cores",
         "seeds",
     )
     return head, rows

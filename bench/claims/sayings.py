@@ -1,7 +1,6 @@
-"""All claims, and the values that answer them.
+"""All claims, and the measured values that decide them.
 
-The first contrast of a claim gives its verdict; the others are what one would ask next, each with a verdict
-of its own.
+The first contrast of a claim gives its verdict; the others are follow-up questions with their own verdicts.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def _little(name: str, title: str, start: Literal["chance", "vectors", "bert"]) 
 # Without a word on its side a recurrent network looks with additive attention after its step, and a
 # Transformer is pre-norm with sinusoidal positions and warm-up.
 ONE_VECTOR = (
-    _recurrent("fixed", "fixed vector, seen once", context="start"),
-    _recurrent("fixed-every", "fixed vector, seen at each step", context="every"),
+    _recurrent("fixed", "fixed vector, at the start", context="start"),
+    _recurrent("fixed-every", "fixed vector, at every step", context="every"),
     _recurrent("static", "attention, once", static=True),
     _recurrent("rnnsearch", "attention before the step", place="before"),
     System(name="conv", title="convolutions", family="conv"),
@@ -65,10 +65,10 @@ SIMILARITIES = (
     _recurrent("location", "location", score="location"),
 )
 FOCI = (
-    _recurrent("monotonic", "window that moves along", focus="monotonic", reach=5),
-    _recurrent("predictive", "window that is predicted", focus="predictive", reach=5),
-    _recurrent("sampled", "one place, REINFORCE", focus="sampled"),
-    _recurrent("gumbel", "one place, Gumbel", focus="gumbel"),
+    _recurrent("monotonic", "monotonic window", focus="monotonic", reach=5),
+    _recurrent("predictive", "predicted window", focus="predictive", reach=5),
+    _recurrent("sampled", "hard, REINFORCE", focus="sampled"),
+    _recurrent("gumbel", "hard, Gumbel", focus="gumbel"),
 )
 POSITIONS = (
     _transformer("transformer", "sinusoidal"),
@@ -77,17 +77,17 @@ POSITIONS = (
     _transformer("none", "none", positions="none"),
     _transformer("complex", "complex", positions="complex"),
     _transformer("relative", "relative", positions="relative"),
-    _transformer("t5", "T5's biases", positions="t5"),
+    _transformer("t5", "T5 biases", positions="t5"),
     _transformer("alibi", "ALiBi", positions="alibi"),
-    _transformer("concatenated", "sinusoidal, beside", position_join="concatenate"),
+    _transformer("concatenated", "sinusoidal, concatenated", position_join="concatenate"),
 )
 HEADS = (
     _transformer("heads-1", "1 head", heads=1),
     _transformer("heads-2", "2 heads", heads=2),
     _transformer("heads-8", "8 heads", heads=8),
     _transformer("heads-16", "16 heads", heads=16),
-    _transformer("unscaled-1", "1 head, scores not scaled", heads=1, score_scale=False),
-    _transformer("unscaled-16", "16 heads, scores not scaled", heads=16, score_scale=False),
+    _transformer("unscaled-1", "1 head, unscaled", heads=1, score_scale=False),
+    _transformer("unscaled-16", "16 heads, unscaled", heads=16, score_scale=False),
 )
 NO_WARMUP = {"warmup": 0}
 NORMS = (
@@ -102,10 +102,10 @@ NORMS = (
     System(name="pre-norm-cold", title="pre-norm, no warm-up", optim=NO_WARMUP),
 )
 DEPTH = (
-    _deep("deep", "deep, residual"),
-    _deep("deep-plain", "deep, no residual", residual=False),
+    _deep("deep", "deep"),
+    _deep("deep-plain", "deep, no residual connections", residual=False),
     _deep("deep-post", "deep, post-norm", norm_place="post"),
-    _transformer("plain", "shallow, no residual", residual=False),
+    _transformer("plain", "shallow, no residual connections", residual=False),
 )
 REST = (
     System(name="unsmoothed", title="no label smoothing", loss={"label_smoothing": 0.0}),
@@ -113,15 +113,15 @@ REST = (
 )
 PRETRAINED = System(
     name=BERT,
-    title="BERT itself",
+    title="BERT",
     family="masked",
     loss={"next_sentence": False},
     data="documents",
 )
 LITTLE = (
-    _little("little", "little data, cold start", "chance"),
-    _little("little-vectors", "little data, word vectors", "vectors"),
-    _little("little-bert", "little data, BERT", "bert"),
+    _little("little", "small data, random weights", "chance"),
+    _little("little-vectors", "small data, word vectors", "vectors"),
+    _little("little-bert", "small data, BERT encoder", "bert"),
 )
 # In order of value: who stops early has the claims that need the fewest systems.
 ALL = (

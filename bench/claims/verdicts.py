@@ -1,13 +1,13 @@
-"""The rule that judges: confirmed, not confirmed or cannot tell, from an interval over seeds or rounds.
+"""The rule for verdicts: confirmed, not confirmed or cannot tell, from an interval over seeds or rounds.
 
-A contrast is a sum of measured values with weights, taken for each seed by itself, so that what the systems
-of a seed have in common (its data, its order) cancels out. Of its values there is a 95 % interval of the mean
-by Student's t. With m the smallest difference worth talking about,
+A contrast is a weighted sum of measured values, computed for each seed, so that what the systems of a seed
+have in common (data, order) cancels out. From its values follows a 95 % confidence interval of the mean
+(Student's t). With m the smallest difference that matters,
 
-    more   confirmed if the interval lies above 0, not confirmed if it lies below m
-    same   confirmed if the interval lies within -m and m, not confirmed if it has nothing in common with that
+    more   confirmed if the interval is above 0, not confirmed if it is below m
+    same   confirmed if the interval is within -m and m, not confirmed if it does not overlap with that
 
-and whatever else there may be cannot be told. A single exact value is its own interval.
+and everything else is "cannot tell". An exact value is its own interval.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 CONFIRMED, NOT_CONFIRMED, CANNOT_TELL, PENDING = "confirmed", "not confirmed", "cannot tell", "pending"
-LEAST = 3  # seeds or rounds from which anything is said
+LEAST = 3  # seeds or rounds that a verdict needs
 # Student's t for 1, 2, ... degrees of freedom, 97.5 %.
 STUDENT = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
 )
-LITTLE = 0.1  # what a score of nothing is taken for where factors are asked for
-Values = Mapping[int, float]  # by seed or round; 0 is neither: an exact value
+LITTLE = 0.1  # replaces smaller scores in ratios
+Values = Mapping[int, float]  # by seed or round; 0 stands for an exact value
 Evidence = Mapping[str, Values]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """A question that measured values answer."""
+    """A question that measured values decide."""
 
     asks: str
     terms: tuple[tuple[float, str], ...]  # weights and names of values
     expects: Literal["more", "same"] = "more"
-    margin: float  # the smallest difference worth talking about
-    unit: str  # "times": values are taken as logarithms, and what comes out is a factor
-    at_least: float = 0.0  # what "more" is measured from
+    margin: float  # the smallest difference that matters
+    unit: str  # "times": logarithms of the values are taken, and the result is a factor
+    at_least: float = 0.0  # the threshold of "more"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What came out."""
+    """A verdict and its values."""
 
     verdict: str
     values: tuple[float, ...] = ()
@@ -54,7 +54,7 @@ class Judged:
 
 
 def judged(contrast: Contrast, evidence: Evidence) -> Judged:
-    """The answer to a contrast; pending while there are too few values."""
+    """The verdict on a contrast; pending with too few values."""
     values = values_of(contrast, evidence)
     exact = all(set(evidence.get(name, {})) == {0} for _, name in contrast.terms)
     if not values or (len(values) < LEAST and not exact):
@@ -65,7 +65,7 @@ def judged(contrast: Contrast, evidence: Evidence) -> Judged:
 
 
 def values_of(contrast: Contrast, evidence: Evidence) -> list[float]:
-    """The sum of the terms for every seed that has all of them."""
+    """The sum of the terms for every seed that has all values."""
     found = [evidence.get(name, {}) for _, name in contrast.terms]
     seeds = sorted(set.intersection(*(set(values) for values in found)))
     take = _logarithm if contrast.unit == "times" else float
@@ -80,7 +80,7 @@ def _logarithm(value: float) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean and the ends of its 95 % interval; of one value, that value."""
+    """The mean and its 95 % interval; of a single value, that value."""
     mean = fmean(values)
     if len(values) == 1:
         return mean, mean, mean

@@ -1,4 +1,4 @@
-"""Every registered objective answers to these; the translation loss also to PyTorch's own."""
+"""What every registered objective promises; the translation loss is compared with PyTorch's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.derivatives import needs_kernels
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from trmt.config import build
 from trmt.errors import ConfigError
-from trmt.nets import fused
+from trmt.native import training
 from trmt.objectives import cross_entropy
 from trmt.objectives.base import Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy
@@ -25,7 +25,7 @@ from trmt.sets.batches import Batches, BatchShape, RaggedBatch
 from trmt.sets.shards import RaggedArray
 
 BOS, EOS = 2, 3
-ROWS = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name, trust_code=False).in_row]
+PACKED = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name).packs_tokens]
 CPU = torch.device("cpu")
 
 
@@ -138,13 +138,13 @@ def test_smoothing_out_of_range_is_refused(wrong: float) -> None:
 def test_losses_of_the_network_itself_are_added(
     objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = small_network("rnn")
+    net = small_network(next(iter(ARCHITECTURES)))
     batch = objective.collate(examples(), CPU)
     before = objective.loss(net, batch)
     plain = net.forward
 
     def with_aux(*args: Any, **options: Any) -> Any:
-        return replace(plain(*args, **options), aux={"balance": (torch.tensor(7.0), torch.tensor(3))})
+        return replace(plain(*args, **options), aux={"balance": torch.tensor(7.0)})
 
     monkeypatch.setattr(net, "forward", with_aux)
     after = objective.loss(net, batch)
@@ -158,7 +158,7 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(
     smoothing: float, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernels:
-        monkeypatch.setattr(fused, "library", lambda: None)
+        monkeypatch.setenv("TRMT_KERNELS", "0")
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", {"cpu": 0})  # the fewest tokens that can go at once
     torch.manual_seed(0)
     hidden = torch.randn(37, 12, requires_grad=True)
@@ -229,7 +229,7 @@ def test_columns_that_only_make_the_logits_wider_stand_for_nothing() -> None:
 @pytest.mark.parametrize("kernels", [True, False])
 def test_padding_counts_for_nothing_in_the_loss(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels:
-        monkeypatch.setattr(fused, "library", lambda: None)
+        monkeypatch.setenv("TRMT_KERNELS", "0")
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     target = torch.randint(0, 20, (9,))
@@ -257,7 +257,7 @@ def padded_and_plain(architecture: str) -> tuple[Any, Any, Any]:
     )
 
 
-@pytest.mark.parametrize("architecture", ROWS)
+@pytest.mark.parametrize("architecture", PACKED)
 def test_filled_up_batches_have_one_shape_and_the_same_loss(architecture: str) -> None:
     net, plain, filled = padded_and_plain(architecture)
     assert (len(filled.source.ids_N), len(filled.before.ids_N), len(filled.source)) == (80, 72, 20)
@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_left_as_it_is(shape: BatchShape) -> None:
     assert torch.equal(plain.after_N, left.after_N)
 
 
-@pytest.mark.parametrize("architecture", ROWS)
+@pytest.mark.parametrize("architecture", PACKED)
 def test_a_padding_free_network_compiles_whole_and_once_for_one_shape(
     architecture: str,
 ) -> None:
@@ -316,7 +316,7 @@ def test_a_padding_free_network_compiles_whole_and_once_for_one_shape(
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_target_without_a_logit_is_refused(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels:
-        monkeypatch.setattr(fused, "library", lambda: None)
+        monkeypatch.setenv("TRMT_KERNELS", "0")
     hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8)
     with pytest.raises((IndexError, RuntimeError)):
         cross_entropy.smoothed_cross_entropy(hidden, weight, torch.tensor([1, 20, 2]), 0.1)
@@ -328,5 +328,5 @@ def test_the_kernels_exponential_is_good_to_the_last_digits() -> None:
     logits[:, 0] = 0  # the largest of each row, so that nothing is rounded before the exponential
     target = torch.zeros(61, dtype=torch.long)
     expected = logits.double().softmax(1)
-    cross_entropy._by_kernel(logits, target, 0.0)
+    training.cross_entropy(logits, target, 0.0)
     torch.testing.assert_close(logits[:, 1:].double(), expected[:, 1:], rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""One line out for one line in, in order, whatever the bytes, the network, and the way they arrive."""
+"""One output line for one input line, in order, whatever the bytes, the network and the chunks of input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 GREEDY = TranslateOptions(search="greedy", batch=256)
-# What some reader somewhere takes for the end of a line.
+# Whatever some program takes for the end of a line.
 LINE_ENDS = re.compile("[\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029]")
 
 
@@ -45,7 +45,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "random"
-    random_bundle(folder, tokenizer, feed_forward=64, width=32)
+    random_bundle(folder, tokenizer, feed_forward=64, d_model=32)
     return folder
 
 
@@ -94,7 +94,7 @@ def through_pipes(translator: Translator, chunks: Iterable[bytes]) -> tuple[byte
 
 
 def lines_of(output: bytes) -> list[str]:
-    """The lines of an output, after a look whether they are lines for everybody; CR stands at ends only."""
+    """The lines of an output, each of which every program takes for one line; CR stands at ends only."""
     assert output.endswith(b"\n")
     lines = output.decode().split("\n")[:-1]
     for line in lines:
@@ -104,7 +104,7 @@ def lines_of(output: bytes) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """What must survive: all but white space, control characters, and the sign sentencepiece uses for it."""
+    """What a copy must keep: all but white space, control characters and sentencepiece's mark."""
     normal = unicodedata.normalize("NFC", " ".join(text.split()))
     return "".join(
         character
@@ -117,7 +117,7 @@ def visible(text: str) -> str:
 
 
 @pytest.mark.parametrize(("longest", "count"), [(7, 1_000), (60, 5_000)])
-def test_an_echo_gives_every_hostile_line_back_in_its_place(
+def test_a_copying_network_returns_every_hostile_line_in_order(
     tokenizer: Tokenizer, longest: int, count: int
 ) -> None:
     lines = list(hostile_lines(count, seed=longest))
@@ -153,7 +153,7 @@ def junk_script(tokenizer: Tokenizer, *, head: int) -> Script:
         spell(0xE2, 0x80, 0xA9), spell(0xFF), spell(0xED, 0xA0, 0x80), spell(0xF0, 0x9F), spell(0x0B, 0x0C),
         spell(0x1C, 0x1D, 0x1E), spell(0x09), spell(0xEF, 0xBB, 0xBF), spell(0x20), [4],
     ]  # fmt: skip
-    # What may not come is not chosen; behind it this network has no wish but to end.
+    # Banned tokens are not chosen; after them this network only wants to end.
     banned = [[side.unk], [side.bos], [side.pad]]
 
     def script(ids: list[int]) -> list[int]:
@@ -190,7 +190,7 @@ def test_junk_in_json_and_in_n_best_breaks_no_line(tokenizer: Tokenizer, search:
 
 
 @pytest.mark.parametrize("emitted", [[], [1, 1], [0]])
-def test_a_network_that_says_nothing_gets_blank_lines(tokenizer: Tokenizer, emitted: list[int]) -> None:
+def test_a_network_without_output_gives_blank_lines(tokenizer: Tokenizer, emitted: list[int]) -> None:
     output, report = through_pipes(scripted(tokenizer, lambda ids: emitted), [b"one\n\ntwo\r\nthree"])
     assert output.count(b"\n") == 4 == report.lines
 
@@ -231,7 +231,7 @@ def test_ends_of_lines(tokenizer: Tokenizer, given: bytes, answer: bytes) -> Non
     assert report.lines == answer.count(b"\n")
 
 
-def test_a_writer_that_waits_gets_its_answer(tokenizer: Tokenizer) -> None:
+def test_a_program_that_waits_for_each_translation_gets_it(tokenizer: Tokenizer) -> None:
     their_end, source = os.pipe()
     result, our_end = os.pipe()
     translator = scripted(tokenizer, lambda ids: ids)
@@ -253,7 +253,7 @@ def test_a_writer_that_waits_gets_its_answer(tokenizer: Tokenizer) -> None:
     worker.join(timeout=10)
 
 
-def test_a_source_that_fails_loses_nothing_of_what_came_before(tokenizer: Tokenizer) -> None:
+def test_an_input_that_fails_loses_no_line_read_before(tokenizer: Tokenizer) -> None:
     class Failing(io.RawIOBase):
         chunks = iter([b"one\ntw", b"o\nthree"])
 
@@ -269,7 +269,7 @@ def test_a_source_that_fails_loses_nothing_of_what_came_before(tokenizer: Tokeni
     assert out.getvalue() == b"one\ntwo\nthree\n"
 
 
-def test_a_source_that_does_not_block_is_waited_for(tokenizer: Tokenizer) -> None:
+def test_an_input_that_does_not_block_is_waited_for(tokenizer: Tokenizer) -> None:
     their_end, source = os.pipe()
     os.set_blocking(their_end, False)
 
@@ -384,7 +384,7 @@ def test_output_starts_before_the_input_ends(bundle: Path) -> None:
 
 
 def check_batches(bundle: Path, count: int, *, ways: list[tuple[int, int]]) -> None:
-    """`ways` are numbers of sentences translated together, and of threads."""
+    """`ways` are pairs of a batch size and a number of threads."""
     chooser = random.Random(count)
     words = " ".join(texts.ENGLISH).split()
     sentences = [" ".join(chooser.choices(words, k=chooser.randrange(1, 13))) for _ in range(count)]
@@ -396,14 +396,14 @@ def check_batches(bundle: Path, count: int, *, ways: list[tuple[int, int]]) -> N
     ]
     translations = [json.loads(line)["translation"] for line in outputs[0].splitlines()]
     assert len(translations) == count
-    assert len(set(translations)) > len(set(sentences)) / 4, "to say anything, translations have to differ"
+    assert len(set(translations)) > len(set(sentences)) / 4, "translations have to differ"
     assert len(set(outputs)) == 1
 
 
 @pytest.fixture(scope="module")
 def wider_bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "wider"
-    random_bundle(folder, tokenizer, width=64, feed_forward=256, heads=4)
+    random_bundle(folder, tokenizer, d_model=64, feed_forward=256, heads=4)
     return folder
 
 

@@ -103,11 +103,12 @@ def make_ready(threads: int) -> None:
     """Set the number of threads and the memory allocator, before training."""
     import torch
 
-    from trmt.devices.choice import keep_freed_memory
+    from trmt.acceleration import accelerated
 
     if threads:
         torch.set_num_threads(threads)
-    keep_freed_memory()
+    if keep_freed_memory := accelerated("keep_freed_memory"):
+        keep_freed_memory()
 
 
 def _with_device(settings: list[str] | None, device: str | None) -> list[str]:

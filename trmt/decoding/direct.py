@@ -68,6 +68,7 @@ class DirectRunner:
         return True
 
     def _start_batch(self, queue: deque[Request]) -> bool:
+        self.free()
         if not queue:
             return False
         requests = self.decoder.take(queue, len(queue))

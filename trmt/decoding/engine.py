@@ -21,6 +21,7 @@ from trmt.decoding.direct import DirectRunner
 from trmt.decoding.graphs import GraphRunner
 from trmt.decoding.request import Batching, Request
 from trmt.nets.base import Precision, Seq2Seq, Stepper
+from trmt.nets.layers import load_varlen
 from trmt.nets.linear import PlainProducts
 
 Runs = Literal["auto", "direct", "graphs"]
@@ -48,6 +49,8 @@ class Engine:
         `runs` says how steps are run; "auto" takes CUDA graphs on a GPU.
         """
         device = next(net.parameters()).device
+        if device.type == "cuda":
+            load_varlen()
         graphs = device.type == "cuda" if runs == "auto" else runs == "graphs"
         stepper = frozen(net, precision, checksum, static=graphs)
         ids = tuple(sorted(banned))

@@ -90,10 +90,18 @@ class BatchTensors:
         pairs = list(zip(leaves(self), leaves(other), strict=True))
         if any(mine.shape != theirs.shape for mine, theirs in pairs):
             return False
-        for mine, theirs in pairs:
-            if mine is not theirs:
-                mine.copy_(theirs)
+        # A step may return views of what it was given, which must be read before that is overwritten.
+        pairs = [(mine, theirs) for mine, theirs in pairs if mine is not theirs]
+        overwritten = {storage_of(mine) for mine, _ in pairs}
+        values = [theirs.clone() if storage_of(theirs) in overwritten else theirs for _, theirs in pairs]
+        for (mine, _), value in zip(pairs, values, strict=True):
+            mine.copy_(value)
         return True
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The address of the memory that a tensor is a view of."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
@@ -274,6 +282,8 @@ class GraphRunner:
         self.kept: dict[int, StaticSlots] = {}  # by their max_tokens
         self.record: Callable[[Callable[[], None]], Any] = Repeated
         self.direct: DirectRunner | None = None  # what runs instead
+        self.waiting: tuple[list[Request], Batch] | None = None  # the batch that comes next
+        self.left: tuple[list[Request], Callable[[], Any]] | None = None  # who was done at the last sync
         if decoder.device.type == "cuda":
             self.record = GraphRecorder(decoder.device)
             # It makes a plan for each new shape, which takes as long as hundreds of steps.
@@ -308,11 +318,11 @@ class GraphRunner:
         if self.current:
             self.current.open(queue, max_tokens)
             return
+        self.waiting = self.left = None
         self.max_tokens = max_tokens
         self.slots = self._slots(queue, max_tokens)
         self.few = max(math.ceil(COMPACT_AT * len(self.slots.slots)), 1)  # so many come together
         self.waiting = self._next(queue, len(self.slots.slots))
-        self.left: tuple[list[Request], Callable[[], Any]] | None = None  # who was done at the last sync
 
     def admit(self, queue: deque[Request]) -> bool:
         """Put the waiting batch into free slots; False when there is nothing left to decode."""
@@ -351,6 +361,7 @@ class GraphRunner:
     def free(self) -> None:
         """Let go of memory."""
         self.kept.clear()
+        self.waiting = self.left = None
         vars(self).pop("slots", None)
         if self.direct:
             self.direct.free()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from contextlib import AbstractContextManager, nullcontext
@@ -64,17 +63,3 @@ def compile_network(net: torch.nn.Module) -> Any:
 
     torch._dynamo.config.suppress_errors = True
     return torch.compile(net)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees, for loops that allocate the same sizes again and again.
-
-    The C library returns large blocks to the system at once, and the system clears the pages of each new one.
-    """
-    trim_threshold, mmap_max = -1, -4  # from malloc.h of glibc
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)

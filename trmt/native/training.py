@@ -177,9 +177,11 @@ def add_norm(x: Tensor, y: Tensor, norm: nn.Module, p: float) -> tuple[Tensor, T
     """x + dropout(y), and the norm of that."""
     if not torch.is_grad_enabled() or not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
         return None
+    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    if norm.weight is None or (isinstance(norm, nn.LayerNorm) and bias is None):
+        return None  # without a bias, the kernel takes a norm for RMSNorm
     if not serves(x, y, norm.weight) or not (x.shape == y.shape and x.is_contiguous() and y.is_contiguous()):
         return None
-    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
     epsilon = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
     added, out = _AddNorm.apply(x, y, norm.weight, bias, p, epsilon)  # type: ignore[no-untyped-call]
     return added, out

@@ -30,9 +30,7 @@ class OptimConfig:
     epsilon: float = 1e-9  # added to the denominator of Adam's update
     weight_decay: float = 0.0  # of matrices and embeddings; biases and norms do not decay
     clip: float = 0.0  # the gradient's norm is clipped to this value; 0 is off
-    ema: float = (
-        0.0  # decay of an exponential moving average of the weights, which is what is saved; 0 is off
-    )
+    ema: float = 0.0  # decay of a moving average of the weights, which is what bundles get; 0 is off
 
     def __post_init__(self) -> None:
         for field in fields(self):

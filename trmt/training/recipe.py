@@ -29,9 +29,7 @@ class TrainingConfig:
     patience: int = 0  # ends training after so many validations without improvement; 0 is off
     seed: int = 1  # of initial weights, dropout and the order of the data
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # auto is the fastest that the device supports
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fastest on the device
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for the network; auto is on for a GPU
     deterministic: bool = False  # identical results on a GPU in each run, at some cost in speed
     on_spike: Literal["skip", "rollback", "stop", "ignore"] = "skip"  # reaction to spikes of gradient or loss

@@ -23,6 +23,7 @@ from trmt.config import build
 from trmt.devices.choice import be_deterministic, choose_device, choose_precision, compile_network
 from trmt.errors import ConfigError
 from trmt.nets.base import Network
+from trmt.nets.layers import load_varlen
 from trmt.objectives.base import Objective, Specials
 from trmt.registry import OBJECTIVES, resolve
 from trmt.sets.batches import BatchShape
@@ -95,7 +96,7 @@ class TrainState:
             self.distributed, sharded=self.sharded, indivisible=self.net.couples_batch
         )
         wanted = {"on": True, "auto": self.device.type == "cuda"}.get(recipe.training.compile, False)
-        self.compiled = wanted and not self.sharded  # gathering weights cannot be compile_network
+        self.compiled = wanted and not self.sharded  # gathering weights cannot be compiled
         self.forward: Any = compile_network(self.net) if self.compiled else self.net
         self.batch_shape: BatchShape | None = None  # the shape that every batch fits into, if there is one
         self.progress = TrainProgress()
@@ -104,6 +105,8 @@ class TrainState:
 
     def _build_network(self) -> Network:
         """The network with fresh weights, the same for the same seed, on the device and in training mode."""
+        if self.device.type == "cuda":
+            load_varlen()
         torch.manual_seed(self.recipe.training.seed)
         net = bundles.build_network(self.recipe.architecture, self.recipe.network, trust_code=True)
         word_vectors.check_and_freeze(net, self.recipe)

@@ -1,4 +1,4 @@
-"""The fused operations: kernels against plain PyTorch, with gradients; how kernels are come by."""
+"""Kernels for training against plain PyTorch, with gradients; how kernels are built."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.derivatives import assert_same, gradients, needs_kernels
-from trmt import native
-from trmt.nets import fused
+from trmt.native import build, training
+from trmt.nets import layers
+from trmt.nets.base import Ragged
+from trmt.nets.layers import LayerNorm, RMSNorm, Spans
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +29,9 @@ def seeded() -> Iterator[None]:
 
 @needs_kernels
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
-@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
-def test_add_norm_is_the_sum_and_its_norm(kind: type[nn.Module], rows: int) -> None:
-    norm = kind(48)
+@pytest.mark.parametrize("norm_class", [LayerNorm, RMSNorm])
+def test_add_norm_is_the_sum_and_its_norm(norm_class: type[nn.Module], rows: int) -> None:
+    norm = norm_class(48)
     nn.init.uniform_(norm.weight)
     x, y = (torch.randn(rows, 48, requires_grad=True) for _ in range(2))
 
@@ -37,30 +39,30 @@ def test_add_norm_is_the_sum_and_its_norm(kind: type[nn.Module], rows: int) -> N
         return torch.cat([added, 3 * out])
 
     inputs = (x, y, *norm.parameters())
-    ours = gradients(lambda: both(*fused.add_norm(x, y, norm, 0.0)), *inputs)
+    ours = gradients(lambda: both(*layers.add_norm(x, y, norm, 0.0)), *inputs)
     assert_same(ours, gradients(lambda: both(x + y, norm(x + y)), *inputs))
 
 
 @needs_kernels
 def test_add_norm_when_only_one_of_its_results_is_used() -> None:
-    norm = nn.LayerNorm(16)
+    norm = LayerNorm(16)
     x, y = (torch.randn(5, 16, requires_grad=True) for _ in range(2))
-    for place in (0, 1):
-        ours = gradients(lambda place=place: fused.add_norm(x, y, norm, 0.0)[place], x, y)
-        assert_same(ours, gradients(lambda place=place: (x + y, norm(x + y))[place], x, y))
+    for index in (0, 1):
+        ours = gradients(lambda index=index: layers.add_norm(x, y, norm, 0.0)[index], x, y)
+        assert_same(ours, gradients(lambda index=index: (x + y, norm(x + y))[index], x, y))
 
 
 @needs_kernels
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_drops_its_share_and_the_gradient_knows_which(p: float) -> None:
+def test_dropout_drops_its_share_in_the_output_and_the_gradient(p: float) -> None:
     x = torch.ones(2000, 96, requires_grad=True)
-    out = fused.drop(x, p)
+    out = layers.dropout(x, p)
     kept = out != 0
     assert float(kept.float().mean()) == pytest.approx(1 - p, abs=0.005)
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - p)))
     out.sum().backward()
     assert torch.equal(x.grad, out.detach())
-    # No row, column or neighbour knows of another: shares are near p everywhere, pairs are independent.
+    # Rows, columns and neighbours are independent.
     for axis in (0, 1):
         spread = kept.float().mean(axis).std()
         expected = (p * (1 - p) / kept.shape[axis]) ** 0.5
@@ -73,20 +75,20 @@ def test_dropout_drops_its_share_and_the_gradient_knows_which(p: float) -> None:
 def test_dropout_is_drawn_from_the_seed_and_anew_each_time() -> None:
     x = torch.ones(64, 64)
     torch.manual_seed(7)
-    first, second = fused.drop(x, 0.5), fused.drop(x, 0.5)
+    first, second = layers.dropout(x, 0.5), layers.dropout(x, 0.5)
     torch.manual_seed(7)
-    assert torch.equal(fused.drop(x, 0.5), first)
+    assert torch.equal(layers.dropout(x, 0.5), first)
     assert not torch.equal(first, second)
 
 
 @needs_kernels
-def test_dropout_before_the_norm_gives_the_gradient_of_what_it_kept() -> None:
-    norm, x = nn.LayerNorm(32), torch.randn(70, 32, requires_grad=True)
+def test_dropout_before_the_norm_has_the_gradient_of_what_it_kept() -> None:
+    norm, x = LayerNorm(32), torch.randn(70, 32, requires_grad=True)
     y = torch.randn(70, 32, requires_grad=True)
     torch.manual_seed(3)
-    ours = gradients(lambda: fused.add_norm(x, y, norm, 0.3)[1], x, y, *norm.parameters())
+    ours = gradients(lambda: layers.add_norm(x, y, norm, 0.3)[1], x, y, *norm.parameters())
     torch.manual_seed(3)
-    kept = (fused.add_norm(torch.zeros_like(x), torch.ones_like(y), norm, 0.3)[0]).detach()
+    kept = (layers.add_norm(torch.zeros_like(x), torch.ones_like(y), norm, 0.3)[0]).detach()
     assert 0 < (kept == 0).float().mean() < 1
     assert_same(ours, gradients(lambda: norm(x + y * kept), x, y, *norm.parameters()))
 
@@ -95,7 +97,7 @@ def test_dropout_before_the_norm_gives_the_gradient_of_what_it_kept() -> None:
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("rows", [1, 64, 131])
 def test_a_product_is_that_of_torch(rows: int, relu: bool) -> None:
-    linear = fused.Linear(24, 40, relu=relu)
+    linear = layers.Linear(24, 40, relu=relu)
     x = torch.randn(rows, 24, requires_grad=True)
     inputs = (x, *linear.parameters())
 
@@ -106,8 +108,8 @@ def test_a_product_is_that_of_torch(rows: int, relu: bool) -> None:
     assert_same(gradients(lambda: linear(x), *inputs), gradients(theirs, *inputs))
 
 
-def test_a_product_keeps_what_is_not_a_number() -> None:
-    linear = fused.Linear(16, 16, relu=True)
+def test_a_product_does_not_hide_nan() -> None:
+    linear = layers.Linear(16, 16, relu=True)
     assert linear(torch.full((2, 16), torch.nan, requires_grad=True)).isnan().all()
 
 
@@ -116,15 +118,15 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     code = (
         "import sys, torch; torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(0)\n"
         "from torch import nn\n"
-        "from trmt.nets import attention, fused\n"
-        "from trmt.nets.attention import Spans\n"
+        "from trmt.nets import layers\n"
+        "from trmt.nets.layers import Spans\n"
         "from trmt.nets.base import Ragged\n"
         "lengths = [17, 4, 31, 9, 60, 2] * 8\n"
         "spans = Spans.of(Ragged.of([[1] * n for n in lengths]))\n"
         "merged = torch.randn(sum(lengths), 192, requires_grad=True)\n"
         "norm = nn.LayerNorm(64)\n"
-        "x = attention.attend_own(merged, spans, 4, causal=True)\n"
-        "out = fused.drop(fused.add_norm(x, merged[:, :64].contiguous(), norm, 0.1)[1], 0.1)\n"
+        "x = layers.packed_self_attention(merged, spans, 4, causal=True)\n"
+        "out = layers.dropout(layers.add_norm(x, merged[:, :64].contiguous(), norm, 0.1)[1], 0.1)\n"
         "out.square().sum().backward()\n"
         "import hashlib\n"
         "tensors = (out.detach(), merged.grad, norm.weight.grad, norm.bias.grad)\n"
@@ -142,20 +144,40 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert native.load.__wrapped__("training") is None
-
-
-def test_kernels_can_be_switched_off() -> None:
-    code = "from trmt.nets import fused; print(fused.library())"
-    environment = {**os.environ, "TRMT_KERNELS": "0"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    )
-    assert found.stdout.strip() == "None"
+    assert build.load.__wrapped__("training") is None
 
 
 @needs_kernels
-def test_a_compiler_that_cannot_build_them_is_said_and_survived(
+def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, calls = torch.randn(4, 16, requires_grad=True), []
+    monkeypatch.setattr(training, "_call", lambda *arguments: calls.append(arguments) or 0)
+    layers.dropout(x, 0.5)
+    assert calls
+    calls.clear()
+    monkeypatch.setenv("TRMT_KERNELS", "0")
+    layers.dropout(x, 0.5), layers.Linear(16, 16)(x), layers.add_norm(x, x, LayerNorm(16), 0.1)
+    assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_left_to_pytorch(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 16, dtype=dtype, requires_grad=True)
+    linear, norm = layers.Linear(16, 16).to(dtype), LayerNorm(16).to(dtype)
+    spans = Spans.of(Ragged.of([[1] * 3, [1]]))
+    results = (
+        training.linear(x, linear.weight, linear.bias, False),
+        training.dropout(x, 0.5),
+        training.add_norm(x, x, norm, 0.1),
+        training.self_attention(x.repeat(1, 3), spans, 1, True),
+        training.cross_attention(x, x.repeat(1, 2), spans, spans, 1),
+        training.cross_entropy(x, torch.zeros(4, dtype=torch.long), 0.1),
+    )
+    assert all(result is None for result in results)
+    assert layers.add_norm(linear(x), layers.dropout(x, 0.5), norm, 0.1)[1].dtype == dtype
+
+
+@needs_kernels
+def test_a_compiler_that_cannot_build_them_gives_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken-cc"
@@ -163,14 +185,14 @@ def test_a_compiler_that_cannot_build_them_is_said_and_survived(
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.load.__wrapped__("training") is None
+    assert build.load.__wrapped__("training") is None
     assert "cannot build trmt's kernels" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.so"))
 
 
 @needs_kernels
 def test_products_in_half_precision_are_near_and_stay_fp32_outside() -> None:
-    linear = fused.Linear(64, 96, relu=True)
+    linear = layers.Linear(64, 96, relu=True)
     x = torch.randn(50, 64, requires_grad=True)
     inputs = (x, *linear.parameters())
     exact = gradients(lambda: linear(x), *inputs)
@@ -184,9 +206,9 @@ def test_products_in_half_precision_are_near_and_stay_fp32_outside() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("norm", [nn.LayerNorm(48, bias=False), nn.LayerNorm(48, elementwise_affine=False)])
-def test_norms_that_the_kernel_does_not_have_are_left_to_torch(norm: nn.Module) -> None:
+def test_norms_without_a_kernel_are_left_to_pytorch(norm: nn.Module) -> None:
     x, y = torch.randn(5, 48, requires_grad=True), torch.randn(5, 48)
-    torch.testing.assert_close(fused.add_norm(x, y, norm, 0.0)[1], norm(x + y))
+    torch.testing.assert_close(layers.add_norm(x, y, norm, 0.0)[1], norm(x + y))
 
 
 @needs_kernels
@@ -196,7 +218,7 @@ def test_without_a_home_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", classmethod(unknown))
-    assert native.load.__wrapped__("training") is not None
+    assert build.load.__wrapped__("training") is not None
 
 
 def cut_short(library: Path) -> None:
@@ -213,32 +235,32 @@ def empty(library: Path) -> None:
     library.write_bytes(b"")
 
 
-def lose_its_checksum(library: Path) -> None:
+def remove_checksum(library: Path) -> None:
     library.with_suffix(".sha256").unlink()
 
 
-DAMAGES = (cut_short, flip_a_bit, empty, lose_its_checksum)
+DAMAGES = (cut_short, flip_a_bit, empty, remove_checksum)
 LOAD = """
 import os, sys
 from pathlib import Path
 
-from trmt import native
+from trmt.native import build
 
-native.SOURCES = Path(sys.argv[1])
+build.SOURCES = Path(sys.argv[1])
 for cache in sys.argv[2:]:
     os.environ["XDG_CACHE_HOME"] = cache
-    found = native.load.__wrapped__("tiny")
+    found = build.load.__wrapped__("tiny")
     print(found and found.answer())
 """
 
 
 @needs_kernels
-def test_a_damaged_library_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own, which loading half a library can kill."""
+def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another process, which half a library could kill."""
     (tmp_path / "tiny.c").write_text("int answer(void) { return 42; }\n", encoding="ascii")
-    monkeypatch.setattr(native, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
-    assert native.load.__wrapped__("tiny").answer() == 42
+    assert build.load.__wrapped__("tiny").answer() == 42
     caches = {tmp_path / "copied": None}
     caches |= {tmp_path / damage.__name__: damage for damage in DAMAGES}
     for cache, damage in caches.items():
@@ -253,66 +275,66 @@ def test_a_damaged_library_is_built_anew(tmp_path: Path, monkeypatch: pytest.Mon
     assert not done.stderr
     for cache, damage in caches.items():
         built = next(cache.rglob("*.so"))
-        assert (built.stat().st_mtime_ns != before[cache]) == bool(damage), "only what is damaged is built"
+        assert (built.stat().st_mtime_ns != before[cache]) == bool(damage), "only these are built again"
         assert built.stat().st_size == next((tmp_path / "whole").rglob("*.so")).stat().st_size
 
 
 @needs_kernels
 def test_a_row_of_zeros_has_a_norm() -> None:
-    """Epsilon is what it is divided by, and counts wherever rows are small."""
-    for norm in (nn.LayerNorm(32), nn.RMSNorm(32, eps=1e-4)):
+    """It is divided by epsilon."""
+    for norm in (LayerNorm(32), RMSNorm(32, eps=1e-4)):
         x = torch.stack([torch.zeros(32), torch.linspace(-1e-3, 1e-3, 32)]).requires_grad_()
-        ours = gradients(lambda norm=norm, x=x: fused.add_norm(x, x, norm, 0.0)[1], x)
+        ours = gradients(lambda norm=norm, x=x: layers.add_norm(x, x, norm, 0.0)[1], x)
         assert_same(ours, gradients(lambda norm=norm, x=x: norm(x + x), x), 1e-4)
 
 
-def scattered(x: Tensor) -> Tensor:
-    """The same numbers, none of which lies beside the next of its row."""
+def transposed(x: Tensor) -> Tensor:
+    """The same numbers, stored column by column."""
     return x.t().contiguous().t()
 
 
-def apart(x: Tensor) -> Tensor:
-    """The same numbers in rows that do not touch."""
+def with_gaps(x: Tensor) -> Tensor:
+    """The same numbers, stored with a gap behind each row."""
     return torch.cat([x, x], 1)[:, : x.shape[1]]
 
 
-NORM = nn.LayerNorm(48)
-LINEAR = fused.Linear(48, 32)
+NORM = LayerNorm(48)
+LINEAR = layers.Linear(48, 32)
 WEIGHTS = {"product": tuple(LINEAR.parameters()), "norm": tuple(NORM.parameters())}
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "drop": lambda x, _: fused.drop(x, 0.5),
+    "dropout": lambda x, _: layers.dropout(x, 0.5),
     "product": lambda x, _: LINEAR(x),
-    "sum": lambda x, y: fused.add_norm(x, y, NORM, 0.0)[0],
-    "norm": lambda x, y: fused.add_norm(x, y, NORM, 0.0)[1],
+    "sum": lambda x, y: layers.add_norm(x, y, NORM, 0.0)[0],
+    "norm": lambda x, y: layers.add_norm(x, y, NORM, 0.0)[1],
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_gradients_may_lie_anyhow_in_memory(name: str) -> None:
+def test_gradients_may_have_any_strides(name: str) -> None:
     x, y = (torch.randn(70, 48, requires_grad=True) for _ in range(2))
     torch.manual_seed(1)
     out = OPERATIONS[name](x, y)
     grad = torch.randn(out.shape)
     inputs = (x, *WEIGHTS.get(name, ()))
     expected = torch.autograd.grad(out, inputs, grad, retain_graph=True)
-    for other in (scattered(grad), apart(grad)):
+    for other in (transposed(grad), with_gaps(grad)):
         torch.testing.assert_close(torch.autograd.grad(out, inputs, other, retain_graph=True), expected)
 
 
-@pytest.mark.parametrize("laid_out", [scattered, apart])
+@pytest.mark.parametrize("strided", [transposed, with_gaps])
 @pytest.mark.parametrize("name", ["product", "sum", "norm"])
-def test_inputs_may_lie_anyhow_in_memory(name: str, laid_out: Callable[[Tensor], Tensor]) -> None:
+def test_inputs_may_have_any_strides(name: str, strided: Callable[[Tensor], Tensor]) -> None:
     x, y = (torch.randn(70, 48) for _ in range(2))
-    ours, theirs = [laid_out(part).requires_grad_() for part in (x, y)], [x.requires_grad_(), y]
+    ours, theirs = [strided(part).requires_grad_() for part in (x, y)], [x.requires_grad_(), y]
     found = [OPERATIONS[name](*parts) for parts in (ours, theirs)]
     torch.testing.assert_close(*found)
     pairs = zip(found, (ours, theirs), strict=True)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), some[0]) for out, some in pairs))
 
 
-@pytest.mark.parametrize("laid_out", [scattered, apart])
-def test_what_is_dropped_may_lie_anyhow_in_memory(laid_out: Callable[[Tensor], Tensor]) -> None:
-    x = laid_out(torch.arange(1.0, 65 * 64 + 1).view(65, 64))
-    out = fused.drop(x, 0.5)
+@pytest.mark.parametrize("strided", [transposed, with_gaps])
+def test_dropout_takes_any_strides(strided: Callable[[Tensor], Tensor]) -> None:
+    x = strided(torch.arange(1.0, 65 * 64 + 1).view(65, 64))
+    out = layers.dropout(x, 0.5)
     assert torch.equal(out[out != 0], 2 * x[out != 0])
     assert 0.4 < float((out == 0).float().mean()) < 0.6
