@@ -158,7 +158,7 @@ def test_weights_that_do_not_fit_are_named(tokenizer: Tokenizer, tmp_path: Path)
     with pytest.raises(BundleError, match="of shape"):
         bundles.load_weights(wider, weights, where="here")
     deeper = small_network("transformer", source_vocabulary=60, target_vocabulary=60, encoder_layers=3)
-    with pytest.raises(BundleError, match=r"has no weights 'encoder\.2"):
+    with pytest.raises(BundleError, match=r"has no weights 'encoder\.layers\.2"):
         bundles.load_weights(deeper, weights, where="here")
     lower = small_network("transformer", source_vocabulary=60, target_vocabulary=60, encoder_layers=1)
     with pytest.raises(BundleError, match="which the network does not have"):
