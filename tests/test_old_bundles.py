@@ -1,7 +1,7 @@
 """Bundles, runs and recipes of an earlier trmt are read, and its bundles translate as they did then.
 
 tests/fixtures/old_bundles has a bundle for each architecture and option of then. To save space, all of them
-share one tokenizer, and weights are compressed: `unpacked` restores a folder as it was written. `expected.json`
+share one tokenizer, and weights are compressed: `unpacked` restores a folder as it was. `expected.json`
 has what the earlier trmt made of some sentences.
 """
 
