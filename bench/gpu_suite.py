@@ -39,7 +39,7 @@ from provenance import RESULTS, ROOT
 GRACE = 15.0  # seconds that are left when the budget ends
 DONE, INTERRUPTED, FAILED, UNAVAILABLE, PENDING = "done", "interrupted", "failed", "unavailable", "pending"
 SMOKE = (
-    *("network.width=16", "network.feed_forward=16", "network.heads=2", "batches.tokens=600"),
+    *("network.d_model=16", "network.feed_forward=16", "network.heads=2", "batches.tokens=600"),
     *("training.steps=6", "training.log_every=2", "training.save_every=2"),
     *("validation.every=3", "validation.sentences=5"),
 )

@@ -37,6 +37,7 @@ SMALL: Mapping[str, Any] = {
     "decoder_layers": 2,
     "dropout": 0.0,
     "max_positions": 96,
+    "position_columns": 6,
     "encoder_steps": 4,
     "decoder_steps": 3,
 }

@@ -56,7 +56,7 @@ def assert_same_logits(net: MaskedEncoder, model: Any) -> None:
         hidden = net(source).hidden
         rows = net.readout(hidden).split([len(s) for s in sentences])
         starts = source.packed()[1][:-1]
-        next_sentence = net.judge(hidden[starts])
+        next_sentence = net.next_sentence_logits(hidden[starts])
         ids, real = source.padded()
         segment_ids = torch.zeros_like(ids)
         segment_ids[real] = extras["segments"]

@@ -158,7 +158,7 @@ def test_weights_that_do_not_fit_are_named(tokenizer: Tokenizer, tmp_path: Path)
     with pytest.raises(BundleError, match="of shape"):
         bundles.load_weights(wider, weights, where="here")
     deeper = small_network("transformer", source_vocabulary=60, target_vocabulary=60, encoder_layers=3)
-    with pytest.raises(BundleError, match=r"has no weights 'encoder\.2"):
+    with pytest.raises(BundleError, match=r"has no weights 'encoder\.layers\.2"):
         bundles.load_weights(deeper, weights, where="here")
     lower = small_network("transformer", source_vocabulary=60, target_vocabulary=60, encoder_layers=1)
     with pytest.raises(BundleError, match="which the network does not have"):
@@ -183,12 +183,12 @@ def test_the_manifest_can_be_changed(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert load_bundle(tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("positions", [10**15, 10**30])
+@pytest.mark.parametrize("max_positions", [10**15, 10**30])
 @pytest.mark.parametrize("architecture", ["transformer", "conv"])
 def test_sizes_that_no_machine_could_hold_are_an_error_of_one_sentence(
-    architecture: str, positions: int
+    architecture: str, max_positions: int
 ) -> None:
-    options = {"source_vocabulary": 9, "target_vocabulary": 9, "max_positions": positions}
+    options = {"source_vocabulary": 9, "target_vocabulary": 9, "max_positions": max_positions}
     with pytest.raises(ConfigError, match="choose smaller ones") as caught:
         bundles.build_network(architecture, options)
     assert "\n" not in str(caught.value)

@@ -292,9 +292,8 @@ def test_sinusoidal_positions_become_learned_with_the_vector_of_a_segment() -> N
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_programs_have_none_of_the_variants(variant: str) -> None:
     name = f"transformer-{variant}"
-    options = {"position_columns": 4} if variant == "concatenated" else {}
     manifest = SimpleNamespace(architecture=name)
-    bundle: Any = SimpleNamespace(net=small_network(name, **options), manifest=manifest, folder="here")
+    bundle: Any = SimpleNamespace(net=small_network(name), manifest=manifest, folder="here")
     with pytest.raises(ConfigError, match=f"Other has no networks like '{name}'"):
         transformer_of(bundle, "Other")
 

@@ -59,11 +59,11 @@ TABLE: Mapping[str, list[Variant]] = {
         *each("transformer-complex+no-residual", SELF, {"tied": "target", "norm_position": "pre"}),
     ],
     "transformer-concatenated": [
-        *each("transformer-concatenated", SELF, {"position_columns": 6}),
+        *each("transformer-concatenated", SELF, {}),
         *each(
             "transformer-concatenated+hard",
             SELF,
-            {"position_columns": 6, "cross_attention": "sampled", "tied": "none"},
+            {"cross_attention": "sampled", "tied": "none"},
         ),
         *each(
             "transformer-concatenated+batch-norm+same-layer+hard+unscaled",

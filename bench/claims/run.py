@@ -60,7 +60,7 @@ def train(place: Path, prepared: Path, system: System, tree: dict[str, Any]) -> 
 
     place.mkdir(parents=True, exist_ok=True)
     if system.start == "vectors":
-        tree = {**tree, "vectors": {"source": str(data.vectors(prepared, tree["network"]["width"]))}}
+        tree = {**tree, "vectors": {"source": str(data.vectors(prepared, tree["network"]["d_model"]))}}
     write_lines(place / "recipe.toml", [to_toml(tree)])
     began = time.monotonic()
     train(

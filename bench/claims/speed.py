@@ -66,7 +66,7 @@ def network(name: str, scale: Scale, device: str) -> Any:
     torch.manual_seed(1)
     tree = recipe(BY_NAME[name], scale, seed=1, device=device)
     sizes = {"source_vocabulary": scale.vocabulary, "target_vocabulary": scale.vocabulary}
-    options = {**tree["network"], **sizes, "longest": max(scale.longest, 2 * max(MEMORY))}
+    options = {**tree["network"], **sizes, "max_positions": max(scale.longest, 2 * max(MEMORY))}
     return build_network(tree["architecture"], options).to(device)
 
 

@@ -44,6 +44,7 @@ class RNNAttentionConfig(RNNConfig):
     """The sizes and options of a recurrent encoder-decoder with attention of any kind."""
 
     score: Literal["additive", "general", "dot", "scaled", "cosine", "location"] = "additive"  # type: ignore[assignment]
+    # over all positions, in a window around the target position or a predicted one, or of one drawn position
     attention: Literal["soft", "monotonic", "predictive", "sampled", "gumbel"] = "soft"
     attend_once: bool = False  # attention of the decoder's first state only
     window: int = 10  # positions on each side that windows cover

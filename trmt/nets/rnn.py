@@ -46,15 +46,15 @@ class RNNConfig:
     target_vocabulary: int  # target tokens, set from the tokenizer
     d_model: int = 512  # the hidden size
     cell: Cell = "gru"  # the recurrent unit
-    encoder_direction: Literal["forward", "backward", "both"] = "both"
+    encoder_direction: Literal["forward", "backward", "both"] = "both"  # in which it goes over the source
     encoder_layers: int = 1  # layers of the encoder
     decoder_layers: int = 1  # layers of the decoder
     residual: bool = False  # residual connections around each layer but the first
-    summary: Literal["last", "mean", "max", "attention"] = "last"  # how the vector c is made
+    summary: Literal["last", "mean", "max", "attention"] = "last"  # how the one vector of a source is made
     context: Literal["start", "every", "attention"] = "attention"  # what the decoder gets of the source
     attention_step: Literal["before", "after"] = "before"  # attention before a step or after it
     input_feeding: bool = False  # whether the cell gets the last output, too
-    score: Literal["additive", "general", "dot", "scaled"] = "additive"  # of attention
+    score: Literal["additive", "general", "dot", "scaled"] = "additive"  # the scores of attention
     heads: int = 1  # attention heads
     dropout: float = 0.2  # of embeddings, between layers and of outputs
     tied: Literal["target", "none"] = "target"  # whether the output shares the target embedding
