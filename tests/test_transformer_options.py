@@ -248,7 +248,7 @@ def test_an_encoder_that_was_pretrained_with_it_reads_the_same(options: dict[str
 
 
 def test_bundles_of_before_have_the_encoder_they_always_had() -> None:
-    network = dict.fromkeys(init_from.FIELDS, 1)
+    network = dict.fromkeys(init_from.ENCODER_FIELDS, 1)
     manifest: Any = SimpleNamespace(network=network, architecture="transformer")
     found = init_from.encoder_fields(manifest, where="there")  # type: ignore[arg-type]
     assert found["residual"] is True and found["position_join"] == "add" and found["width"] == 1
