@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests import toy
 from tests.fakes import random_sentences, small_network
