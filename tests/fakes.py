@@ -16,12 +16,11 @@ from trmt.nets.base import (
     HiddenVectors,
     Output,
     Products,
-    Ragged,
     Seq2Seq,
-    Source,
     Stepper,
     WantedWeights,
 )
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES, resolve
 
 VOCABULARY = 23

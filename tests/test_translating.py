@@ -17,7 +17,8 @@ from trmt.decoding.base import Hypothesis
 from trmt.decoding.batch import BatchDecoder
 from trmt.decoding.engine import Engine, Request
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.base import Seq2Seq
+from trmt.nets.ragged import Ragged, Source
 from trmt.streaming import StreamReport, translate_stream
 from trmt.text.splitting import TextSegment, joiner_for
 from trmt.text.tokenizer import Tokenizer

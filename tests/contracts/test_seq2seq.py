@@ -11,8 +11,9 @@ from torch import Tensor
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from tests.variants import Variant, variants
 from trmt.decoding.engine import frozen
-from trmt.nets.base import Decoding, Ragged, Seq2Seq, Source, State, Stepper, WantedWeights
+from trmt.nets.base import Decoding, Seq2Seq, State, Stepper, WantedWeights
 from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

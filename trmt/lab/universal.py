@@ -29,12 +29,11 @@ from trmt.nets.base import (
     FrozenLinear,
     Output,
     Products,
-    Ragged,
-    Source,
     WantedWeights,
     stack_weights,
 )
 from trmt.nets.layers import Spans, Sublayer
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.transformer import (
     CrossAttention,
     Decoder,
