@@ -20,15 +20,15 @@ from trmt.training.state import TrainState
 SHARDABLE = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name).layers_called_once]
 
 
-@pytest.mark.parametrize("norm_place", ["post", "pre"])
+@pytest.mark.parametrize("norm_position", ["post", "pre"])
 @pytest.mark.parametrize("architecture", SHARDABLE)
-def test_each_module_of_a_layer_is_called_once(architecture: str, norm_place: str) -> None:
+def test_each_module_of_a_layer_is_called_once(architecture: str, norm_position: str) -> None:
     # Without a call the layer would stay gathered; a second call would gather it again.
-    options = {"norm_place": norm_place} if architecture == "transformer" else {}
+    options = {} if architecture.startswith("conv") else {"norm_position": norm_position}
     net = small_network(architecture, **options).train()
-    lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
-    modules = [m for each in lists for layer in each for m in layer.modules() if sharding.has_matrix(m)]
-    assert len(modules) > len(lists)
+    layers = sharding.modules_of_layers(net)
+    modules = [module for layer in layers for module in layer]
+    assert len(layers) >= 4 and len(modules) > len(layers)
     calls: Counter[nn.Module] = Counter()
     for module in modules:
         module.register_forward_pre_hook(lambda module, _: calls.update([module]))
