@@ -176,7 +176,7 @@ def test_the_state_is_as_large_as_estimated(run: TrainingRun) -> None:
 
 def test_checkpoints_take_no_more_disk_than_estimated(toy_set: Path, tmp_path: Path) -> None:
     changes = {
-        "network": {"width": 64, "feed_forward": 256},
+        "network": {"d_model": 64, "feed_forward": 256},
         "training": {"steps": 12, "keep_best": 2, "keep_last": 2},
         "validation": {"every": 2},
     }
@@ -217,7 +217,7 @@ def test_a_run_that_does_not_fit_is_not_measured_and_the_setting_that_helps_is_n
     assert "peak memory, estimated" in plan and "not measured: it would not fit" in plan
     assert "halve batches.tokens and double batches.accumulate" in plan
     monkeypatch.setattr(budget, "state_bytes", lambda state: activations)
-    assert "network.width" in plan_of(run, capsys)
+    assert "network.d_model" in plan_of(run, capsys)
 
 
 def test_a_disk_that_is_too_small_is_warned_of(

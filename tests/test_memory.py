@@ -81,7 +81,9 @@ def test_the_largest_batches_are_rehearsed_first(
         if torch.is_grad_enabled():
             lengths_S = torch.maximum(batch.source.lengths_S, batch.before.lengths_S)
             pairs, longest = len(lengths_S), int(lengths_S.max())
-            sizes.append((int(lengths_S.sum()) if type(net).in_row else pairs * longest, pairs, longest))
+            sizes.append(
+                (int(lengths_S.sum()) if type(net).packs_tokens else pairs * longest, pairs, longest)
+            )
         return loss(self, net, batch)
 
     def counted(state: TrainState, batches: Any) -> Any:
@@ -299,14 +301,14 @@ def test_micro_batches_of_a_compiled_network_have_one_shape(toy_set: Path, tmp_p
         for halvings in (0, 1):
             state.micro_batches.halvings = halvings
             train_step(state, [run.batches.load(run.batches.plan(0)[0][0])])
-            shape = state.batch_shape.part(2**halvings)
-            assert shapes == {(shape.source, shape.target, shape.sentences, shape.longest)}
+            shape = state.batch_shape.micro_batch(2**halvings)
+            assert shapes == {(shape.source_tokens, shape.target_tokens, shape.sentences, shape.max_length)}
             shapes.clear()
 
 
 def test_the_batch_shape_keeps_to_the_positions_of_the_network(toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path)
     longest = int(Batches(PreparedSet.open(toy_set), BatchConfig(), seed=1).lengths.max())
-    changes = (f"network.longest={longest + 1}", "batches.subword_alpha=0.4")
+    changes = (f"network.max_positions={longest + 1}", "batches.subword_alpha=0.4")
     shape = TrainingRun.from_options(options(tmp_path / "run", toy_set, recipe, *changes)).state.batch_shape
-    assert shape and shape.longest == longest + 1
+    assert shape and shape.max_length == longest + 1

@@ -216,7 +216,7 @@ def test_naming_the_folder_is_enough_to_resume(toy_set: Path, tmp_path: Path, ru
     [
         ("optim.lr=0.5", "optim.lr"),
         ("training.seed=2", "training.seed"),
-        ("network.width=32", "network.width"),
+        ("network.d_model=32", "network.d_model"),
         ("batches.tokens=151", "batches.tokens"),
         ("loss.label_smoothing=0.2", "loss.label_smoothing"),
         ("validation.every=4", "validation.every"),
@@ -587,7 +587,7 @@ def test_sentences_longer_than_the_network_allows_are_refused_at_the_start(
     with pytest.raises(
         ConfigError, match=r"sentences of \d+ tokens, the network only has positions for 5; raise"
     ):
-        train(options(run, toy_set, toy.recipe(tmp_path), "network.longest=5"))
+        train(options(run, toy_set, toy.recipe(tmp_path), "network.max_positions=5"))
     assert not run.exists()
 
 
@@ -653,7 +653,7 @@ def test_sampled_subwords_never_exceed_the_positions_of_the_network(
     toy_set: Path, tmp_path: Path, run: Path
 ) -> None:
     longest = int(Batches(PreparedSet.open(toy_set), BatchConfig(), seed=1).lengths.max())
-    settings = ["batches.subword_alpha=0.9", f"network.longest={longest}", "training.epochs=1"]
+    settings = ["batches.subword_alpha=0.9", f"network.max_positions={longest}", "training.epochs=1"]
     train(options(run, toy_set, toy.recipe(tmp_path), *settings))
     assert checkpoints.list_checkpoints(run)
 

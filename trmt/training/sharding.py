@@ -34,8 +34,10 @@ def shard(net: Network, distributed: Distributed, device: torch.device) -> None:
     # The warning is about in-place operations on a module's output; the gradient tests would show one.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (distributed.world_size,))
-    for modules in modules_of_layers(net):
-        fully_shard(modules, mesh=mesh)
+    for layer in layers(net):
+        # The modules inside and not the layer: networks call what is in a layer, never the layer itself.
+        if modules := [module for module in layer.modules() if has_matrix(module)]:
+            fully_shard(modules, mesh=mesh)
     fully_shard(net, mesh=mesh, reshard_after_forward=False)
     for module in net.modules():
         if isinstance(module, FSDPModule):
@@ -43,13 +45,9 @@ def shard(net: Network, distributed: Distributed, device: torch.device) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def modules_of_layers(net: nn.Module) -> list[list[nn.Module]]:
-    """The modules with a matrix in each layer; networks call these, and never the layer itself."""
-    lists = [module for module in net.modules() if isinstance(module, nn.ModuleList)]
-    layers = [
-        [module for module in layer.modules() if has_matrix(module)] for each in lists for layer in each
-    ]
-    return [modules for modules in layers if modules]
+def layers(net: nn.Module) -> list[nn.Module]:
+    """The layers of a network: what stands in its module lists."""
+    return [layer for module in net.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
 def has_matrix(module: nn.Module) -> bool:

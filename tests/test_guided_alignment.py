@@ -1,8 +1,9 @@
-"""Attention that is taught where to look: links in prepared sets, their loss, and runs that learn them."""
+"""Guided alignment: links in prepared sets, their loss, and runs that learn them."""
 
 from __future__ import annotations
 
 import gzip
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trmt.objectives.guidance import Guide, Place, guidance
 
 from tests import toy
 from tests.fakes import random_sentences, small_network
+from tests.variants import Variant, variants
 from trmt.averaging import AverageOptions, average
 from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, DataError
 from trmt.lab.denoising import DenoisingConfig
-from trmt.nets.base import Ragged, Source, narrowed, one_head, place_of
+from trmt.nets.base import Ragged, Source, WantedWeights, layer_index
 from trmt.objectives.base import Specials
+from trmt.objectives.guided_alignment import SMALLEST, BatchLinks, GuidedHead, alignment_loss
 from trmt.objectives.translation import Translation, TranslationConfig
-from trmt.registry import ARCHITECTURES
 from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet, RaggedArray
@@ -156,7 +157,7 @@ def examples(count: int, *, seed: int = 0) -> RaggedBatch:
     for number, (source, target) in enumerate(zip(*sides, strict=True)):
         points = [(one, other) for one in range(len(source)) for other in range(len(target))]
         some = chooser.sample(points, min(len(points), number * 2))
-        links.append([place for point in some for place in point])
+        links.append([position for point in some for position in point])
 
     def column(rows: list[list[int]]) -> RaggedArray:
         flat = [value for row in rows for value in row]
@@ -167,7 +168,7 @@ def examples(count: int, *, seed: int = 0) -> RaggedBatch:
     )
 
 
-def by_hand(net: Any, batch: RaggedBatch, place: Place) -> float:
+def by_hand(net: Any, batch: RaggedBatch, guided: GuidedHead) -> float:
     """The loss of the definition, one sentence and one link at a time."""
     columns = {
         name: np.split(column.values, np.cumsum(column.lengths)[:-1])
@@ -175,28 +176,24 @@ def by_hand(net: Any, batch: RaggedBatch, place: Place) -> float:
     }
     total = 0.0
     for source, target, flat in zip(*columns.values(), strict=True):
-        output = net(Source.of([[*source, 2]]), Ragged.of([[3, *target]]), want={"attention"})
-        layer = output.attention[place_of(place.layer, output.attention.shape[0])]
-        weights = layer[0, min(place.head, layer.shape[1] - 1)]
+        output = net(Source.of([[*source, 2]]), Ragged.of([[3, *target]]), want=WantedWeights(cross=True))
+        layer = output.cross_attention[layer_index(guided.layer, output.cross_attention.shape[0])]
+        weights = layer[0, min(guided.head, layer.shape[1] - 1)]
         links = flat.reshape(-1, 2).tolist()
         for written in {other for _, other in links}:
             sources = [one for one, other in links if other == written]
-            row = weights[written + place.shift]
-            total -= sum(float(row[one].detach().log()) for one in sources) / len(sources)
+            row = weights[written + guided.shift]
+            total -= sum(math.log(max(row[one].item(), SMALLEST)) for one in sources) / len(sources)
     return total
 
 
-def options_of(architecture: str) -> dict[str, Any]:
-    return {"decoder_layers": 3} if architecture != "universal" else {}
+WITH_ATTENTION = [each for each in variants(defaults=True) if each.weights and "cross" in each.weights]
 
 
-WITH_ATTENTION = [name for name in ARCHITECTURES if name != "hierarchical"]
-
-
-@pytest.mark.parametrize("architecture", WITH_ATTENTION)
+@pytest.mark.parametrize("variant", WITH_ATTENTION, ids=str)
 @pytest.mark.parametrize("shift", [False, True])
-def test_the_loss_is_that_of_the_definition(architecture: str, shift: bool) -> None:
-    net = small_network(architecture, **options_of(architecture))
+def test_the_loss_is_that_of_the_definition(variant: Variant, shift: bool) -> None:
+    net = small_network(variant.name, **variant.options)
     batch = examples(6)
     plain = Translation(TranslationConfig(), SPECIALS)
     config = TranslationConfig(alignment_weight=0.5, alignment_head=2, alignment_shift=shift)
@@ -204,7 +201,7 @@ def test_the_loss_is_that_of_the_definition(architecture: str, shift: bool) -> N
     with torch.no_grad():
         before = plain.loss(net, plain.collate(without_links(batch), torch.device("cpu")))
         after = guided.loss(net, guided.collate(batch, torch.device("cpu")))
-    expected = by_hand(net, batch, Place(-2, 1, int(shift)))
+    expected = by_hand(net, batch, GuidedHead(-2, 1, int(shift)))
     assert expected > 1
     assert float(after.total - before.total) == pytest.approx(0.5 * expected, rel=1e-4)
     assert float(after.nll) == pytest.approx(float(before.nll)) and after.tokens == before.tokens
@@ -241,31 +238,35 @@ def test_sums_and_gradients_add_up_over_any_split(architecture: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_taught_head_is_asked_for() -> None:
+def test_only_the_guided_head_is_computed() -> None:
     net = small_network("transformer", decoder_layers=3)
     source, target = Source.of([[5, 6, 2], [7, 2]]), Ragged.of([[3, 8], [3, 9, 10]])
-    every = net(source, target, want={"attention"}).attention
+    every = net(source, target, want=WantedWeights(cross=True)).cross_attention
     for layer in (0, 1, 2, -1, -3, -9, 7):
         for head in (0, 1):
-            found = net(source, target, want=one_head(layer, head)).attention
+            found = net(
+                source, target, want=WantedWeights(cross=True, layer=layer, head=head)
+            ).cross_attention
             assert found.shape[0] == found.shape[2] == 1
-            torch.testing.assert_close(found[0, :, 0], every[place_of(layer, 3), :, head])
-    assert narrowed(set(), 3) == (range(0), slice(None)) and narrowed({"attention"}, 3)[0] == range(3)
+            torch.testing.assert_close(found[0, :, 0], every[layer_index(layer, 3), :, head])
+    assert WantedWeights().cross_layers(3) == range(0) and WantedWeights(cross=True).cross_layers(3) == range(
+        3
+    )
 
 
 def test_weights_of_zero_do_not_end_training() -> None:
     attention = torch.tensor([[[[[1.0, 0.0]]]]], requires_grad=True)
-    guide = Guide.of(RaggedArray(np.array([1, 0]), np.array([2])), torch.device("cpu"))
-    loss = guidance(attention, guide, Place(0, 0, 0))
+    links = BatchLinks.of(RaggedArray(np.array([1, 0]), np.array([2])), torch.device("cpu"))
+    loss = alignment_loss(attention, links, GuidedHead(0, 0, 0))
     loss.backward()
     assert attention.grad is not None
     assert torch.isfinite(loss) and torch.isfinite(attention.grad).all()
 
 
-def test_what_cannot_be_taught_is_refused(plain: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_guided_is_refused(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="alignment_layer"):
         TranslationConfig(alignment_layer=0)
-    with pytest.raises(ConfigError, match="denoising has none"):
+    with pytest.raises(ConfigError, match="which denoising has not"):
         DenoisingConfig(alignment_weight=1.0)
     with pytest.raises(ConfigError, match="subword_alpha"):
         load_recipe("transformer-tiny", ["batches.subword_alpha=0.1", "loss.alignment_weight=0.1"])
@@ -281,7 +282,7 @@ def test_what_cannot_be_taught_is_refused(plain: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "rnn"])
-def test_a_guided_network_looks_where_it_was_taught(architecture: str) -> None:
+def test_guided_attention_learns_the_links(architecture: str) -> None:
     batch = examples(8, seed=3)
     left = {}
     for weight in (0.0, 2.0):
@@ -293,22 +294,22 @@ def test_a_guided_network_looks_where_it_was_taught(architecture: str) -> None:
             optimizer.zero_grad()
             (loss.total / loss.tokens).backward()
             optimizer.step()
-        left[weight] = by_hand(net.eval(), batch, objective.place)
+        left[weight] = by_hand(net.eval(), batch, objective.head)
     assert left[2.0] < 0.7 * left[0.0]
 
 
-def test_a_guided_run_resumes_exactly_and_says_where_it_looks(guided_set: Path, tmp_path: Path) -> None:
+def test_a_guided_run_resumes_exactly_and_records_its_head(guided_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, {"loss": {"alignment_weight": 0.5, "alignment_shift": True}})
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(toy.options(whole, guided_set, recipe))
     train(toy.options(run, guided_set, recipe, "training.steps=3"))
     train(toy.options(run, guided_set, recipe))
-    once, resumed = (checkpoints.list_checkpoints(place)[-1].load_state()[1] for place in (whole, run))
+    once, resumed = (checkpoints.list_checkpoints(folder)[-1].load_state()[1] for folder in (whole, run))
     torch.testing.assert_close(dict(resumed), dict(once), rtol=0, atol=0, equal_nan=True)
     expected = {"layer": -2, "head": 0, "shift": 1}
     assert checkpoints.list_checkpoints(run)[-1].manifest.training["alignment"] == expected
     averaged = average(AverageOptions(paths=(run,), last=2))
     assert bundles.read_manifest(averaged).training["alignment"] == expected
-    # What it is taught may not change on the way.
+    # What guides it may not change on the way.
     with pytest.raises(ConfigError, match=r"loss\.alignment_weight"):
         train(toy.options(run, guided_set, recipe, "loss.alignment_weight=0.1", "training.steps=9"))
