@@ -45,7 +45,7 @@ def test_the_operations_are_those_that_torch_counts() -> None:
     config = TransformerConfig(
         source_vocabulary=40,
         target_vocabulary=40,
-        width=width,
+        d_model=width,
         feed_forward=48,
         heads=4,
         encoder_layers=2,

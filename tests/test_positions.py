@@ -148,13 +148,15 @@ def test_t5_equals_the_attention_of_hugging_face() -> None:
 def test_complex_embeddings_have_amplitude_frequency_and_phase() -> None:
     net: Any = small_network("transformer-complex", tied="none")
     embedding = net.decoder.embedding
-    embedding.frequencies.copy_(torch.randn(1, 23, 8))
+    embedding.frequencies.weight.copy_(torch.randn(1, 23, 8))
     ids, position = torch.tensor([5, 9, 5]), torch.tensor([0, 3, 40])
     x, found = embedding.tokens(ids) * 4, embedding(ids, position)
     for row, (token, at) in enumerate(zip(ids.tolist(), position.tolist(), strict=True)):
         for column in range(8):
             amplitude, phase = cmath.polar(complex(*x[row, 2 * column : 2 * column + 2].tolist()))
-            rotated = cmath.rect(amplitude, float(embedding.frequencies[0, token, column]) * at + phase)
+            rotated = cmath.rect(
+                amplitude, float(embedding.frequencies.weight[0, token, column]) * at + phase
+            )
             pair = [rotated.real, rotated.imag]
             assert found[row, 2 * column : 2 * column + 2].tolist() == pytest.approx(pair, abs=1e-5)
 
@@ -242,7 +244,7 @@ def test_options_that_exclude_each_other_are_refused(
 @pytest.mark.parametrize("name", ["complex", "relative", "t5"])
 def test_frequencies_and_distances_are_not_held_in_int8(name: str) -> None:
     net = small_network(f"transformer-{name}", max_positions=8)
-    ends = ("frequencies", "distance_vectors", "distance_bias")
+    ends = ("frequencies.weight", "distance_vectors", "distance_bias")
     names = [name for name, _ in net.named_parameters() if name.endswith(ends)]
     assert names and all(net.get_parameter(name).dim() > 2 for name in names)
 
