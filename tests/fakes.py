@@ -39,6 +39,7 @@ SMALL: Mapping[str, Any] = {
     "max_positions": 96,
     "encoder_steps": 4,
     "decoder_steps": 3,
+    "position_columns": 6,
 }
 
 
