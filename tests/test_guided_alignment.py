@@ -1,4 +1,4 @@
-"""Attention that is taught where to look: links in prepared sets, their loss, and runs that learn them."""
+"""Guided alignment: links in prepared sets, their loss, and runs that learn them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trmt.objectives.guidance import Guide, Place, guidance
 
 from tests import toy
 from tests.fakes import random_sentences, small_network
+from tests.variants import Variant, variants
 from trmt.averaging import AverageOptions, average
 from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, DataError
 from trmt.lab.denoising import DenoisingConfig
-from trmt.nets.base import Ragged, Source, narrowed, one_head, place_of
+from trmt.nets.base import NO_WEIGHTS, Ragged, Source, WantedWeights, layer_index
 from trmt.objectives.base import Specials
+from trmt.objectives.guided_alignment import SMALLEST, BatchLinks, GuidedHead, alignment_loss
 from trmt.objectives.translation import Translation, TranslationConfig
-from trmt.registry import ARCHITECTURES
 from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet, RaggedArray
@@ -156,7 +156,7 @@ def examples(count: int, *, seed: int = 0) -> RaggedBatch:
     for number, (source, target) in enumerate(zip(*sides, strict=True)):
         points = [(one, other) for one in range(len(source)) for other in range(len(target))]
         some = chooser.sample(points, min(len(points), number * 2))
-        links.append([place for point in some for place in point])
+        links.append([token for point in some for token in point])
 
     def column(rows: list[list[int]]) -> RaggedArray:
         flat = [value for row in rows for value in row]
@@ -167,7 +167,7 @@ def examples(count: int, *, seed: int = 0) -> RaggedBatch:
     )
 
 
-def by_hand(net: Any, batch: RaggedBatch, place: Place) -> float:
+def by_hand(net: Any, batch: RaggedBatch, guided: GuidedHead) -> float:
     """The loss of the definition, one sentence and one link at a time."""
     columns = {
         name: np.split(column.values, np.cumsum(column.lengths)[:-1])
@@ -175,28 +175,24 @@ def by_hand(net: Any, batch: RaggedBatch, place: Place) -> float:
     }
     total = 0.0
     for source, target, flat in zip(*columns.values(), strict=True):
-        output = net(Source.of([[*source, 2]]), Ragged.of([[3, *target]]), want={"attention"})
-        layer = output.attention[place_of(place.layer, output.attention.shape[0])]
-        weights = layer[0, min(place.head, layer.shape[1] - 1)]
+        output = net(Source.of([[*source, 2]]), Ragged.of([[3, *target]]), want=WantedWeights(cross=True))
+        layer = output.cross_attention[layer_index(guided.layer, output.cross_attention.shape[0])]
+        weights = layer[0, min(guided.head, layer.shape[1] - 1)]
         links = flat.reshape(-1, 2).tolist()
-        for written in {other for _, other in links}:
-            sources = [one for one, other in links if other == written]
-            row = weights[written + place.shift]
-            total -= sum(float(row[one].detach().log()) for one in sources) / len(sources)
+        for linked in {other for _, other in links}:
+            sources = [one for one, other in links if other == linked]
+            row = weights[linked + guided.shift].detach().clamp(min=SMALLEST)
+            total -= sum(float(row[one].log()) for one in sources) / len(sources)
     return total
 
 
-def options_of(architecture: str) -> dict[str, Any]:
-    return {"decoder_layers": 3} if architecture != "universal" else {}
+WITH_ATTENTION = [variant for variant in variants() if variant.weights and "cross" in variant.weights]
 
 
-WITH_ATTENTION = [name for name in ARCHITECTURES if name != "hierarchical"]
-
-
-@pytest.mark.parametrize("architecture", WITH_ATTENTION)
+@pytest.mark.parametrize("variant", WITH_ATTENTION, ids=str)
 @pytest.mark.parametrize("shift", [False, True])
-def test_the_loss_is_that_of_the_definition(architecture: str, shift: bool) -> None:
-    net = small_network(architecture, **options_of(architecture))
+def test_the_loss_is_that_of_the_definition(variant: Variant, shift: bool) -> None:
+    net = small_network(variant.name, **variant.options)
     batch = examples(6)
     plain = Translation(TranslationConfig(), SPECIALS)
     config = TranslationConfig(alignment_weight=0.5, alignment_head=2, alignment_shift=shift)
@@ -204,7 +200,7 @@ def test_the_loss_is_that_of_the_definition(architecture: str, shift: bool) -> N
     with torch.no_grad():
         before = plain.loss(net, plain.collate(without_links(batch), torch.device("cpu")))
         after = guided.loss(net, guided.collate(batch, torch.device("cpu")))
-    expected = by_hand(net, batch, Place(-2, 1, int(shift)))
+    expected = by_hand(net, batch, GuidedHead(-2, 1, int(shift)))
     assert expected > 1
     assert float(after.total - before.total) == pytest.approx(0.5 * expected, rel=1e-4)
     assert float(after.nll) == pytest.approx(float(before.nll)) and after.tokens == before.tokens
@@ -241,28 +237,30 @@ def test_sums_and_gradients_add_up_over_any_split(architecture: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_taught_head_is_asked_for() -> None:
+def test_only_the_guided_head_is_computed() -> None:
     net = small_network("transformer", decoder_layers=3)
     source, target = Source.of([[5, 6, 2], [7, 2]]), Ragged.of([[3, 8], [3, 9, 10]])
-    every = net(source, target, want={"attention"}).attention
+    every = net(source, target, want=WantedWeights(cross=True)).cross_attention
     for layer in (0, 1, 2, -1, -3, -9, 7):
-        for head in (0, 1):
-            found = net(source, target, want=one_head(layer, head)).attention
+        for head in (0, 1, 5):  # there are two: the last one stands for those beyond it
+            want = WantedWeights(cross=True, layer=layer, head=head)
+            found = net(source, target, want=want).cross_attention
             assert found.shape[0] == found.shape[2] == 1
-            torch.testing.assert_close(found[0, :, 0], every[place_of(layer, 3), :, head])
-    assert narrowed(set(), 3) == (range(0), slice(None)) and narrowed({"attention"}, 3)[0] == range(3)
+            torch.testing.assert_close(found[0, :, 0], every[layer_index(layer, 3), :, min(head, 1)])
+    assert (NO_WEIGHTS.cross_layers(3), NO_WEIGHTS.cross_heads(2)) == (range(0), slice(None))
+    assert WantedWeights(cross=True).cross_layers(3) == range(3)
 
 
 def test_weights_of_zero_do_not_end_training() -> None:
     attention = torch.tensor([[[[[1.0, 0.0]]]]], requires_grad=True)
-    guide = Guide.of(RaggedArray(np.array([1, 0]), np.array([2])), torch.device("cpu"))
-    loss = guidance(attention, guide, Place(0, 0, 0))
+    links = BatchLinks.of(RaggedArray(np.array([1, 0]), np.array([2])), torch.device("cpu"))
+    loss = alignment_loss(attention, links, GuidedHead(0, 0, 0))
     loss.backward()
     assert attention.grad is not None
     assert torch.isfinite(loss) and torch.isfinite(attention.grad).all()
 
 
-def test_what_cannot_be_taught_is_refused(plain: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_guided_is_refused(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="alignment_layer"):
         TranslationConfig(alignment_layer=0)
     with pytest.raises(ConfigError, match="denoising has none"):
@@ -281,7 +279,7 @@ def test_what_cannot_be_taught_is_refused(plain: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "rnn"])
-def test_a_guided_network_looks_where_it_was_taught(architecture: str) -> None:
+def test_a_guided_network_attends_to_linked_tokens(architecture: str) -> None:
     batch = examples(8, seed=3)
     left = {}
     for weight in (0.0, 2.0):
@@ -293,11 +291,11 @@ def test_a_guided_network_looks_where_it_was_taught(architecture: str) -> None:
             optimizer.zero_grad()
             (loss.total / loss.tokens).backward()
             optimizer.step()
-        left[weight] = by_hand(net.eval(), batch, objective.place)
+        left[weight] = by_hand(net.eval(), batch, objective.head)
     assert left[2.0] < 0.7 * left[0.0]
 
 
-def test_a_guided_run_resumes_exactly_and_says_where_it_looks(guided_set: Path, tmp_path: Path) -> None:
+def test_a_guided_run_resumes_exactly_and_records_the_guided_head(guided_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, {"loss": {"alignment_weight": 0.5, "alignment_shift": True}})
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(toy.options(whole, guided_set, recipe))
@@ -309,6 +307,6 @@ def test_a_guided_run_resumes_exactly_and_says_where_it_looks(guided_set: Path, 
     assert checkpoints.list_checkpoints(run)[-1].manifest.training["alignment"] == expected
     averaged = average(AverageOptions(paths=(run,), last=2))
     assert bundles.read_manifest(averaged).training["alignment"] == expected
-    # What it is taught may not change on the way.
+    # The loss of a run cannot change.
     with pytest.raises(ConfigError, match=r"loss\.alignment_weight"):
         train(toy.options(run, guided_set, recipe, "loss.alignment_weight=0.1", "training.steps=9"))
