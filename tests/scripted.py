@@ -52,7 +52,7 @@ class Scripted(Seq2Seq):
         super().__init__()
         self.config = ScriptedConfig(max_positions)
         self.script, self.vocabulary, self.eos = script, vocabulary, eos
-        self.output = nn.Embedding(1, 1)  # which is not used
+        self.output = nn.Embedding.from_pretrained(torch.zeros(1, 1), freeze=False)  # which is not used
 
     def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
         raise AssertionError("a script is only for decoding")
