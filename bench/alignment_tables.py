@@ -22,7 +22,7 @@ WAYS = {
 }
 NETWORKS = {"plain": "not guided", "guided": "guided"}
 HEAD = ("aligner", *WAYS.values(), "precision, recall of the best")
-LOOK_HEAD = (
+HEADS_HEAD = (
     "network",
     "direction",
     "layer",
@@ -51,39 +51,45 @@ def rows(found: dict) -> list[Row]:
     return made
 
 
-def look_rows(found: dict) -> list[Row]:
+def head_rows(found: dict) -> list[Row]:
     """The error rates of every layer in both directions."""
     return [
         (name, WAYS[way], *row)
         for kind, name in NETWORKS.items()
-        for way, looks in found["figures"][kind]["looks"].items()
-        for row in layer_rows(looks)
+        for way, choices in found["figures"][kind]["looks"].items()
+        for row in layer_rows(choices)
     ]
 
 
-def layer_rows(looks: list[dict]) -> Iterable[Row]:
-    for layer in sorted({look["layer"] for look in looks}):
-        [mean] = [look for look in looks if (look["layer"], look["head"], look["shift"]) == (layer, None, 0)]
-        rates = [*(least(looks, layer, *cell) for cell in CELLS), mean["test_from_counting"]]
+def layer_rows(choices: list[dict]) -> Iterable[Row]:
+    for layer in sorted({choice["layer"] for choice in choices}):
+        [mean] = [
+            choice
+            for choice in choices
+            if (choice["layer"], choice["head"], choice["shift"]) == (layer, None, 0)
+        ]
+        rates = [*(least(choices, layer, *cell) for cell in CELLS), mean["test_from_counting"]]
         yield (str(layer), *(f"{rate:.3f}" for rate in rates))
 
 
 CELLS = [(mean, shift) for mean in (True, False) for shift in (0, 1)]
 
 
-def least(looks: list[dict], layer: int, mean: bool, shift: int) -> float:
+def least(choices: list[dict], layer: int, mean: bool, shift: int) -> float:
     """The lowest error rate of a layer's mean, or of its heads."""
     wanted = (layer, mean, shift)
     return min(
-        look["aer"] for look in looks if (look["layer"], look["head"] is None, look["shift"]) == wanted
+        choice["aer"]
+        for choice in choices
+        if (choice["layer"], choice["head"] is None, choice["shift"]) == wanted
     )
 
 
 def chosen(found: dict) -> str:
     """What choosing by IBM Model 1 instead of gold links costs, in a sentence."""
     parts = []
-    for looks in found["figures"]["plain"]["looks"].values():
-        counted, best = (min(looks, key=lambda look: look[by]) for by in ("from_counting", "aer"))
+    for choices in found["figures"]["plain"]["looks"].values():
+        counted, best = (min(choices, key=lambda choice: choice[by]) for by in ("from_counting", "aer"))
         parts.append(f"{named(counted)}, {counted['aer']:.3f} (by gold {named(best)}, {best['aer']:.3f})")
     return (
         "Of the unguided network's layers and heads, IBM Model 1 agrees best with "
@@ -91,10 +97,10 @@ def chosen(found: dict) -> str:
     )
 
 
-def named(look: dict) -> str:
+def named(choice: dict) -> str:
     """A head or the mean of a layer, in words."""
-    head = "the mean" if look["head"] is None else f"head {look['head'] + 1}"
-    return f"{head} of layer {look['layer']}{', shifted' if look['shift'] else ''}"
+    head = "the mean" if choice["head"] is None else f"head {choice['head'] + 1}"
+    return f"{head} of layer {choice['layer']}{', shifted' if choice['shift'] else ''}"
 
 
 def made_with(found: dict) -> str:

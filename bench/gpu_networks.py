@@ -13,7 +13,7 @@ from translators.client import Failed
 
 FORMATS = {"transformers": "huggingface", "ctranslate2": "ctranslate2"}  # engine: `trmt export --to`
 SIDES = ("source", "target")
-NAMED = ("width", "feed_forward", "heads", "encoder_layers", "decoder_layers", "source_vocabulary")
+NAMED = ("d_model", "feed_forward", "heads", "encoder_layers", "decoder_layers", "source_vocabulary")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ TOY = Size(
     shortest=2,
     mean=4,
     longest=6,
-    changes={"width": 16, "feed_forward": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1},
+    changes={"d_model": 16, "feed_forward": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1},
 )
 
 

@@ -39,7 +39,7 @@ from provenance import RESULTS, ROOT
 GRACE = 15.0  # seconds that are left when the budget ends
 DONE, INTERRUPTED, FAILED, UNAVAILABLE, PENDING = "done", "interrupted", "failed", "unavailable", "pending"
 SMOKE = (
-    *("network.width=16", "network.feed_forward=16", "network.heads=2", "batches.tokens=600"),
+    *("network.d_model=16", "network.feed_forward=16", "network.heads=2", "batches.tokens=600"),
     *("training.steps=6", "training.log_every=2", "training.save_every=2"),
     *("validation.every=3", "validation.sentences=5"),
 )
@@ -130,7 +130,7 @@ def translation(network: str) -> Row:
         words = bench("gpu_translate.py", network, "--work", str(place.work / name))(place)
         return [*words, *(tiny if place.smoke else [])]
 
-    measures = f"translating with the {network} network: speed by graphs and without, beside other programs"
+    measures = f"translation with the {network} network: speed with and without graphs, other programs"
     return Row(name=name, measures=measures, command=command, least=90, paced=True, alone=True)
 
 
@@ -161,40 +161,40 @@ def lineage(place: Place) -> list[str]:
 ROWS = (
     Row(
         name="machine",
-        measures="matrix products, copies and launches: what the card can do at all",
+        measures="limits of the GPU: matrix products, copies, kernel launches",
         command=machine,
     ),
-    Row(name="gpu-tests", measures="the tests that need a GPU: passed and failed", command=gpu_tests),
+    Row(name="gpu-tests", measures="tests that need a GPU: passed and failed", command=gpu_tests),
     Row(
         name="translate-kernels",
-        measures="kernels for translating beside plain PyTorch: times, share of the memory's speed",
+        measures="Triton kernels compared with PyTorch: times, share of the memory bandwidth",
         command=translate_kernels,
         packages=("triton",),
     ),
     translation("base"),
-    speed("train-base", "training the base network in bf16: speed, memory, wait for the loader", least=150),
-    speed("train-big", "training the big network in bf16: speed, memory, wait for the loader", least=150),
+    speed("train-base", "training of the base network in bf16: speed, memory, data wait", least=150),
+    speed("train-big", "training of the big network in bf16: speed, memory, data wait", least=150),
     experiment(
         *("multi30k.py", "multi30k", "multi30k"),
-        "Multi30k English-German by the published recipe, BLEU, mean of 3 seeds",
+        "Multi30k English-German, recipe multi30k, mean BLEU of 3 seeds",
         seeds=3,
     ),
     speed(
         "train-peers",
-        "training the base network beside Hugging Face's Seq2SeqTrainer, in turn",
+        "training of the base network compared with Hugging Face's Seq2SeqTrainer",
         least=240,
         packages=("transformers", "accelerate"),
     ),
     translation("big"),
-    speed("train-deterministic", "the cost of training.deterministic", least=200),
+    speed("train-deterministic", "cost of training.deterministic", least=200),
     experiment(
         *("multi30k.py", "multi30k-raw", "multi30k"),
-        "Multi30k English-German from raw text by a recipe that aims higher, mean of 3 seeds",
+        "Multi30k English-German from raw text, recipe multi30k-plus, mean of 3 seeds",
         seeds=3,
     ),
     experiment(
         *("multi30k.py", "multi30k-plus", "multi30k"),
-        "the same recipe on the published form of the text, mean of 3 seeds",
+        "the same recipe on the published, preprocessed text, mean of 3 seeds",
         seeds=3,
     ),
     experiment(
@@ -203,7 +203,7 @@ ROWS = (
     experiment(*("corpora.py", "laws", "laws"), "laws of Canada, English-French: time and scores"),
     Row(
         name="lineage-multi30k",
-        measures="what is said of translation networks, asked of systems trained on Multi30k with 3 seeds",
+        measures="claims about translation networks, with systems trained on Multi30k, 3 seeds",
         command=lineage,
         corpus="multi30k",
         packages=("gensim",),

@@ -28,29 +28,29 @@ SHARED = (
     f"validation.every={STEPS}",
     "validation.sentences=250",
 )
-CONCATENATE = ("position_join=concatenate", "position_width=32")
+CONCATENATE = ("architecture=transformer-concatenated", "network.position_columns=32")
 # Beside the recipe: sinusoidal positions, layer norm before sublayers, 4 heads.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "base": (),
-    "none": ("positions=none",),
-    "learned": ("positions=learned",),
-    "complex": ("positions=complex",),
-    "rotary": ("positions=rotary",),
-    "relative": ("positions=relative",),
-    "t5": ("positions=t5",),
-    "alibi": ("positions=alibi",),
+    "none": ("architecture=transformer-no-positions",),
+    "learned": ("network.positions=learned",),
+    "complex": ("architecture=transformer-complex",),
+    "rotary": ("network.positions=rotary",),
+    "relative": ("architecture=transformer-relative",),
+    "t5": ("architecture=transformer-t5",),
+    "alibi": ("architecture=transformer-alibi",),
     "sinusoidal-beside": CONCATENATE,
-    "learned-beside": ("positions=learned", *CONCATENATE),
-    "post": ("norm_place=post",),
-    "rms": ("norm=rms",),
-    "batch": ("norm=batch",),
-    "no-residual": ("residual=false",),
-    "no-scale": ("score_scale=false",),
-    "one-head": ("heads=1",),
-    "sixteen-heads": ("heads=16",),
-    "same": ("cross_source=same",),
-    "gumbel": ("cross_focus=gumbel",),
-    "sampled": ("cross_focus=sampled",),
+    "learned-beside": ("network.positions=learned", *CONCATENATE),
+    "post": ("network.norm_position=post",),
+    "rms": ("network.norm=rms",),
+    "batch": ("architecture=transformer-batch-norm",),
+    "no-residual": ("architecture=transformer-no-residual",),
+    "no-scale": ("architecture=transformer-unscaled",),
+    "one-head": ("network.heads=1",),
+    "sixteen-heads": ("network.heads=16",),
+    "same": ("architecture=transformer-same-layer",),
+    "gumbel": ("architecture=transformer-hard",),
+    "sampled": ("architecture=transformer-hard", "network.cross_attention=sampled"),
 }
 NAME = "options"
 
@@ -77,7 +77,7 @@ def known() -> dict:
 
 
 def settings(name: str) -> list[str]:
-    return [*SHARED, *(f"network.{setting}" for setting in OPTIONS[name])]
+    return [*SHARED, *OPTIONS[name]]
 
 
 def trmt(*words: str, cwd: Path) -> None:

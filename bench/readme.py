@@ -173,7 +173,7 @@ def alignment() -> str:
     if result is None:
         return "pending"
     rates = table(alignment_tables.HEAD, alignment_tables.rows(result))
-    heads = table(alignment_tables.LOOK_HEAD, alignment_tables.look_rows(result))
+    heads = table(alignment_tables.HEADS_HEAD, alignment_tables.head_rows(result))
     notes = (alignment_tables.chosen(result), alignment_tables.made_with(result), source(result))
     return "\n\n".join((rates, heads, "\n".join(f"- {note}" for note in notes)))
 

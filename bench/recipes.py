@@ -21,7 +21,7 @@ from provenance import RESULTS, ROOT, provenance, record
 
 RESULT = "recipes"
 SHORT = ("network.dropout=0.0", "batches.tokens=1024", "optim.schedule=cosine", "validation.sentences=100")
-SMALL = ("network.width=128", *SHORT)
+SMALL = ("network.d_model=128", *SHORT)
 READS = ("batches.passage_tokens=32", "network.dropout=0.0", "optim.warmup=100")
 
 

@@ -133,7 +133,9 @@ def load(data_set: Path) -> dict[str, Any]:
 
     before = own_mib()
     began = time.perf_counter()
-    batches = Batches(PreparedSet.open(data_set), BatchConfig(), seed=1, padding_free=Transformer.in_row)
+    batches = Batches(
+        PreparedSet.open(data_set), BatchConfig(), seed=1, padding_free=Transformer.packs_tokens
+    )
     stream = batches.steps(DataPosition(0, 0))
     next(stream)
     planned = time.perf_counter() - began

@@ -67,9 +67,8 @@ SAME = tuple(
         "positions=learned",
         "embedding_norm=true",
         "embedding_scale=false",
-        "segments=2",
-        "longest=512",
-        "epsilon=1e-12",
+        "max_positions=512",
+        "norm_epsilon=1e-12",
     )
     for word in ("--set", f"network.{setting}")
 )

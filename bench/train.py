@@ -164,11 +164,12 @@ def _plan(spec: Spec) -> tuple[Shape, int]:
         from trmt.training.recipe import load_recipe
 
         recipe = load_recipe(spec.recipe, network={"source_vocabulary": 1, "target_vocabulary": 1})
-        names = ("width", "feed_forward", "heads", "encoder_layers", "decoder_layers", "dropout")
-        shape = replace(shape, **{name: recipe.network[name] for name in names if name in recipe.network})
+        names = ("feed_forward", "heads", "encoder_layers", "decoder_layers", "dropout")
+        sizes = {name: recipe.network[name] for name in names if name in recipe.network}
+        shape = replace(shape, width=recipe.network.get("d_model", shape.width), **sizes)
         tokens, architecture = recipe.batches.tokens, recipe.architecture
-    in_row = bool(resolve(ARCHITECTURES, architecture).in_row)
-    batches = Batches(data, BatchConfig(tokens=tokens), seed=1, padding_free=in_row)
+    padding_free = bool(resolve(ARCHITECTURES, architecture).packs_tokens)
+    batches = Batches(data, BatchConfig(tokens=tokens), seed=1, padding_free=padding_free)
     real = int(batches.target_lengths.sum()) + len(batches.target_lengths)
     return shape, round(real / len(batches.plan(0)))
 

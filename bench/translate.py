@@ -101,7 +101,7 @@ def random_network(name: str, work: Path) -> Network:
             TransformerConfig(
                 source_vocabulary=VOCABULARY,
                 target_vocabulary=VOCABULARY,
-                width=WIDTH,
+                d_model=WIDTH,
                 feed_forward=FEED_FORWARD,
                 heads=HEADS,
                 encoder_layers=encoder,

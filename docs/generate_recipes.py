@@ -88,7 +88,10 @@ def sections(registered: Mapping[str, str], key: str, prefix: str) -> str:
         base = next((each for each in config_class.__mro__ if each in seen), None)
         changed = keys_of(config_class, prefix=prefix, than=base)
         if base:
-            parts.append(f"The keys of `{seen[base]}`{', and:' if changed else '.'}")
+            known = {each.name for each in dataclasses.fields(config_class)}
+            gone = [f"`{prefix}{each.name}`" for each in dataclasses.fields(base) if each.name not in known]
+            without = f" without {', '.join(gone)}" if gone else ""
+            parts.append(f"The keys of `{seen[base]}`{without}{', and:' if changed else '.'}")
         parts += [changed] if changed else []
         seen.setdefault(config_class, several[0])
     return "\n\n".join(parts)

@@ -16,12 +16,11 @@ from trmt.nets.base import (
     HiddenVectors,
     Output,
     Products,
-    Ragged,
     Seq2Seq,
-    Source,
     Stepper,
     WantedWeights,
 )
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES, resolve
 
 VOCABULARY = 23
@@ -37,9 +36,9 @@ SMALL: Mapping[str, Any] = {
     "decoder_layers": 2,
     "dropout": 0.0,
     "max_positions": 96,
+    "position_columns": 6,
     "encoder_steps": 4,
     "decoder_steps": 3,
-    "position_columns": 6,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests import toy
 from trmt.bundles import bundles
-from trmt.bundles.bundles import build_network, describe
+from trmt.bundles.bundles import build_network, make_manifest
 from trmt.nets.base import Seq2Seq
 from trmt.text.tokenizer import Tokenizer
 
@@ -52,6 +52,6 @@ def bundle(folder: Path, tokenizer: Tokenizer, **options: Any) -> Path:
     net = randomise(build_network("transformer", {**vocabularies, **SIZES, **options}))
     if net.output_bias is not None:
         net.output_bias.data[:3] -= 9  # padding, unknown and beginning: improbable, as if it was trained
-    manifest = describe(net, "transformer", tokenizer, longest={"source": 40, "target": 40})
+    manifest = make_manifest(net, "transformer", tokenizer, longest={"source": 40, "target": 40})
     bundles.save_bundle(folder, manifest, net.state_dict(), tokenizer)
     return folder

@@ -16,13 +16,13 @@ from unittest import mock
 import torch
 
 from trmt.cli import main
-from trmt.sets.batches import Column
+from trmt.sets.shards import RaggedArray
 from trmt.training import heartbeat, run, step
 from trmt.training.micro_batches import MicroBatch
 from trmt.training.state import TrainState
 
 
-def sentences(column: Column) -> list[list[int]]:
+def sentences(column: RaggedArray) -> list[list[int]]:
     begin, found = 0, []
     for length in column.lengths.tolist():
         found.append(column.ids[begin : begin + length].tolist())

@@ -21,12 +21,11 @@ from trmt.nets.base import (
     HiddenVectors,
     Output,
     Products,
-    Ragged,
     Seq2Seq,
-    Source,
     Stepper,
     WantedWeights,
 )
+from trmt.nets.ragged import Ragged, Source
 from trmt.text.tokenizer import Tokenizer
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
@@ -52,7 +51,7 @@ class Scripted(Seq2Seq):
         super().__init__()
         self.config = ScriptedConfig(max_positions)
         self.script, self.vocabulary, self.eos = script, vocabulary, eos
-        self.output = nn.Embedding.from_pretrained(torch.zeros(1, 1), freeze=False)  # which is not used
+        self.output = nn.Embedding(1, 1, _weight=torch.zeros(1, 1))  # which is not used
 
     def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
         raise AssertionError("a script is only for decoding")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trmt.text.wording import NO_WORD, linked_pieces, words_of_pieces
 
 from tests import texts, toy
 from tests.commands import Command
@@ -36,10 +35,11 @@ from trmt.insight.alignment.pipeline import (
     read_pairs,
 )
 from trmt.insight.alignment.symmetrisation import METHODS
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.sets.shards import PreparedSet
-from trmt.text.links import NOTHING, parsed, parsed_gold, turned, written
+from trmt.text.links import NO_LINKS, format_links, parse_gold, parse_links, reverse_links
 from trmt.text.tokenizer import Side, Tokenizer
+from trmt.text.words import NO_WORD, link_pieces, word_indices
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_the_pieces_of_a_word_spell_it(tokenizer: Tokenizer) -> None:
     for text in [*sentences, *(hostile_line(chooser).decode(errors="replace") for _ in range(300))]:
         given = text.split()
         [ids] = side.encode([text])
-        words = words_of_pieces(side, text, ids)
+        words = word_indices(side, text, ids)
         assert len(words) == len(ids)
         while words and words[-1] == NO_WORD:  # white space at the end
             assert not spelled(side, [ids[len(words) - 1]])
@@ -117,21 +117,21 @@ def test_words_are_those_of_the_text_as_given(
     settings = replace(tokenizer.settings, normalise_source="nmt_nfkc", normalise_target="nmt_nfkc")
     side = Tokenizer(settings, tokenizer.models).source
     [ids] = side.encode([text])
-    words = words_of_pieces(side, text, ids)
+    words = word_indices(side, text, ids)
     for index, word in enumerate(expected):
         own = [token for token, each in zip(ids, words, strict=True) if each == index]
         assert spelled(side, own) == (side.normalise(word) if word else "")
 
 
 def test_every_piece_of_a_word_is_linked_to_every_piece_of_the_other() -> None:
-    assert linked_pieces(parsed("0-1 1-0", where=""), [0, 0, 1], [0, 1, 1]) == [
+    assert link_pieces(parse_links("0-1 1-0", where=""), [0, 0, 1], [0, 1, 1]) == [
         (0, 1),
         (1, 1),
         (0, 2),
         (1, 2),
         (2, 0),
     ]
-    assert linked_pieces(parsed("5-0", where=""), [0, NO_WORD], [0]) == []
+    assert link_pieces(parse_links("5-0", where=""), [0, NO_WORD], [0]) == []
 
 
 # Attention
@@ -146,8 +146,8 @@ def test_links_are_where_the_attention_is_highest() -> None:
     pieces = TokenizedPair([1, 2, 3], [4, 5, 6], [0, 0, 1], [0, 1, 1], truncated=False)
     weights = matrix([[0.5, 0.1, 0.3, 0.9], [0.1, 0.2, 0.6, 0.1], [0.1, 0.6, 0.2, 0.1], [0.0, 0.0, 0.9, 0.1]])
     # The end of the source is never linked, though it has the highest weight of the first row.
-    assert attention_links(pieces, weights, AttentionHead(0)) == parsed("0-0 1-1 0-1", where="")
-    assert attention_links(pieces, weights, AttentionHead(0, shift=1)) == parsed("1-0 0-1 1-1", where="")
+    assert attention_links(pieces, weights, AttentionHead(0)) == parse_links("0-0 1-1 0-1", where="")
+    assert attention_links(pieces, weights, AttentionHead(0, shift=1)) == parse_links("1-0 0-1 1-1", where="")
     two = torch.cat([weights, weights.roll(1, -1)], 1)
     assert attention_links(pieces, two, AttentionHead(0, head=0)) == attention_links(
         pieces, weights, AttentionHead(0)
@@ -175,7 +175,7 @@ PAIRS = [*zip(texts.ENGLISH, texts.GERMAN, strict=True)][:12]
 def test_links_are_those_of_the_network_for_a_single_pair(tokenizer: Tokenizer, architecture: str) -> None:
     aligner = aligner_of(tokenizer, architecture, options=HeadOptions(layer=1, head=1, shift=False))
     found = aligner.links([("", "x"), *PAIRS, (" ", "\t")])
-    assert found[0] == found[-1] == NOTHING
+    assert found[0] == found[-1] == NO_LINKS
     side = tokenizer.source
     for (source, target), links in zip(PAIRS, found[1:-1], strict=True):
         ids = [side.encode([text])[0] for text in (source, target)]
@@ -183,7 +183,7 @@ def test_links_are_those_of_the_network_for_a_single_pair(tokenizer: Tokenizer, 
             before = Ragged.of([[side.bos, *ids[1]]])
             output = aligner.net(Source.of([[*ids[0], side.eos]]), before, want={"attention"})
         weights = output.attention[0, 0, 0, : len(ids[1]), : len(ids[0])]
-        words = [words_of_pieces(side, text, each) for text, each in zip((source, target), ids, strict=True)]
+        words = [word_indices(side, text, each) for text, each in zip((source, target), ids, strict=True)]
         aligned = weights.argmax(1).tolist()
         expected = {(words[0][column], words[1][row]) for row, column in enumerate(aligned)}
         assert links == expected
@@ -224,7 +224,7 @@ def test_the_best_head_comes_first(tokenizer: Tokenizer, tmp_path: Path) -> None
     true = AttentionHead(1, head=1, shift=1)
     options = HeadOptions(layer=true.layer + 1, head=2, shift=True)
     gold = aligner_of(tokenizer, options=options).links(PAIRS)
-    (tmp_path / "gold").write_text("".join(f"{written(links)}\n" for links in gold))
+    (tmp_path / "gold").write_text("".join(f"{format_links(links)}\n" for links in gold))
     ranked = rank_heads(aligner, PAIRS, tmp_path / "gold")
     assert ranked[0][0] == true and ranked[0][1].error_rate == 0 < ranked[1][1].error_rate
     assert {head for head, _ in ranked} == {*all_heads(2, 2)} and len(ranked) == 12
@@ -299,7 +299,9 @@ def test_two_directions_are_symmetrised(models: tuple[Path, Path]) -> None:
     backward = AttentionAligner.load(backward_model).links([(target, source) for source, target in PAIRS])
     for method in METHODS:
         aligner = build_aligner(AlignOptions(model=forward_model, reverse=backward_model, method=method))
-        expected = [METHODS[method](*both) for both in zip(forward, map(turned, backward), strict=True)]
+        expected = [
+            METHODS[method](*both) for both in zip(forward, map(reverse_links, backward), strict=True)
+        ]
         assert aligner.links(PAIRS) == expected
     assert len({*map(len, forward)}) > 2
 
@@ -320,7 +322,7 @@ def test_every_line_has_one_line_of_links_whatever_its_bytes(
             line.removesuffix(b"\r").decode(errors="replace").removeprefix("\ufeff").partition("\t")
         )
         words = len(source.split()), len(target.split())
-        for one, other in parsed(links.decode(), where=""):
+        for one, other in parse_links(links.decode(), where=""):
             assert one < words[0] and other < words[1]
         if not all(words):
             assert not links.strip()
@@ -333,7 +335,7 @@ def test_streams_and_corpora_give_the_same_links(
 ) -> None:
     corpus = toy.write_tsv(tmp_path / "pairs.tsv", PAIRS)
     expected = "".join(
-        f"{written(links)}\n" for links in AttentionAligner.load(models[0]).links(PAIRS)
+        f"{format_links(links)}\n" for links in AttentionAligner.load(models[0]).links(PAIRS)
     ).encode()
     assert trmt("align", models[0], stdin=Path(corpus).read_bytes())[:2] == (0, expected)
     code, out, _ = trmt("align", models[0], "--pairs", corpus)
@@ -353,7 +355,7 @@ def test_links_are_evaluated_against_gold(models: tuple[Path, Path], tmp_path: P
     gold.write_text("0p0 1-1\n" * len(PAIRS))
     expected = sum(
         (len(links & {(1, 1)}) + len(links & {(1, 1), (0, 0)}))
-        for links in (parsed(line, where="") for line in out.decode().splitlines())
+        for links in (parse_links(line, where="") for line in out.decode().splitlines())
     )
     total = len(out.split()) + len(PAIRS)
     code, result, _ = trmt("align", "--evaluate", found, "--gold", gold)
@@ -418,4 +420,4 @@ def test_prepare_reads_the_links(prepared_set: Path, tmp_path: Path) -> None:
     )
     values, lengths = made.split("train").gather("alignment", np.arange(len(made.split("train"))))
     assert len(values) == lengths.sum() and (lengths > 0).mean() > 0.9
-    assert parsed_gold((tmp_path / "half.align").read_text().splitlines()[0], where="").sure
+    assert parse_gold((tmp_path / "half.align").read_text().splitlines()[0], where="").sure

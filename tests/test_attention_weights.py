@@ -11,7 +11,8 @@ from tests.scripted import small_tokenizer
 from trmt.errors import ConfigError, DataError
 from trmt.insight.heatmaps import weights as weights_module
 from trmt.insight.heatmaps.weights import attention_weights, word_weights, words
-from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.base import Seq2Seq
+from trmt.nets.ragged import Ragged, Source
 from trmt.text.tokenizer import Tokenizer
 
 SOURCES = [*texts.ENGLISH[:5], "a", "", texts.ALL["zh"][0]]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trmt.nets.transformer_layers import embed
 
 from tests import toy
 from tests.contracts.test_training import HARD, final
@@ -18,9 +17,10 @@ from tests.toy import options
 from trmt.averaging import average_bundles
 from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, TrmtError
-from trmt.nets import layers
-from trmt.nets.base import Ragged, Source
-from trmt.nets.linear import eager
+from trmt.lab.batch_norm import BatchNorm
+from trmt.nets.base import freeze
+from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Ragged, Source
 from trmt.quantizing import quantize
 from trmt.sets.batches import BatchConfig, Batches
 from trmt.sets.shards import PreparedSet
@@ -33,21 +33,17 @@ from trmt.translating import Translator
 
 SOURCES = random_sentences(6, seed=1)
 TARGETS = [[1, *sentence] for sentence in random_sentences(6, seed=2)]
-BATCH: dict[str, Any] = {"network": {"norm": "batch"}}
+BATCH: dict[str, Any] = {"architecture": "transformer-batch-norm"}
 
 
 def test_statistics_are_those_of_the_real_tokens() -> None:
     """The first norm of each side sees embeddings, which torch's own norm is given one by one."""
-    net = small_network("transformer", norm="batch", norm_place="pre").train()
+    net: Any = small_network("transformer-batch-norm", norm_position="pre").train()
     fresh = nn.BatchNorm1d(16)
-    for side, (norm, sentences) in enumerate(
-        [(net.encoder[0].own_norm, SOURCES), (net.decoder[0].own_norm, TARGETS)]
-    ):
+    for stack, sentences in ((net.encoder, SOURCES), (net.decoder, TARGETS)):
+        norm = stack.layers[0].self_norm
         norm.reset_running_stats()
-        rows = []
-        for sentence in sentences:
-            ids, position = torch.tensor(sentence), torch.arange(len(sentence))
-            rows.append(embed(net, net.config, ids, position, side=side))
+        rows = [stack.embedding(torch.tensor(each), torch.arange(len(each))) for each in sentences]
         expected = fresh(torch.cat(rows))
         seen: list[torch.Tensor] = []
         hook = norm.register_forward_hook(lambda *given, seen=seen: seen.append(given[2]))
@@ -59,8 +55,8 @@ def test_statistics_are_those_of_the_real_tokens() -> None:
         fresh.reset_running_stats()
 
 
-def test_in_training_neighbours_count_and_in_translating_they_do_not() -> None:
-    net = small_network("transformer", norm="batch")
+def test_sentences_depend_on_each_other_in_training_only() -> None:
+    net = small_network("transformer-batch-norm")
     assert net.couples_batch and not small_network("transformer").couples_batch
     target = Ragged.of(TARGETS[:1])
     together, alone = Source.of(SOURCES), Source.of(SOURCES[:1])
@@ -71,20 +67,19 @@ def test_in_training_neighbours_count_and_in_translating_they_do_not() -> None:
 
 
 @torch.no_grad()
-def test_a_frozen_norm_is_torchs_own_with_running_statistics() -> None:
-    norm = layers.norm("batch", 8)
-    assert isinstance(norm, nn.BatchNorm1d)
+def test_a_frozen_norm_is_that_of_torch_with_running_statistics() -> None:
+    norm = BatchNorm(8)
     theirs = nn.BatchNorm1d(8)
     for each in (norm, theirs):
         for seed, tensor in enumerate([*each.parameters(), each.running_mean, each.running_var]):
             tensor.copy_(torch.rand(8, generator=torch.Generator().manual_seed(seed)) + 0.1)
     x = torch.randn(5, 3, 8)
     want = theirs.eval()(x.flatten(0, 1)).view_as(x)
-    torch.testing.assert_close(layers.freeze(norm, eager)(x), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(freeze(norm, PlainProducts())(x), want, atol=1e-5, rtol=1e-5)
 
 
-def test_a_token_alone_has_no_variance_and_is_no_error() -> None:
-    norm = layers.norm("batch", 8).train()
+def test_a_single_token_has_no_variance_and_is_no_error() -> None:
+    norm = BatchNorm(8).train()
     assert norm(torch.ones(1, 8)).isfinite().all()
 
 
@@ -101,7 +96,7 @@ def test_statistics_are_kept_averaged_and_quantised(toy_set: Path, tmp_path: Pat
     run = train(options(tmp_path / "run", toy_set, recipe))
     found = checkpoints.list_checkpoints(run)[-2:]
     kept = [bundles.read_weights(checkpoint.folder, checkpoint.manifest) for checkpoint in found]
-    name = "encoder.0.own_norm.running_mean"
+    name = "encoder.layers.0.self_norm.running_mean"
     live = bundles.load_bundle(found[1].folder).net.state_dict()[name]
     assert live.any() and torch.equal(live, kept[1][name])
     average = tmp_path / "average"
@@ -115,7 +110,7 @@ def test_statistics_are_kept_averaged_and_quantised(toy_set: Path, tmp_path: Pat
 
 def test_the_moving_average_has_statistics_of_its_own(toy_set: Path, tmp_path: Path) -> None:
     state = make_state(tmp_path, **{"optim": {"ema": 0.9}})
-    name = "encoder.0.own_norm.running_mean"
+    name = "encoder.layers.0.self_norm.running_mean"
     train_step(state, [examples(toy_set)])
     live = state.net.state_dict()[name].clone()
     averaged = state.bundle_weights()[name].clone()
@@ -143,7 +138,7 @@ class TwoProcesses(Distributed):
 
 
 def test_several_processes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r'network\.norm = "batch".*2 processes'):
+    with pytest.raises(ConfigError, match=r"batch normalisation.*2 processes"):
         make_state(tmp_path, distributed=TwoProcesses())
 
 
@@ -156,14 +151,15 @@ def test_a_batch_that_does_not_fit_is_not_cut(
         raise MemoryError
 
     monkeypatch.setattr("trmt.training.step.forward_backward", short)
-    with pytest.raises(TrmtError, match=r'norm = "batch".*lower batches\.tokens'):
+    with pytest.raises(TrmtError, match=r"batch normalisation.*lower batches\.tokens"):
         train_step(state, [examples(toy_set)])
 
 
-def test_batches_are_not_filled_up_with_what_would_count(toy_set: Path, tmp_path: Path) -> None:
-    room = Batches(PreparedSet.open(toy_set), BatchConfig(tokens=150), seed=1, in_row=True).room
-    assert room
-    for network, filled in (({"norm": "batch"}, False), ({"cross_focus": "sampled"}, False), ({}, True)):
-        state = make_state(tmp_path, network={"norm": "layer", **network})
-        state.batch_shape, state.compiled = replace(room), True
+def test_batches_are_not_filled_up_with_tokens_that_would_count(toy_set: Path, tmp_path: Path) -> None:
+    shape = Batches(PreparedSet.open(toy_set), BatchConfig(tokens=150), seed=1, padding_free=True).shape
+    assert shape
+    sampled = {"architecture": "transformer-hard", "network": {"cross_attention": "sampled"}}
+    for changes, filled in (({}, False), (sampled, False), ({"architecture": "transformer"}, True)):
+        state = make_state(tmp_path, **changes)
+        state.batch_shape, state.compiled = replace(shape), True
         assert (_micro_batch_shape(state) is not None) == filled

@@ -106,7 +106,7 @@ def test_lines_with_fewer_references_score_as_if_they_had_no_more(tmp_path: Path
 def test_the_published_recipe_is_the_published_one() -> None:
     """What LividWo/Revisit-MMT's README-baseline.md passes to fairseq."""
     recipe = load_recipe("multi30k")
-    assert recipe.network["width"] == 128 and recipe.network["feed_forward"] == 256
+    assert recipe.network["d_model"] == 128 and recipe.network["feed_forward"] == 256
     assert recipe.network["encoder_layers"] == recipe.network["decoder_layers"] == 4
     assert (recipe.network["heads"], recipe.network["dropout"]) == (4, 0.3)
     assert (recipe.optim.lr, recipe.optim.warmup, recipe.optim.schedule) == (5e-3, 2000, "inverse_sqrt")

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.toy import make_set
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.transformer import Transformer, TransformerConfig
 from trmt.sets.shards import PreparedSet
 
@@ -45,7 +45,7 @@ def test_the_operations_are_those_that_torch_counts() -> None:
     config = TransformerConfig(
         source_vocabulary=40,
         target_vocabulary=40,
-        width=width,
+        d_model=width,
         feed_forward=48,
         heads=4,
         encoder_layers=2,

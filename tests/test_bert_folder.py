@@ -12,7 +12,7 @@ from trmt.bundles import bundles
 from trmt.errors import BundleError, ConfigError
 from trmt.interop.bert_folder import import_bert, read_bert, wordpiece, write_bert
 from trmt.lab.masked_encoder import MaskedEncoder, MaskedEncoderConfig
-from trmt.nets.base import Source
+from trmt.nets.ragged import Source
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def assert_same_logits(net: MaskedEncoder, model: Any) -> None:
         hidden = net(source).hidden
         rows = net.readout(hidden).split([len(s) for s in sentences])
         starts = source.packed()[1][:-1]
-        next_sentence = net.judge(hidden[starts])
+        next_sentence = net.next_sentence_logits(hidden[starts])
         ids, real = source.padded()
         segment_ids = torch.zeros_like(ids)
         segment_ids[real] = extras["segments"]

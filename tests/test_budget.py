@@ -14,7 +14,7 @@ from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt.devices import memory
-from trmt.objectives.translation import Translation
+from trmt.objectives.translation import TranslationObjective
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import budget
@@ -148,15 +148,15 @@ def test_few_slow_steps_are_timed(run: TrainingRun, monkeypatch: pytest.MonkeyPa
 def test_measuring_in_micro_batches_does_not_split_the_run(
     run: TrainingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = Translation.loss
+    loss = TranslationObjective.loss
     largest = max(len(pairs) for step in run.batches.plan(0) for pairs in step)
 
-    def short_of_memory(self: Translation, net: Any, batch: Any) -> Any:
+    def short_of_memory(self: TranslationObjective, net: Any, batch: Any) -> Any:
         if len(batch.source) > largest // 2 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("out of memory")
         return loss(self, net, batch)
 
-    monkeypatch.setattr(Translation, "loss", short_of_memory)
+    monkeypatch.setattr(TranslationObjective, "loss", short_of_memory)
     assert measure(run.state, run.batches, largest=True).micro_batches >= 2
     assert run.state.micro_batches.halvings == 0
 
@@ -176,7 +176,7 @@ def test_the_state_is_as_large_as_estimated(run: TrainingRun) -> None:
 
 def test_checkpoints_take_no_more_disk_than_estimated(toy_set: Path, tmp_path: Path) -> None:
     changes = {
-        "network": {"width": 64, "feed_forward": 256},
+        "network": {"d_model": 64, "feed_forward": 256},
         "training": {"steps": 12, "keep_best": 2, "keep_last": 2},
         "validation": {"every": 2},
     }
@@ -217,7 +217,7 @@ def test_a_run_that_does_not_fit_is_not_measured_and_the_setting_that_helps_is_n
     assert "peak memory, estimated" in plan and "not measured: it would not fit" in plan
     assert "halve batches.tokens and double batches.accumulate" in plan
     monkeypatch.setattr(budget, "state_bytes", lambda state: activations)
-    assert "network.width" in plan_of(run, capsys)
+    assert "network.d_model" in plan_of(run, capsys)
 
 
 def test_a_disk_that_is_too_small_is_warned_of(

@@ -15,7 +15,8 @@ from tests.fakes import small_network
 from trmt.bundles import bundles
 from trmt.bundles.bundles import load_bundle, make_manifest, read_manifest, read_weights, save_bundle
 from trmt.errors import BundleError, ConfigError
-from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.base import Seq2Seq
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES
 from trmt.text.tokenizer import Tokenizer
 
@@ -154,11 +155,11 @@ def test_a_broken_bundle_is_an_error_of_one_sentence(tokenizer: Tokenizer, tmp_p
 def test_weights_that_do_not_fit_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     write(tmp_path / "bundle", tokenizer)
     weights = read_weights(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
-    wider = small_network("transformer", source_vocabulary=60, target_vocabulary=60, width=32)
+    wider = small_network("transformer", source_vocabulary=60, target_vocabulary=60, d_model=32)
     with pytest.raises(BundleError, match="of shape"):
         bundles.load_weights(wider, weights, where="here")
     deeper = small_network("transformer", source_vocabulary=60, target_vocabulary=60, encoder_layers=3)
-    with pytest.raises(BundleError, match=r"has no weights 'encoder\.2"):
+    with pytest.raises(BundleError, match=r"has no weights 'encoder\.layers\.2"):
         bundles.load_weights(deeper, weights, where="here")
     lower = small_network("transformer", source_vocabulary=60, target_vocabulary=60, encoder_layers=1)
     with pytest.raises(BundleError, match="which the network does not have"):
@@ -183,12 +184,12 @@ def test_the_manifest_can_be_changed(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert load_bundle(tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("longest", [10**15, 10**30])
+@pytest.mark.parametrize("max_positions", [10**15, 10**30])
 @pytest.mark.parametrize("architecture", ["transformer", "conv"])
 def test_sizes_that_no_machine_could_hold_are_an_error_of_one_sentence(
-    architecture: str, longest: int
+    architecture: str, max_positions: int
 ) -> None:
-    options = {"source_vocabulary": 9, "target_vocabulary": 9, "longest": longest}
+    options = {"source_vocabulary": 9, "target_vocabulary": 9, "max_positions": max_positions}
     with pytest.raises(ConfigError, match="choose smaller ones") as caught:
         bundles.build_network(architecture, options)
     assert "\n" not in str(caught.value)

@@ -205,7 +205,9 @@ def test_the_page_says_what_the_result_says() -> None:
         assert f"**{claim.title}: {verdict}.**" in text
     # fixed-every has 6 letters more than fixed, at every seed.
     assert "At every step versus once: +12.0 BLEU, confirmed." in text
-    assert PENDING not in [row[1] for row in page.overview(found, None)[1] if row[0].startswith("Context vector")]
+    assert PENDING not in [
+        row[1] for row in page.overview(found, None)[1] if row[0].startswith("Context vector")
+    ]
     few = made_up(seeds=2)
     assert "**Context vector at every step: pending.**" in page.sections(few)
     assert "pending, 2 of 2 seeds" in page.sections(few)

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from trmt.decoding.captured import Captured
-from trmt.decoding.eager import Eager
 
 from tests import toy
 from tests.contracts.test_engine import requests_of
@@ -17,15 +15,18 @@ from tests.fakes import random_sentences, small_network
 from tests.scripted import hostile_lines, random_bundle, small_tokenizer
 from trmt.decoding.base import Search
 from trmt.decoding.beam import Beam
-from trmt.decoding.engine import Batching, Request
+from trmt.decoding.engine import Engine
+from trmt.decoding.graphs import GraphRunner
 from trmt.decoding.greedy import Greedy
+from trmt.decoding.request import Batching, Request
 from trmt.decoding.sampling import Sampling
 from trmt.devices.choice import choose_device, choose_precision
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES
 from trmt.resume_check import CheckOptions, check_resume
 from trmt.scale.parallel_translator import ParallelTranslator
-from trmt.training.run import Run, train
+from trmt.training.run import TrainingRun, train
+from trmt.training.step import train_step
 from trmt.translating import TranslateOptions, Translator
 
 pytestmark = pytest.mark.gpu
@@ -43,14 +44,17 @@ def test_the_gpu_computes_what_the_cpu_computes(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_beam_search_runs_on_the_gpu(architecture: str) -> None:
-    requests = [Request(tuple(sentence), limit=12) for sentence in random_sentences(20, seed=3)]
+    sentences = random_sentences(20, seed=3)
+    requests = [Request(tuple(sentence), 12, key=number) for number, sentence in enumerate(sentences)]
     scores = []
     for device in ("cpu", "cuda"):
-        engine = Eager(small_network(architecture).to(device), Beam(4), bos=2, eos=3, banned={0, 1, 2})
-        scores.append({index: found[0].score for index, found in engine.translate(requests)})
+        engine = Engine(
+            small_network(architecture).to(device), Beam(4), bos=2, eos=3, banned={0, 1, 2}, runs="direct"
+        )
+        scores.append({request.key: found[0].score for request, found in engine.translate(requests)})
     assert scores[0].keys() == scores[1].keys()
-    for index, score in scores[0].items():
-        assert score == pytest.approx(scores[1][index], abs=1e-2)
+    for key, score in scores[0].items():
+        assert score == pytest.approx(scores[1][key], abs=1e-2)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -58,15 +62,16 @@ def test_beam_search_runs_on_the_gpu(architecture: str) -> None:
 def test_steps_are_recorded_and_replayed(architecture: str, search: Search) -> None:
     requests = requests_of(60, longest=20)
     net = small_network(architecture).to("cuda")
-    eager = Eager(net, search, bos=2, eos=3, banned={0, 1, 2})
-    engine = Captured(net, search, bos=2, eos=3, banned={0, 1, 2}, batching=Batching(sentences=16))
-    expected = dict(eager.translate(requests))
+    direct = Engine(net, search, bos=2, eos=3, banned={0, 1, 2}, runs="direct")
+    engine = Engine(net, search, bos=2, eos=3, banned={0, 1, 2}, batching=Batching(sentences=16))
+    assert isinstance(engine.runner, GraphRunner)
+    expected = {request.key: found for request, found in direct.translate(requests)}
     for _ in range(3):
-        found = dict(engine.translate(requests))
-        alike = sum(found[index][0].ids == expected[index][0].ids for index in expected)
+        found = {request.key: found for request, found in engine.translate(requests)}
+        alike = sum(found[key][0].ids == expected[key][0].ids for key in expected)
         assert found.keys() == expected.keys() and alike >= 58  # near ties may fall either way
-    assert not engine.eager, "something was not recorded"
-    assert sum(len(slots.graphs) for slots in engine._kept.values()) > 1
+    assert not engine.runner.direct, "something was not recorded"
+    assert sum(len(slots.graphs) for slots in engine.runner.kept.values()) > 1
 
 
 def test_translating_on_the_gpu_is_in_bf16(tmp_path: Path) -> None:
@@ -75,7 +80,7 @@ def test_translating_on_the_gpu_is_in_bf16(tmp_path: Path) -> None:
     lines = [line.decode("utf-8", "replace") for line in hostile_lines(60, seed=4)]
     on_cpu = Translator.load(tmp_path / "bundle", options=TranslateOptions(device="cpu")).translate(lines)
     translator = Translator.load(tmp_path / "bundle", options=TranslateOptions(device="cuda"))
-    assert isinstance(translator.engine, Captured)
+    assert isinstance(translator.engine.runner, GraphRunner)
     for _ in range(3):
         on_gpu = translator.translate(lines)
         assert [each.status for each in on_gpu] == [each.status for each in on_cpu]
@@ -91,19 +96,20 @@ def test_the_gpu_and_its_precision_are_chosen() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_judging_a_step_never_waits_for_the_gpu(toy_set: Path, tmp_path: Path, precision: str) -> None:
     recipe = toy.recipe(tmp_path, {"optim": {"clip": 1.0, "ema": 0.9}, "training": {"device": "cuda"}})
-    run = Run.planned(toy.options(tmp_path / "run", toy_set, recipe, f"training.precision={precision}"), None)
+    settings = toy.options(tmp_path / "run", toy_set, recipe, f"training.precision={precision}")
+    run = TrainingRun.from_options(settings)
     [pairs] = run.batches.plan(0)[0]
-    run.learner.learn([run.batches.load(pairs)], 0)  # the first one allocates and chooses kernels
-    guard = run.learner.guard
+    train_step(run.state, [run.batches.load(pairs)])  # the first one allocates and chooses kernels
+    guard = run.state.guard
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(5):
             norm, nll = guard.sums[0].abs(), guard.sums[1].abs()
-            guard.take(run.learner.optimizer, step=number, norm=norm, nll=nll, tokens=9, clip=1.0)
+            guard.update(run.state.optimizer, step=number, norm=norm, nll=nll, tokens=9, clip=1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(guard.verdicts()) == 6
+    assert len(guard.pop_reports()) == 6
 
 
 ON_GPU: dict[str, Any] = {**HARD, "training": {**HARD["training"], "device": "cuda", "deterministic": True}}
@@ -124,7 +130,7 @@ def test_resuming_on_the_gpu_is_exact_where_it_is_deterministic(
 
 def test_memory_that_ends_on_the_gpu_is_met_with_smaller_parts(toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, {"training": {"device": "cuda"}, "batches": {"tokens": 3000}})
-    wide = ("network.width=256", "network.feed_forward=8192")
+    wide = ("network.d_model=256", "network.feed_forward=8192")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     plenty = train(toy.options(tmp_path / "plenty", toy_set, recipe, *wide))
@@ -136,7 +142,7 @@ def test_memory_that_ends_on_the_gpu_is_met_with_smaller_parts(toy_set: Path, tm
         run = train(toy.options(tmp_path / "run", toy_set, recipe, *wide))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert final(run, 6)[2]["learner"]["halvings"] >= 1
+    assert final(run, 6)[2]["halvings"] >= 1
     found, expected = (log(folder, "train")[-1]["loss"] for folder in (run, plenty))
     assert found == pytest.approx(expected, rel=0.05)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trmt.decoding.captured import Captured
 
 import budget
 import gpu_suite
@@ -21,6 +20,7 @@ from translators import server
 from translators.client import Engine, Failed
 from translators.trmt_engine import TrmtEngine, batching
 from trmt import console, registry
+from trmt.decoding.graphs import GraphRunner
 
 
 class Here:
@@ -87,8 +87,8 @@ def test_every_point_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
             one = found["engines"][name]
             assert one["target_tokens"] == sum(map(len, sources[: one["sentences"]]))
             assert one["target_tokens_per_second"] > 0 and len(one["rounds"]) == 2
-        assert found["engines"]["captured"]["graphs"] > 0 and found["engines"]["captured"]["settled"]
-        assert set(found["ratios"]) == {"eager"}
+        assert found["engines"]["graphs"]["graphs"] > 0 and found["engines"]["graphs"]["settled"]
+        assert set(found["ratios"]) == {"direct"}
         failed = {name: one["failed"] for name, one in found["engines"].items() if "failed" in one}
         assert failed == (
             {name: f"there is no {name}" for name in gpu_translate.PEERS} if point.peers else {}
@@ -108,7 +108,7 @@ def test_an_engine_that_dies_keeps_nobody_from_going_on(
             return super().ask(**what)
 
     def start(crew: gpu_translate.Crew, name: str, compute: str) -> Here:
-        kind = Dying if name == "captured" else Here
+        kind = Dying if name == "graphs" else Here
         return kind(TrmtEngine(str(network.bundle), compute, 1, "cpu", name), network.sentences("ids"))
 
     monkeypatch.setattr(gpu_translate.Crew, "_started", start)
@@ -116,9 +116,9 @@ def test_an_engine_that_dies_keeps_nobody_from_going_on(
     given = gpu_translate.arguments()
     crew = gpu_translate.Crew(network, given)
     found = gpu_translate.measure(gpu_translate.TOY_POINTS[0], crew, given, most=TOY.sentences)
-    assert found["engines"]["captured"] == {"failed": "out of memory"}
-    assert len(found["engines"]["eager"]["rounds"]) == 3 and not found["ratios"]
-    assert [*crew.running] == [("eager", "fp32")]
+    assert found["engines"]["graphs"] == {"failed": "out of memory"}
+    assert len(found["engines"]["direct"]["rounds"]) == 3 and not found["ratios"]
+    assert [*crew.running] == [("direct", "fp32")]
 
 
 class Scripted:
@@ -150,15 +150,21 @@ def test_warming_up_ends_though_it_never_settles() -> None:
 
 
 def test_who_falls_back_says_so(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Captured, "_obstacle", lambda _: "of the weather")
-    translator = TrmtEngine(str(network.bundle), "fp32", 1, "cpu", "captured")
+    begin = GraphRunner.__init__
+
+    def fallen_back(runner: GraphRunner, *arguments: Any) -> None:
+        begin(runner, *arguments)
+        runner._fall_back("of the weather")
+
+    monkeypatch.setattr(GraphRunner, "__init__", fallen_back)
+    translator = TrmtEngine(str(network.bundle), "fp32", 1, "cpu", "graphs")
     engine = Here(translator, network.sentences("ids"))
     lane = gpu_translate.Lane(engine, server.How(beam=2, batch=4, mirrored=True), most=8, seconds=0)
     lane.warm_up()
     lane.runs.append(lane.run())
     figures = lane.figures()
     assert figures["graphs"] == 0 and "of the weather" in figures["fell_back"]
-    assert "fell back to eager" in gpu_translation_tables.speed(figures)
+    assert "fell back to direct" in gpu_translation_tables.speed(figures)
 
 
 def test_a_batch_has_room_for_the_sentences_it_is_asked_for() -> None:
@@ -183,7 +189,7 @@ def test_others_do_the_same_work(name: str, network: Network) -> None:
     module = import_module(f"translators.{name}")
     kind = {"ctranslate2": "CTranslate2", "transformers": "Transformers"}[name]
     other = getattr(module, kind)(str(network.model(name)), "fp32", 1, "cpu")
-    ours = TrmtEngine(str(network.bundle), "fp32", 1, "cpu", "eager")
+    ours = TrmtEngine(str(network.bundle), "fp32", 1, "cpu", "direct")
     ids, pieces = (json.loads(network.sentences(kind).read_bytes())[:6] for kind in ("ids", "pieces"))
     how = server.How(beam=4, batch=1, mirrored=True)
     mine = dict(ours.translate(ids, how))
@@ -227,7 +233,7 @@ def test_the_table_has_the_points_that_are_measured(tmp_path: Path, monkeypatch:
     pending = gpu_translation_tables.rows()
     assert len(pending) == 2 * len(gpu_translate.POINTS)
     assert all(row[4] == gpu_translation_tables.WAITS for row in pending)
-    captured = {
+    graphs = {
         "target_tokens_per_second": 45_678.9,
         "graphs": 7,
         "warm_up_seconds": 3.2,
@@ -235,8 +241,8 @@ def test_the_table_has_the_points_that_are_measured(tmp_path: Path, monkeypatch:
     }
     point = {
         "engines": {
-            "captured": captured,
-            "eager": {"failed": "out of memory"},
+            "graphs": graphs,
+            "direct": {"failed": "out of memory"},
             "transformers": {"target_tokens_per_second": 4_000.0},
             "ctranslate2": {"failed": "install it"},
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from trmt.averaging import AverageOptions, average
 from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, DataError
 from trmt.lab.denoising import DenoisingConfig
-from trmt.nets.base import NO_WEIGHTS, Ragged, Source, WantedWeights, layer_index
+from trmt.nets.base import WantedWeights, layer_index
+from trmt.nets.ragged import Ragged, Source
 from trmt.objectives.base import Specials
 from trmt.objectives.guided_alignment import SMALLEST, BatchLinks, GuidedHead, alignment_loss
-from trmt.objectives.translation import Translation, TranslationConfig
+from trmt.objectives.translation import TranslationConfig, TranslationObjective
 from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet, RaggedArray
@@ -156,7 +158,7 @@ def examples(count: int, *, seed: int = 0) -> RaggedBatch:
     for number, (source, target) in enumerate(zip(*sides, strict=True)):
         points = [(one, other) for one in range(len(source)) for other in range(len(target))]
         some = chooser.sample(points, min(len(points), number * 2))
-        links.append([token for point in some for token in point])
+        links.append([position for point in some for position in point])
 
     def column(rows: list[list[int]]) -> RaggedArray:
         flat = [value for row in rows for value in row]
@@ -179,14 +181,14 @@ def by_hand(net: Any, batch: RaggedBatch, guided: GuidedHead) -> float:
         layer = output.cross_attention[layer_index(guided.layer, output.cross_attention.shape[0])]
         weights = layer[0, min(guided.head, layer.shape[1] - 1)]
         links = flat.reshape(-1, 2).tolist()
-        for linked in {other for _, other in links}:
-            sources = [one for one, other in links if other == linked]
-            row = weights[linked + guided.shift].detach().clamp(min=SMALLEST)
-            total -= sum(float(row[one].log()) for one in sources) / len(sources)
+        for written in {other for _, other in links}:
+            sources = [one for one, other in links if other == written]
+            row = weights[written + guided.shift]
+            total -= sum(math.log(max(row[one].item(), SMALLEST)) for one in sources) / len(sources)
     return total
 
 
-WITH_ATTENTION = [variant for variant in variants() if variant.weights and "cross" in variant.weights]
+WITH_ATTENTION = [each for each in variants(defaults=True) if each.weights and "cross" in each.weights]
 
 
 @pytest.mark.parametrize("variant", WITH_ATTENTION, ids=str)
@@ -194,9 +196,9 @@ WITH_ATTENTION = [variant for variant in variants() if variant.weights and "cros
 def test_the_loss_is_that_of_the_definition(variant: Variant, shift: bool) -> None:
     net = small_network(variant.name, **variant.options)
     batch = examples(6)
-    plain = Translation(TranslationConfig(), SPECIALS)
+    plain = TranslationObjective(TranslationConfig(), SPECIALS)
     config = TranslationConfig(alignment_weight=0.5, alignment_head=2, alignment_shift=shift)
-    guided = Translation(config, SPECIALS)
+    guided = TranslationObjective(config, SPECIALS)
     with torch.no_grad():
         before = plain.loss(net, plain.collate(without_links(batch), torch.device("cpu")))
         after = guided.loss(net, guided.collate(batch, torch.device("cpu")))
@@ -213,7 +215,7 @@ def without_links(batch: RaggedBatch) -> RaggedBatch:
 @pytest.mark.parametrize("architecture", ["transformer", "rnn"])
 def test_sums_and_gradients_add_up_over_any_split(architecture: str) -> None:
     net = small_network(architecture)
-    objective = Translation(TranslationConfig(alignment_weight=0.3), SPECIALS)
+    objective = TranslationObjective(TranslationConfig(alignment_weight=0.3), SPECIALS)
     batch = examples(7)
 
     def learned(parts: list[RaggedBatch]) -> tuple[float, list[torch.Tensor]]:
@@ -247,7 +249,7 @@ def test_only_the_guided_head_is_computed() -> None:
             found = net(source, target, want=want).cross_attention
             assert found.shape[0] == found.shape[2] == 1
             torch.testing.assert_close(found[0, :, 0], every[layer_index(layer, 3), :, min(head, 1)])
-    assert (NO_WEIGHTS.cross_layers(3), NO_WEIGHTS.cross_heads(2)) == (range(0), slice(None))
+    assert (WantedWeights().cross_layers(3), WantedWeights().cross_heads(2)) == (range(0), slice(None))
     assert WantedWeights(cross=True).cross_layers(3) == range(3)
 
 
@@ -263,13 +265,13 @@ def test_weights_of_zero_do_not_end_training() -> None:
 def test_what_cannot_be_guided_is_refused(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="alignment_layer"):
         TranslationConfig(alignment_layer=0)
-    with pytest.raises(ConfigError, match="denoising has none"):
+    with pytest.raises(ConfigError, match="which denoising has not"):
         DenoisingConfig(alignment_weight=1.0)
     with pytest.raises(ConfigError, match="subword_alpha"):
         load_recipe("transformer-tiny", ["batches.subword_alpha=0.1", "loss.alignment_weight=0.1"])
     with pytest.raises(ConfigError, match=r"has no alignments.*--alignments FILE"):
         Batches(PreparedSet.open(plain), BatchConfig(), seed=1, extra_columns=("alignment",))
-    objective = Translation(TranslationConfig(alignment_weight=1.0), SPECIALS)
+    objective = TranslationObjective(TranslationConfig(alignment_weight=1.0), SPECIALS)
     batch = objective.collate(examples(3), torch.device("cpu"))
     with pytest.raises(ConfigError, match="this network has none"):
         objective.loss(small_network("rnn", context="start"), batch)
@@ -279,12 +281,12 @@ def test_what_cannot_be_guided_is_refused(plain: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["transformer", "rnn"])
-def test_a_guided_network_attends_to_linked_tokens(architecture: str) -> None:
+def test_guided_attention_learns_the_links(architecture: str) -> None:
     batch = examples(8, seed=3)
     left = {}
     for weight in (0.0, 2.0):
         net = small_network(architecture).train()
-        objective = Translation(TranslationConfig(alignment_weight=weight), SPECIALS)
+        objective = TranslationObjective(TranslationConfig(alignment_weight=weight), SPECIALS)
         optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
         for _ in range(25):
             loss = objective.loss(net, objective.collate(batch, torch.device("cpu")))
@@ -295,18 +297,18 @@ def test_a_guided_network_attends_to_linked_tokens(architecture: str) -> None:
     assert left[2.0] < 0.7 * left[0.0]
 
 
-def test_a_guided_run_resumes_exactly_and_records_the_guided_head(guided_set: Path, tmp_path: Path) -> None:
+def test_a_guided_run_resumes_exactly_and_records_its_head(guided_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, {"loss": {"alignment_weight": 0.5, "alignment_shift": True}})
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(toy.options(whole, guided_set, recipe))
     train(toy.options(run, guided_set, recipe, "training.steps=3"))
     train(toy.options(run, guided_set, recipe))
-    once, resumed = (checkpoints.list_checkpoints(place)[-1].load_state()[1] for place in (whole, run))
+    once, resumed = (checkpoints.list_checkpoints(folder)[-1].load_state()[1] for folder in (whole, run))
     torch.testing.assert_close(dict(resumed), dict(once), rtol=0, atol=0, equal_nan=True)
     expected = {"layer": -2, "head": 0, "shift": 1}
     assert checkpoints.list_checkpoints(run)[-1].manifest.training["alignment"] == expected
     averaged = average(AverageOptions(paths=(run,), last=2))
     assert bundles.read_manifest(averaged).training["alignment"] == expected
-    # The loss of a run cannot change.
+    # What guides it may not change on the way.
     with pytest.raises(ConfigError, match=r"loss\.alignment_weight"):
         train(toy.options(run, guided_set, recipe, "loss.alignment_weight=0.1", "training.steps=9"))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.fakes import VOCABULARY
 from trmt.errors import ConfigError
-from trmt.lab.denoising import Denoising, DenoisingConfig, infilled
+from trmt.lab.denoising import Denoising, DenoisingConfig, mask_spans
 from trmt.lab.masked import Masked, MaskedConfig
 from trmt.lab.masked_encoder import MaskedEncoder, MaskedEncoderConfig
 from trmt.objectives.base import Specials
@@ -48,11 +48,11 @@ def masked(**options: Any) -> Masked:
 
 def encoder(**options: Any) -> MaskedEncoder:
     torch.manual_seed(2)
-    sizes = {"width": 16, "heads": 2, "feed_forward": 32, "encoder_layers": 2, "longest": 96}
+    sizes = {"d_model": 16, "heads": 2, "feed_forward": 32, "encoder_layers": 2, "max_positions": 96}
     return MaskedEncoder(MaskedEncoderConfig(source_vocabulary=VOCABULARY, **{**sizes, **options})).eval()
 
 
-def test_an_example_is_two_parts_between_marks() -> None:
+def test_an_example_is_two_segments_between_special_tokens() -> None:
     some = RaggedBatch(
         {
             "first.ids": RaggedArray(np.array([5, 6, 7]), np.array([2, 1])),
@@ -69,77 +69,77 @@ def test_an_example_is_two_parts_between_marks() -> None:
     assert batch.next_S is not None and batch.next_S.tolist() == [0, 1]
 
 
-def test_a_share_is_asked_for_and_most_of_it_is_masked() -> None:
+def test_a_share_of_the_tokens_is_selected_and_most_of_it_masked() -> None:
     some = examples(400, longest=60)
     batch = masked().collate(some, CPU)
     lengths = some.columns["first.ids"].lengths + some.columns["second.ids"].lengths
     assert batch.tokens == sum(max(1, round(0.15 * int(n))) for n in lengths) == masked().tokens(some)
-    shown = batch.source.ids_N[batch.places_N]
+    shown = batch.source.ids_N[batch.selected_N]
     assert (shown == 1).float().mean() == pytest.approx(0.8, abs=0.02)
-    assert (shown == batch.pieces_N).float().mean() == pytest.approx(0.1 + 0.1 / 19, abs=0.02)
-    assert int(batch.pieces_N.min()) >= 4, "marks are never asked for"
-    others = shown[(shown != 1) & (shown != batch.pieces_N)]
-    assert set(others.tolist()) == set(range(4, VOCABULARY)), "any piece but special ones takes the place"
+    assert (shown == batch.tokens_N).float().mean() == pytest.approx(0.1 + 0.1 / 19, abs=0.02)
+    assert int(batch.tokens_N.min()) >= 4, "special tokens are never selected"
+    others = shown[(shown != 1) & (shown != batch.tokens_N)]
+    assert set(others.tolist()) == set(range(4, VOCABULARY)), "replacements are all tokens but special ones"
 
 
-def test_what_is_not_asked_for_is_left_alone() -> None:
+def test_tokens_that_are_not_selected_stay() -> None:
     batch = masked().collate(examples(), CPU)
     plain = masked(masked=0.0, random=0.0).collate(examples(), CPU)
     untouched = torch.ones(len(batch.source.ids_N), dtype=torch.bool)
-    untouched[batch.places_N] = False
+    untouched[batch.selected_N] = False
     assert torch.equal(batch.source.ids_N[untouched], plain.source.ids_N[untouched])
-    assert torch.equal(plain.source.ids_N[batch.places_N], batch.pieces_N)
+    assert torch.equal(plain.source.ids_N[batch.selected_N], batch.tokens_N)
 
 
-def test_whole_words_are_asked_for() -> None:
+def test_whole_words_are_selected() -> None:
     some = examples(100)
     batch = masked(whole_words=True).collate(some, CPU)
     ids = masked(masked=0.0, random=0.0).collate(some, CPU).source.ids_N.numpy()
-    asked = np.zeros(len(ids), bool)
-    asked[batch.places_N.numpy()] = True
-    for place in range(1, len(ids)):
-        goes_on = ids[place] >= 4 and ids[place - 1] >= 4 and not BEGINS[ids[place]]
-        assert not goes_on or asked[place] == asked[place - 1]
+    selected = np.zeros(len(ids), bool)
+    selected[batch.selected_N.numpy()] = True
+    for position in range(1, len(ids)):
+        same_word = ids[position] >= 4 and ids[position - 1] >= 4 and not BEGINS[ids[position]]
+        assert not same_word or selected[position] == selected[position - 1]
     assert masked(whole_words=True).tokens(some) == batch.tokens
     assert 0.1 < batch.tokens / int((ids >= 4).sum()) < 0.2
 
 
 @pytest.mark.parametrize("whole_words", [True, False])
-def test_an_example_is_masked_alike_whatever_is_beside_it(whole_words: bool) -> None:
+def test_an_example_is_masked_the_same_whatever_is_beside_it(whole_words: bool) -> None:
     objective, some = masked(whole_words=whole_words), examples()
     whole = objective.collate(some, CPU)
     parts = [objective.collate(some.slice(n, n + 1), CPU) for n in range(len(some))]
     assert torch.equal(whole.source.ids_N, torch.cat([part.source.ids_N for part in parts]))
-    assert torch.equal(whole.pieces_N, torch.cat([part.pieces_N for part in parts]))
+    assert torch.equal(whole.tokens_N, torch.cat([part.tokens_N for part in parts]))
 
 
-def test_the_loss_is_both_and_adds_up() -> None:
+def test_the_loss_is_the_sum_of_both_losses_over_examples() -> None:
     net, objective, some = encoder(), masked(next_weight=3.0), examples()
     whole = objective.loss(net, objective.collate(some, CPU))
     batch = objective.collate(some, CPU)
     hidden = net(batch.source).hidden
-    pieces = F.cross_entropy(net.readout(hidden[batch.places_N]), batch.pieces_N, reduction="sum")
+    masked_loss = F.cross_entropy(net.readout(hidden[batch.selected_N]), batch.tokens_N, reduction="sum")
     assert batch.next_S is not None
-    judged = net.judge(hidden[batch.starts_S])
-    next_one = F.cross_entropy(judged, batch.next_S, reduction="sum")
-    torch.testing.assert_close(whole.total, pieces + 3 * next_one)
-    torch.testing.assert_close(whole.nll, pieces.detach())
-    told = [one.index(max(one)) == true for one, true in zip(judged.tolist(), batch.next_S, strict=True)]
-    assert whole.right is not None and (int(whole.right), whole.questions) == (sum(told), len(some))
+    logits = net.next_sentence_logits(hidden[batch.starts_S])
+    next_loss = F.cross_entropy(logits, batch.next_S, reduction="sum")
+    torch.testing.assert_close(whole.total, masked_loss + 3 * next_loss)
+    torch.testing.assert_close(whole.nll, masked_loss.detach())
+    right = [one.index(max(one)) == true for one, true in zip(logits.tolist(), batch.next_S, strict=True)]
+    assert whole.right is not None and (int(whole.right), whole.questions) == (sum(right), len(some))
     parts = [objective.loss(net, objective.collate(some.slice(n, n + 2), CPU)) for n in range(0, 8, 2)]
     torch.testing.assert_close(whole.total, torch.stack([part.total for part in parts]).sum())
     whole.total.backward()
     assert not [name for name, parameter in net.named_parameters() if parameter.grad is None]
 
 
-def test_without_next_sentences_there_is_one_part() -> None:
+def test_without_next_sentences_there_is_one_segment() -> None:
     batch = masked(next_sentence=False).collate(examples(second=False), CPU)
     assert batch.next_S is None
     assert not batch.source.extras["segments"].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"norm_place": "pre", "norm": "rms", "positions": "rotary"}])
-def test_neighbours_change_nothing_and_everything_counts(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"norm_position": "pre", "norm": "rms", "positions": "rotary"}])
+def test_neighbours_change_nothing_and_segments_count(options: dict[str, Any]) -> None:
     net, some = encoder(**options), examples()
     objective = masked()
     with torch.inference_mode():
@@ -159,7 +159,7 @@ def test_neighbours_change_nothing_and_everything_counts(options: dict[str, Any]
         ({"next_weight": -1.0}, r"loss\.next_weight"),
     ],
 )
-def test_masking_that_cannot_be_is_refused(options: dict[str, Any], expected: str) -> None:
+def test_impossible_masking_is_refused(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         MaskedConfig(**options)
 
@@ -171,7 +171,7 @@ def denoising(**options: Any) -> Denoising:
     return Denoising(DenoisingConfig(**options), SPECIALS)
 
 
-def test_the_target_is_the_text_and_the_source_what_is_left() -> None:
+def test_the_target_is_the_text_and_the_source_a_corrupted_copy() -> None:
     some = examples(100, second=False)
     batch = denoising().collate(some, CPU)
     text = some.columns["first.ids"]
@@ -188,28 +188,28 @@ def test_spans_are_replaced_by_one_mask_each_and_the_rest_stays() -> None:
     text = np.arange(100, 400)
     lengths = []
     for seed in range(50):
-        out = infilled(text, 0.3, 3.0, 1, np.random.default_rng(seed)).tolist()
-        rest = [piece for piece in out if piece != 1]
+        out = mask_spans(text, 0.3, 3.0, 1, np.random.default_rng(seed)).tolist()
+        rest = [token for token in out if token != 1]
         assert rest == sorted(set(rest)) and len(rest) == 210
         assert not any(one == other == 1 for one, other in pairwise(out))
         edges = [99, *out, 400]
         lengths += [edges[n + 1] - edges[n - 1] - 1 for n in range(1, len(edges) - 1) if edges[n] == 1]
     assert sum(lengths) == 50 * 90
     assert np.mean(lengths) == pytest.approx(3, abs=0.2)
-    assert 0 in lengths, "a mask may stand for nothing"
+    assert 0 in lengths, "a mask may replace nothing"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_short_texts_survive_any_noise(size: int) -> None:
+def test_short_texts_can_be_corrupted(size: int) -> None:
     for seed in range(30):
-        out = infilled(np.arange(10, 10 + size), 0.9, 0.5, 1, np.random.default_rng(seed))
+        out = mask_spans(np.arange(10, 10 + size), 0.9, 0.5, 1, np.random.default_rng(seed))
         assert len(out) <= size + 1
 
 
-def test_sentences_come_in_another_order() -> None:
+def test_sentences_are_shuffled() -> None:
     objective = denoising(rate=0.0)
     text, sizes = np.arange(10, 40), np.array([10, 5, 15])
-    found = {tuple(objective.noised(text, sizes, key)) for key in range(60)}
+    found = {tuple(objective.corrupt(text, sizes, key)) for key in range(60)}
     assert len(found) == 6
     assert all(sorted(one) == text.tolist() for one in found)
 
@@ -225,6 +225,6 @@ def test_noise_depends_on_the_key_alone() -> None:
     ("options", "expected"),
     [({"rate": 1.0}, "rate"), ({"span": 0.0}, "span"), ({"rate": 0.0, "shuffle": False}, "shuffle")],
 )
-def test_noise_that_cannot_be_is_refused(options: dict[str, Any], expected: str) -> None:
+def test_impossible_noise_is_refused(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=rf"loss\.{expected}"):
         DenoisingConfig(**options)

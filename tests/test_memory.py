@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from trmt.decoding.eager import Eager
 
 from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt import validating
 from trmt.bundles import checkpoints
+from trmt.decoding.batch import BatchDecoder
 from trmt.nets.transformer import Transformer
 from trmt.objectives.base import Loss
-from trmt.objectives.translation import Translation
+from trmt.objectives.translation import TranslationObjective
 from trmt.sets.batches import BatchConfig, Batches, DataPosition
 from trmt.sets.shards import PreparedSet
 from trmt.training import run as run_module
@@ -54,15 +54,15 @@ class LimitedMemory:
 @contextmanager
 def memory_for(limit: int, *, training: bool) -> Iterator[LimitedMemory]:
     """Memory for batches of up to `limit` pairs, in training or in validation."""
-    limited, loss = LimitedMemory(), Translation.loss
+    limited, loss = LimitedMemory(), TranslationObjective.loss
 
-    def checked(self: Translation, net: Any, batch: Any) -> Loss:
+    def checked(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled() == training:
             limited.check(len(batch.source), limit)
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", checked)
+        patch.setattr(TranslationObjective, "loss", checked)
         yield limited
 
 
@@ -75,13 +75,15 @@ def test_the_largest_batches_are_rehearsed_first(
 ) -> None:
     sizes: list[tuple[int, int, int]] = []
     steps: list[int] = []
-    loss = Translation.loss
+    loss = TranslationObjective.loss
 
-    def measured(self: Translation, net: Any, batch: Any) -> Loss:
+    def measured(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled():
             lengths_S = torch.maximum(batch.source.lengths_S, batch.before.lengths_S)
             pairs, longest = len(lengths_S), int(lengths_S.max())
-            sizes.append((int(lengths_S.sum()) if type(net).in_row else pairs * longest, pairs, longest))
+            sizes.append(
+                (int(lengths_S.sum()) if type(net).packs_tokens else pairs * longest, pairs, longest)
+            )
         return loss(self, net, batch)
 
     def counted(state: TrainState, batches: Any) -> Any:
@@ -89,7 +91,7 @@ def test_the_largest_batches_are_rehearsed_first(
         return train_step(state, batches)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", measured)
+        patch.setattr(TranslationObjective, "loss", measured)
         patch.setattr(run_module, "train_step", counted)
         recipe = toy.recipe(tmp_path, {"training": {"steps": 0, "epochs": 1}}, architecture=architecture)
         train(options(run, toy_set, recipe))
@@ -106,14 +108,14 @@ def test_subwords_are_sampled_in_the_rehearsal(toy_set: Path, tmp_path: Path) ->
     stored = max(
         run.state.objective.tokens(run.batches.load(pairs)) for pairs in run.batches.largest_batches()
     )
-    tokens, loss = [], Translation.loss
+    tokens, loss = [], TranslationObjective.loss
 
-    def recorded(self: Translation, net: Any, batch: Any) -> Loss:
+    def recorded(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         tokens.append(batch.tokens)
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", recorded)
+        patch.setattr(TranslationObjective, "loss", recorded)
         rehearse(run.state, run.batches)
         rehearsed = max(tokens)
         for position, step in run.batches.steps(DataPosition(0, 0)):
@@ -185,20 +187,20 @@ def test_short_memory_does_not_change_the_order_of_the_data(toy_set: Path, tmp_p
 
 
 def test_memory_can_run_out_in_a_later_step(toy_set: Path, tmp_path: Path, run: Path) -> None:
-    loss, limited, step = Translation.loss, LimitedMemory(), [0]
+    loss, limited, step = TranslationObjective.loss, LimitedMemory(), [0]
 
     def recorded(state: TrainState, batches: Any) -> Any:
         step[0] = state.progress.step
         return train_step(state, batches)
 
-    def checked(self: Translation, net: Any, batch: Any) -> Loss:
+    def checked(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled() and step[0] >= 3:
             limited.check(len(batch.source), 7)
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "train_step", recorded)
-        patch.setattr(Translation, "loss", checked)
+        patch.setattr(TranslationObjective, "loss", checked)
         train(options(run, toy_set, toy.recipe(tmp_path)))
     assert limited.refused and checkpoints.list_checkpoints(run)[-1].step == 6
 
@@ -226,14 +228,14 @@ def test_the_dev_set_is_translated_in_smaller_batches(
 ) -> None:
     recipe = toy.recipe(tmp_path, TRANSLATED)
     train(options(tmp_path / "unlimited", toy_set, recipe), validating.validate)
-    limited, started = LimitedMemory(), Eager._started
+    limited, start = LimitedMemory(), BatchDecoder.start
 
-    def checked(self: Eager, requests: Any, indices: list[int], room: int) -> Any:
-        limited.check(len(indices), 5)
-        return started(self, requests, indices, room)
+    def checked(self: BatchDecoder, requests: Any, max_tokens: int, **options: Any) -> Any:
+        limited.check(len(requests), 5)
+        return start(self, requests, max_tokens, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Eager, "_started", checked)
+        patch.setattr(BatchDecoder, "start", checked)
         train(options(run, toy_set, recipe), validating.validate)
     assert limited.refused and max(limited.fitted) <= 5
     assert "memory is short: translating goes on with fewer sentences" in capsys.readouterr().err
@@ -258,7 +260,7 @@ def test_a_dev_set_that_does_not_fit_at_all_does_not_end_the_run(
         if where == "loss":
             patch.setattr(validation, "loss_sums", full)
         else:
-            patch.setattr(Eager, "_started", full)
+            patch.setattr(BatchDecoder, "start", full)
         train(options(run, toy_set, recipe), validating.validate)
     assert capsys.readouterr().err.count("training goes on without validating") == 2
     found = checkpoints.list_checkpoints(run)
@@ -286,27 +288,27 @@ def test_micro_batches_of_a_compiled_network_have_one_shape(toy_set: Path, tmp_p
     state = run.state
     state.forward = state.net  # the shapes are the same without the compiler
     assert state.batch_shape
-    shapes, loss = set(), Translation.loss
+    shapes, loss = set(), TranslationObjective.loss
 
-    def recorded(self: Translation, net: Any, batch: Any) -> Loss:
+    def recorded(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         shapes.add(
             (len(batch.source.ids_N), len(batch.before.ids_N), len(batch.source), batch.source.longest)
         )
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", recorded)
+        patch.setattr(TranslationObjective, "loss", recorded)
         for halvings in (0, 1):
             state.micro_batches.halvings = halvings
             train_step(state, [run.batches.load(run.batches.plan(0)[0][0])])
-            shape = state.batch_shape.part(2**halvings)
-            assert shapes == {(shape.source, shape.target, shape.sentences, shape.longest)}
+            shape = state.batch_shape.micro_batch(2**halvings)
+            assert shapes == {(shape.source_tokens, shape.target_tokens, shape.sentences, shape.max_length)}
             shapes.clear()
 
 
 def test_the_batch_shape_keeps_to_the_positions_of_the_network(toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path)
     longest = int(Batches(PreparedSet.open(toy_set), BatchConfig(), seed=1).lengths.max())
-    changes = (f"network.longest={longest + 1}", "batches.subword_alpha=0.4")
+    changes = (f"network.max_positions={longest + 1}", "batches.subword_alpha=0.4")
     shape = TrainingRun.from_options(options(tmp_path / "run", toy_set, recipe, *changes)).state.batch_shape
-    assert shape and shape.longest == longest + 1
+    assert shape and shape.max_length == longest + 1

@@ -1,8 +1,8 @@
-"""Bundles and runs that an earlier trmt wrote are read, and translate as they did then.
+"""Bundles, runs and recipes of an earlier trmt are read, and its bundles translate as they did then.
 
-`old_bundles/` holds a bundle for each architecture and option there was. To save space, all of them share one
-tokenizer, and weights are compressed: `as_written` puts a folder together as it was. `expected.json` tells
-what the trmt that wrote them made of some sentences.
+tests/fixtures/old_bundles has a bundle for each architecture and option of then. To save space, all of them
+share one tokenizer, and weights are compressed: `unpacked` restores a folder as it was. `expected.json`
+has what the earlier trmt made of some sentences.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ from torch import Tensor
 
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.bundles import Bundle, build_network, load_bundle, load_weights, read_manifest, read_weights
-from trmt.nets.base import Network, Ragged, Source
+from trmt.bundles.upgrade import upgrade_network, upgrade_recipe, upgrade_weights
+from trmt.config import to_toml
+from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.nets.base import Network
+from trmt.nets.ragged import Ragged, Source
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import describing
 from trmt.training.planning import TrainOptions
+from trmt.training.recipe import load_recipe
 from trmt.training.run import train
 from trmt.translating import TranslateOptions, Translation, Translator
 
 FIXTURES = Path(__file__).parent / "fixtures/old_bundles"
-EXPECTED: dict[str, Any] = (
-    json.loads((FIXTURES / "expected.json").read_bytes()) if (FIXTURES / "expected.json").is_file() else {}
-)
-BUNDLES: dict[str, Any] = EXPECTED.get("bundles", {})
-TRANSLATING = [name for name, entry in BUNDLES.items() if "greedy" in entry]
-READING = [name for name, entry in BUNDLES.items() if "readout" in entry]
+EXPECTED: dict[str, Any] = json.loads((FIXTURES / "expected.json").read_bytes())
+BUNDLES: dict[str, Any] = EXPECTED["bundles"]
+TRANSLATORS = [name for name, entry in BUNDLES.items() if "greedy" in entry]
+ENCODERS = [name for name, entry in BUNDLES.items() if "readout" in entry]
 
 TOKENIZER, PACKED = "tokenizer", ".bz2"
-CLOSE = 1e-4  # of scores and log probabilities
+CLOSE = 1e-4  # for scores and log probabilities
 LIMIT = 30  # tokens of a translation
 
 SEARCHES = {
@@ -48,13 +51,10 @@ SEARCHES = {
 }
 
 
-# How a fixture becomes what it was
-
-
-def as_written(fixture: Path, place: Path) -> Path:
+def unpacked(fixture: Path, folder: Path) -> Path:
     """A copy of a fixture with its weights unpacked, and with the tokenizer in every bundle and set."""
     for path in sorted(fixture.rglob("*")):
-        copy = place / path.relative_to(fixture)
+        copy = folder / path.relative_to(fixture)
         if path.is_dir():
             copy.mkdir(parents=True, exist_ok=True)
             continue
@@ -65,70 +65,57 @@ def as_written(fixture: Path, place: Path) -> Path:
             shutil.copyfile(path, copy)
         if path.name in (bundles.MANIFEST, "index.json"):
             shutil.copytree(FIXTURES / TOKENIZER, copy.parent / TOKENIZER, dirs_exist_ok=True)
-    return place
+    return folder
 
 
-# What is looked at
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The bundle whose name a test has as a parameter, as it was written."""
+    return unpacked(FIXTURES / request.getfixturevalue("name"), tmp_path / "bundle")
 
 
-def translations(folder: Path, search: str, lines: list[str]) -> list[Translation]:
-    """The translations of some lines by the bundle in a folder."""
+# What a bundle computes
+
+
+def translate(folder: Path, search: str, lines: list[str]) -> list[Translation]:
     return Translator.load(folder, options=SEARCHES[search]).translate(lines)
 
 
-def told(found: list[Translation]) -> list[list[Any]]:
-    """The text and the score of each translation, as they stand in `expected.json`."""
-    return [[each.text, rounded(each.candidates[0].score)] for each in found]
+def best(translations: list[Translation]) -> list[list[Any]]:
+    """The text and the score of each translation."""
+    return [[each.text, each.candidates[0].score] for each in translations]
 
 
-def told_best(found: Translation) -> list[list[Any]]:
+def candidates(translation: Translation) -> list[list[Any]]:
     """The text, the score and the normalised score of each candidate."""
-    return [[each.text, rounded(each.score), rounded(each.normalised)] for each in found.candidates]
+    return [[each.text, each.score, each.normalised] for each in translation.candidates]
 
 
-def rounded(number: float) -> float:
-    """A number as `expected.json` holds it, ten times as exact as it is compared."""
-    return round(number, 5)
-
-
-def log_probabilities(
-    bundle: Bundle, pairs: list[list[str]], *, segments: bool = False
-) -> list[list[float]]:
-    """The log probability of each piece of the targets, and of their ends, after the pieces before it.
-
-    With `segments`, the second half of each source is of another kind.
-    """
+def log_probabilities(bundle: Bundle, pairs: list[list[str]]) -> list[list[float]]:
+    """The log probability of each token of the targets and of their ends, given the tokens before it."""
     tokenizer = bundle.tokenizer
     sources = [[*ids, tokenizer.source.eos] for ids in tokenizer.source.encode([pair[0] for pair in pairs])]
     targets = tokenizer.target.encode([pair[1] for pair in pairs])
     before = Ragged.of([[tokenizer.target.bos, *ids] for ids in targets])
-    wanted = Ragged.of([[*ids, tokenizer.target.eos] for ids in targets])
-    source = Source.of(sources)
-    if segments:
-        source = replace(source, extras={"segments": halves(sources)})
+    after = Ragged.of([[*ids, tokenizer.target.eos] for ids in targets])
     with torch.inference_mode():
-        logits = bundle.net.readout(bundle.net(source, before).hidden)
-    found = logits.log_softmax(-1).gather(-1, wanted.ids_N[:, None])[:, 0]
-    return [part.tolist() for part in found.split(wanted.lengths_S.tolist())]
+        logits = bundle.net.readout(bundle.net(Source.of(sources), before).hidden)
+    found = logits.log_softmax(-1).gather(-1, after.ids_N[:, None])[:, 0]
+    return [sentence.tolist() for sentence in found.split(after.lengths_S.tolist())]
 
 
-def halves(sentences: list[list[int]]) -> Tensor:
-    """Zeros for the first half of each sentence, ones for the second."""
-    return torch.cat([(torch.arange(len(ids)) >= (len(ids) + 1) // 2).long() for ids in sentences])
-
-
-def loaded_reader(folder: Path) -> tuple[Network, Tokenizer]:
-    """The network of a bundle that reads and does not translate."""
+def load_encoder(folder: Path) -> tuple[Network, Tokenizer]:
+    """The network of a bundle that only encodes."""
     manifest = read_manifest(folder)
     net = build_network(manifest.architecture, manifest.network)
     load_weights(net, read_weights(folder, manifest), where=str(folder))
     return net.eval(), Tokenizer.load(folder / TOKENIZER)
 
 
-def guesses(net: Any, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Any]:
-    """For each place of the texts the likeliest piece and its log probability; for each text its judgement.
+def predictions(net: Any, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Any]:
+    """The likeliest token at each position and its log probability, and next-sentence logits of each text.
 
-    If the network tells segments apart, the second half of each text is of the second one.
+    If the network has segments, the second half of each text is the second one.
     """
     side = tokenizer.source
     sentences = [[side.bos, *ids, side.eos] for ids in side.encode(texts)]
@@ -138,120 +125,190 @@ def guesses(net: Any, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Any]:
     lengths = [len(ids) for ids in sentences]
     with torch.inference_mode():
         hidden = net(source).hidden
-        best = net.readout(hidden).log_softmax(-1).max(-1)
-        first = torch.stack([part[0] for part in hidden.split(lengths)])
-        judged = net.next_sentence_logits(first)
-    return {
-        "pieces": [part.tolist() for part in best.indices.split(lengths)],
-        "log_probabilities": [part.tolist() for part in best.values.split(lengths)],
-        "judged": judged.tolist(),
-    }
+        likeliest = net.readout(hidden).log_softmax(-1).max(-1)
+        first = torch.stack([sentence[0] for sentence in hidden.split(lengths)])
+        return {
+            "pieces": [sentence.tolist() for sentence in likeliest.indices.split(lengths)],
+            "log_probabilities": [sentence.tolist() for sentence in likeliest.values.split(lengths)],
+            "judged": net.next_sentence_logits(first).tolist(),
+        }
 
 
-# What is compared
+def halves(sentences: list[list[int]]) -> Tensor:
+    """Zeros for the first half of each sentence, ones for the second."""
+    return torch.cat([(torch.arange(len(ids)) >= (len(ids) + 1) // 2).long() for ids in sentences])
 
 
-def same_texts(found: list[list[Any]], wanted: list[list[Any]]) -> None:
-    """Each with its scores: the texts are equal, the scores close."""
-    assert [each[0] for each in found] == [each[0] for each in wanted]
-    for one, other in zip(found, wanted, strict=True):
-        assert one[1:] == pytest.approx(other[1:], rel=0, abs=CLOSE)
+def assert_same_texts(found: list[list[Any]], expected: list[list[Any]]) -> None:
+    """The same texts, and scores that are close."""
+    assert [each[0] for each in found] == [each[0] for each in expected]
+    assert_close([each[1:] for each in found], [each[1:] for each in expected])
 
 
-def same_numbers(found: list[list[float]], wanted: list[list[float]]) -> None:
-    for one, other in zip(found, wanted, strict=True):
+def assert_close(found: list[list[float]], expected: list[list[float]]) -> None:
+    for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=0, abs=CLOSE)
-
-
-@pytest.fixture
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The bundle whose name a test was given, as it was written."""
-    return as_written(FIXTURES / request.getfixturevalue("name"), tmp_path / "bundle")
 
 
 # Bundles
 
 
-def test_there_is_a_fixture_for_each_entry_and_an_entry_for_each_fixture() -> None:
+def test_every_fixture_has_an_entry_and_every_entry_a_fixture() -> None:
     assert {path.parent.name for path in FIXTURES.glob(f"*/{bundles.MANIFEST}")} == set(BUNDLES)
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_a_manifest_is_that_of_the_architecture_it_is_said_to_be(name: str, folder: Path) -> None:
-    """The manifest is there as the earlier trmt wrote it, whatever its options are called today."""
+def test_a_manifest_is_that_of_the_earlier_version(name: str, folder: Path) -> None:
+    """The fixture has the options in the words of then, which are no options of today."""
     tree = json.loads((FIXTURES / name / bundles.MANIFEST).read_bytes())
+    assert tree["format"] in (1, 2) and "width" in tree["network"]
     assert tree["architecture"] == BUNDLES[name]["architecture"]
     assert tree["network"] == BUNDLES[name]["network"]
-    assert read_manifest(folder).tokenizer == Tokenizer.load(FIXTURES / TOKENIZER).fingerprint
+    manifest = read_manifest(folder)
+    assert manifest.tokenizer == Tokenizer.load(FIXTURES / TOKENIZER).fingerprint
+    assert "d_model" in manifest.network and "width" not in manifest.network
 
 
-@pytest.mark.parametrize("name", TRANSLATING)
-def test_greedy_translations_are_those_of_then(name: str, folder: Path) -> None:
-    same_texts(told(translations(folder, "greedy", EXPECTED["lines"])), BUNDLES[name]["greedy"])
+@pytest.mark.parametrize("name", TRANSLATORS)
+def test_greedy_translations_are_those_of_the_earlier_version(name: str, folder: Path) -> None:
+    assert_same_texts(best(translate(folder, "greedy", EXPECTED["lines"])), BUNDLES[name]["greedy"])
 
 
-@pytest.mark.parametrize("name", TRANSLATING)
-def test_translations_by_beam_search_are_those_of_then(name: str, folder: Path) -> None:
-    same_texts(told(translations(folder, "beam", EXPECTED["lines"])), BUNDLES[name]["beam"])
-    [best] = translations(folder, "n_best", [EXPECTED["n_best_line"]])
-    same_texts(told_best(best), BUNDLES[name]["n_best"])
+@pytest.mark.parametrize("name", TRANSLATORS)
+def test_translations_of_beam_search_are_those_of_the_earlier_version(name: str, folder: Path) -> None:
+    assert_same_texts(best(translate(folder, "beam", EXPECTED["lines"])), BUNDLES[name]["beam"])
+    [translation] = translate(folder, "n_best", [EXPECTED["n_best_line"]])
+    assert_same_texts(candidates(translation), BUNDLES[name]["n_best"])
 
 
-@pytest.mark.parametrize("name", TRANSLATING)
-def test_each_piece_of_a_given_translation_is_as_likely_as_then(name: str, folder: Path) -> None:
-    bundle = load_bundle(folder)
-    same_numbers(log_probabilities(bundle, EXPECTED["pairs"]), BUNDLES[name]["log_probabilities"])
-    if "with_segments" in BUNDLES[name]:
-        found = log_probabilities(bundle, EXPECTED["pairs"], segments=True)
-        same_numbers(found, BUNDLES[name]["with_segments"])
+@pytest.mark.parametrize("name", TRANSLATORS)
+def test_log_probabilities_are_those_of_the_earlier_version(name: str, folder: Path) -> None:
+    found = log_probabilities(load_bundle(folder), EXPECTED["pairs"])
+    assert_close(found, BUNDLES[name]["log_probabilities"])
 
 
-@pytest.mark.parametrize("name", READING)
-def test_a_network_that_only_reads_guesses_and_judges_as_then(name: str, folder: Path) -> None:
-    found, wanted = guesses(*loaded_reader(folder), EXPECTED["texts"]), BUNDLES[name]["readout"]
-    assert found["pieces"] == wanted["pieces"]
-    same_numbers(found["log_probabilities"], wanted["log_probabilities"])
-    same_numbers(found["judged"], wanted["judged"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_predictions_of_an_encoder_are_those_of_the_earlier_version(name: str, folder: Path) -> None:
+    found, expected = predictions(*load_encoder(folder), EXPECTED["texts"]), BUNDLES[name]["readout"]
+    assert found["pieces"] == expected["pieces"]
+    assert_close(found["log_probabilities"], expected["log_probabilities"])
+    assert_close(found["judged"], expected["judged"])
 
 
-# Runs
+@pytest.mark.parametrize("name", ["transformer-int8", "transformer-mixed-9", "transformer-segments", "rnn-2"])
+def test_an_old_bundle_stays_readable_once_its_manifest_was_written_again(name: str, folder: Path) -> None:
+    """The manifest is then in the words of today, beside weights with the names of then."""
+    bundles.rewrite_manifest(folder, licences=("CC0",))
+    assert json.loads((folder / bundles.MANIFEST).read_bytes())["format"] in (3, 4)
+    found = log_probabilities(load_bundle(folder), EXPECTED["pairs"])
+    assert_close(found, BUNDLES[name]["log_probabilities"])
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_what_is_in_the_words_of_today_stays(name: str, folder: Path) -> None:
+    manifest = read_manifest(folder)
+    again = upgrade_network(manifest.architecture, manifest.network)
+    assert again == (manifest.architecture, manifest.network)
+    weights = read_weights(folder, manifest)
+    assert upgrade_weights(weights, *again).keys() == weights.keys()
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary", "alibi"])
+def test_segments_without_a_table_of_positions_are_refused(positions: str) -> None:
+    with pytest.raises(ConfigError, match=f"segments = 2 with positions = '{positions}'"):
+        upgrade_network("transformer", {"positions": positions, "segments": 2})
+
+
+def test_a_bundle_that_cannot_be_upgraded_is_an_error_of_one_sentence(tmp_path: Path) -> None:
+    folder = unpacked(FIXTURES / "transformer-positions-rotary", tmp_path / "bundle")
+    tree = json.loads((folder / bundles.MANIFEST).read_bytes())
+    tree["network"]["segments"] = 2
+    (folder / bundles.MANIFEST).write_text(json.dumps(tree), encoding="utf-8")
+    with pytest.raises(BundleError, match="segments = 2 with positions = 'rotary'"):
+        load_bundle(folder)
+
+
+# Runs and recipes
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run folder and, in the folder that its origin names, the set it was trained on."""
-    as_written(FIXTURES / "run", tmp_path / "models/run")
-    as_written(FIXTURES / "set", tmp_path / "data/set")
+    """A run folder, and the set it was trained on in the folder that its origin names."""
+    unpacked(FIXTURES / "run", tmp_path / "models/run")
+    unpacked(FIXTURES / "set", tmp_path / "data/set")
     monkeypatch.chdir(tmp_path)
     yield Path("models/run")
 
 
-def test_a_run_is_known_and_its_best_checkpoint_translates_as_then(run: Path) -> None:
-    wanted = EXPECTED["run"]
+def test_the_checkpoints_of_a_run_translate_as_then(run: Path) -> None:
+    expected = EXPECTED["run"]
     assert describing.is_run(run)
-    assert [point.folder.name for point in checkpoints.steps(run)] == [*wanted["checkpoints"]]
-    assert checkpoints.find_bundle(run).name == wanted["best"]
-    for name, translated in wanted["checkpoints"].items():
-        same_texts(told(translations(run / name, "greedy", EXPECTED["lines"])), translated["greedy"])
+    found = [checkpoint.folder.name for checkpoint in checkpoints.list_checkpoints(run)]
+    assert found == [*expected["checkpoints"]]
+    assert checkpoints.find_bundle(run).name == expected["best"]
+    for name, translated in expected["checkpoints"].items():
+        assert_same_texts(best(translate(run / name, "greedy", EXPECTED["lines"])), translated["greedy"])
         bundle = load_bundle(run / name)
-        same_numbers(log_probabilities(bundle, EXPECTED["pairs"]), translated["log_probabilities"])
+        assert_close(log_probabilities(bundle, EXPECTED["pairs"]), translated["log_probabilities"])
 
 
-def test_a_run_goes_on_as_it_would_have_then(run: Path) -> None:
-    wanted = EXPECTED["run"]["resumed"]
-    train(TrainOptions(run=run, settings=[f"training.steps={wanted['steps']}"]))
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = {str(entry["step"]): entry["loss"] for entry in log if entry["event"] == "train"}
-    assert losses == pytest.approx(wanted["losses"], rel=0, abs=CLOSE)
-    bundle = load_bundle(run / wanted["checkpoint"])
-    same_numbers(log_probabilities(bundle, EXPECTED["pairs"]), wanted["log_probabilities"])
+def test_a_run_of_the_earlier_version_is_not_resumed_but_fine_tuned(run: Path) -> None:
+    with pytest.raises(TrmtError, match="older version of trmt"):
+        train(TrainOptions(run=run, settings=["training.steps=90"]))
+    options = TrainOptions(data=Path("data/set"), recipe=str(run / "config.toml"), init_from=run)
+    tuned = train(replace(options, run=Path("models/tuned"), settings=["training.steps=1", "optim.lr=1e-9"]))
+    [checkpoint] = checkpoints.list_checkpoints(tuned)
+    found = log_probabilities(load_bundle(checkpoint.folder), EXPECTED["pairs"])
+    weights = EXPECTED["run"]["checkpoints"][EXPECTED["run"]["best"]]
+    assert_close(found, weights["log_probabilities"])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (FIXTURES / "recipes").glob("*.toml")))
-def test_a_recipe_of_then_describes_a_network(name: str, tmp_path: Path) -> None:
+def test_a_recipe_of_the_earlier_version_describes_the_same_network(name: str, tmp_path: Path) -> None:
     shutil.copyfile(FIXTURES / f"recipes/{name}.toml", tmp_path / checkpoints.CONFIG)
     recipe = describing.recipe(tmp_path)
-    tree = tomllib.loads((tmp_path / checkpoints.CONFIG).read_text(encoding="utf-8"))
-    assert recipe.architecture == tree["architecture"]
+    expected = {"rnn-luong": "rnn-attention"}.get(name, name)
+    assert recipe.architecture == expected
     parameters = sum(each.numel() for each in build_network(recipe.architecture, recipe.network).parameters())
     assert parameters == EXPECTED["recipes"][name]["parameters"]
+    tree = tomllib.loads((FIXTURES / f"recipes/{name}.toml").read_text(encoding="utf-8"))
+    assert upgrade_recipe(upgrade_recipe(tree)) == upgrade_recipe(tree)
+
+
+@pytest.mark.parametrize(
+    ("settings", "architecture", "network"),
+    [
+        (["network.width=8"], "transformer", {"d_model": 8}),
+        (
+            ["network.positions=alibi", "network.norm=batch"],
+            "transformer-alibi+batch-norm",
+            {"norm": "batch"},
+        ),
+        (["network.positions=relative", "network.reach=3"], "transformer-relative", {"max_distance": 3}),
+        (["network.cross_focus=sampled"], "transformer-hard", {"cross_attention": "sampled"}),
+        (
+            ["network.residual=false", "network.norm_place=post"],
+            "transformer-no-residual",
+            {"norm_position": "post"},
+        ),
+        (["network.residual=true", "network.reach=3", "network.segments=1"], "transformer", {}),
+    ],
+)
+def test_settings_in_the_words_of_the_earlier_version_are_read(
+    settings: list[str], architecture: str, network: dict[str, Any]
+) -> None:
+    recipe = load_recipe("transformer-tiny", settings)
+    assert recipe.architecture == architecture
+    assert {name: recipe.network[name] for name in network} == network
+    vocabularies = {"source_vocabulary": 9, "target_vocabulary": 9}
+    build_network(recipe.architecture, {**recipe.network, **vocabularies})
+
+
+def test_old_words_in_a_recipe_and_new_ones_in_settings_do_not_clash(tmp_path: Path) -> None:
+    network = {"width": 16, "norm_place": "pre", "positions": "alibi"}
+    file = tmp_path / "old.toml"
+    file.write_text(to_toml({"network": network, "training": {"steps": 1}}), encoding="utf-8")
+    recipe = load_recipe(str(file), ["network.d_model=32", "network.longest=50"])
+    assert recipe.architecture == "transformer-alibi"
+    expected = {"d_model": 32, "norm_position": "pre", "positions": "alibi", "max_positions": 50}
+    assert recipe.network == expected

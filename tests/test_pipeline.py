@@ -57,7 +57,7 @@ def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Some ten seconds each, on one core. With the same few steps a network without attention, rnn-fixed, reaches
 # 32 BLEU here: every floor is above.
 SHORT = ("network.dropout=0.0", "batches.tokens=1024", "optim.schedule=cosine", "optim.warmup=50")
-SMALL = (*SHORT, "network.width=128")
+SMALL = (*SHORT, "network.d_model=128")
 FEW_STEPS = ("network.feed_forward=256", "network.encoder_steps=3", "network.decoder_steps=3")
 
 

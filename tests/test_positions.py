@@ -1,4 +1,4 @@
-"""Every kind of position, against plain sums over one pair of places after the other."""
+"""Every kind of position, against plain sums over one pair of positions after the other."""
 
 from __future__ import annotations
 
@@ -10,75 +10,79 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from trmt.nets.positions import bucket, slopes
 
 from tests.fakes import random_sentences, small_network
 from trmt.errors import ConfigError
-from trmt.lab.masked_encoder import MaskedEncoderConfig
-from trmt.nets import layers, positions
-from trmt.nets.base import Ragged, Source
-from trmt.nets.linear import choose
-from trmt.nets.transformer import TransformerConfig
+from trmt.lab.alibi import slopes
+from trmt.lab.distance_attention import distances
+from trmt.lab.t5_positions import bucket
+from trmt.nets import layers
+from trmt.nets.base import UNLIMITED, Decoding
+from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Ragged, Source
+from trmt.registry import NETWORKS, resolve
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-SIZES = {"source_vocabulary": 23, "target_vocabulary": 23, "width": 12, "heads": 3}
+SIZES = {"d_model": 12, "heads": 3}
 
 
-def parts(length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of one sentence, 3 heads of width 4."""
+def qkv(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one sentence, 3 heads of dimension 4."""
     query, key, value = torch.randn(3, 1, 3, length, 4, generator=torch.Generator().manual_seed(2))
     return query, key, value
 
 
-def by_hand(length: int, side: int, score: Any, value_at: Any) -> Tensor:
-    """Attention with the scores and values of these functions of (head, query's place, key's place)."""
+def by_hand(length: int, decoder: bool, score: Any, value_at: Any) -> Tensor:
+    """Attention with the scores and values of these functions of (head, query position, key position)."""
     rows = torch.zeros(length, 3, 4)
     for head in range(3):
-        for at in range(length):
-            places = range(at + 1) if side else range(length)
-            weights = [math.exp(float(score(head, at, other))) for other in places]
-            for weight, other in zip(weights, places, strict=True):
-                rows[at, head] += weight / sum(weights) * value_at(head, at, other)
+        for position in range(length):
+            others = range(position + 1) if decoder else range(length)
+            weights = [math.exp(float(score(head, position, other))) for other in others]
+            for weight, other in zip(weights, others, strict=True):
+                rows[position, head] += weight / sum(weights) * value_at(head, position, other)
     return rows.flatten(1)
 
 
-def found(net: Any, config: Any, layer: int, length: int, side: int, *, steady: bool) -> Tensor:
-    distance = positions.distances(length, length, torch.device("cpu"))
-    past = torch.ones(length, length, dtype=torch.bool)
-    mask = layers.blocked(past.tril() if side else past)[None, None]
-    look = positions.look(net, config, layer, distance, side=side, steady=steady)
-    return look(*parts(length), mask)[0]
+def attention(net: Any, layer: int, length: int, decoder: bool) -> Tensor:
+    """The attention that a network computes."""
+    distance = distances(length, length, torch.device("cpu"))
+    allowed = torch.ones(length, length, dtype=torch.bool)
+    mask = layers.additive_mask(allowed.tril() if decoder else allowed)[None, None]
+    return net.attend(layer, qkv(length), mask, distance, decoder=decoder)[0]
 
 
-@pytest.mark.parametrize("steady", [False, True])
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("decoder", [False, True])
 @torch.no_grad()
-def test_relative_positions_add_a_vector_to_each_key_and_value(side: int, steady: bool) -> None:
-    net = small_network("transformer", **SIZES, positions="relative", reach=2)
-    apart = (net.decoder_apart if side else net.encoder_apart)[1]
-    query, key, value = (part[0] for part in parts(7))
+def test_relative_positions_add_a_vector_to_each_key_and_value(decoder: bool, training: bool) -> None:
+    net: Any = small_network("transformer-relative", **SIZES, max_distance=2).train(training)
+    vectors = (net.decoder if decoder else net.encoder).distance_vectors[1]
+    query, key, value = (x[0] for x in qkv(7))
 
-    def vector(kind: int, at: int, other: int) -> Tensor:
-        return apart[kind, min(max(other - at, -2), 2) + 2]
+    def vector(of_values: int, position: int, other: int) -> Tensor:
+        return vectors[of_values, min(max(other - position, -2), 2) + 2]
 
-    def score(head: int, at: int, other: int) -> Tensor:
-        return query[head, at] @ (key[head, other] + vector(0, at, other)) / math.sqrt(4)
+    def score(head: int, position: int, other: int) -> Tensor:
+        return query[head, position] @ (key[head, other] + vector(0, position, other)) / math.sqrt(4)
 
-    want = by_hand(7, side, score, lambda head, at, other: value[head, other] + vector(1, at, other))
-    torch.testing.assert_close(found(net, net.config, 1, 7, side, steady=steady), want, **CLOSE)
+    expected = by_hand(7, decoder, score, lambda head, at, other: value[head, other] + vector(1, at, other))
+    torch.testing.assert_close(attention(net, 1, 7, decoder), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("decoder", [False, True])
 @torch.no_grad()
-def test_alibi_takes_away_what_grows_with_the_distance(side: int) -> None:
-    net = small_network("transformer", **SIZES, positions="alibi")
-    query, key, value = (part[0] for part in parts(7))
+def test_alibi_subtracts_the_distance_times_a_slope(decoder: bool) -> None:
+    net: Any = small_network("transformer-alibi", **SIZES)
+    query, key, value = (x[0] for x in qkv(7))
 
-    def score(head: int, at: int, other: int) -> Tensor:
-        return query[head, at] @ key[head, other] / 2 - float(net.table[head]) * abs(at - other)
+    def score(head: int, position: int, other: int) -> Tensor:
+        return query[head, position] @ key[head, other] / 2 - float(net.slopes_H[head]) * abs(
+            position - other
+        )
 
-    want = by_hand(7, side, score, lambda head, _, other: value[head, other])
-    torch.testing.assert_close(found(net, net.config, 0, 7, side, steady=False), want, **CLOSE)
+    expected = by_hand(7, decoder, score, lambda head, _, other: value[head, other])
+    torch.testing.assert_close(attention(net, 0, 7, decoder), expected, **CLOSE)
 
 
 def test_the_slopes_are_those_of_the_paper() -> None:
@@ -89,161 +93,169 @@ def test_the_slopes_are_those_of_the_paper() -> None:
     assert slopes(1).tolist() == [2.0**-8]
 
 
-@pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 6), (4, 20), (64, 500)])
-@pytest.mark.parametrize("both_sides", [True, False])
-def test_the_buckets_are_those_of_t5(buckets: int, farthest: int, both_sides: bool) -> None:
+@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 6), (4, 20), (64, 500)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_the_buckets_are_those_of_t5(buckets: int, max_distance: int, bidirectional: bool) -> None:
     T5Attention = transformers.models.t5.modeling_t5.T5Attention
 
     distance = torch.arange(-600, 601)
     theirs = T5Attention._relative_position_bucket(
-        distance, bidirectional=both_sides, num_buckets=buckets, max_distance=farthest
+        distance, bidirectional=bidirectional, num_buckets=buckets, max_distance=max_distance
     )
-    ours = bucket(distance, buckets=buckets, farthest=farthest, both_sides=both_sides)
+    ours = bucket(distance, buckets=buckets, max_distance=max_distance, bidirectional=bidirectional)
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("decoder", [False, True])
 @torch.no_grad()
-def test_t5_adds_a_number_of_the_head_and_the_bucket(side: int) -> None:
-    net = small_network("transformer", **SIZES, positions="t5", buckets=8, farthest=6)
-    query, key, value = (part[0] for part in parts(9))
+def test_t5_adds_a_number_of_the_head_and_the_bucket(decoder: bool) -> None:
+    net: Any = small_network("transformer-t5", **SIZES, buckets=8, max_distance=6)
+    biases = (net.decoder if decoder else net.encoder).distance_bias[0]
+    query, key, value = (x[0] for x in qkv(9))
 
-    def score(head: int, at: int, other: int) -> Tensor:
-        place = torch.tensor(other - at)
-        number = int(bucket(place, buckets=8, farthest=6, both_sides=not side))
-        return query[head, at] @ key[head, other] / 2 + net.biases[side, number, head]
+    def score(head: int, position: int, other: int) -> Tensor:
+        distance = torch.tensor(other - position)
+        number = int(bucket(distance, buckets=8, max_distance=6, bidirectional=not decoder))
+        return query[head, position] @ key[head, other] / 2 + biases[number, head]
 
-    want = by_hand(9, side, score, lambda head, _, other: value[head, other])
-    torch.testing.assert_close(found(net, net.config, 0, 9, side, steady=False), want, **CLOSE)
+    expected = by_hand(9, decoder, score, lambda head, _, other: value[head, other])
+    torch.testing.assert_close(attention(net, 0, 9, decoder), expected, **CLOSE)
 
 
 @torch.no_grad()
 def test_t5_equals_the_attention_of_hugging_face() -> None:
     T5Attention = transformers.models.t5.modeling_t5.T5Attention
 
-    net = small_network("transformer", positions="t5", score_scale=False, buckets=8, farthest=20, heads=4)
+    net: Any = small_network("transformer-t5+unscaled", buckets=8, max_distance=20, heads=4)
     config = transformers.T5Config(
         d_model=16, d_kv=4, num_heads=4, relative_attention_num_buckets=8, relative_attention_max_distance=20
     )
     theirs = T5Attention(config, has_relative_attention_bias=True).eval()
-    layer = net.encoder[0]
-    layer.own.bias.zero_(), layer.own_out.bias.zero_()
-    for matrix, weight in zip((theirs.q, theirs.k, theirs.v), layer.own.weight.chunk(3), strict=True):
+    layer = net.encoder.layers[0]
+    layer.self_qkv.bias.zero_(), layer.self_out.bias.zero_()
+    for matrix, weight in zip((theirs.q, theirs.k, theirs.v), layer.self_qkv.weight.chunk(3), strict=True):
         matrix.weight.copy_(weight)
-    theirs.o.weight.copy_(layer.own_out.weight)
-    theirs.relative_attention_bias.weight.copy_(net.biases[0])
+    theirs.o.weight.copy_(layer.self_out.weight)
+    theirs.relative_attention_bias.weight.copy_(net.encoder.distance_bias[0])
     x_1LD = torch.randn(1, 13, 16, generator=torch.Generator().manual_seed(1))
-    from trmt.nets.transformer_layers import attend_around, own_parts
-
-    merged = own_parts(layer, net.config, x_1LD)
-    ours = layer.own_out(attend_around(net, net.config, 0, merged, torch.zeros(1, 1, 1, 13)))
-    torch.testing.assert_close(ours, theirs(x_1LD, position_bias=theirs.compute_bias(13, 13))[0], **CLOSE)
+    mask, position_L = torch.zeros(1, 1, 1, 13), torch.arange(13)
+    _, sublayer = layer.self_sublayer(lambda qkv: net.grid_self_attention(0, qkv, position_L, mask))
+    expected = theirs(x_1LD, position_bias=theirs.compute_bias(13, 13))[0]
+    torch.testing.assert_close(sublayer(x_1LD), expected, **CLOSE)
 
 
 @torch.no_grad()
 def test_complex_embeddings_have_amplitude_frequency_and_phase() -> None:
-    net = small_network("transformer", positions="complex", tied="none")
-    net.target_turns.copy_(torch.randn(1, 23, 8))
+    net: Any = small_network("transformer-complex", tied="none")
+    embedding = net.decoder.embedding
+    embedding.frequencies.weight.copy_(torch.randn(1, 23, 8))
     ids, position = torch.tensor([5, 9, 5]), torch.tensor([0, 3, 40])
-    x = net.target_embedding(ids)
-    got = positions.placed(net, net.config, x, ids, position, side=1)
-    for row, (token, place) in enumerate(zip(ids.tolist(), position.tolist(), strict=True)):
+    x, found = embedding.tokens(ids) * 4, embedding(ids, position)
+    for row, (token, at) in enumerate(zip(ids.tolist(), position.tolist(), strict=True)):
         for column in range(8):
             amplitude, phase = cmath.polar(complex(*x[row, 2 * column : 2 * column + 2].tolist()))
-            turned = cmath.rect(amplitude, float(net.target_turns[0, token, column]) * place + phase)
-            pair = [turned.real, turned.imag]
-            assert got[row, 2 * column : 2 * column + 2].tolist() == pytest.approx(pair, abs=1e-5)
+            rotated = cmath.rect(
+                amplitude, float(embedding.frequencies.weight[0, token, column]) * at + phase
+            )
+            pair = [rotated.real, rotated.imag]
+            assert found[row, 2 * column : 2 * column + 2].tolist() == pytest.approx(pair, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
 @torch.no_grad()
-def test_concatenated_positions_stand_beside_the_piece(kind: Any) -> None:
-    options = {"position_join": "concatenate", "position_width": 6}
+def test_concatenated_positions_stand_beside_the_embedding(positions: Any) -> None:
     for tied in ("all", "target", "none"):
-        net = small_network("transformer", positions=kind, tied=tied, **options)
+        net: Any = small_network(
+            "transformer-concatenated", positions=positions, tied=tied, position_columns=6
+        )
+        embedding = net.encoder.embedding
         assert net.output.weight.shape == (23, 16)
-        assert net.source_embedding.weight.shape == (23, 16 if tied == "all" else 10)
+        assert embedding.tokens.weight.shape == (23, 16 if tied == "all" else 10)
         ids, position = torch.tensor([5, 9]), torch.tensor([4, 2])
-        x = net.source_embedding(ids)
-        got = positions.placed(net, net.config, x, ids, position, side=0)
-        table = layers.sinusoids(96, 6) if kind == "sinusoidal" else net.positions[0]
-        assert torch.equal(got, torch.cat([x[:, :10], table[position]], 1))
+        x = embedding.tokens(ids) * 4
+        table = layers.sinusoids(96, 6) if positions == "sinusoidal" else embedding.positions[0]
+        assert torch.equal(embedding(ids, position), torch.cat([x[:, :10], table[position]], 1))
 
 
 LONG = [[5, 6, 7] * 9, [8] * 20]
+WITHOUT_TABLE: list[tuple[str, dict[str, Any]]] = [
+    ("transformer-no-positions", {}),
+    ("transformer", {"positions": "rotary"}),
+    ("transformer-relative", {}),
+    ("transformer-t5", {}),
+    ("transformer-alibi", {}),
+    ("transformer-complex", {}),
+]
 
 
-@pytest.mark.parametrize("kind", ["none", "rotary", "relative", "t5", "alibi", "complex"])
+@pytest.mark.parametrize(("name", "options"), WITHOUT_TABLE)
 @torch.inference_mode()
-def test_positions_without_a_table_go_on(kind: Any) -> None:
-    """Sentences longer than `longest`, in steps as at once, and as with a table that is longer."""
-    net = small_network("transformer", positions=kind, longest=8)
-    longer = small_network("transformer", positions=kind, longest=64)
+def test_positions_without_a_table_have_no_limit(name: str, options: dict[str, Any]) -> None:
+    """Sentences longer than `max_positions`, step by step as at once, and as with more positions."""
+    net = small_network(name, **options, max_positions=8)
+    longer = small_network(name, **options, max_positions=64)
     longer.load_state_dict(net.state_dict())
     source, target = Source.of(LONG), Ragged.of([[1, *sentence] for sentence in LONG])
-    want = longer(source, target).hidden
-    torch.testing.assert_close(net(source, target).hidden, want, **CLOSE)
-    assert net.most_tokens > 10**6
-    stepper = net.frozen(choose())
-    state = stepper.start(source, hypotheses=1, room=1000)
+    expected = longer(source, target).hidden
+    torch.testing.assert_close(net(source, target).hidden, expected, **CLOSE)
+    assert net.max_positions == UNLIMITED
+    stepper = net.frozen(PlainProducts())
+    state = stepper.start(source, Decoding(hypotheses=1, max_tokens=1000))
     steps = []
     for token in torch.tensor([[1, *LONG[0][:19]], [1, *LONG[1][:19]]]).unbind(1):
-        output, state = stepper.step(token[:, None, None], state)
-        steps.append(output.hidden[0, 0, 0])
-    torch.testing.assert_close(torch.stack(steps), want[:20], **CLOSE)
+        hidden, state = stepper.step(token[:, None, None], state)
+        steps.append(hidden[0, 0, 0])
+    torch.testing.assert_close(torch.stack(steps), expected[:20], **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
-def test_positions_with_a_table_end(kind: Any) -> None:
-    net = small_network("transformer", positions=kind, longest=8)
-    assert net.most_tokens == 8
-    with pytest.raises(ConfigError, match="27 pieces, the network positions for 8"):
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
+def test_positions_with_a_table_have_a_limit(positions: Any) -> None:
+    net = small_network("transformer", positions=positions, max_positions=8)
+    assert net.max_positions == 8
+    with pytest.raises(ConfigError, match="27 tokens, the network has 8 positions"):
         net(Source.of(LONG), Ragged.of([[1], [1]]))
     with pytest.raises(ConfigError, match="9 target positions"):
-        net.frozen(choose()).start(Source.of([[5]]), hypotheses=1, room=9)
+        net.frozen(PlainProducts()).start(Source.of([[5]]), Decoding(hypotheses=1, max_tokens=9))
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("variant", "options", "words"),
     [
-        ({"position_join": "concatenate", "positions": "alibi"}, ("position_join", "positions")),
-        ({"position_join": "concatenate", "position_width": 16}, ("position_width", "width")),
-        ({"positions": "t5", "buckets": 6}, ("positions", "buckets", "farthest")),
-        ({"positions": "t5", "buckets": 32, "farthest": 16}, ("positions", "buckets", "farthest")),
-        ({"positions": "complex", "width": 15, "heads": 3}, ("positions", "width")),
-        ({"positions": "rotary", "width": 10, "heads": 2}, ("positions", "width", "heads")),
-        ({"width": 16, "heads": 3}, ("width", "heads")),
+        ("-concatenated", {"position_columns": 16}, ("position_columns", "d_model")),
+        ("-t5", {"buckets": 6}, ("buckets", "max_distance")),
+        ("-t5", {"buckets": 32, "max_distance": 16}, ("buckets", "max_distance")),
+        ("-complex", {"d_model": 15, "heads": 3}, ("positions", "d_model")),
+        ("", {"positions": "rotary", "d_model": 10, "heads": 2}, ("positions", "d_model", "heads")),
+        ("", {"d_model": 16, "heads": 3}, ("d_model", "heads")),
     ],
 )
-def test_what_does_not_go_together_is_refused(options: dict[str, Any], named: tuple[str, ...]) -> None:
-    given: dict[str, Any] = {"width": 16, "heads": 2, **options}
-    for refuse in (
-        lambda: TransformerConfig(source_vocabulary=9, target_vocabulary=9, **given),
-        lambda: MaskedEncoderConfig(source_vocabulary=9, **given),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            refuse()
-        assert all(name in str(caught.value) for name in named)
+@pytest.mark.parametrize("base", ["transformer", "masked-encoder"])
+def test_options_that_exclude_each_other_are_refused(
+    base: str, variant: str, options: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    sizes: dict[str, Any] = {"source_vocabulary": 9, "d_model": 16, "heads": 2}
+    if base == "transformer":
+        sizes["target_vocabulary"] = 9
+    with pytest.raises(ConfigError) as caught:
+        resolve(NETWORKS, base + variant).config_class(**{**sizes, **options})
+    assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("kind", ["complex", "relative", "t5"])
-def test_frequencies_and_distances_are_not_held_in_int8(kind: Any) -> None:
-    net = small_network("transformer", positions=kind, longest=8)
-    names = [
-        name for name, _ in net.named_parameters() if name.split("_")[-1] in ("turns", "apart", "biases")
-    ]
+@pytest.mark.parametrize("name", ["complex", "relative", "t5"])
+def test_frequencies_and_distances_are_not_held_in_int8(name: str) -> None:
+    net = small_network(f"transformer-{name}", max_positions=8)
+    ends = ("frequencies.weight", "distance_vectors", "distance_bias")
+    names = [name for name, _ in net.named_parameters() if name.endswith(ends)]
     assert names and all(net.get_parameter(name).dim() > 2 for name in names)
 
 
 @torch.inference_mode()
 def test_a_sentence_has_the_same_bits_beside_longer_ones() -> None:
     short, longer = [[5, 9, 4]], [[5, 9, 4], *random_sentences(3, longest=60, seed=4)]
-    for kind in ("relative", "t5", "alibi", "complex", "rotary", "none"):
-        stepper = small_network("transformer", positions=kind, reach=3, width=64).frozen(choose())
-        alone, beside = (
-            stepper.start(Source.of(sources), hypotheses=2, room=9) for sources in (short, longer)
-        )
+    for name, options in WITHOUT_TABLE:
+        stepper = small_network(name, **options, d_model=64).frozen(PlainProducts())
+        alone, beside = (stepper.start(Source.of(sources), Decoding(2, 9)) for sources in (short, longer))
         for token in (1, 7, 8):
             tokens = [torch.full((count, 2, 1), token) for count in (1, len(longer))]
             (one, alone), (other, beside) = stepper.step(tokens[0], alone), stepper.step(tokens[1], beside)
-            assert torch.equal(one.hidden[0], other.hidden[0]), kind
+            assert torch.equal(one[0], other[0]), name

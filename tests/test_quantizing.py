@@ -28,7 +28,7 @@ def bundle(request: pytest.FixtureRequest, toy_set: Path, tmp_path: Path) -> Pat
     """A bundle of random weights, large enough for its matrices to be most of it."""
     tokenizer = Tokenizer.load(toy_set / "tokenizer")
     net = small_network(
-        request.param, source_vocabulary=60, target_vocabulary=60, width=64, **_wide(request.param)
+        request.param, source_vocabulary=60, target_vocabulary=60, d_model=64, **_wide(request.param)
     )
     manifest = make_manifest(
         net,
@@ -43,7 +43,7 @@ def bundle(request: pytest.FixtureRequest, toy_set: Path, tmp_path: Path) -> Pat
 
 
 def _wide(architecture: str) -> dict[str, int]:
-    return {"feed_forward": 128} if architecture == "transformer" else {}
+    return {"feed_forward": 128} if architecture.startswith("transformer") else {}
 
 
 def translations(folder: Path, **options: object) -> list[tuple[str, float]]:
@@ -66,7 +66,7 @@ def test_a_quantised_bundle_translates_as_one_quantised_while_loading(bundle: Pa
 
 
 def test_kernels_and_plain_pytorch_translate_alike(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not products.best():
+    if not products.best_processor():
         pytest.skip("no C compiler here")
     native = translations(bundle, precision="int8")
     monkeypatch.setattr(products, "processors", lambda: ())
@@ -102,7 +102,7 @@ def test_int8_bundles_have_a_format_that_older_versions_refuse(bundle: Path, tmp
         json.loads((folder / "manifest.json").read_bytes())["format"]
         for folder in (bundle, tmp_path / "int8")
     ]
-    assert formats == [1, 2]
+    assert formats == [3, 4]
 
 
 def test_broken_weights_are_not_quantised(bundle: Path, tmp_path: Path) -> None:
@@ -120,10 +120,8 @@ def test_inspect_shows_the_precision_and_the_backend(bundle: Path, tmp_path: Pat
     quantize(bundle, tmp_path / "int8")
     before, after = inspect(bundle), inspect(tmp_path / "int8")
     assert (before["precision"], after["precision"]) == ("fp32", "int8")
-    assert (
-        before["parameters"]
-        == after["parameters"]
-        == sum(parameter.numel() for parameter in bundles.load_bundle(bundle).net.parameters())
-    )
-    assert before["backend"].startswith("native" if products.best() else "pure")
+    stored = bundles.load_bundle(bundle).net.state_dict().values()
+    count = sum({tensor.data_ptr(): tensor.numel() for tensor in stored}.values())  # tied ones once
+    assert before["parameters"] == after["parameters"] == count
+    assert before["backend"].startswith("native" if products.best_processor() else "pure")
     assert before["scores"] and not after["scores"] and json.dumps(after)

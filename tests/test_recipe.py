@@ -79,14 +79,14 @@ def test_a_missing_recipe_is_an_error(tmp_path: Path) -> None:
 def test_a_recipe_file_can_be_used_with_settings(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('architecture = "rnn"\n[training]\nsteps = 5\n', "utf-8")
     recipe = load_recipe(
-        str(tmp_path / "mine.toml"), ["training.steps=7", "optim.lr=1"], network={"width": 8}
+        str(tmp_path / "mine.toml"), ["training.steps=7", "optim.lr=1"], network={"d_model": 8}
     )
-    assert (recipe.training.steps, recipe.optim.lr, recipe.network) == (7, 1.0, {"width": 8})
+    assert (recipe.training.steps, recipe.optim.lr, recipe.network) == (7, 1.0, {"d_model": 8})
 
 
 def test_another_architecture_replaces_the_network_table() -> None:
-    recipe = load_recipe("transformer-tiny", network={"width": 8}, architecture="rnn")
-    assert (recipe.architecture, recipe.network) == ("rnn", {"width": 8})
+    recipe = load_recipe("transformer-tiny", network={"d_model": 8}, architecture="rnn")
+    assert (recipe.architecture, recipe.network) == ("rnn", {"d_model": 8})
 
 
 @pytest.mark.parametrize(

@@ -7,39 +7,42 @@ from pathlib import Path
 
 import pytest
 from torch import nn
-from trmt.nets.transformer_layers import Encoder
 
 import trmt
 from trmt import registry
 from trmt.decoding.base import Ranker, Search
-from trmt.decoding.engine import Engine
 from trmt.errors import ConfigError
 from trmt.interop.base import Format
 from trmt.nets.base import Seq2Seq
+from trmt.nets.transformer import TransformerEncoder
 from trmt.objectives.base import Objective
 from trmt.registry import (
     ARCHITECTURES,
+    ENCODER_VARIANTS,
     ENCODERS,
-    ENGINES,
     FORMATS,
+    NATIVE,
     NETWORKS,
     OBJECTIVES,
     RANKERS,
     SEARCHES,
+    VARIANTS,
     is_installed,
     optional,
     require,
     resolve,
+    split_variants,
 )
 
 CONTRACTS = [
+    (ENCODER_VARIANTS, TransformerEncoder),
+    (VARIANTS, TransformerEncoder),
     (ARCHITECTURES, Seq2Seq),
-    (ENCODERS, Encoder),
+    (ENCODERS, TransformerEncoder),
     (NETWORKS, nn.Module),
     (OBJECTIVES, Objective),
     (SEARCHES, Search),
     (RANKERS, Ranker),
-    (ENGINES, Engine),
     (FORMATS, Format),
 ]
 ENTRIES = [(table, name, contract) for table, contract in CONTRACTS for name in table]
@@ -47,7 +50,7 @@ ENTRIES = [(table, name, contract) for table, contract in CONTRACTS for name in 
 
 def test_every_table_is_tested_here() -> None:
     tables = [value for key, value in vars(registry).items() if key.isupper() and isinstance(value, dict)]
-    assert tables == [table for table, _ in CONTRACTS]
+    assert [table for table in tables if table is not NATIVE] == [table for table, _ in CONTRACTS]
 
 
 @pytest.mark.parametrize(("table", "name", "contract"), ENTRIES)
@@ -60,8 +63,22 @@ def test_every_entry_is_what_its_table_says(table: Mapping[str, str], name: str,
 def test_a_wrong_name_suggests_the_right_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'transformer'"):
         resolve(ARCHITECTURES, "transfromer")
-    with pytest.raises(ConfigError, match="known are conv, hierarchical, rnn, transformer"):
+    with pytest.raises(ConfigError, match="known are conv, conv-encoder-attention, hierarchical, rnn"):
         resolve(ARCHITECTURES, "qqq")
+
+
+def test_variants_are_combined() -> None:
+    both, one = (resolve(ARCHITECTURES, f"transformer-{name}") for name in ("alibi+batch-norm", "alibi"))
+    config = both.config_class(source_vocabulary=9, target_vocabulary=9, d_model=16)
+    assert (config.positions, config.norm, config.heads) == ("alibi", "batch", 8)
+    bases = [resolve(VARIANTS, name) for name in ("alibi", "batch-norm")]
+    assert all(issubclass(both, base) for base in bases) and issubclass(one, bases[0])
+    assert both is resolve(ARCHITECTURES, "transformer-alibi+batch-norm")
+    assert split_variants("masked-encoder-alibi+t5") == ("masked-encoder", ["alibi", "t5"])
+    assert split_variants("rnn-attention") == ("rnn-attention", [])
+    for name in ("transformer-alibi+nothing", "masked-encoder-hard", "conv-alibi", "transformer+alibi"):
+        with pytest.raises(ConfigError, match="unknown name"):
+            resolve(NETWORKS, name)
 
 
 def test_code_outside_is_loaded_with_trust_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,26 +9,24 @@ from torch import nn
 
 from tests import toy
 from tests.fakes import random_sentences, small_network
+from tests.variants import Variant, variants
 from trmt.errors import ConfigError
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES, resolve
 from trmt.training import sharding, state
 from trmt.training.distributed import Distributed
 from trmt.training.recipe import Recipe, load_recipe
 from trmt.training.state import TrainState
 
-SHARDABLE = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name).layers_called_once]
+SHARDABLE = [each for each in variants() if resolve(ARCHITECTURES, each.name).layers_called_once]
 
 
-@pytest.mark.parametrize("norm_place", ["post", "pre"])
-@pytest.mark.parametrize("architecture", SHARDABLE)
-def test_each_module_of_a_layer_is_called_once(architecture: str, norm_place: str) -> None:
+@pytest.mark.parametrize("variant", SHARDABLE, ids=str)
+def test_each_module_of_a_layer_is_called_once(variant: Variant) -> None:
     # Without a call the layer would stay gathered; a second call would gather it again.
-    options = {"norm_place": norm_place} if architecture == "transformer" else {}
-    net = small_network(architecture, **options).train()
-    lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
-    modules = [m for each in lists for layer in each for m in layer.modules() if sharding.has_matrix(m)]
-    assert len(modules) > len(lists)
+    net = small_network(variant.name, **variant.options).train()
+    modules = [m for layer in sharding.layers(net) for m in layer.modules() if sharding.has_matrix(m)]
+    assert len(modules) >= len(sharding.layers(net)) > 0
     calls: Counter[nn.Module] = Counter()
     for module in modules:
         module.register_forward_pre_hook(lambda module, _: calls.update([module]))

@@ -26,9 +26,8 @@ from trmt.bundles import bundles, checkpoints
 from trmt.bundles.checkpoints import find_bundle
 from trmt.config import to_tree
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
-from trmt.nets import fused
 from trmt.objectives.base import Loss
-from trmt.objectives.translation import Translation
+from trmt.objectives.translation import TranslationObjective
 from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.shards import PreparedSet
 from trmt.storage.locks import exclusive
@@ -217,7 +216,7 @@ def test_naming_the_folder_is_enough_to_resume(toy_set: Path, tmp_path: Path, ru
     [
         ("optim.lr=0.5", "optim.lr"),
         ("training.seed=2", "training.seed"),
-        ("network.width=32", "network.width"),
+        ("network.d_model=32", "network.d_model"),
         ("batches.tokens=151", "batches.tokens"),
         ("loss.label_smoothing=0.2", "loss.label_smoothing"),
         ("validation.every=4", "validation.every"),
@@ -341,21 +340,21 @@ def test_a_run_of_an_older_version_is_refused(toy_set: Path, tmp_path: Path, run
 
 def nan_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the gradients of these steps, counted from 0, NaN."""
-    loss = Translation.loss
+    loss = TranslationObjective.loss
     current: list[int] = []
 
     def recorded(state: TrainState, batches: list[RaggedBatch]) -> Any:
         current[:] = [state.progress.step]
         return train_step(state, batches)
 
-    def broken(self: Translation, net: Any, batch: Any) -> Loss:
+    def broken(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         found = loss(self, net, batch)
         if torch.is_grad_enabled() and current and current[0] in steps:
             return Loss(found.total * float("nan"), found.nll * float("nan"), found.tokens)
         return found
 
     monkeypatch.setattr(run_module, "train_step", recorded)
-    monkeypatch.setattr(Translation, "loss", broken)
+    monkeypatch.setattr(TranslationObjective, "loss", broken)
 
 
 def test_a_step_without_a_finite_gradient_is_skipped(
@@ -388,17 +387,17 @@ def memory_for(
     sentences: int, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> Iterator[list[int]]:
     """Raise `error` for batches of more sentences; yields the sizes of those that fitted."""
-    loss = Translation.loss
+    loss = TranslationObjective.loss
     fitted: list[int] = []
 
-    def limited(self: Translation, net: Any, batch: Any) -> Loss:
+    def limited(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled() and len(batch.source) > sentences:
             raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
         fitted.append(len(batch.source))
         return loss(self, net, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Translation, "loss", limited)
+        patch.setattr(TranslationObjective, "loss", limited)
         yield fitted
 
 
@@ -472,7 +471,7 @@ def test_other_errors_are_not_taken_for_short_memory(
     def broken(*_: Any) -> Loss:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(Translation, "loss", broken)
+    monkeypatch.setattr(TranslationObjective, "loss", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         train(options(run, toy_set, toy.recipe(tmp_path)))
 
@@ -588,7 +587,7 @@ def test_sentences_longer_than_the_network_allows_are_refused_at_the_start(
     with pytest.raises(
         ConfigError, match=r"sentences of \d+ tokens, the network only has positions for 5; raise"
     ):
-        train(options(run, toy_set, toy.recipe(tmp_path), "network.longest=5"))
+        train(options(run, toy_set, toy.recipe(tmp_path), "network.max_positions=5"))
     assert not run.exists()
 
 
@@ -654,7 +653,7 @@ def test_sampled_subwords_never_exceed_the_positions_of_the_network(
     toy_set: Path, tmp_path: Path, run: Path
 ) -> None:
     longest = int(Batches(PreparedSet.open(toy_set), BatchConfig(), seed=1).lengths.max())
-    settings = ["batches.subword_alpha=0.9", f"network.longest={longest}", "training.epochs=1"]
+    settings = ["batches.subword_alpha=0.9", f"network.max_positions={longest}", "training.epochs=1"]
     train(options(run, toy_set, toy.recipe(tmp_path), *settings))
     assert checkpoints.list_checkpoints(run)
 
@@ -868,7 +867,7 @@ def test_the_config_in_the_run_folder_is_complete(toy_set: Path, tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch's compiler, about torch
-@pytest.mark.skipif(fused.library() is None, reason="no C compiler here")
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
 def test_a_compiled_network_learns_the_same(toy_set: Path, tmp_path: Path) -> None:
     """Batches padded to one shape, with the compiler: the same losses as without."""
     found = []

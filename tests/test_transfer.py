@@ -16,14 +16,15 @@ from trmt.bundles import bundles, checkpoints
 from trmt.config import to_toml
 from trmt.errors import BundleError, TrmtError
 from trmt.interop.bert_folder import export_bert
-from trmt.nets.base import Source
+from trmt.nets.ragged import Source
 from trmt.sets.documents import DocumentOptions, prepare_documents
 from trmt.sets.shards import PreparedSet
 from trmt.training.planning import TrainOptions
 from trmt.training.run import train
 from trmt.translating import Translator
 
-NETWORK = {"width": 16, "heads": 2, "feed_forward": 32, "encoder_layers": 1, "longest": 96}
+POSITIONS, QKV = "encoder.embedding.positions", "layers.0.self_qkv.weight"
+NETWORK = {"d_model": 16, "heads": 2, "feed_forward": 32, "encoder_layers": 1, "max_positions": 96}
 BERT: dict[str, Any] = {
     **toy.BASE,
     "architecture": "masked-encoder",
@@ -128,9 +129,9 @@ def test_next_sentence_prediction_is_learned_from_topics(toy_set: Path, tmp_path
     train_file = topical(tmp_path / "train.txt", count=1500, seed=1)
     dev = topical(tmp_path / "dev.txt", count=150, seed=2)
     data = prepare_documents(DocumentOptions((train_file,), dev, tmp_path / "set", tokenizer)).folder
-    network = {**BERT["network"], "width": 32, "encoder_layers": 2, "norm_place": "pre", "dropout": 0.0}
+    network = {**BERT["network"], "d_model": 32, "encoder_layers": 2, "norm_position": "pre", "dropout": 0.0}
     tree = {**BERT, "network": network, "batches": {"tokens": 1000, "passage_tokens": 60}}
-    settings = ("optim.lr=5e-3", "optim.warmup=20", "training.steps=80", "validation.every=80")
+    settings = ("optim.lr=5e-3", "optim.warmup=20", "training.steps=120", "validation.every=120")
     run = pretrain(tmp_path / "run", data, recipe(tmp_path, tree), *settings)
     assert accuracies(run)[-1] > 70
 
@@ -147,32 +148,55 @@ def test_a_translation_model_starts_from_the_encoder(bert: Path, toy_set: Path, 
         options(tmp_path / "run", toy_set, toy.recipe(tmp_path), NO_UPDATES, init_from=encoder_of(bert))
     )
     ours, theirs = weights(run), weights(bert)
-    taken = [
-        name
-        for name in theirs
-        if name.startswith(("encoder.", "source_embedding", "segments", "embedding_norms.0"))
-    ]
+    taken = [name for name in theirs if name.startswith("encoder.") and name != POSITIONS]
     assert len(taken) > 12
     for name in taken:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0)
-    torch.testing.assert_close(ours["positions"][0], theirs["positions"][0], atol=1e-6, rtol=0)
-    assert not torch.allclose(ours["positions"][1], theirs["positions"][0], atol=1e-3)
+    positions = (
+        theirs[POSITIONS] + theirs["segments"][0]
+    )  # all sources of a translation model are of segment 0
+    torch.testing.assert_close(ours[POSITIONS], positions, atol=1e-6, rtol=0)
+    assert not torch.allclose(ours["decoder.embedding.positions"], theirs[POSITIONS], atol=1e-3)
     network = checkpoints.list_checkpoints(run)[-1].manifest.network
-    assert (network["activation"], network["embedding_norm"], network["segments"]) == ("gelu", True, 2)
+    assert (network["activation"], network["embedding_norm"]) == ("gelu", True)
     assert len(list(Translator.load(run).translate(["ka lomo", "ti"]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "network", "architecture"),
+    [
+        ("masked-encoder-alibi+unscaled", {"segments": 1}, "transformer-alibi+unscaled"),
+        ("masked-encoder", {"positions": "sinusoidal"}, "transformer"),
+    ],
+)
+def test_an_encoder_is_taken_over_with_its_variants(
+    variant: str, network: dict[str, Any], architecture: str, documents: Path, toy_set: Path, tmp_path: Path
+) -> None:
+    tree = {**BERT, "architecture": variant, "network": {**BERT["network"], **network}}
+    encoder = pretrain(tmp_path / "bert", documents, recipe(tmp_path, tree), "training.steps=1")
+    run = train(
+        options(tmp_path / "run", toy_set, toy.recipe(tmp_path), NO_UPDATES, init_from=encoder_of(encoder))
+    )
+    assert checkpoints.list_checkpoints(run)[-1].manifest.architecture == architecture
+    check_same_encoder(run, encoder)
+
+
+def check_same_encoder(run: Path, bert: Path) -> None:
+    manifest = checkpoints.list_checkpoints(bert)[-1].manifest
+    encoder: Any = bundles.build_network(manifest.architecture, manifest.network).eval()
+    bundles.load_weights(encoder, weights(bert), where="here")
+    translator: Any = bundles.load_bundle(checkpoints.list_checkpoints(run)[-1].folder).net
+    source = Source.of([[5, 6, 7, 3], [8, 3]])
+    with torch.inference_mode():
+        ours, theirs = translator.encode_packed(source), encoder.encode_packed(source)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_the_encoder_output_stays_the_same(bert: Path, toy_set: Path, tmp_path: Path) -> None:
     run = train(
         options(tmp_path / "run", toy_set, toy.recipe(tmp_path), NO_UPDATES, init_from=encoder_of(bert))
     )
-    manifest = checkpoints.list_checkpoints(bert)[-1].manifest
-    encoder = bundles.build_network(manifest.architecture, manifest.network).eval()
-    bundles.load_weights(encoder, weights(bert), where="here")
-    translator = bundles.load_bundle(checkpoints.list_checkpoints(run)[-1].folder).net
-    source = Source.of([[5, 6, 7, 3], [8, 3]])
-    with torch.inference_mode():
-        torch.testing.assert_close(translator.read(source), encoder.read(source), atol=1e-4, rtol=1e-4)
+    check_same_encoder(run, bert)
 
 
 def test_the_encoder_of_a_translation_model_can_be_taken_over(toy_set: Path, tmp_path: Path) -> None:
@@ -180,10 +204,9 @@ def test_the_encoder_of_a_translation_model_can_be_taken_over(toy_set: Path, tmp
     second = train(
         options(tmp_path / "second", toy_set, toy.recipe(tmp_path), NO_UPDATES, init_from=encoder_of(first))
     )
-    torch.testing.assert_close(
-        weights(first)["encoder.0.own.weight"], weights(second)["encoder.0.own.weight"]
-    )
-    assert not torch.equal(weights(first)["decoder.0.own.weight"], weights(second)["decoder.0.own.weight"])
+    one, other = weights(first), weights(second)
+    torch.testing.assert_close(one[f"encoder.{QKV}"], other[f"encoder.{QKV}"])
+    assert not torch.equal(one[f"decoder.{QKV}"], other[f"decoder.{QKV}"])
 
 
 def test_a_denoising_model_can_be_fine_tuned_for_translation(
@@ -191,7 +214,7 @@ def test_a_denoising_model_can_be_fine_tuned_for_translation(
 ) -> None:
     bart = pretrain(tmp_path / "bart", documents, recipe(tmp_path, BART))
     run = train(options(tmp_path / "run", toy_set, toy.recipe(tmp_path), NO_UPDATES, init_from=bart))
-    torch.testing.assert_close(weights(run)["decoder.0.own.weight"], weights(bart)["decoder.0.own.weight"])
+    torch.testing.assert_close(weights(run)[f"decoder.{QKV}"], weights(bart)[f"decoder.{QKV}"])
 
 
 def test_an_encoder_alone_cannot_translate(bert: Path) -> None:
@@ -204,7 +227,7 @@ def test_a_trained_encoder_can_be_exported_to_hugging_face(bert: Path, tmp_path:
     export_bert(checkpoints.find_bundle(bert), tmp_path / "out")
     model = transformers.BertForPreTraining.from_pretrained(tmp_path / "out")
     rows = model.bert.embeddings.word_embeddings.weight
-    torch.testing.assert_close(rows.detach(), weights(bert)["source_embedding.weight"])
+    torch.testing.assert_close(rows.detach(), weights(bert)["encoder.embedding.tokens.weight"])
 
 
 def test_combinations_that_do_not_work_are_refused(
@@ -219,8 +242,8 @@ def test_combinations_that_do_not_work_are_refused(
 
     at = tmp_path / "run"
     refused(
-        "network.width = 32",
-        lambda: train(options(at, toy_set, plain, "network.width=32", init_from=encoder)),
+        "network.d_model = 32",
+        lambda: train(options(at, toy_set, plain, "network.d_model=32", init_from=encoder)),
     )
     rnn = toy.recipe(tmp_path, architecture="rnn")
     refused("architecture = 'rnn'", lambda: train(options(at, toy_set, rnn, init_from=encoder)))
@@ -228,7 +251,7 @@ def test_combinations_that_do_not_work_are_refused(
     refused("trmt pretrain", lambda: train(options(at, documents, plain)))
     file = recipe(tmp_path, BERT)
     refused("objective = 'masked'", lambda: pretrain(at, documents, file, "architecture=transformer"))
-    refused("batches.passage_tokens", lambda: pretrain(at, documents, file, "network.longest=20"))
+    refused("batches.passage_tokens", lambda: pretrain(at, documents, file, "network.max_positions=20"))
     rnn_run = train(options(tmp_path / "rnn", toy_set, rnn))
     refused(
         "no encoder",

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from trmt.decoding.eager import Eager
 
 from tests import texts
 from tests.scripted import Script, Scripted, random_bundle, small_tokenizer
 from trmt import streaming
 from trmt.decoding.base import Hypothesis
+from trmt.decoding.batch import BatchDecoder
 from trmt.decoding.engine import Engine, Request
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.base import Seq2Seq
+from trmt.nets.ragged import Ragged, Source
 from trmt.streaming import StreamReport, translate_stream
 from trmt.text.splitting import TextSegment, joiner_for
 from trmt.text.tokenizer import Tokenizer
@@ -394,7 +395,7 @@ def test_impossible_options_are_refused_before_anything_is_loaded(
 
 def test_broken_weights_say_so(tokenizer: Tokenizer) -> None:
     translator = echo(tokenizer)
-    translator.engine.stepper.readout = lambda hidden, only=None: hidden * torch.nan  # type: ignore[attr-defined]
+    translator.engine.stepper.readout = lambda hidden: hidden * torch.nan  # type: ignore[attr-defined]
     with pytest.raises(BundleError, match="not numbers"):
         translator.translate(["a"])
 
@@ -405,16 +406,16 @@ def test_where_memory_is_short_fewer_sentences_are_translated_at_a_time(
     lines = ["a b c", "", "d e", *(f"f {number}" for number in range(30))]
     translator = loaded(bundle, device="cpu", batch=16)
     expected = translator.translate(lines)
-    begun = Eager._begun
+    start = BatchDecoder.start
     tried = []
 
-    def scarce(engine: Eager, chosen: Sequence[Request], *arguments: Any, **options: Any) -> Any:
-        tried.append(len(chosen))
-        if len(chosen) > most:
+    def scarce(decoder: BatchDecoder, requests: Sequence[Request], *arguments: Any, **options: Any) -> Any:
+        tried.append(len(requests))
+        if len(requests) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return begun(engine, chosen, *arguments, **options)
+        return start(decoder, requests, *arguments, **options)
 
-    monkeypatch.setattr(Eager, "_begun", scarce)
+    monkeypatch.setattr(BatchDecoder, "start", scarce)
     most = 3
     assert translator.translate(lines) == expected
     assert tried[:3] == [16, 4, 1] and capsys.readouterr().err.count("fewer sentences") == 2

@@ -25,6 +25,7 @@ from trmt.training.word_vectors import (
 
 gensim: Any = pytest.importorskip("gensim")
 
+TOKENS = "encoder.embedding.tokens.weight"
 WORDS = ("the", "Haus", "naïve", "日本", "x")
 
 
@@ -148,7 +149,7 @@ def test_training_starts_with_word_vectors_and_keeps_frozen_ones(
         train(options(run, toy_set, recipe, *settings, "optim.weight_decay=0.1", *more))
         checkpoint = checkpoints.list_checkpoints(run)[-1]
         weights = bundles.read_weights(checkpoint.folder, checkpoint.manifest)
-        return weights["source_embedding.weight"], weights["encoder.0.own.weight"]
+        return weights[TOKENS], weights["encoder.layers.0.self_qkv.weight"]
 
     early, early_other = embeddings(tmp_path / "run", "training.steps=3")
     late, late_other = embeddings(tmp_path / "run", "training.steps=6")
@@ -159,7 +160,7 @@ def test_training_starts_with_word_vectors_and_keeps_frozen_ones(
     plain = [s for s in settings if not s.startswith("vectors")]
     train(options(tmp_path / "plain", toy_set, recipe, *plain, "training.steps=3"))
     checkpoint = checkpoints.list_checkpoints(tmp_path / "plain")[-1]
-    other = bundles.read_weights(checkpoint.folder, checkpoint.manifest)["source_embedding.weight"]
+    other = bundles.read_weights(checkpoint.folder, checkpoint.manifest)[TOKENS]
     assert not torch.allclose(other, early, atol=0.1)
 
 
@@ -174,7 +175,7 @@ def test_vectors_can_be_trained_on_the_prepared_set(toy_set: Path, tmp_path: Pat
         (["vectors.frozen=true"], "vectors.source"),
         (["vectors.source=train", "vectors.frozen=true"], 'network.tied = "none"'),
         (["vectors.source=train", "vectors.target=train"], 'network.tied = "all"'),
-        (["vectors.source=FILE"], "network.width is 16"),
+        (["vectors.source=FILE"], "network.d_model is 16"),
         (["vectors.source=none.txt"], "none.txt"),
     ],
 )

@@ -29,24 +29,13 @@ def each(name: str, weights: str, *options: Mapping[str, Any]) -> list[Variant]:
     return [Variant(name, one, frozenset(weights.split())) for one in options]
 
 
-ALL = "cross encoder decoder"
-
-
-def transformers(*variants: tuple[str, Mapping[str, Any]]) -> dict[str, list[Variant]]:
-    """Variants of the Transformer, each under the first name that is in its own."""
-    table: dict[str, list[Variant]] = {}
-    for name, options in variants:
-        table.setdefault(f"transformer-{name.partition('+')[0]}", []).extend(
-            each(f"transformer-{name}", ALL, options)
-        )
-    return table
-
+SELF = "cross encoder decoder"  # the weights of Transformers
 
 # The defaults first; every option occurs in some combination with the others.
 TABLE: Mapping[str, list[Variant]] = {
     "transformer": each(
         "transformer",
-        ALL,
+        SELF,
         {},
         {"norm_position": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"},
         {"positions": "learned", "activation": "gelu", "tied": "none", "decoder_layers": 1},
@@ -60,17 +49,64 @@ TABLE: Mapping[str, list[Variant]] = {
         {"norm_position": "pre", "norm": "rms", "positions": "learned", "decoder_layers": 1},
         {"positions": "rotary", "activation": "gelu", "tied": "none", "heads": 4},
     ),
-    "rnn": [
+    "transformer-no-positions": [
+        *each("transformer-no-positions", SELF, {}),
+        *each("transformer-no-positions+no-residual+same-layer", SELF, {}),
+    ],
+    "transformer-complex": [
+        *each("transformer-complex", SELF, {}),
+        *each("transformer-complex+hard", SELF, {"heads": 1}),
+        *each("transformer-complex+no-residual", SELF, {"tied": "target", "norm_position": "pre"}),
+    ],
+    "transformer-concatenated": [
+        *each("transformer-concatenated", SELF, {}),
         *each(
-            "rnn",
-            "cross",
-            {},
-            {"decoder_layers": 1, "encoder_layers": 1, "heads": 1, "tied": "none"},
-            {"decoder_layers": 1, "encoder_layers": 1, "tied": "none"},
-            {"score": "dot", "attention_step": "after", "cell": "lstm", "residual": True},
-            {"score": "scaled", "cell": "rnn"},
-            {"score": "general", "attention_step": "after", "input_feeding": True, "cell": "lstm"},
+            "transformer-concatenated+hard",
+            SELF,
+            {"cross_attention": "sampled", "tied": "none"},
         ),
+        *each(
+            "transformer-concatenated+batch-norm+same-layer+hard+unscaled",
+            SELF,
+            {
+                "position_columns": 4,
+                "positions": "learned",
+                "norm_position": "pre",
+                "cross_attention": "sampled",
+            },
+        ),
+    ],
+    "transformer-relative": [
+        *each("transformer-relative", SELF, {}),
+        *each(
+            "transformer-relative+same-layer", SELF, {"max_distance": 3, "norm_position": "pre", "heads": 4}
+        ),
+        *each("transformer-relative+unscaled+batch-norm", SELF, {"max_distance": 1}),
+    ],
+    "transformer-t5": [
+        *each("transformer-t5", SELF, {}),
+        *each("transformer-t5+unscaled", SELF, {"buckets": 8, "max_distance": 6, "norm_position": "pre"}),
+    ],
+    "transformer-alibi": [
+        *each("transformer-alibi", SELF, {}),
+        *each("transformer-alibi+batch-norm", SELF, {"heads": 16, "tied": "none"}),
+    ],
+    **{
+        f"transformer-{name}": each(f"transformer-{name}", SELF, {}, {"norm_position": "pre"})
+        for name in ("batch-norm", "unscaled", "same-layer")
+    },
+    # Without residual connections, deeper decoders hardly depend on the last token.
+    "transformer-no-residual": each(
+        "transformer-no-residual", SELF, {"decoder_layers": 1, "norm_position": "pre"}
+    ),
+    "transformer-hard": each("transformer-hard", SELF, {}, {"cross_attention": "sampled"}),
+    "universal": each(
+        "universal",
+        SELF,
+        {},
+        {"halting": "fixed", "norm_position": "pre", "norm": "rms", "activation": "swiglu"},
+    ),
+    "rnn": [
         *each(
             "rnn",
             "",
@@ -78,6 +114,15 @@ TABLE: Mapping[str, list[Variant]] = {
             {"context": "start", "cell": "rnn", "encoder_direction": "forward", "summary": "mean"},
             {"context": "every", "cell": "gru", "summary": "max", "residual": True},
             {"context": "every", "cell": "lstm", "summary": "attention", "decoder_layers": 3},
+        ),
+        *each(
+            "rnn",
+            "cross",
+            {},
+            {"decoder_layers": 1, "encoder_layers": 1, "heads": 1, "tied": "none"},
+            {"score": "dot", "attention_step": "after", "cell": "lstm", "residual": True},
+            {"score": "scaled", "cell": "rnn"},
+            {"score": "general", "attention_step": "after", "input_feeding": True, "cell": "lstm"},
         ),
     ],
     "rnn-attention": each(
@@ -111,60 +156,20 @@ TABLE: Mapping[str, list[Variant]] = {
         {"mark": 7, "score": "location", "summary": "mean", "sentence_layers": 2},
         {"mark": 7, "attend_once": True},
     ),
-    "conv": each("conv", "cross", {}),
+    "conv": each("conv", "cross", {}, {"kernel": 5, "tied": "none"}),
     "conv-encoder-attention": [
         *each(
             "conv-encoder-attention",
             "cross encoder",
-            *({"encoder_attention": at} for at in ("before", "after")),
+            {"encoder_attention": "before"},
+            {"encoder_attention": "after"},
         ),
         *each("conv-encoder-attention", "cross", {"encoder_attention": "pooling"}),
     ],
-    "universal": each(
-        "universal",
-        ALL,
-        {},
-        {"halting": "fixed", "norm_position": "pre", "norm": "rms", "activation": "swiglu"},
-    ),
-    **transformers(
-        ("no-positions", {}),
-        ("no-positions+no-residual+same-layer", {}),
-        ("complex", {}),
-        ("complex+hard", {"heads": 1}),
-        ("complex+no-residual", {"tied": "target", "norm_position": "pre"}),
-        ("concatenated", {}),
-        ("concatenated+hard", {"cross_attention": "sampled", "tied": "none"}),
-        (
-            "concatenated+batch-norm+same-layer+hard+unscaled",
-            {
-                "position_columns": 4,
-                "positions": "learned",
-                "norm_position": "pre",
-                "cross_attention": "sampled",
-            },
-        ),
-        ("relative", {}),
-        ("relative+same-layer", {"max_distance": 3, "norm_position": "pre", "heads": 4}),
-        ("relative+unscaled+batch-norm", {"max_distance": 1}),
-        ("t5", {}),
-        ("t5+unscaled", {"buckets": 8, "max_distance": 6, "norm_position": "pre"}),
-        ("alibi", {}),
-        ("alibi+batch-norm", {"heads": 16, "tied": "none"}),
-        ("batch-norm", {}),
-        ("no-residual", {"norm_position": "pre", "decoder_layers": 1}),
-        ("unscaled", {}),
-        ("hard", {}),
-        ("same-layer", {}),
-    ),
 }
-
-
-def variants_of(name: str) -> list[Variant]:
-    """A registered network with its defaults and then with all its options."""
-    return TABLE.get(name, [Variant(name)])
 
 
 def variants(*, defaults: bool = False) -> list[Variant]:
     """All registered networks with all their options, or with `defaults` each network once."""
-    found = [variants_of(name) for name in ARCHITECTURES]
+    found = [TABLE.get(name, [Variant(name)]) for name in ARCHITECTURES]
     return [variant for several in found for variant in several[: 1 if defaults else None]]

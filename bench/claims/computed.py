@@ -72,19 +72,17 @@ def residual(table: Tensor, k: int) -> float:
 @torch.no_grad()
 def convolutions() -> dict[str, float]:
     """How far the feed-forward layer of a Transformer is from two convolutions of width one."""
-    from trmt.nets.transformer_layers import feed
-
     from claims.scale import SCALES
     from trmt.nets.transformer import Transformer, TransformerConfig
 
     torch.manual_seed(1)
     tree: dict[str, Any] = recipe(BY_NAME["transformer"], SCALES["phrasebook"], seed=1, device="cpu")
     config = TransformerConfig(source_vocabulary=10, target_vocabulary=10, **tree["network"])
-    layer = Transformer(config).eval().double().encoder[0]
-    x_STD = torch.randn(3, 11, config.width, dtype=torch.double)
-    inner, outer = (convolution(linear) for linear in (layer.feed.inner, layer.feed.outer))
+    layer = Transformer(config).eval().double().encoder.layers[0]
+    x_STD = torch.randn(3, 11, config.d_model, dtype=torch.double)
+    inner, outer = (convolution(linear) for linear in (layer.feed_forward.inner, layer.feed_forward.outer))
     convolved_STD = outer(inner(x_STD.transpose(1, 2)).relu()).transpose(1, 2)
-    expected_STD = feed(layer, config, x_STD)
+    expected_STD = layer.feed_forward(x_STD)
     return {"feed-forward-difference": float((convolved_STD - expected_STD).abs().max())}
 
 

@@ -60,7 +60,7 @@ def train(place: Path, prepared: Path, system: System, tree: dict[str, Any]) -> 
 
     place.mkdir(parents=True, exist_ok=True)
     if system.start == "vectors":
-        tree = {**tree, "vectors": {"source": str(data.vectors(prepared, tree["network"]["width"]))}}
+        tree = {**tree, "vectors": {"source": str(data.vectors(prepared, tree["network"]["d_model"]))}}
     write_lines(place / "recipe.toml", [to_toml(tree)])
     began = time.monotonic()
     train(
@@ -156,7 +156,7 @@ def scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, An
 @torch.inference_mode()
 def likelihood(bundle: Any, sources: Sequence[str], references: Sequence[str], *, device: str) -> float:
     """Nats that the references cost, each piece of them and their ends."""
-    from trmt.nets.base import Ragged, Source
+    from trmt.nets.ragged import Ragged, Source
 
     source, target = bundle.tokenizer.source, bundle.tokenizer.target
     pairs = list(zip(source.encode(list(sources)), target.encode(list(references)), strict=True))

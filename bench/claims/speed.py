@@ -66,7 +66,7 @@ def network(name: str, scale: Scale, device: str) -> Any:
     torch.manual_seed(1)
     tree = recipe(BY_NAME[name], scale, seed=1, device=device)
     sizes = {"source_vocabulary": scale.vocabulary, "target_vocabulary": scale.vocabulary}
-    options = {**tree["network"], **sizes, "longest": max(scale.longest, 2 * max(MEMORY))}
+    options = {**tree["network"], **sizes, "max_positions": max(scale.longest, 2 * max(MEMORY))}
     return build_network(tree["architecture"], options).to(device)
 
 
@@ -151,7 +151,7 @@ def _kept(compute: Callable[[], Tensor], own: set[int]) -> float:
 
 def _sentences(net: Any, count: int, length: int, device: str) -> tuple[Any, Any, Tensor]:
     """Sources, targets and what is to be told, all of this length."""
-    from trmt.nets.base import Ragged, Source
+    from trmt.nets.ragged import Ragged, Source
 
     generator = torch.Generator().manual_seed(length)
     sides = torch.randint(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from claims.scale import Scale
 
 Tree = dict[str, Any]
+ANY_ATTENTION = "rnn-attention"
 BERT = "bert"  # the system that others begin with
 
 
@@ -23,6 +24,7 @@ class System:
     name: str
     title: str  # for tables and figures
     family: Literal["recurrent", "conv", "transformer", "masked"] = "transformer"
+    architecture: str = ""  # another one than the family's
     network: Mapping[str, Any] = field(default_factory=dict)
     optim: Mapping[str, Any] = field(default_factory=dict)
     loss: Mapping[str, Any] = field(default_factory=dict)
@@ -31,16 +33,16 @@ class System:
     deep: bool = False  # as deep as the scale has it
 
 
-def _recurrent(name: str, title: str, **network: Any) -> System:
-    return System(name=name, title=title, family="recurrent", network=network)
+def _recurrent(name: str, title: str, architecture: str = "", **network: Any) -> System:
+    return System(name=name, title=title, family="recurrent", architecture=architecture, network=network)
 
 
-def _transformer(name: str, title: str, **network: Any) -> System:
-    return System(name=name, title=title, network=network)
+def _transformer(name: str, title: str, architecture: str = "", **network: Any) -> System:
+    return System(name=name, title=title, architecture=architecture, network=network)
 
 
-def _deep(name: str, title: str, **network: Any) -> System:
-    return System(name=name, title=title, network=network, deep=True)
+def _deep(name: str, title: str, architecture: str = "", **network: Any) -> System:
+    return System(name=name, title=title, architecture=architecture, network=network, deep=True)
 
 
 def _little(name: str, title: str, start: Literal["chance", "vectors", "bert"]) -> System:
@@ -52,8 +54,8 @@ def _little(name: str, title: str, start: Literal["chance", "vectors", "bert"]) 
 ONE_VECTOR = (
     _recurrent("fixed", "fixed vector, at the start", context="start"),
     _recurrent("fixed-every", "fixed vector, at every step", context="every"),
-    _recurrent("static", "attention, once", static=True),
-    _recurrent("rnnsearch", "attention before the step", place="before"),
+    _recurrent("static", "attention, once", ANY_ATTENTION, attend_once=True),
+    _recurrent("rnnsearch", "attention before the step", attention_step="before"),
     System(name="conv", title="convolutions", family="conv"),
 )
 SIMILARITIES = (
@@ -61,55 +63,55 @@ SIMILARITIES = (
     _recurrent("dot", "dot", score="dot"),
     _recurrent("scaled", "scaled dot", score="scaled"),
     _recurrent("general", "general", score="general"),
-    _recurrent("cosine", "cosine", score="cosine"),
-    _recurrent("location", "location", score="location"),
+    _recurrent("cosine", "cosine", ANY_ATTENTION, score="cosine"),
+    _recurrent("location", "location", ANY_ATTENTION, score="location"),
 )
 FOCI = (
-    _recurrent("monotonic", "monotonic window", focus="monotonic", reach=5),
-    _recurrent("predictive", "predicted window", focus="predictive", reach=5),
-    _recurrent("sampled", "hard, REINFORCE", focus="sampled"),
-    _recurrent("gumbel", "hard, Gumbel", focus="gumbel"),
+    _recurrent("monotonic", "monotonic window", ANY_ATTENTION, attention="monotonic", window=5),
+    _recurrent("predictive", "predicted window", ANY_ATTENTION, attention="predictive", window=5),
+    _recurrent("sampled", "hard, REINFORCE", ANY_ATTENTION, attention="sampled"),
+    _recurrent("gumbel", "hard, Gumbel", ANY_ATTENTION, attention="gumbel"),
 )
 POSITIONS = (
     _transformer("transformer", "sinusoidal"),
     _transformer("learned", "learned", positions="learned"),
     _transformer("rotary", "rotary", positions="rotary"),
-    _transformer("none", "none", positions="none"),
-    _transformer("complex", "complex", positions="complex"),
-    _transformer("relative", "relative", positions="relative"),
-    _transformer("t5", "T5 biases", positions="t5"),
-    _transformer("alibi", "ALiBi", positions="alibi"),
-    _transformer("concatenated", "sinusoidal, concatenated", position_join="concatenate"),
+    _transformer("none", "none", "transformer-no-positions"),
+    _transformer("complex", "complex", "transformer-complex"),
+    _transformer("relative", "relative", "transformer-relative"),
+    _transformer("t5", "T5 biases", "transformer-t5"),
+    _transformer("alibi", "ALiBi", "transformer-alibi"),
+    _transformer("concatenated", "sinusoidal, concatenated", "transformer-concatenated"),
 )
 HEADS = (
     _transformer("heads-1", "1 head", heads=1),
     _transformer("heads-2", "2 heads", heads=2),
     _transformer("heads-8", "8 heads", heads=8),
     _transformer("heads-16", "16 heads", heads=16),
-    _transformer("unscaled-1", "1 head, unscaled", heads=1, score_scale=False),
-    _transformer("unscaled-16", "16 heads, unscaled", heads=16, score_scale=False),
+    _transformer("unscaled-1", "1 head, unscaled", "transformer-unscaled", heads=1),
+    _transformer("unscaled-16", "16 heads, unscaled", "transformer-unscaled", heads=16),
 )
 NO_WARMUP = {"warmup": 0}
 NORMS = (
-    _transformer("batch-norm", "BatchNorm", norm="batch"),
-    _transformer("post-norm", "post-norm, warm-up", norm_place="post"),
+    _transformer("batch-norm", "BatchNorm", "transformer-batch-norm"),
+    _transformer("post-norm", "post-norm, warm-up", norm_position="post"),
     System(
         name="post-norm-cold",
         title="post-norm, no warm-up",
-        network={"norm_place": "post"},
+        network={"norm_position": "post"},
         optim=NO_WARMUP,
     ),
     System(name="pre-norm-cold", title="pre-norm, no warm-up", optim=NO_WARMUP),
 )
 DEPTH = (
     _deep("deep", "deep"),
-    _deep("deep-plain", "deep, no residual connections", residual=False),
-    _deep("deep-post", "deep, post-norm", norm_place="post"),
-    _transformer("plain", "shallow, no residual connections", residual=False),
+    _deep("deep-plain", "deep, no residual connections", "transformer-no-residual"),
+    _deep("deep-post", "deep, post-norm", norm_position="post"),
+    _transformer("plain", "shallow, no residual connections", "transformer-no-residual"),
 )
 REST = (
     System(name="unsmoothed", title="no label smoothing", loss={"label_smoothing": 0.0}),
-    _transformer("hard-cross", "hard cross-attention", cross_focus="gumbel"),
+    _transformer("hard-cross", "hard cross-attention", "transformer-hard"),
 )
 PRETRAINED = System(
     name=BERT,
@@ -154,7 +156,7 @@ def recipe(system: System, scale: Scale, *, seed: int, device: str) -> Tree:
     }
     network = NETWORK[system.family](scale, system)
     return {
-        "architecture": ARCHITECTURE[system.family],
+        "architecture": system.architecture or ARCHITECTURE[system.family],
         "objective": "masked" if system.family == "masked" else "translation",
         "network": {**network, **system.network},
         "loss": dict(system.loss),
@@ -174,12 +176,12 @@ def recipe(system: System, scale: Scale, *, seed: int, device: str) -> Tree:
 
 def _recurrent_network(scale: Scale, system: System) -> Tree:
     return {
-        "width": scale.width,
+        "d_model": scale.width,
         "cell": "gru",
-        "reads": "both",
+        "encoder_direction": "both",
         "context": "attention",
         "score": "additive",
-        "place": "after",
+        "attention_step": "after",
         "dropout": DROPOUT,
     }
 
@@ -187,39 +189,39 @@ def _recurrent_network(scale: Scale, system: System) -> Tree:
 def _conv_network(scale: Scale, system: System) -> Tree:
     layers = scale.layers
     return {
-        "width": scale.width,
+        "d_model": scale.width,
         "encoder_layers": layers,
         "decoder_layers": layers,
         "kernel": 3,
         "dropout": DROPOUT,
-        "longest": scale.longest,
+        "max_positions": scale.longest,
     }
 
 
 def _transformer_network(scale: Scale, system: System) -> Tree:
     layers = scale.layers * (scale.deep if system.deep else 1)
     network = {**_encoder(scale, layers), "decoder_layers": layers}
-    if system.network.get("position_join") == "concatenate":
-        network["position_width"] = scale.width // 4
+    if system.architecture == "transformer-concatenated":
+        network["position_columns"] = scale.width // 4
     return network
 
 
 def _masked_network(scale: Scale, system: System) -> Tree:
     # The same encoder as that of a Transformer here, so that a cold start is one of the same network.
     same = {"embedding_norm": False, "embedding_scale": True, "segments": 1, "activation": "relu"}
-    same |= {"epsilon": 0.0, "positions": "sinusoidal", "attention_dropout": 0.0}
+    same |= {"norm_epsilon": 0.0, "positions": "sinusoidal", "attention_dropout": 0.0}
     return {**_encoder(scale, scale.layers), **same}
 
 
 def _encoder(scale: Scale, layers: int) -> Tree:
     return {
-        "width": scale.width,
+        "d_model": scale.width,
         "feed_forward": 4 * scale.width,
         "heads": 4,
         "encoder_layers": layers,
         "dropout": DROPOUT,
-        "norm_place": "pre",
-        "longest": scale.longest,
+        "norm_position": "pre",
+        "max_positions": scale.longest,
     }
 
 

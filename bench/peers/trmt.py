@@ -22,14 +22,14 @@ def settings(job: Job) -> list[str]:
     """What is laid over the recipe, or over the defaults where none is named."""
     shape = job.shape
     network = {
-        "width": shape.width,
+        "d_model": shape.width,
         "feed_forward": shape.feed_forward,
         "heads": shape.heads,
         "encoder_layers": shape.encoder_layers,
         "decoder_layers": shape.decoder_layers,
         "dropout": shape.dropout,
         "attention_dropout": 0.0,
-        "norm_place": "post",
+        "norm_position": "post",
         "activation": "relu",
         "positions": "sinusoidal",
         "tied": "all",
@@ -92,7 +92,7 @@ def listen(probe: Probe) -> None:
         def collated(*given: Any, **named: Any) -> Any:
             batch = collate(*given, **named)
             for side, ragged in enumerate((batch.source, batch.before)):
-                cells[side] += ragged.ids_N.numel() if net.in_row else len(ragged) * ragged.longest
+                cells[side] += ragged.ids_N.numel() if net.packs_tokens else len(ragged) * ragged.longest
             return batch
 
         return collated

@@ -24,7 +24,8 @@ from trmt.decoding.engine import Engine, Runs
 from trmt.decoding.greedy import Greedy
 from trmt.decoding.request import Batching, Request
 from trmt.decoding.sampling import Sampling
-from trmt.nets.base import Decoding, Precision, Ragged, Seq2Seq, Source, State, Stepper
+from trmt.nets.base import Decoding, Precision, Seq2Seq, State, Stepper
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES, resolve
 
 BOS, EOS, BANNED = 1, 2, (0, 1, 3)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import trmt
@@ -252,6 +252,8 @@ class _SkipInitialisation(TorchFunctionMode):
     ) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_):
             return args[0]
+        if kwargs and func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 

@@ -34,7 +34,7 @@ ENCODER_FIELDS = (
 # Options that only some encoders have
 OPTIONAL_FIELDS = ("position_offset", "position_columns", "max_distance", "buckets")
 # Tensors of the encoder that others may be tied to
-SHARED = ("encoder.embedding.tokens.weight", "encoder.embedding.frequencies")
+SHARED = ("encoder.embedding.tokens.weight", "encoder.embedding.frequencies.weight")
 
 
 @dataclass(frozen=True)

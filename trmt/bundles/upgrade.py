@@ -95,8 +95,8 @@ TRANSFORMER: Patterns = (
     (r"^embedding_norms\.1\.", "decoder.embedding.norm."),
     (r"^memories\.", "cross_kv.layers."),
     (r"^lower_norms\.", "encoder.lower_norms."),
-    (r"^source_turns$", "encoder.embedding.frequencies"),
-    (r"^target_turns$", "decoder.embedding.frequencies"),
+    (r"^source_turns$", "encoder.embedding.frequencies.weight"),
+    (r"^target_turns$", "decoder.embedding.frequencies.weight"),
     (r"^(encoder|decoder)_apart$", r"\1.distance_vectors"),
 )
 WEIGHTS: Mapping[str, Patterns] = {

@@ -53,15 +53,15 @@ SPECIAL_TOKENS = (("[PAD]", 0), ("[UNK]", 1), ("[CLS]", 2), ("[SEP]", 3))
 # Tensors and modules outside the layers: our name and theirs.
 EMBEDDING, THEIR_EMBEDDING = "encoder.embedding.tokens.weight", "bert.embeddings.word_embeddings.weight"
 POSITIONS, THEIR_POSITIONS = "encoder.embedding.positions", "bert.embeddings.position_embeddings.weight"
-SEGMENTS, THEIR_SEGMENTS = "encoder.embedding.segments", "bert.embeddings.token_type_embeddings.weight"
-BIAS, THEIR_BIAS = "guess_bias", "cls.predictions.bias"
+SEGMENTS, THEIR_SEGMENTS = "segments", "bert.embeddings.token_type_embeddings.weight"
+BIAS, THEIR_BIAS = "prediction_bias", "cls.predictions.bias"
 TIED = {"cls.predictions.decoder.weight": THEIR_EMBEDDING, "cls.predictions.decoder.bias": THEIR_BIAS}
 MODULES: Mapping[str, str] = {
     "encoder.embedding.norm": "bert.embeddings.LayerNorm",
-    "guess": "cls.predictions.transform.dense",
-    "guess_norm": "cls.predictions.transform.LayerNorm",
-    "summary": "bert.pooler.dense",
-    "follows": "cls.seq_relationship",
+    "prediction": "cls.predictions.transform.dense",
+    "prediction_norm": "cls.predictions.transform.LayerNorm",
+    "pooler": "bert.pooler.dense",
+    "next_sentence": "cls.seq_relationship",
 }
 # Modules of a layer: our name -> theirs.
 LAYER_MODULES: Mapping[str, str] = {

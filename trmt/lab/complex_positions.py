@@ -34,18 +34,27 @@ class ComplexPositionsConfig(EncoderConfig):
             )
 
 
+class Frequencies(nn.Module):
+    """The frequencies of all tokens, at first the same: those of the sinusoids."""
+
+    def __init__(self, vocabulary: int, d_model: int) -> None:
+        super().__init__()
+        # An axis more than needed, [1, V, D / 2]: int8 quantises matrices, which would be too coarse here.
+        self.weight = nn.Parameter(layers.frequencies(d_model).repeat(1, vocabulary, 1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight[0])
+
+
 class ComplexEmbedding(TokenEmbedding):
     """Scaled embeddings of tokens, rotated by their positions."""
 
     def __init__(self, config: EncoderConfig, tokens: nn.Embedding) -> None:
         super().__init__(config, tokens)
-        # At first the same for all tokens: those of the sinusoids. An axis more than needed, [1, V, D / 2]:
-        # int8 quantises matrices, which would be too coarse for frequencies.
-        frequencies = layers.frequencies(config.d_model)
-        self.frequencies = nn.Parameter(frequencies.repeat(1, tokens.num_embeddings, 1))
+        self.frequencies: nn.Module = Frequencies(tokens.num_embeddings, config.d_model)
 
     def embed(self, ids: Tensor, position: Tensor) -> Tensor:
-        angle = F.embedding(ids, self.frequencies[0]) * position[..., None]
+        angle = self.frequencies(ids) * position[..., None]
         return layers.rotate(super().embed(ids, position), angle.sin(), angle.cos())
 
 
@@ -59,5 +68,5 @@ class ComplexPositions(TransformerEncoder):
     ) -> ComplexEmbedding:
         embedding = ComplexEmbedding(config, tokens)
         if decoder and getattr(config, "tied", "none") == "all":
-            embedding.frequencies = self.encoder.embedding.get_parameter("frequencies")
+            embedding.frequencies = self.encoder.embedding.get_submodule("frequencies")
         return embedding

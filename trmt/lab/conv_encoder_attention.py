@@ -28,7 +28,8 @@ from trmt.nets.layers import Linear
 class ConvEncoderAttentionConfig(ConvS2SConfig):
     """The sizes of a convolutional network with attention in the encoder."""
 
-    encoder_attention: Literal["before", "after", "pooling"] = "before"  # see above
+    # self-attention before or after the convolution, or pooling of each window behind it
+    encoder_attention: Literal["before", "after", "pooling"] = "before"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,9 +1,9 @@
-"""Other distances between what a network predicts and what is true than the negative log likelihood.
+"""Other losses between predicted and true distributions than the negative log likelihood.
 
 Both compare the network's distribution p with the smoothed one q of the target y, where q(v) is e / V for
-each of the V ids and 1 - e more for y (arXiv 1512.00567). With e = 0 all of q is at y.
+each of the V tokens and 1 - e more for y (arXiv 1512.00567). With e = 0 all of q is at y.
 
-Axes: N all target tokens of a batch in a row, C tokens of one chunk, D width, V vocabulary.
+Axes: N all target tokens of a batch in a row, C tokens of one chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from trmt.nets.base import Seq2Seq
-from trmt.objectives.translation import Translation, TranslationConfig
+from trmt.objectives.translation import TranslationConfig, TranslationObjective
 
 CHUNK_BYTES = 1 << 26  # of logits that are held at a time
 
 
-class Divergence(Translation):
+class Divergence(TranslationObjective):
     """The Kullback-Leibler divergence D(q || p): smoothed cross-entropy less the entropy of q.
 
-    Its gradient is that of the cross-entropy. Its value is 0 where the network predicts q itself, so what
-    is left of it is what can still be learned.
+    Its gradient is that of the cross-entropy; its value is 0 where the network predicts q itself.
     """
 
     def distance(self, net: Seq2Seq, hidden_ND: Tensor, after_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,11 +48,10 @@ class SquaredDistanceConfig(TranslationConfig):
     label_smoothing: float = 0.0
 
 
-class SquaredDistance(Translation):
+class SquaredDistance(TranslationObjective):
     """The sum over the vocabulary of (p(v) - q(v))^2, the score of Brier (1950).
 
-    It is at most 2 for a token, however sure the network is of something wrong: tokens that cannot be
-    predicted weigh less than they do in the cross-entropy.
+    It is at most 2 for a token: tokens that cannot be predicted weigh less than in the cross-entropy.
     """
 
     config_class = SquaredDistanceConfig
@@ -66,7 +64,7 @@ class SquaredDistance(Translation):
         def chunk(hidden_CD: Tensor, after_C: Tensor) -> Tensor:
             return squared_distance(net.readout(hidden_CD), after_C, self.config.label_smoothing)
 
-        # Logits are made again on the way back, so that those of a whole batch are never held.
+        # Logits are computed again in the backward pass, so that those of a whole batch are never held.
         sums = [
             checkpoint(
                 chunk,
@@ -82,14 +80,14 @@ class SquaredDistance(Translation):
 
 
 def squared_distance(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tensor:
-    """The squared distances and the negative log likelihoods, each summed; a negative target counts not."""
+    """The sums of squared distances and of negative log likelihoods; negative targets are left out."""
     log_CV = logits_CV.float().log_softmax(-1)
     real_C = target_C >= 0
-    place_C1 = target_C.clamp(min=0)[:, None]
+    index_C1 = target_C.clamp(min=0)[:, None]
     prob_CV = log_CV.exp()
-    # Written out, the square needs no q: all but one of its values are the same.
-    rest, top = smoothing / log_CV.shape[1], 1 - smoothing
-    prob_C = prob_CV.gather(1, place_C1)[:, 0]
-    away_C = (prob_CV - rest).square().sum(1) - 2 * top * (prob_C - rest) + top * top
-    nll_C = -log_CV.gather(1, place_C1)[:, 0]
-    return torch.stack([away_C.where(real_C, 0.0).sum(), nll_C.where(real_C, 0.0).sum()])
+    # Expanded, the square needs no q, whose values are all the same but for one.
+    base, peak = smoothing / log_CV.shape[1], 1 - smoothing
+    prob_C = prob_CV.gather(1, index_C1)[:, 0]
+    distance_C = (prob_CV - base).square().sum(1) - 2 * peak * (prob_C - base) + peak * peak
+    nll_C = -log_CV.gather(1, index_C1)[:, 0]
+    return torch.stack([distance_C.where(real_C, 0.0).sum(), nll_C.where(real_C, 0.0).sum()])

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from trmt.errors import ConfigError
 from trmt.lab.rnn_attention import AnyAttention, RNNAttention, RNNAttentionConfig
-from trmt.nets.base import EncoderMemory, Ragged, Source
+from trmt.nets.base import EncoderMemory
 from trmt.nets.layers import KEY_MULTIPLE
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.rnn import Attended, Attention, Encoded, Pooling, RecurrentStack, weighted_values
 
 
@@ -29,8 +30,7 @@ from trmt.nets.rnn import Attended, Attention, Encoded, Pooling, RecurrentStack,
 class HierarchicalConfig(RNNAttentionConfig):
     """The sizes of a network for documents; each is a line of text, with a mark between its sentences."""
 
-    # The token that ends a sentence: the id of the first `--placeholder` that a tokenizer is given.
-    mark: int = 4
+    mark: int = 4  # the token that ends a sentence: the id of the first `--placeholder` of the tokenizer
     sentence_layers: int = 1  # layers that encode the vectors of sentences
 
     def __post_init__(self) -> None:

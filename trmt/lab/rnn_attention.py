@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from trmt.errors import ConfigError
 from trmt.lab.hard_attention import check_hard_attention, draw, reinforce
 from trmt.nets import layers
-from trmt.nets.base import NO_WEIGHTS, EncoderMemory, Output, Ragged, Source, WantedWeights
+from trmt.nets.base import NO_WEIGHTS, EncoderMemory, Output, WantedWeights
 from trmt.nets.layers import KEY_MULTIPLE, split_heads, xavier
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.rnn import RNN, Attended, Attention, Encoded, RNNConfig, weighted_values
 
 SHARPNESS = 5.0  # where the factor of cosines begins: a cosine alone cannot tell ten tokens apart
@@ -44,6 +45,7 @@ class RNNAttentionConfig(RNNConfig):
     """The sizes and options of a recurrent encoder-decoder with attention of any kind."""
 
     score: Literal["additive", "general", "dot", "scaled", "cosine", "location"] = "additive"  # type: ignore[assignment]
+    # over all positions, in a window around the target position or a predicted one, or of one drawn position
     attention: Literal["soft", "monotonic", "predictive", "sampled", "gumbel"] = "soft"
     attend_once: bool = False  # attention of the decoder's first state only
     window: int = 10  # positions on each side that windows cover

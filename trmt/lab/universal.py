@@ -29,12 +29,11 @@ from trmt.nets.base import (
     FrozenLinear,
     Output,
     Products,
-    Ragged,
-    Source,
     WantedWeights,
     stack_weights,
 )
 from trmt.nets.layers import Spans, Sublayer
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.transformer import (
     CrossAttention,
     Decoder,
@@ -61,8 +60,8 @@ class UniversalConfig(TransformerConfig):
     encoder_layers: ClassVar[int] = 1  # type: ignore[misc]
     decoder_layers: ClassVar[int] = 1  # type: ignore[misc]
     positions: ClassVar[Literal["sinusoidal"]] = "sinusoidal"  # type: ignore[misc]
-    encoder_steps: int = 6  # how often the layer is applied; with halting = "adaptive" at most
-    decoder_steps: int = 6
+    encoder_steps: int = 6  # how often the layer is applied, at most with halting = "adaptive"
+    decoder_steps: int = 6  # the same in the decoder
     halting: Literal["adaptive", "fixed"] = "adaptive"  # whether positions halt by themselves
     threshold: float = (
         0.99  # probability of having halted at which a position halts; the last step gets the rest

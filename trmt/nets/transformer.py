@@ -32,15 +32,14 @@ from trmt.nets.base import (
     Network,
     Output,
     Products,
-    Ragged,
     Seq2Seq,
-    Source,
     WantedWeights,
     frozen_copy,
     stack_weights,
 )
 from trmt.nets.kv_cache import KVCache
 from trmt.nets.layers import FeedForward, Linear, Spans, Sublayer, split_heads
+from trmt.nets.ragged import Ragged, Source
 
 SelfAttention = Callable[[int, Tensor], Tensor]  # (layer, merged queries, keys, values [.., 3D]) -> [.., D]
 CrossAttention = Callable[[int, Tensor], Tensor]  # (layer, queries [.., D]) -> [.., D]

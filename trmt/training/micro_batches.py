@@ -63,8 +63,8 @@ class MicroBatchSplitter:
     def _check_divisible(self, pairs: int) -> None:
         if self.indivisible:
             raise TrmtError(
-                'a batch does not fit into memory, and network.norm = "batch" needs whole ones for its '
-                'statistics; lower batches.tokens, or set network.norm = "layer"'
+                "a batch does not fit into memory, and batch normalisation needs whole ones for its "
+                "statistics; lower batches.tokens, or choose an architecture without batch-norm"
             )
         if 2**self.halvings >= pairs:
             raise TrmtError(

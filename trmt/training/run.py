@@ -172,7 +172,7 @@ class TrainingRun:
                 shorter = (
                     "prepare the data with a lower --max-length"
                     if self.data.kind == PAIRS
-                    else "lower batches.passage"
+                    else "lower batches.passage_tokens"
                 )
                 raise ConfigError(
                     f"{self.data.folder} has sentences of {batches.lengths.max()} tokens, the network only "

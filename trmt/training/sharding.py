@@ -34,7 +34,7 @@ def shard(net: Network, distributed: Distributed, device: torch.device) -> None:
     # The warning is about in-place operations on a module's output; the gradient tests would show one.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (distributed.world_size,))
-    for layer in (layer for child in net.children() if isinstance(child, nn.ModuleList) for layer in child):
+    for layer in layers(net):
         # The modules inside and not the layer: networks call what is in a layer, never the layer itself.
         if modules := [module for module in layer.modules() if has_matrix(module)]:
             fully_shard(modules, mesh=mesh)
@@ -43,6 +43,11 @@ def shard(net: Network, distributed: Distributed, device: torch.device) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # gradients are sums; they are divided by tokens already
             module.set_force_sum_reduction_for_comms(True)
+
+
+def layers(net: nn.Module) -> list[nn.Module]:
+    """The layers of a network: what stands in its module lists."""
+    return [layer for module in net.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
 def has_matrix(module: nn.Module) -> bool:

@@ -112,9 +112,9 @@ class TrainState:
         word_vectors.check_and_freeze(net, self.recipe)
         if net.couples_batch and self.distributed.world_size > 1:
             raise ConfigError(
-                'network.norm = "batch" needs whole batches for its statistics, of which each of '
-                f"{self.distributed.world_size} processes would have a part; train in one process, or set "
-                'network.norm = "layer"'
+                "batch normalisation needs whole batches for its statistics, of which each of "
+                f"{self.distributed.world_size} processes would have a part; train in one process, or choose "
+                "an architecture without batch-norm"
             )
         if not self.sharded:
             return net.to(self.device).train()
