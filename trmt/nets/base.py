@@ -63,10 +63,12 @@ class WantedWeights:
         layer = layer_index(self.layer, layers)
         return range(layer, layer + 1)
 
-    @property
-    def heads(self) -> slice:
+    def cross_heads(self, heads: int) -> slice:
         """The heads whose cross-attention is wanted."""
-        return slice(None) if self.head is None else slice(self.head, self.head + 1)
+        if self.head is None:
+            return slice(None)
+        head = layer_index(self.head, heads)
+        return slice(head, head + 1)
 
 
 NO_WEIGHTS = WantedWeights()
