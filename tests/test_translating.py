@@ -53,7 +53,7 @@ def echo(
     options: TranslateOptions = GREEDY,
 ) -> Translator:
     eos, vocabulary = tokenizer.target.eos, tokenizer.target.vocabulary
-    net = Scripted(script, vocabulary=vocabulary, eos=eos, longest=positions)
+    net = Scripted(script, vocabulary=vocabulary, eos=eos, max_positions=positions)
     return Translator(net, tokenizer, longest=longest, options=options)
 
 
@@ -78,10 +78,10 @@ class Recording(Engine):
         self.engine = engine
         self.seen: list[tuple[Request, Hypothesis]] = []
 
-    def translate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
-        for index, hypotheses in self.engine.translate(requests):
-            self.seen += [(requests[index], hypothesis) for hypothesis in hypotheses]
-            yield index, hypotheses
+    def translate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[Hypothesis]]]:
+        for request, hypotheses in self.engine.translate(requests):
+            self.seen += [(request, hypothesis) for hypothesis in hypotheses]
+            yield request, hypotheses
 
 
 def teacher_forced(net: Seq2Seq, tokenizer: Tokenizer, request: Request, ids: Sequence[int]) -> float:
@@ -395,7 +395,7 @@ def test_impossible_options_are_refused_before_anything_is_loaded(
 
 def test_broken_weights_say_so(tokenizer: Tokenizer) -> None:
     translator = echo(tokenizer)
-    translator.engine.stepper.readout = lambda hidden: hidden * torch.nan  # type: ignore[attr-defined]
+    translator.engine.decoder.stepper.readout = lambda hidden: hidden * torch.nan  # type: ignore[attr-defined]
     with pytest.raises(BundleError, match="not numbers"):
         translator.translate(["a"])
 
