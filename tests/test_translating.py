@@ -93,7 +93,7 @@ def teacher_forced(net: Seq2Seq, tokenizer: Tokenizer, request: Request, ids: Se
         logits[:, [side.pad, side.bos, side.unk]] = -torch.inf
         wanted = [*ids, side.eos]
         scores = logits.log_softmax(-1)[range(len(wanted)), wanted]
-    chosen = slice(len(request.prefix), request.limit)  # the others were forced, and cost nothing
+    chosen = slice(len(request.prefix), request.max_tokens)  # the others were forced, and cost nothing
     return float(scores[chosen].sum())
 
 
@@ -124,7 +124,7 @@ def test_scores_are_those_of_teacher_forcing(
         beam = options.get("search", "beam") == "beam"
         penalty = ((5 + tokens) / 6) ** options.get("length_penalty", 0.6) if beam else tokens
         assert hypothesis.normalised == pytest.approx(score / penalty, abs=1e-4, rel=1e-5)
-        ended += len(hypothesis.ids) < request.limit
+        ended += len(hypothesis.ids) < request.max_tokens
     assert ended, "some translations have to end by themselves for this to say anything about the end"
     by_score = {(hypothesis.score, hypothesis.normalised) for _, hypothesis in recording.seen}
     for translation in found:
