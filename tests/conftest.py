@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -11,6 +12,18 @@ import torch
 from tests import toy
 from tests.commands import Command, in_this_process
 from trmt import console
+from trmt.registry import is_installed
+
+AROUND = ("native", "lab", "interop", "insight", "scale")
+MISSING = [package for package in AROUND if not is_installed(f"trmt.{package}")]
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Where a package around the core was left out, so are the tests that import it."""
+    if not MISSING or collection_path.suffix != ".py":
+        return None
+    imports = rf"^(from|import) trmt( import|\.)({'|'.join(MISSING)})\b"
+    return bool(re.search(imports, collection_path.read_text(encoding="utf-8"), re.MULTILINE)) or None
 
 
 @pytest.fixture(scope="session", autouse=True)

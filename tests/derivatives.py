@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trmt.native import training
+from trmt.registry import optional
 
-needs_kernels = pytest.mark.skipif(training.library() is None, reason="no C compiler here")
+_library = optional("trmt.native.training:library")
+needs_kernels = pytest.mark.skipif(
+    not (_library and _library()), reason="trmt.native is not here, or no C compiler"
+)
 
 
 def gradients(make: Callable[[], Tensor], *inputs: Tensor) -> list[Tensor]:

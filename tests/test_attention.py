@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tests.derivatives import assert_same, gradients, needs_kernels
-from trmt.native import training
 from trmt.nets import layers
 from trmt.nets.layers import Spans
 from trmt.nets.ragged import Ragged
@@ -214,7 +213,7 @@ def test_a_kernel_without_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None
         def trmt_attention(self, *_: object) -> int:
             return 1
 
-    monkeypatch.setattr(training, "library", OutOfMemory)
+    monkeypatch.setattr("trmt.native.training.library", OutOfMemory)
     with pytest.raises(MemoryError):
         layers.packed_self_attention(torch.randn(4, 3 * 32), spans(4), 2, causal=True)
 

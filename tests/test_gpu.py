@@ -22,7 +22,7 @@ from trmt.decoding.request import Batching, Request
 from trmt.decoding.sampling import Sampling
 from trmt.devices.choice import choose_device, choose_precision
 from trmt.nets.ragged import Ragged, Source
-from trmt.registry import ARCHITECTURES
+from trmt.registry import ARCHITECTURES, installed
 from trmt.resume_check import CheckOptions, check_resume
 from trmt.scale.parallel_translator import ParallelTranslator
 from trmt.training.run import TrainingRun, train
@@ -32,7 +32,7 @@ from trmt.translating import TranslateOptions, Translator
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
 @torch.inference_mode()
 def test_the_gpu_computes_what_the_cpu_computes(architecture: str) -> None:
     net = small_network(architecture)
@@ -42,7 +42,7 @@ def test_the_gpu_computes_what_the_cpu_computes(architecture: str) -> None:
     torch.testing.assert_close(on_gpu, on_cpu, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
 def test_beam_search_runs_on_the_gpu(architecture: str) -> None:
     sentences = random_sentences(20, seed=3)
     requests = [Request(tuple(sentence), 12, key=number) for number, sentence in enumerate(sentences)]
@@ -57,7 +57,7 @@ def test_beam_search_runs_on_the_gpu(architecture: str) -> None:
         assert score == pytest.approx(scores[1][key], abs=1e-2)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
 @pytest.mark.parametrize("search", [Greedy(), Beam(4), Beam(20), Sampling(samples=2)], ids=str)
 def test_steps_are_recorded_and_replayed(architecture: str, search: Search) -> None:
     requests = requests_of(60, longest=20)
@@ -115,7 +115,7 @@ def test_judging_a_step_never_waits_for_the_gpu(toy_set: Path, tmp_path: Path, p
 ON_GPU: dict[str, Any] = {**HARD, "training": {**HARD["training"], "device": "cuda", "deterministic": True}}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
 def test_resuming_on_the_gpu_is_exact_where_it_is_deterministic(
     architecture: str, toy_set: Path, tmp_path: Path
 ) -> None:

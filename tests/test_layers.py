@@ -11,7 +11,7 @@ from torch import nn
 from trmt.config import to_tree
 from trmt.errors import ConfigError
 from trmt.nets import layers
-from trmt.registry import ARCHITECTURES, resolve
+from trmt.registry import ARCHITECTURES, installed, resolve
 
 
 @pytest.mark.parametrize("columns", [2, 6, 64, 7])
@@ -67,7 +67,7 @@ def test_merged_products_begin_like_separate_ones() -> None:
     assert not merged.bias.any()
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
 def test_sizes_and_fractions_out_of_range_are_refused(architecture: str) -> None:
     kind = resolve(ARCHITECTURES, architecture).config_class
     good = {"source_vocabulary": 9, "target_vocabulary": 9}

@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from tests.fakes import small_network
+from trmt.acceleration import accelerated
 from trmt.averaging import average_bundles
 from trmt.bundles import bundles, quantised
 from trmt.bundles.bundles import make_manifest, read_manifest, read_weights, save_bundle
 from trmt.errors import BundleError, ConfigError
 from trmt.insight.inspecting import inspect
-from trmt.native import products
 from trmt.quantizing import quantize
-from trmt.registry import ARCHITECTURES
+from trmt.registry import ARCHITECTURES, installed
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 TEXTS = ["one two three", "four", "", "three three two one", "five six seven eight nine"]
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+@pytest.fixture(params=installed(ARCHITECTURES))
 def bundle(request: pytest.FixtureRequest, toy_set: Path, tmp_path: Path) -> Path:
     """A bundle of random weights, large enough for its matrices to be most of it."""
     tokenizer = Tokenizer.load(toy_set / "tokenizer")
@@ -66,10 +66,10 @@ def test_a_quantised_bundle_translates_as_one_quantised_while_loading(bundle: Pa
 
 
 def test_kernels_and_plain_pytorch_translate_alike(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not products.best_processor():
-        pytest.skip("no C compiler here")
+    if not accelerated("backend"):
+        pytest.skip("no kernels here")
     native = translations(bundle, precision="int8")
-    monkeypatch.setattr(products, "processors", lambda: ())
+    monkeypatch.setenv("TRMT_KERNELS", "0")
     assert translations(bundle, precision="int8") == native
 
 
@@ -123,5 +123,6 @@ def test_inspect_shows_the_precision_and_the_backend(bundle: Path, tmp_path: Pat
     stored = bundles.load_bundle(bundle).net.state_dict().values()
     count = sum({tensor.data_ptr(): tensor.numel() for tensor in stored}.values())  # tied ones once
     assert before["parameters"] == after["parameters"] == count
-    assert before["backend"].startswith("native" if products.best_processor() else "pure")
+    backend = accelerated("backend")
+    assert before["backend"].startswith("native" if backend and backend() else "pure")
     assert before["scores"] and not after["scores"] and json.dumps(after)

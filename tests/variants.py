@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trmt.registry import ARCHITECTURES
+from trmt.registry import ARCHITECTURES, installed
 
 
 @dataclass(frozen=True)
@@ -171,5 +171,5 @@ TABLE: Mapping[str, list[Variant]] = {
 
 def variants(*, defaults: bool = False) -> list[Variant]:
     """All registered networks with all their options, or with `defaults` each network once."""
-    found = [TABLE.get(name, [Variant(name)]) for name in ARCHITECTURES]
+    found = [TABLE.get(name, [Variant(name)]) for name in installed(ARCHITECTURES)]
     return [variant for several in found for variant in several[: 1 if defaults else None]]

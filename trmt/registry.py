@@ -162,6 +162,11 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder without __init__.py has no origin
 
 
+def installed(table: Mapping[str, str]) -> list[str]:
+    """The names in a table whose packages this copy of trmt has."""
+    return [name for name, path in table.items() if is_installed(_package_of(path.partition(":")[0]))]
+
+
 @cache
 def optional(path: str) -> Any | None:
     """The module "trmt.package.module", or the object "trmt.package.module:name"; None without its package.

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 
 from tests.derivatives import needs_kernels
 from tests.fakes import VOCABULARY, random_sentences, small_network
+from trmt.acceleration import accelerated
 from trmt.config import build
 from trmt.errors import ConfigError
-from trmt.native import training
 from trmt.objectives import cross_entropy
 from trmt.objectives.base import Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy
 from trmt.objectives.translation import TranslationConfig, TranslationObjective
-from trmt.registry import ARCHITECTURES, OBJECTIVES, resolve
+from trmt.registry import ARCHITECTURES, OBJECTIVES, installed, resolve
 from trmt.sets.batches import Batches, BatchShape, RaggedBatch
 from trmt.sets.shards import RaggedArray
 
 BOS, EOS = 2, 3
-PACKED = [name for name in ARCHITECTURES if resolve(ARCHITECTURES, name).packs_tokens]
+PACKED = [name for name in installed(ARCHITECTURES) if resolve(ARCHITECTURES, name).packs_tokens]
 CPU = torch.device("cpu")
 
 
@@ -52,7 +52,7 @@ def objective(request: pytest.FixtureRequest) -> Objective:
 
 
 @pytest.mark.parametrize("cuts", [[0, 3, 6], [0, 1, 2, 3, 4, 5, 6], [0, 5, 6]])
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
 def test_sums_add_up_over_any_split(objective: Objective, architecture: str, cuts: list[int]) -> None:
     net = small_network(architecture)
     whole = examples()
@@ -88,7 +88,7 @@ def test_the_target_is_shifted_by_one_and_the_source_ends_with_eos() -> None:
     assert batch.tokens == 6
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
 def test_every_column_of_the_logits_is_a_real_id(architecture: str) -> None:
     """So no padded id can take part in the normaliser or in the mass of smoothing."""
     net = small_network(architecture)
@@ -138,7 +138,7 @@ def test_smoothing_out_of_range_is_refused(wrong: float) -> None:
 def test_losses_of_the_network_itself_are_added(
     objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = small_network(next(iter(ARCHITECTURES)))
+    net = small_network(installed(ARCHITECTURES)[0])
     batch = objective.collate(examples(), CPU)
     before = objective.loss(net, batch)
     plain = net.forward
@@ -329,5 +329,5 @@ def test_the_kernels_exponential_is_good_to_the_last_digits() -> None:
     logits[:, 0] = 0  # the largest of each row, so that nothing is rounded before the exponential
     target = torch.zeros(61, dtype=torch.long)
     expected = logits.double().softmax(1)
-    training.cross_entropy(logits, target, 0.0)
+    accelerated("cross_entropy")(logits, target, 0.0)
     torch.testing.assert_close(logits[:, 1:].double(), expected[:, 1:], rtol=1e-6, atol=0)
