@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "trmt"
-FILES = sorted(
-    file for part in ("arch", "decode", "engines", "objectives") for file in (PACKAGE / part).glob("*.py")
-)
+PARTS = ("nets", "decoding", "native", "native/gpu", "objectives", "lab")
+FILES = sorted(file for part in PARTS for file in (PACKAGE / part).glob("*.py"))
 SUFFIX = re.compile(r"[a-z0-9]_([A-Z][A-Z0-9]*)$")
 LEGEND = re.compile(r"Axes: (.*?)\.(?:\s|$)", re.DOTALL)
 
 
 def names(tree: ast.AST) -> set[str]:
-    """Every name that is read, written, taken as an argument, or an attribute."""
+    """The names of variables, arguments and attributes."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
@@ -36,6 +35,10 @@ def missing(code: str) -> set[str]:
     listed = set(re.findall(r"\b[A-Z]\b", legend[1])) if legend else set()
     used = {axis for name in names(tree) if (suffix := SUFFIX.search(name)) for axis in suffix[1]}
     return {axis for axis in used if not axis.isdigit()} - listed
+
+
+def test_every_part_has_files() -> None:
+    assert all(any((PACKAGE / part).glob("*.py")) for part in PARTS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")

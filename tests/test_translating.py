@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from tests.scripted import Script, Scripted, random_bundle, small_tokenizer
 from trmt import streaming
 from trmt.decoding.base import Hypothesis
 from trmt.decoding.batch import BatchDecoder
-from trmt.decoding.engine import Engine, Request
+from trmt.decoding.engine import Engine
+from trmt.decoding.request import Request
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Seq2Seq
 from trmt.nets.ragged import Ragged, Source
@@ -71,14 +72,14 @@ def entries(translator: Translator, lines: Sequence[str]) -> list[dict[str, Any]
 # Scores
 
 
-class Recording(Engine):
-    """An engine that keeps what went through it."""
+class RecordingEngine(Engine):
+    """An engine that keeps all requests with their hypotheses."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.seen: list[tuple[Request, Hypothesis]] = []
 
-    def translate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[Hypothesis]]]:
+    def translate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Hypothesis]]]:
         for request, hypotheses in self.engine.translate(requests):
             self.seen += [(request, hypothesis) for hypothesis in hypotheses]
             yield request, hypotheses
@@ -93,7 +94,7 @@ def teacher_forced(net: Seq2Seq, tokenizer: Tokenizer, request: Request, ids: Se
         logits[:, [side.pad, side.bos, side.unk]] = -torch.inf
         wanted = [*ids, side.eos]
         scores = logits.log_softmax(-1)[range(len(wanted)), wanted]
-    chosen = slice(len(request.prefix), request.max_tokens)  # the others were forced, and cost nothing
+    chosen = slice(len(request.prefix), request.max_tokens)  # the others were forced, at no cost
     return float(scores[chosen].sum())
 
 
@@ -114,7 +115,7 @@ def test_scores_are_those_of_teacher_forcing(
 ) -> None:
     net = random_bundle(tmp_path / "bundle", tokenizer, eagerness=6)
     translator = loaded(tmp_path / "bundle", **options)
-    recording = translator.engine = Recording(translator.engine)
+    recording = translator.engine = RecordingEngine(translator.engine)
     found = translator.translate(SENTENCES, prefixes=[prefix] * len(SENTENCES))
     ended = 0
     for request, hypothesis in recording.seen:
@@ -125,7 +126,7 @@ def test_scores_are_those_of_teacher_forcing(
         penalty = ((5 + tokens) / 6) ** options.get("length_penalty", 0.6) if beam else tokens
         assert hypothesis.normalised == pytest.approx(score / penalty, abs=1e-4, rel=1e-5)
         ended += len(hypothesis.ids) < request.max_tokens
-    assert ended, "some translations have to end by themselves for this to say anything about the end"
+    assert ended, "some translations have to end by themselves"
     by_score = {(hypothesis.score, hypothesis.normalised) for _, hypothesis in recording.seen}
     for translation in found:
         assert len(translation.candidates) == options.get("n_best", 1)
@@ -135,7 +136,7 @@ def test_scores_are_those_of_teacher_forcing(
             assert candidate.text.startswith(prefix)
 
 
-def test_json_says_what_plain_output_says(bundle: Path) -> None:
+def test_json_agrees_with_plain_output(bundle: Path) -> None:
     translator = loaded(bundle, n_best=3)
     lines = [*SENTENCES[:3], "", SENTENCES[3]]
     found = entries(translator, lines)
@@ -153,7 +154,7 @@ def test_json_says_what_plain_output_says(bundle: Path) -> None:
     assert set(found[3]) == {"line", "source", "translation", "score", "normalised", "status"}
 
 
-def test_json_is_one_line_for_everybody(tokenizer: Tokenizer) -> None:
+def test_json_is_one_line_for_every_program(tokenizer: Tokenizer) -> None:
     data = "a\u2028b\x85c\td\x0be\x7ff\r\n".encode()
     line = streamed(echo(tokenizer), data, as_json=True)
     assert len(line.decode().splitlines()) == 1 and line.endswith(b"}\n")
@@ -180,7 +181,7 @@ def test_samples_depend_on_the_seed_and_the_line_only(bundle: Path, monkeypatch:
     ]
     assert found[0] == found[1] == found[2] != found[3]
     first = found[0].split(b"\n")
-    assert first[0] != first[6], "each line draws its own lots"
+    assert first[0] != first[6], "each line draws its own random numbers"
     translator = loaded(bundle, **sampling)
     halves = translator.translate(lines[:7]) + translator.translate(lines[7:], first_key=7)
     assert [half.text for half in halves] == found[0].decode().split("\n")[:-1]
@@ -204,7 +205,7 @@ def test_each_line_begins_with_its_prefix(bundle: Path) -> None:
             assert line.startswith(" ".join(prefix.split()))
 
 
-def test_lines_without_a_prefix_may_stand_among_those_that_have_one(tokenizer: Tokenizer) -> None:
+def test_lines_with_and_without_a_prefix_can_be_mixed(tokenizer: Tokenizer) -> None:
     data = b"one\n\ntwo\t\n\tonly a prefix\nthree\tdrei\n \t \n"
     out = streamed(echo(tokenizer, script=lambda ids: [*ids]), data, prefixed=True)
     assert out.count(b"\n") == 6
@@ -212,7 +213,7 @@ def test_lines_without_a_prefix_may_stand_among_those_that_have_one(tokenizer: T
     assert out.split(b"\n")[4].startswith(b"drei")
 
 
-def test_a_prefix_that_is_too_long_costs_no_other_line_its_translation(tokenizer: Tokenizer) -> None:
+def test_a_prefix_that_is_too_long_does_not_disturb_other_lines(tokenizer: Tokenizer) -> None:
     data = b"one\tx\ntwo\t%s\nthree\ty\n" % (b"Wort " * 200)
     out = io.BytesIO()
     translator = echo(tokenizer, longest=20, positions=40)
@@ -265,7 +266,7 @@ def test_nothing_of_a_long_line_is_lost(tokenizer: Tokenizer, language: str, lon
 @pytest.mark.parametrize(
     ("language", "answer"), [("zh", "".join(texts.CHINESE)), ("", "".join(texts.CHINESE)), ("de", None)]
 )
-def test_pieces_are_joined_as_the_target_is_written(
+def test_segments_are_joined_as_the_target_language_is_written(
     tokenizer: Tokenizer, language: str, answer: str | None
 ) -> None:
     translator = echo(tokenizer, longest=25)
@@ -304,9 +305,9 @@ def test_the_joiner_suits_the_target(segment: TextSegment, language: str, joiner
     assert joiner_for(segment, language) == joiner
 
 
-def test_scores_of_pieces_add_up(bundle: Path) -> None:
+def test_scores_of_segments_add_up(bundle: Path) -> None:
     translator = loaded(bundle, beam=3, n_best=2)
-    recording = translator.engine = Recording(translator.engine)
+    recording = translator.engine = RecordingEngine(translator.engine)
     [translation] = translator.translate([" ".join(texts.ENGLISH[:6])])
     best, second = recording.seen[::2], recording.seen[1::2]
     assert translation.status == "split" and len(best) > 1
@@ -345,7 +346,7 @@ def test_a_line_does_not_wait_for_all_that_follow(
     assert written[0] < len(cut) / 2
 
 
-def test_where_nobody_waits_windows_are_full() -> None:
+def test_windows_are_full_where_input_does_not_wait() -> None:
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as stream:
         windows = streaming.LineReader(stream).windows(10, interactive=False)
@@ -365,7 +366,7 @@ def test_a_window_can_be_larger_than_usual(monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(sizes) == 80 and max(sizes[2:]) < 20, "and long lines still end it"
 
 
-# Options that cannot be, weights that cannot be used
+# Impossible options, broken weights
 
 
 @pytest.mark.parametrize(
@@ -393,9 +394,9 @@ def test_impossible_options_are_refused_before_anything_is_loaded(
         TranslateOptions(**options)
 
 
-def test_broken_weights_say_so(tokenizer: Tokenizer) -> None:
+def test_broken_weights_are_an_error(tokenizer: Tokenizer) -> None:
     translator = echo(tokenizer)
-    translator.engine.decoder.stepper.readout = lambda hidden: hidden * torch.nan  # type: ignore[attr-defined]
+    translator.engine.decoder.stepper.readout = lambda hidden: hidden * torch.nan
     with pytest.raises(BundleError, match="not numbers"):
         translator.translate(["a"])
 

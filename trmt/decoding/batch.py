@@ -1,6 +1,6 @@
 """A batch of sentences that are decoded together, and one decoding step of it.
 
-Axes: S sentence, K hypothesis, T target position.
+Axes: S sentence, K hypothesis, T target position, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations

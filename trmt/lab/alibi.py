@@ -1,6 +1,6 @@
 """ALiBi (Press et al., arXiv 2108.12409): scores are lowered by the distance of query and key times a slope.
 
-Axes: S sentence, Q queries, J keys.
+Axes: S sentence, H heads, Q queries, J keys.
 """
 
 from __future__ import annotations

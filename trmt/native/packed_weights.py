@@ -4,6 +4,8 @@ A file is named by the checksum of the weights it was packed from, their precisi
 weights that products read are in it, and they are pages of the file: workers share one copy. A file that is
 damaged, or holds something else, is written again. When the files together grow beyond LIMIT, those that were
 not used for longest go.
+
+Axes: N outputs, K inputs.
 """
 
 from __future__ import annotations

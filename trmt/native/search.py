@@ -1,6 +1,6 @@
 """Steps of beam and greedy search by C kernels (search.c), which write the search's state in place.
 
-Axes: S sentence, K hypothesis, R rows (S * K), V vocabulary, C candidates.
+Axes: S sentence, K hypothesis, R rows (S * K), V vocabulary, T target position, C candidates.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 Triton comes with PyTorch's CUDA builds, and needs a C compiler. What imports it is imported only after
 `available`.
+
+Axes: S sentence, K hypothesis, J slots of a KV cache, T target position, H heads, P head dimension, R rows
+(S * K), V vocabulary, C columns of the cache or candidates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Attention of one step of decoding through the table of ancestors, in Triton.
 
-The same in plain PyTorch is `SharedKVCache.attend` (trmt/nets/kv_cache.py), whose axes these are, but: K are
-the hypotheses of one program, C the columns that it reads together.
+The same in plain PyTorch is `SharedKVCache.attend` (trmt/nets/kv_cache.py).
+
+Axes: S sentence, H heads, K hypothesis (in the kernel those of one program), J slots of the cache, C columns of
+the cache (in the kernel those that are read together), P head dimension.
 
 A step is bound by memory: each key and value is read for one query. So nothing here uses tensor cores, and
 each hypothesis gathers the slots of its own ancestors. Hypotheses of a sentence mostly have the same ones: in
