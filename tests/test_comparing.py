@@ -57,7 +57,7 @@ def test_only_settings_that_differ_are_listed(runs: dict[str, Path]) -> None:
     assert found.differences["optim.lr"] == [0.003, 0.01]
     assert found.differences["architecture"] == ["transformer", "rnn"]
     # Defaults that the other network does not have are listed as well.
-    assert found.differences["network.norm_place"] == ["post", "-"]
+    assert found.differences["network.norm_position"] == ["post", "-"]
     assert "optim.name" not in found.differences and "network.width" not in found.differences
     base, long = found.runs.values()
     assert (base.progress["step"], long.progress["step"]) == (6, 12)
