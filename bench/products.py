@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from provenance import RESULTS, record
 from trmt.decoding.engine import frozen
 from trmt.native.products import PackedProduct, backend
-from trmt.nets.base import Decoding, Source, Stepper
+from trmt.nets.base import Decoding, Stepper
 from trmt.nets.linear import Int8Product, PlainProducts
+from trmt.nets.ragged import Source
 from trmt.nets.transformer import Transformer, TransformerConfig
 
 SHAPES = (

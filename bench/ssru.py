@@ -23,7 +23,8 @@ from trmt.decoding.beam import Beam
 from trmt.decoding.engine import Engine, frozen
 from trmt.decoding.greedy import Greedy
 from trmt.decoding.request import Batching, Request
-from trmt.nets.base import Decoding, Precision, Source
+from trmt.nets.base import Decoding, Precision
+from trmt.nets.ragged import Source
 from trmt.nets.ssru import SSRUDecoder
 from trmt.nets.transformer import Transformer, TransformerConfig
 

@@ -16,12 +16,11 @@ from trmt.nets.base import (
     HiddenVectors,
     Output,
     Products,
-    Ragged,
     Seq2Seq,
-    Source,
     Stepper,
     WantedWeights,
 )
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES, resolve
 
 VOCABULARY = 23
@@ -72,7 +71,7 @@ class Table(Seq2Seq):
     def __init__(self, logits_VVV: Tensor) -> None:
         super().__init__()
         self.logits_VVV = nn.Parameter(logits_VVV)
-        self.output = nn.Embedding(1, 1)  # which is not used
+        self.output = nn.Embedding.from_pretrained(torch.zeros(1, 1), freeze=False)  # which is not used
 
     def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
         raise AssertionError("the table is only for decoding")

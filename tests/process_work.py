@@ -22,7 +22,7 @@ from trmt.config import build, read_toml
 from trmt.errors import TrmtError
 from trmt.nets.base import Seq2Seq
 from trmt.objectives.base import Loss
-from trmt.objectives.translation import Translation, TranslationBatch
+from trmt.objectives.translation import TranslationBatch, TranslationObjective
 from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.shards import PreparedSet
 from trmt.training import distributed, sharding
@@ -32,7 +32,7 @@ from trmt.training.state import TrainState
 from trmt.training.step import compute_gradients, train_step
 from trmt.training.validation import dev_loss, full_network
 
-LOSS = Translation.loss
+LOSS = TranslationObjective.loss
 
 
 def make_state(
@@ -127,7 +127,7 @@ def steps(folder: Path, processes: Distributed, *, shard: bool) -> dict[str, Any
             found |= {f"full:{name}": tensor.clone() for name, tensor in net.state_dict().items()}
     before = saved_tensors(state)
     is_broken = processes.rank == processes.world_size - 1
-    with mock.patch.object(Translation, "loss", _nan_loss) if is_broken else nullcontext():
+    with mock.patch.object(TranslationObjective, "loss", _nan_loss) if is_broken else nullcontext():
         train_step(state, batches)
     finite = [report.finite for report in state.guard.pop_reports()]
     after = saved_tensors(state)
@@ -144,7 +144,7 @@ def steps(folder: Path, processes: Distributed, *, shard: bool) -> dict[str, Any
     }
 
 
-def _nan_loss(self: Translation, net: Seq2Seq, batch: TranslationBatch) -> Loss:
+def _nan_loss(self: TranslationObjective, net: Seq2Seq, batch: TranslationBatch) -> Loss:
     found = LOSS(self, net, batch)
     return replace(found, total=found.total * torch.nan)
 
@@ -153,13 +153,13 @@ def memory(folder: Path, processes: Distributed) -> dict[str, Any]:
     """The last rank runs out of memory twice."""
     state, left = make_state(folder, processes), [2]
 
-    def out_of_memory(self: Translation, net: Seq2Seq, batch: TranslationBatch) -> Loss:
+    def out_of_memory(self: TranslationObjective, net: Seq2Seq, batch: TranslationBatch) -> Loss:
         if processes.rank == processes.world_size - 1 and left[0]:
             left[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory")
         return LOSS(self, net, batch)
 
-    with mock.patch.object(Translation, "loss", out_of_memory):
+    with mock.patch.object(TranslationObjective, "loss", out_of_memory):
         result = compute_gradients(state, uneven_batches(folder))
     found = gradients(state.net)
     if processes.is_main:
@@ -171,11 +171,11 @@ def seeds(folder: Path, processes: Distributed) -> list[int]:
     """The seed of each micro-batch of a step with dropout."""
     state, found = make_state(folder, processes, dropout=0.5), []
 
-    def recorded(self: Translation, net: Seq2Seq, batch: TranslationBatch) -> Loss:
+    def recorded(self: TranslationObjective, net: Seq2Seq, batch: TranslationBatch) -> Loss:
         found.append(torch.initial_seed())
         return LOSS(self, net, batch)
 
-    with mock.patch.object(Translation, "loss", recorded):
+    with mock.patch.object(TranslationObjective, "loss", recorded):
         compute_gradients(state, uneven_batches(folder))
     return found
 

@@ -21,12 +21,11 @@ from trmt.nets.base import (
     HiddenVectors,
     Output,
     Products,
-    Ragged,
     Seq2Seq,
-    Source,
     Stepper,
     WantedWeights,
 )
+from trmt.nets.ragged import Ragged, Source
 from trmt.text.tokenizer import Tokenizer
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 

@@ -35,7 +35,7 @@ from trmt.insight.alignment.pipeline import (
     read_pairs,
 )
 from trmt.insight.alignment.symmetrisation import METHODS
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.sets.shards import PreparedSet
 from trmt.text.links import NO_LINKS, format_links, parse_gold, parse_links, reverse_links
 from trmt.text.tokenizer import Side, Tokenizer

@@ -180,7 +180,7 @@ def test_a_page_makes_no_requests(command: Command, bundle: Path, tmp_path: Path
     command(bundle, "--source", "x", "--out", "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.search(
-        r"https?:|//[a-z]|\bimport\b|\burl\(|\bfetch\(|XMLHttp|@import", text.replace("\n//", "\n")
+        r"https?:|[\"'(]//[a-z]|\bimport\b|\burl\(|\bfetch\(|XMLHttp|@import", text.replace("\n//", "\n")
     )
     assert "default-src 'none'" in text
 
@@ -188,9 +188,9 @@ def test_a_page_makes_no_requests(command: Command, bundle: Path, tmp_path: Path
 def test_every_architecture_can_be_drawn(command: Command, tokenizer: Tokenizer, tmp_path: Path) -> None:
     for number, (architecture, options, kinds) in enumerate(
         [
-            ("rnn", {"focus": "gumbel"}, ["cross"]),
-            ("rnn", {"static": True}, ["cross"]),
-            ("conv", {"encoder_attention": "after"}, ["cross", "encoder"]),
+            ("rnn-attention", {"attention": "gumbel"}, ["cross"]),
+            ("rnn-attention", {"attend_once": True}, ["cross"]),
+            ("conv-encoder-attention", {"encoder_attention": "after"}, ["cross", "encoder"]),
             ("universal", {}, ["cross", "encoder", "decoder"]),
             ("hierarchical", {"mark": 7}, ["cross"]),
         ]

@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.derivatives import assert_same, gradients, needs_kernels
 from trmt.native import training
 from trmt.nets import layers
-from trmt.nets.base import Ragged
 from trmt.nets.layers import Spans
+from trmt.nets.ragged import Ragged
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from tests.scripted import small_tokenizer
 from trmt.errors import ConfigError, DataError
 from trmt.insight.heatmaps import weights as weights_module
 from trmt.insight.heatmaps.weights import attention_weights, word_weights, words
-from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.base import Seq2Seq, WantedWeights
+from trmt.nets.ragged import Ragged, Source
 from trmt.text.tokenizer import Tokenizer
 
 SOURCES = [*texts.ENGLISH[:5], "a", "", texts.ALL["zh"][0]]
@@ -51,10 +52,10 @@ def test_the_weights_do_not_depend_on_the_batch(
         alone = net(
             Source.of([[*source, eos]]),
             Ragged.of([[bos, *target]]),
-            want=("attention", "encoder_attention", "decoder_attention"),
+            want=WantedWeights(cross=True, encoder=True, decoder=True),
         )
-        for kind, name in weights_module.OUTPUTS.items():
-            expected = getattr(alone, name)[:, 0]
+        for kind in ("cross", "encoder", "decoder"):
+            expected = getattr(alone, f"{kind}_attention")[:, 0]
             torch.testing.assert_close(pair.weights[kind], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -79,7 +80,9 @@ def test_attention_that_a_network_does_not_have_is_refused(tokenizer: Tokenizer)
 
 
 def test_hard_attention_has_a_single_weight_in_each_row(tokenizer: Tokenizer) -> None:
-    [found] = attention_weights(network(tokenizer, "rnn", focus="gumbel"), tokenizer, [([5, 6, 7], [7, 8])])
+    [found] = attention_weights(
+        network(tokenizer, "rnn-attention", attention="gumbel"), tokenizer, [([5, 6, 7], [7, 8])]
+    )
     assert set(found.weights["cross"].unique().tolist()) == {0.0, 1.0}
     assert found.weights["cross"].shape[2:] == (3, 4)
 

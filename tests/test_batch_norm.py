@@ -18,8 +18,9 @@ from trmt.averaging import average_bundles
 from trmt.bundles import bundles, checkpoints
 from trmt.errors import ConfigError, TrmtError
 from trmt.lab.batch_norm import BatchNorm
-from trmt.nets.base import Ragged, Source, freeze
+from trmt.nets.base import freeze
 from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Ragged, Source
 from trmt.quantizing import quantize
 from trmt.sets.batches import BatchConfig, Batches
 from trmt.sets.shards import PreparedSet

@@ -12,7 +12,7 @@ from trmt.bundles import bundles
 from trmt.errors import BundleError, ConfigError
 from trmt.interop.bert_folder import import_bert, read_bert, wordpiece, write_bert
 from trmt.lab.masked_encoder import MaskedEncoder, MaskedEncoderConfig
-from trmt.nets.base import Source
+from trmt.nets.ragged import Source
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
 

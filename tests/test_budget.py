@@ -14,7 +14,7 @@ from tests import toy
 from tests.contracts.test_training import HARD, final, log
 from tests.toy import options
 from trmt.devices import memory
-from trmt.objectives.translation import Translation
+from trmt.objectives.translation import TranslationObjective
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import budget
@@ -148,15 +148,15 @@ def test_few_slow_steps_are_timed(run: TrainingRun, monkeypatch: pytest.MonkeyPa
 def test_measuring_in_micro_batches_does_not_split_the_run(
     run: TrainingRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = Translation.loss
+    loss = TranslationObjective.loss
     largest = max(len(pairs) for step in run.batches.plan(0) for pairs in step)
 
-    def short_of_memory(self: Translation, net: Any, batch: Any) -> Any:
+    def short_of_memory(self: TranslationObjective, net: Any, batch: Any) -> Any:
         if len(batch.source) > largest // 2 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("out of memory")
         return loss(self, net, batch)
 
-    monkeypatch.setattr(Translation, "loss", short_of_memory)
+    monkeypatch.setattr(TranslationObjective, "loss", short_of_memory)
     assert measure(run.state, run.batches, largest=True).micro_batches >= 2
     assert run.state.micro_batches.halvings == 0
 

@@ -15,7 +15,8 @@ from tests.fakes import small_network
 from trmt.bundles import bundles
 from trmt.bundles.bundles import load_bundle, make_manifest, read_manifest, read_weights, save_bundle
 from trmt.errors import BundleError, ConfigError
-from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.base import Seq2Seq
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES
 from trmt.text.tokenizer import Tokenizer
 

@@ -58,7 +58,7 @@ def test_only_settings_that_differ_are_listed(runs: dict[str, Path]) -> None:
     assert found.differences["architecture"] == ["transformer", "rnn"]
     # Defaults that the other network does not have are listed as well.
     assert found.differences["network.norm_position"] == ["post", "-"]
-    assert "optim.name" not in found.differences and "network.width" not in found.differences
+    assert "optim.name" not in found.differences and "network.d_model" not in found.differences
     base, long = found.runs.values()
     assert (base.progress["step"], long.progress["step"]) == (6, 12)
     assert base.data["train"] == training_pairs(runs["base"]) and base.data == long.data
@@ -183,7 +183,9 @@ def test_a_run_is_described_by_its_best_checkpoint_and_its_history(runs: dict[st
     }
     assert facts["parameters"] == sum(parameter.numel() for parameter in net.parameters())
     assert facts["shared"] == {"output": "target_embedding"}
-    assert facts["engine"] == "eager" and facts["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert facts["steps"] == ("CUDA graphs" if torch.cuda.is_available() else "direct") and facts[
+        "device"
+    ] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_the_origin_of_weights(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -212,4 +214,4 @@ def test_the_command_prints_lines(
         cli.main()
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert "encoder" in lines["components"] and "30 dev pairs" in lines["prepared"]
-    assert "engine eager" in lines["runs"] and lines["trained"].startswith("6 steps")
+    assert "direct steps" in lines["runs"] and lines["trained"].startswith("6 steps")

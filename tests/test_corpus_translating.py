@@ -163,7 +163,7 @@ def test_text_that_changes_after_the_cut_is_not_translated(
     def changes(part: TextPart) -> None:
         (tmp_path / "text").write_bytes(b"It shone.\n" * 300)
 
-    with pytest.raises(TrmtError, match=r"3 parts are missing .* has changed since it was cut"):
+    with pytest.raises(TrmtError, match=r"3 parts are missing .* has changed since it was split"):
         run(tmp_path / "text", tmp_path / "out", accident=changes)
     assert parts(tmp_path / "out") == []
 

@@ -11,9 +11,9 @@ from tests.fakes import small_network
 from trmt.errors import ConfigError
 from trmt.lab import distances
 from trmt.lab.distances import Divergence, SquaredDistance, SquaredDistanceConfig, squared_distance
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.objectives.base import Objective, Specials
-from trmt.objectives.translation import Translation, TranslationBatch, TranslationConfig
+from trmt.objectives.translation import TranslationBatch, TranslationConfig, TranslationObjective
 
 SPECIALS = Specials(bos=2, eos=3)
 
@@ -53,7 +53,7 @@ def test_the_divergence_is_torchs(smoothing: float, architecture: str) -> None:
 @pytest.mark.parametrize("smoothing", [0.1, 0.4])
 def test_the_divergence_is_the_smoothed_cross_entropy_but_for_a_constant(smoothing: float) -> None:
     _, divergence = of_both(Divergence, smoothing, "transformer")
-    _, cross = of_both(Translation, smoothing, "transformer")
+    _, cross = of_both(TranslationObjective, smoothing, "transformer")
     row = smoothed(torch.zeros(1, 23), torch.tensor([4]), smoothing)[0]
     entropy = float(torch.distributions.Categorical(probs=row).entropy())
     torch.testing.assert_close(divergence, cross - 5 * entropy)

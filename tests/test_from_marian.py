@@ -19,7 +19,7 @@ from trmt.interop import from_marian
 from trmt.interop.exporting import ExportOptions, export
 from trmt.interop.importing import ImportOptions, import_model
 from trmt.interop.marian import columns_to_marian
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.text.tokenizer import Tokenizer
 from trmt.training.planning import TrainOptions

@@ -21,7 +21,7 @@ from trmt.decoding.greedy import Greedy
 from trmt.decoding.request import Batching, Request
 from trmt.decoding.sampling import Sampling
 from trmt.devices.choice import choose_device, choose_precision
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES
 from trmt.resume_check import CheckOptions, check_resume
 from trmt.scale.parallel_translator import ParallelTranslator

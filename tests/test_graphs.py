@@ -88,8 +88,10 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beam, "_on_host", lambda _: False)
 
 
-def recording_engine(net: Seq2Seq, search: Search, *, sentences: int = 64) -> tuple[Engine, Recorder]:
-    engine = engine_of("graphs", net, search, sentences=sentences)
+def recording_engine(
+    net: Seq2Seq, search: Search, *, sentences: int = 64, **options: Any
+) -> tuple[Engine, Recorder]:
+    engine = engine_of("graphs", net, search, sentences=sentences, **options)
     recorder = runner_of(engine).record = Recorder()
     return engine, recorder
 
@@ -99,9 +101,11 @@ def runner_of(engine: Engine) -> GraphRunner:
     return engine.runner
 
 
-def directly(net: Seq2Seq, search: Search, requests: Sequence[Request]) -> list[list[Hypothesis]]:
+def directly(
+    net: Seq2Seq, search: Search, requests: Sequence[Request], **options: Any
+) -> list[list[Hypothesis]]:
     """What is expected."""
-    return translated(engine_of("direct", net, search), requests)
+    return translated(engine_of("direct", net, search, **options), requests)
 
 
 def assert_all_close(found: list[list[Hypothesis]], expected: list[list[Hypothesis]]) -> None:
@@ -190,11 +194,10 @@ def test_many_sentences_come_and_go(variant: Variant, search: Search) -> None:
 def test_sentences_move_to_the_front_when_none_is_waiting(variant: Variant) -> None:
     net = small_network(variant.name, **variant.options)
     # Nothing ends by itself: one sentence of sixteen goes on for long.
-    requests = [
-        Request((5, 6, EOS), 60 if index == 11 else 33, min_tokens=33, key=index) for index in range(16)
-    ]
-    engine, _ = recording_engine(net, Beam(size=2), sentences=16)
-    assert_all_close(translated(engine, requests), directly(net, Beam(size=2), requests))
+    banned = (*BANNED, EOS)
+    requests = [Request((5, 6, EOS), 60 if index == 11 else 33, key=index) for index in range(16)]
+    engine, _ = recording_engine(net, Beam(size=2), sentences=16, banned=banned)
+    assert_all_close(translated(engine, requests), directly(net, Beam(size=2), requests, banned=banned))
     (slots,) = runner_of(engine).kept.values()
     assert {size[0] for size in slots.seen} == {16, 1}
 

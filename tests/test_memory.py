@@ -19,7 +19,7 @@ from trmt.bundles import checkpoints
 from trmt.decoding.batch import BatchDecoder
 from trmt.nets.transformer import Transformer
 from trmt.objectives.base import Loss
-from trmt.objectives.translation import Translation
+from trmt.objectives.translation import TranslationObjective
 from trmt.sets.batches import BatchConfig, Batches, DataPosition
 from trmt.sets.shards import PreparedSet
 from trmt.training import run as run_module
@@ -54,15 +54,15 @@ class LimitedMemory:
 @contextmanager
 def memory_for(limit: int, *, training: bool) -> Iterator[LimitedMemory]:
     """Memory for batches of up to `limit` pairs, in training or in validation."""
-    limited, loss = LimitedMemory(), Translation.loss
+    limited, loss = LimitedMemory(), TranslationObjective.loss
 
-    def checked(self: Translation, net: Any, batch: Any) -> Loss:
+    def checked(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled() == training:
             limited.check(len(batch.source), limit)
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", checked)
+        patch.setattr(TranslationObjective, "loss", checked)
         yield limited
 
 
@@ -75,9 +75,9 @@ def test_the_largest_batches_are_rehearsed_first(
 ) -> None:
     sizes: list[tuple[int, int, int]] = []
     steps: list[int] = []
-    loss = Translation.loss
+    loss = TranslationObjective.loss
 
-    def measured(self: Translation, net: Any, batch: Any) -> Loss:
+    def measured(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled():
             lengths_S = torch.maximum(batch.source.lengths_S, batch.before.lengths_S)
             pairs, longest = len(lengths_S), int(lengths_S.max())
@@ -91,7 +91,7 @@ def test_the_largest_batches_are_rehearsed_first(
         return train_step(state, batches)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", measured)
+        patch.setattr(TranslationObjective, "loss", measured)
         patch.setattr(run_module, "train_step", counted)
         recipe = toy.recipe(tmp_path, {"training": {"steps": 0, "epochs": 1}}, architecture=architecture)
         train(options(run, toy_set, recipe))
@@ -108,14 +108,14 @@ def test_subwords_are_sampled_in_the_rehearsal(toy_set: Path, tmp_path: Path) ->
     stored = max(
         run.state.objective.tokens(run.batches.load(pairs)) for pairs in run.batches.largest_batches()
     )
-    tokens, loss = [], Translation.loss
+    tokens, loss = [], TranslationObjective.loss
 
-    def recorded(self: Translation, net: Any, batch: Any) -> Loss:
+    def recorded(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         tokens.append(batch.tokens)
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", recorded)
+        patch.setattr(TranslationObjective, "loss", recorded)
         rehearse(run.state, run.batches)
         rehearsed = max(tokens)
         for position, step in run.batches.steps(DataPosition(0, 0)):
@@ -187,20 +187,20 @@ def test_short_memory_does_not_change_the_order_of_the_data(toy_set: Path, tmp_p
 
 
 def test_memory_can_run_out_in_a_later_step(toy_set: Path, tmp_path: Path, run: Path) -> None:
-    loss, limited, step = Translation.loss, LimitedMemory(), [0]
+    loss, limited, step = TranslationObjective.loss, LimitedMemory(), [0]
 
     def recorded(state: TrainState, batches: Any) -> Any:
         step[0] = state.progress.step
         return train_step(state, batches)
 
-    def checked(self: Translation, net: Any, batch: Any) -> Loss:
+    def checked(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled() and step[0] >= 3:
             limited.check(len(batch.source), 7)
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "train_step", recorded)
-        patch.setattr(Translation, "loss", checked)
+        patch.setattr(TranslationObjective, "loss", checked)
         train(options(run, toy_set, toy.recipe(tmp_path)))
     assert limited.refused and checkpoints.list_checkpoints(run)[-1].step == 6
 
@@ -288,16 +288,16 @@ def test_micro_batches_of_a_compiled_network_have_one_shape(toy_set: Path, tmp_p
     state = run.state
     state.forward = state.net  # the shapes are the same without the compiler
     assert state.batch_shape
-    shapes, loss = set(), Translation.loss
+    shapes, loss = set(), TranslationObjective.loss
 
-    def recorded(self: Translation, net: Any, batch: Any) -> Loss:
+    def recorded(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         shapes.add(
             (len(batch.source.ids_N), len(batch.before.ids_N), len(batch.source), batch.source.longest)
         )
         return loss(self, net, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Translation, "loss", recorded)
+        patch.setattr(TranslationObjective, "loss", recorded)
         for halvings in (0, 1):
             state.micro_batches.halvings = halvings
             train_step(state, [run.batches.load(run.batches.plan(0)[0][0])])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tests.derivatives import assert_same, gradients, needs_kernels
 from trmt.native import build, training
 from trmt.nets import layers
-from trmt.nets.base import Ragged
 from trmt.nets.layers import LayerNorm, RMSNorm, Spans
+from trmt.nets.ragged import Ragged
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         "from torch import nn\n"
         "from trmt.nets import layers\n"
         "from trmt.nets.layers import Spans\n"
-        "from trmt.nets.base import Ragged\n"
+        "from trmt.nets.ragged import Ragged\n"
         "lengths = [17, 4, 31, 9, 60, 2] * 8\n"
         "spans = Spans.of(Ragged.of([[1] * n for n in lengths]))\n"
         "merged = torch.randn(sum(lengths), 192, requires_grad=True)\n"

@@ -16,8 +16,9 @@ from trmt.errors import TrmtError
 from trmt.native import products
 from trmt.native.products import PackedProduct, PackedProducts
 from trmt.native.transformer import NativeStepper
-from trmt.nets.base import Decoding, Precision, Seq2Seq, Source, Stepper
+from trmt.nets.base import Decoding, Precision, Seq2Seq, Stepper
 from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Source
 
 pytestmark = pytest.mark.skipif(not products.best_processor(), reason="no C compiler here")
 

@@ -25,7 +25,8 @@ from trmt.bundles.bundles import Bundle, build_network, load_bundle, load_weight
 from trmt.bundles.upgrade import upgrade_network, upgrade_recipe, upgrade_weights
 from trmt.config import to_toml
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.nets.base import Network, Ragged, Source
+from trmt.nets.base import Network
+from trmt.nets.ragged import Ragged, Source
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import describing
 from trmt.training.planning import TrainOptions

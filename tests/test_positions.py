@@ -17,8 +17,9 @@ from trmt.lab.alibi import slopes
 from trmt.lab.distance_attention import distances
 from trmt.lab.t5_positions import bucket
 from trmt.nets import layers
-from trmt.nets.base import UNLIMITED, Decoding, Ragged, Source
+from trmt.nets.base import UNLIMITED, Decoding
 from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import NETWORKS, resolve
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

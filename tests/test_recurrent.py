@@ -14,8 +14,9 @@ from trmt.errors import ConfigError
 from trmt.lab.hard_attention import draw, reinforce, rewards
 from trmt.lab.hierarchical import softmax_within, split_documents
 from trmt.lab.rnn_attention import AnyAttention, RNNAttentionConfig
-from trmt.nets.base import EncoderMemory, Ragged, Source, WantedWeights, freeze
+from trmt.nets.base import EncoderMemory, WantedWeights, freeze
 from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.rnn import CELLS, Attended, RecurrentStack, RNNConfig
 
 LENGTHS = torch.tensor([5, 1, 7, 3])

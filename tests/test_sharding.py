@@ -11,7 +11,7 @@ from tests import toy
 from tests.fakes import random_sentences, small_network
 from tests.variants import Variant, variants
 from trmt.errors import ConfigError
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES, resolve
 from trmt.training import sharding, state
 from trmt.training.distributed import Distributed

@@ -20,7 +20,7 @@ from trmt.bundles import checkpoints
 from trmt.bundles.checkpoints import Checkpoint
 from trmt.errors import BundleError, TrmtError
 from trmt.objectives.base import Loss
-from trmt.objectives.translation import Translation
+from trmt.objectives.translation import TranslationObjective
 from trmt.sets.batches import RaggedBatch
 from trmt.training import run as run_module
 from trmt.training.checkpointer import Checkpointer
@@ -65,7 +65,7 @@ def nan(loss: Loss) -> Loss:
 
 def change_loss(monkeypatch: pytest.MonkeyPatch, steps: Collection[int], change: Change) -> None:
     """Change the loss of these steps, counted from 1, whenever they are taken."""
-    loss = Translation.loss
+    loss = TranslationObjective.loss
     current: list[int] = []
 
     def recorded(state: TrainState, batches: list[RaggedBatch]) -> Any:
@@ -75,12 +75,12 @@ def change_loss(monkeypatch: pytest.MonkeyPatch, steps: Collection[int], change:
         finally:
             current.clear()
 
-    def changed(self: Translation, net: Any, batch: Any) -> Loss:
+    def changed(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         found = loss(self, net, batch)
         return change(found) if current and current[0] in steps else found
 
     monkeypatch.setattr(run_module, "train_step", recorded)
-    monkeypatch.setattr(Translation, "loss", changed)
+    monkeypatch.setattr(TranslationObjective, "loss", changed)
 
 
 @pytest.fixture(scope="module")

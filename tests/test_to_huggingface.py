@@ -16,7 +16,7 @@ from trmt.errors import ConfigError
 from trmt.interop.exporting import ExportOptions, export
 from trmt.interop.importing import ImportOptions, import_model
 from trmt.interop.sentencepiece_files import normalising_model
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.transformer import Transformer
 from trmt.text.tokenizer import Tokenizer, load_model
 from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer

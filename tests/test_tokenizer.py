@@ -411,7 +411,7 @@ def test_the_command(corpus: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--separate", "--tag", TAG, "--kind", "unigram"])
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
-    assert "pieces/word" in result.stderr
+    assert "tokens/word" in result.stderr
     made = Tokenizer.load(tmp_path / "out")
     assert (made.joint, made.tags, made.languages) == (False, (TAG,), ("en", "fa"))
     assert CliRunner().invoke(app, ["tokenizer", "--help"]).exit_code == 0

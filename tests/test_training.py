@@ -27,7 +27,7 @@ from trmt.bundles.checkpoints import find_bundle
 from trmt.config import to_tree
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.objectives.base import Loss
-from trmt.objectives.translation import Translation
+from trmt.objectives.translation import TranslationObjective
 from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.shards import PreparedSet
 from trmt.storage.locks import exclusive
@@ -340,21 +340,21 @@ def test_a_run_of_an_older_version_is_refused(toy_set: Path, tmp_path: Path, run
 
 def nan_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the gradients of these steps, counted from 0, NaN."""
-    loss = Translation.loss
+    loss = TranslationObjective.loss
     current: list[int] = []
 
     def recorded(state: TrainState, batches: list[RaggedBatch]) -> Any:
         current[:] = [state.progress.step]
         return train_step(state, batches)
 
-    def broken(self: Translation, net: Any, batch: Any) -> Loss:
+    def broken(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         found = loss(self, net, batch)
         if torch.is_grad_enabled() and current and current[0] in steps:
             return Loss(found.total * float("nan"), found.nll * float("nan"), found.tokens)
         return found
 
     monkeypatch.setattr(run_module, "train_step", recorded)
-    monkeypatch.setattr(Translation, "loss", broken)
+    monkeypatch.setattr(TranslationObjective, "loss", broken)
 
 
 def test_a_step_without_a_finite_gradient_is_skipped(
@@ -387,17 +387,17 @@ def memory_for(
     sentences: int, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> Iterator[list[int]]:
     """Raise `error` for batches of more sentences; yields the sizes of those that fitted."""
-    loss = Translation.loss
+    loss = TranslationObjective.loss
     fitted: list[int] = []
 
-    def limited(self: Translation, net: Any, batch: Any) -> Loss:
+    def limited(self: TranslationObjective, net: Any, batch: Any) -> Loss:
         if torch.is_grad_enabled() and len(batch.source) > sentences:
             raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
         fitted.append(len(batch.source))
         return loss(self, net, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Translation, "loss", limited)
+        patch.setattr(TranslationObjective, "loss", limited)
         yield fitted
 
 
@@ -471,7 +471,7 @@ def test_other_errors_are_not_taken_for_short_memory(
     def broken(*_: Any) -> Loss:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(Translation, "loss", broken)
+    monkeypatch.setattr(TranslationObjective, "loss", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         train(options(run, toy_set, toy.recipe(tmp_path)))
 

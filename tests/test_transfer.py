@@ -16,7 +16,7 @@ from trmt.bundles import bundles, checkpoints
 from trmt.config import to_toml
 from trmt.errors import BundleError, TrmtError
 from trmt.interop.bert_folder import export_bert
-from trmt.nets.base import Source
+from trmt.nets.ragged import Source
 from trmt.sets.documents import DocumentOptions, prepare_documents
 from trmt.sets.shards import PreparedSet
 from trmt.training.planning import TrainOptions

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.fakes import random_sentences
-from trmt.nets.base import Decoding, Ragged, Source
+from trmt.nets.base import Decoding
 from trmt.nets.layers import sinusoids
 from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.transformer import Transformer, TransformerConfig
 
 SOURCES = random_sentences(5, longest=21, seed=1)

@@ -20,9 +20,10 @@ from trmt.bundles.upgrade import upgrade_network
 from trmt.errors import ConfigError
 from trmt.interop.base import transformer_of
 from trmt.lab.masked_encoder import MaskedEncoderConfig
-from trmt.nets.base import Decoding, Ragged, Source, WantedWeights
+from trmt.nets.base import Decoding, WantedWeights
 from trmt.nets.layers import sinusoids
 from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import NETWORKS, VARIANTS, join_variants, resolve, split_variants
 
 THERE = Path("there")

@@ -17,7 +17,8 @@ from trmt.decoding.base import Hypothesis
 from trmt.decoding.batch import BatchDecoder
 from trmt.decoding.engine import Engine, Request
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.base import Seq2Seq
+from trmt.nets.ragged import Ragged, Source
 from trmt.streaming import StreamReport, translate_stream
 from trmt.text.splitting import TextSegment, joiner_for
 from trmt.text.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ def echo(
     options: TranslateOptions = GREEDY,
 ) -> Translator:
     eos, vocabulary = tokenizer.target.eos, tokenizer.target.vocabulary
-    net = Scripted(script, vocabulary=vocabulary, eos=eos, longest=positions)
+    net = Scripted(script, vocabulary=vocabulary, eos=eos, max_positions=positions)
     return Translator(net, tokenizer, longest=longest, options=options)
 
 
@@ -77,10 +78,10 @@ class Recording(Engine):
         self.engine = engine
         self.seen: list[tuple[Request, Hypothesis]] = []
 
-    def translate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Hypothesis]]]:
-        for index, hypotheses in self.engine.translate(requests):
-            self.seen += [(requests[index], hypothesis) for hypothesis in hypotheses]
-            yield index, hypotheses
+    def translate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[Hypothesis]]]:
+        for request, hypotheses in self.engine.translate(requests):
+            self.seen += [(request, hypothesis) for hypothesis in hypotheses]
+            yield request, hypotheses
 
 
 def teacher_forced(net: Seq2Seq, tokenizer: Tokenizer, request: Request, ids: Sequence[int]) -> float:
@@ -92,7 +93,7 @@ def teacher_forced(net: Seq2Seq, tokenizer: Tokenizer, request: Request, ids: Se
         logits[:, [side.pad, side.bos, side.unk]] = -torch.inf
         wanted = [*ids, side.eos]
         scores = logits.log_softmax(-1)[range(len(wanted)), wanted]
-    chosen = slice(len(request.prefix), request.limit)  # the others were forced, and cost nothing
+    chosen = slice(len(request.prefix), request.max_tokens)  # the others were forced, and cost nothing
     return float(scores[chosen].sum())
 
 
@@ -123,7 +124,7 @@ def test_scores_are_those_of_teacher_forcing(
         beam = options.get("search", "beam") == "beam"
         penalty = ((5 + tokens) / 6) ** options.get("length_penalty", 0.6) if beam else tokens
         assert hypothesis.normalised == pytest.approx(score / penalty, abs=1e-4, rel=1e-5)
-        ended += len(hypothesis.ids) < request.limit
+        ended += len(hypothesis.ids) < request.max_tokens
     assert ended, "some translations have to end by themselves for this to say anything about the end"
     by_score = {(hypothesis.score, hypothesis.normalised) for _, hypothesis in recording.seen}
     for translation in found:
@@ -394,7 +395,7 @@ def test_impossible_options_are_refused_before_anything_is_loaded(
 
 def test_broken_weights_say_so(tokenizer: Tokenizer) -> None:
     translator = echo(tokenizer)
-    translator.engine.stepper.readout = lambda hidden: hidden * torch.nan  # type: ignore[attr-defined]
+    translator.engine.decoder.stepper.readout = lambda hidden: hidden * torch.nan  # type: ignore[attr-defined]
     with pytest.raises(BundleError, match="not numbers"):
         translator.translate(["a"])
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.fakes import random_sentences, small_network
 from trmt.errors import ConfigError
 from trmt.lab.universal import UniversalConfig, ponder
-from trmt.nets.base import Ragged, Source
+from trmt.nets.ragged import Ragged, Source
 
 SOURCES = random_sentences(4, seed=1)
 TARGETS = [[1, *sentence] for sentence in random_sentences(4, seed=2)]

@@ -57,7 +57,7 @@ ENCODERS: Mapping[str, str] = {
 NETWORKS: Mapping[str, str] = {**ARCHITECTURES, **ENCODERS}
 
 OBJECTIVES: Mapping[str, str] = {
-    "translation": "trmt.objectives.translation:Translation",
+    "translation": "trmt.objectives.translation:TranslationObjective",
     "divergence": "trmt.lab.distances:Divergence",
     "squared": "trmt.lab.distances:SquaredDistance",
     "masked": "trmt.lab.masked:Masked",

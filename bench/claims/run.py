@@ -156,7 +156,7 @@ def scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, An
 @torch.inference_mode()
 def likelihood(bundle: Any, sources: Sequence[str], references: Sequence[str], *, device: str) -> float:
     """Nats that the references cost, each piece of them and their ends."""
-    from trmt.nets.base import Ragged, Source
+    from trmt.nets.ragged import Ragged, Source
 
     source, target = bundle.tokenizer.source, bundle.tokenizer.target
     pairs = list(zip(source.encode(list(sources)), target.encode(list(references)), strict=True))

@@ -151,7 +151,7 @@ def _kept(compute: Callable[[], Tensor], own: set[int]) -> float:
 
 def _sentences(net: Any, count: int, length: int, device: str) -> tuple[Any, Any, Tensor]:
     """Sources, targets and what is to be told, all of this length."""
-    from trmt.nets.base import Ragged, Source
+    from trmt.nets.ragged import Ragged, Source
 
     generator = torch.Generator().manual_seed(length)
     sides = torch.randint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from tests.variants import Variant, variants
 from trmt.decoding.engine import frozen
-from trmt.nets.base import Decoding, Ragged, Seq2Seq, Source, State, Stepper, WantedWeights
+from trmt.nets.base import Decoding, Seq2Seq, State, Stepper, WantedWeights
 from trmt.nets.linear import PlainProducts
+from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -20,7 +22,33 @@ SOURCES = random_sentences(4, seed=1)
 TARGETS = [[1, *sentence] for sentence in random_sentences(4, seed=2)]
 ALL_WEIGHTS = WantedWeights(cross=True, encoder=True, decoder=True)
 
-Freeze = Callable[[Seq2Seq], Stepper]
+
+@dataclass(frozen=True)
+class Way:
+    """A way to decode: plain PyTorch or the fastest there is, and a state that grows or is static."""
+
+    name: str
+    freeze: Callable[[Seq2Seq], Stepper]
+    static: bool = False
+
+    def start(
+        self,
+        stepper: Stepper,
+        sources: Sequence[list[int]],
+        max_tokens: int,
+        *,
+        hypotheses: int = 1,
+        reorders: bool = True,
+    ) -> State:
+        """The state before the first token."""
+        return stepper.start(Source.of(sources), Decoding(hypotheses, max_tokens, reorders, self.static))
+
+
+def plainly(net: Seq2Seq) -> Stepper:
+    return net.frozen(PlainProducts())
+
+
+WAYS = [Way("plain", plainly), Way("fastest", frozen), Way("static", plainly, static=True)]
 
 
 @pytest.fixture(params=variants(), ids=str)
@@ -33,35 +61,9 @@ def net(variant: Variant) -> Seq2Seq:
     return small_network(variant.name, **variant.options)
 
 
-def plainly(net: Seq2Seq) -> Stepper:
-    return net.frozen(PlainProducts())
-
-
-@pytest.fixture(params=[plainly, frozen], ids=["plain", "fastest"])
-def freeze(request: pytest.FixtureRequest) -> Freeze:
-    """The ways to freeze a network: plain PyTorch, and the fastest on this machine."""
+@pytest.fixture(params=WAYS, ids=lambda way: way.name)
+def way(request: pytest.FixtureRequest) -> Way:
     return request.param
-
-
-@pytest.fixture(params=[False, True], ids=["growing", "static"])
-def static(request: pytest.FixtureRequest) -> bool:
-    """Whether tensors of the state keep their shapes."""
-    return request.param
-
-
-def started(
-    stepper: Stepper,
-    sources: Sequence[list[int]],
-    max_tokens: int,
-    *,
-    hypotheses: int = 1,
-    reorders: bool = True,
-    static: bool = False,
-) -> State:
-    """The state before the first token; steppers without static states are not asked for one."""
-    if static and not stepper.static:
-        pytest.skip("no static states")
-    return stepper.start(Source.of(sources), Decoding(hypotheses, max_tokens, reorders, static))
 
 
 def teacher_forced(net: Seq2Seq, sources: Sequence[list[int]], targets: Sequence[list[int]]) -> list[Tensor]:
@@ -127,11 +129,11 @@ def test_every_parameter_gets_a_gradient(net: Seq2Seq) -> None:
 
 
 @torch.inference_mode()
-def test_the_readout_has_a_logit_for_each_token(net: Seq2Seq, freeze: Freeze) -> None:
+def test_the_readout_has_a_logit_for_each_token(net: Seq2Seq, way: Way) -> None:
     hidden = net(Source.of(SOURCES), Ragged.of(TARGETS)).hidden
     logits = net.readout(hidden)
     assert logits.shape == (sum(map(len, TARGETS)), VOCABULARY)
-    torch.testing.assert_close(freeze(net).readout(hidden), logits, **CLOSE)
+    torch.testing.assert_close(way.freeze(net).readout(hidden), logits, **CLOSE)
     matrix = net.readout_matrix()
     if matrix is not None:
         torch.testing.assert_close(hidden @ matrix.T, logits, **CLOSE)
@@ -185,13 +187,11 @@ def test_wanting_weights_changes_no_hidden_state(net: Seq2Seq) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("chunks", [[1] * 6, [6], [2, 3, 1], [1, 4, 1]])
-def test_any_split_into_steps_equals_teacher_forcing(
-    net: Seq2Seq, freeze: Freeze, static: bool, chunks: list[int]
-) -> None:
+def test_any_split_into_steps_equals_teacher_forcing(net: Seq2Seq, way: Way, chunks: list[int]) -> None:
     targets = [sentence[:6] for sentence in random_sentences(8, longest=20, seed=3) if len(sentence) >= 6][:4]
     sources = SOURCES[: len(targets)]
-    stepper = freeze(net)
-    state = started(stepper, sources, 6, static=static)
+    stepper = way.freeze(net)
+    state = way.start(stepper, sources, 6)
     logits, begin = [], 0
     for count in chunks:
         tokens = torch.tensor([sentence[begin : begin + count] for sentence in targets])[:, None]
@@ -203,12 +203,10 @@ def test_any_split_into_steps_equals_teacher_forcing(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("reorders", [True, False])
-def test_long_translations_outgrow_the_first_columns(
-    net: Seq2Seq, freeze: Freeze, static: bool, reorders: bool
-) -> None:
+def test_long_translations_outgrow_the_first_columns(net: Seq2Seq, way: Way, reorders: bool) -> None:
     target = torch.randint(4, VOCABULARY, (70,), generator=torch.Generator().manual_seed(4)).tolist()
-    stepper = freeze(net)
-    state = started(stepper, SOURCES[:1], 70, hypotheses=3, reorders=reorders, static=static)
+    stepper = way.freeze(net)
+    state = way.start(stepper, SOURCES[:1], 70, hypotheses=3, reorders=reorders)
     for token in target:
         hidden, state = stepper.step(torch.tensor([[[5], [token], [6]]]), state)
         if reorders:
@@ -220,18 +218,15 @@ def test_long_translations_outgrow_the_first_columns(
 class Decoded:
     """Sentences that are decoded with random tokens, and the prefix of each hypothesis so far."""
 
-    def __init__(self, net: Seq2Seq, stepper: Stepper, seed: int) -> None:
-        self.net, self.stepper = net, stepper
+    def __init__(self, net: Seq2Seq, way: Way, seed: int) -> None:
+        self.net, self.way, self.stepper = net, way, way.freeze(net)
         self.draw = torch.Generator().manual_seed(seed)
         self.sources: list[list[int]] = []
         self.prefixes: list[list[list[int]]] = []
 
-    def begun(
-        self, sources: list[list[int]], length: int, hypotheses: int, reorders: bool, static: bool
-    ) -> State:
+    def begin(self, sources: list[list[int]], length: int, *, hypotheses: int, reorders: bool) -> State:
         """A state with `length` tokens, of which every hypothesis has others."""
-        layout = {"hypotheses": hypotheses, "reorders": reorders, "static": static}
-        state = started(self.stepper, sources, 60, **layout)
+        state = self.way.start(self.stepper, sources, 60, hypotheses=hypotheses, reorders=reorders)
         prefixes = torch.randint(4, VOCABULARY, (len(sources), hypotheses, length), generator=self.draw)
         for tokens_SK in prefixes.unbind(2):
             _, state = self.stepper.step(tokens_SK[:, :, None], state)
@@ -265,11 +260,9 @@ class Decoded:
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("hypotheses", "reorders"), [(3, True), (3, False), (20, True)])
-def test_reorder_and_keep_equal_recomputing(
-    net: Seq2Seq, freeze: Freeze, static: bool, hypotheses: int, reorders: bool
-) -> None:
-    decoded = Decoded(net, freeze(net), seed=5)
-    state = decoded.begun(SOURCES[:3], 3, hypotheses, reorders, static)
+def test_reorder_and_keep_equal_recomputing(net: Seq2Seq, way: Way, hypotheses: int, reorders: bool) -> None:
+    decoded = Decoded(net, way, seed=5)
+    state = decoded.begin(SOURCES[:3], 3, hypotheses=hypotheses, reorders=reorders)
     for _ in range(2):  # twice, for ancestors of ancestors
         logits, state = decoded.step(state)
     decoded.assert_recomputed(logits)
@@ -283,19 +276,20 @@ def test_reorder_and_keep_equal_recomputing(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("hypotheses", "reorders"), [(1, True), (3, True), (3, False), (20, True)])
-@pytest.mark.parametrize("theirs", [0, 2, 40])
+@pytest.mark.parametrize(
+    ("hypotheses", "reorders", "theirs"),
+    [(1, True, 0), (1, True, 40), (3, True, 0), (3, True, 2), (3, True, 40), (3, False, 40), (20, True, 2)],
+)
 def test_replaced_sentences_equal_recomputing(
-    net: Seq2Seq, freeze: Freeze, static: bool, hypotheses: int, reorders: bool, theirs: int
+    net: Seq2Seq, way: Way, hypotheses: int, reorders: bool, theirs: int
 ) -> None:
     """Sentences with fewer or more tokens, and longer or shorter sources, take the slots of others."""
-    stepper = freeze(net)
-    decoded, other = Decoded(net, stepper, seed=6), Decoded(net, stepper, seed=7)
-    layout = (hypotheses, reorders, static)
-    state = decoded.begun([[5, 6, 7], [9] * 20, [4, 8], [7, 7, 4]], 5, *layout)
+    layout = {"hypotheses": hypotheses, "reorders": reorders}
+    decoded, other = Decoded(net, way, seed=6), Decoded(net, way, seed=7)
+    state = decoded.begin([[5, 6, 7], [9] * 20, [4, 8], [7, 7, 4]], 5, **layout)
     joining = [[6] * 18, [10, 11]] if theirs else [[6] * 19]
     slots = [2, 0][: len(joining)]
-    state = state.replace(torch.tensor(slots), other.begun(joining, theirs, *layout))
+    state = state.replace(torch.tensor(slots), other.begin(joining, theirs, **layout))
     for slot, source, prefixes in zip(slots, other.sources, other.prefixes, strict=True):
         decoded.sources[slot], decoded.prefixes[slot] = source, prefixes
     for _ in range(2):
@@ -304,19 +298,19 @@ def test_replaced_sentences_equal_recomputing(
 
 
 @torch.inference_mode()
-def test_a_consumed_state_raises(net: Seq2Seq, freeze: Freeze) -> None:
-    stepper = freeze(net)
+def test_a_consumed_state_raises(net: Seq2Seq, way: Way) -> None:
+    stepper = way.freeze(net)
     tokens = torch.full((len(SOURCES), 1, 1), 4)
     everyone = torch.arange(len(SOURCES))
     uses: list[Callable[[State], object]] = [
         lambda state: stepper.step(tokens, state),
         lambda state: state.reorder(torch.zeros(len(SOURCES), 1, dtype=torch.long)),
         lambda state: state.keep(everyone),
-        lambda state: state.replace(everyone, started(stepper, SOURCES, 4)),
-        lambda state: started(stepper, SOURCES, 4).replace(everyone, state),
+        lambda state: state.replace(everyone, way.start(stepper, SOURCES, 4)),
+        lambda state: way.start(stepper, SOURCES, 4).replace(everyone, state),
     ]
     for use in uses:
-        state = started(stepper, SOURCES, 4)
+        state = way.start(stepper, SOURCES, 4)
         use(state)
         for again in uses:
             with pytest.raises(RuntimeError, match="consumed"):
@@ -324,12 +318,12 @@ def test_a_consumed_state_raises(net: Seq2Seq, freeze: Freeze) -> None:
 
 
 @torch.inference_mode()
-def test_freezing_leaves_the_network_as_it_is(net: Seq2Seq, freeze: Freeze) -> None:
+def test_freezing_leaves_the_network_as_it_is(net: Seq2Seq, way: Way) -> None:
     """It stays in training mode, and its parameters still get gradients."""
     net.train()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    stepper = freeze(net)
-    stepper.step(torch.full((len(SOURCES), 1, 1), 4), started(stepper, SOURCES, 4))
+    stepper = way.freeze(net)
+    stepper.step(torch.full((len(SOURCES), 1, 1), 4), way.start(stepper, SOURCES, 4))
     assert net.training and all(module.training for module in net.modules())
     assert all(parameter.requires_grad for parameter in net.parameters())
     after = net.state_dict()

@@ -18,7 +18,8 @@ from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.masks import Masks
 from trmt.decoding.request import Batching, Request
 from trmt.errors import BundleError
-from trmt.nets.base import Decoding, Source, State, Stepper
+from trmt.nets.base import Decoding, State, Stepper
+from trmt.nets.ragged import Source
 
 
 @dataclass

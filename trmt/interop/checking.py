@@ -19,7 +19,8 @@ from trmt.decoding.greedy import Greedy
 from trmt.decoding.request import Request
 from trmt.errors import BundleError
 from trmt.interop.base import CheckInputs, CheckResults
-from trmt.nets.base import Ragged, Seq2Seq, Source
+from trmt.nets.base import Seq2Seq
+from trmt.nets.ragged import Ragged, Source
 from trmt.text.tokenizer import Side, Tokenizer
 
 PerToken = tuple[tuple[float, ...], ...]  # a number for each token of each sentence, the end included

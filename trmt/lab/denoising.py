@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from trmt.errors import ConfigError
-from trmt.objectives.translation import Translation, TranslationBatch, TranslationConfig
+from trmt.objectives.translation import TranslationBatch, TranslationConfig, TranslationObjective
 from trmt.sets.batches import Batches, BatchShape, RaggedBatch
 from trmt.sets.passages import Passages
 from trmt.sets.shards import RaggedArray
@@ -46,7 +46,7 @@ class DenoisingConfig(TranslationConfig):
             raise ConfigError("loss.rate = 0 and loss.shuffle = false leave nothing to denoise; change one")
 
 
-class Denoising(Translation):
+class Denoising(TranslationObjective):
     """The passage is the target, and a corrupted copy of it the source."""
 
     config_class = DenoisingConfig

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from trmt.nets.base import Seq2Seq
-from trmt.objectives.translation import Translation, TranslationConfig
+from trmt.objectives.translation import TranslationConfig, TranslationObjective
 
 CHUNK_BYTES = 1 << 26  # of logits that are held at a time
 
 
-class Divergence(Translation):
+class Divergence(TranslationObjective):
     """The Kullback-Leibler divergence D(q || p): smoothed cross-entropy less the entropy of q.
 
     Its gradient is that of the cross-entropy; its value is 0 where the network predicts q itself.
@@ -48,7 +48,7 @@ class SquaredDistanceConfig(TranslationConfig):
     label_smoothing: float = 0.0
 
 
-class SquaredDistance(Translation):
+class SquaredDistance(TranslationObjective):
     """The sum over the vocabulary of (p(v) - q(v))^2, the score of Brier (1950).
 
     It is at most 2 for a token: tokens that cannot be predicted weigh less than in the cross-entropy.

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trmt.errors import ConfigError
-from trmt.nets.base import Ragged
+from trmt.nets.ragged import Ragged
 
 CHUNK = 1024  # tokens whose logits are held at a time
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from trmt.errors import ConfigError
 from trmt.lab.hard_attention import Draw, check_hard_attention, draw, reinforce
 from trmt.nets import layers
-from trmt.nets.base import NO_WEIGHTS, Output, Ragged, Source, WantedWeights, stack_weights
+from trmt.nets.base import NO_WEIGHTS, Output, WantedWeights, stack_weights
 from trmt.nets.layers import Spans
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.transformer import Transformer, TransformerConfig, Weights
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from trmt.errors import ConfigError
 from trmt.lab.rnn_attention import AnyAttention, RNNAttention, RNNAttentionConfig
-from trmt.nets.base import EncoderMemory, Ragged, Source
+from trmt.nets.base import EncoderMemory
 from trmt.nets.layers import KEY_MULTIPLE
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.rnn import Attended, Attention, Encoded, Pooling, RecurrentStack, weighted_values
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trmt.errors import ConfigError
 from trmt.lab.masked_encoder import MaskedEncoder
-from trmt.nets.base import Source
+from trmt.nets.ragged import Source
 from trmt.objectives.base import Loss, Objective, Specials
 from trmt.sets.batches import Batches, BatchShape, RaggedBatch
 from trmt.sets.passages import Passages, mix_bits

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trmt.nets import layers
-from trmt.nets.base import NO_WEIGHTS, Output, Source, WantedWeights
+from trmt.nets.base import NO_WEIGHTS, Output, WantedWeights
 from trmt.nets.layers import Linear, Spans
+from trmt.nets.ragged import Source
 from trmt.nets.transformer import EncoderConfig, TransformerEncoder, Weights
 
 DEVIATION = 0.02  # of fresh embeddings, as in the paper's code

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from trmt.errors import ConfigError
 from trmt.lab.hard_attention import check_hard_attention, draw, reinforce
 from trmt.nets import layers
-from trmt.nets.base import NO_WEIGHTS, EncoderMemory, Output, Ragged, Source, WantedWeights
+from trmt.nets.base import NO_WEIGHTS, EncoderMemory, Output, WantedWeights
 from trmt.nets.layers import KEY_MULTIPLE, split_heads, xavier
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.rnn import RNN, Attended, Attention, Encoded, RNNConfig, weighted_values
 
 SHARPNESS = 5.0  # where the factor of cosines begins: a cosine alone cannot tell ten tokens apart

@@ -29,12 +29,11 @@ from trmt.nets.base import (
     FrozenLinear,
     Output,
     Products,
-    Ragged,
-    Source,
     WantedWeights,
     stack_weights,
 )
 from trmt.nets.layers import Spans, Sublayer
+from trmt.nets.ragged import Ragged, Source
 from trmt.nets.transformer import (
     CrossAttention,
     Decoder,
@@ -295,8 +294,8 @@ class Universal(Transformer):
             dropout = config.attention_dropout if self.training else 0.0
             if step in wanted:
                 key_MD = kv_M2D.chunk(2, -1)[0]
-                both = spans, source_spans
-                cross.append(layers.packed_weights(query_ND, key_MD, *both, config.heads, only=want.heads))
+                both, only = (spans, source_spans), want.cross_heads(config.heads)
+                cross.append(layers.packed_weights(query_ND, key_MD, *both, config.heads, only=only))
             return layers.packed_cross_attention(
                 query_ND, kv_M2D, spans, source_spans, config.heads, dropout=dropout
             )

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from trmt.native import products
 from trmt.native.products import PackedProduct, PackedProducts, pointer
-from trmt.nets.base import Decoding, EncoderMemory, FrozenLinear, Source, State, Stepper
+from trmt.nets.base import Decoding, EncoderMemory, FrozenLinear, State, Stepper
+from trmt.nets.ragged import Source
 from trmt.nets.ssru import SSRUDecoder
 from trmt.nets.transformer import Decoder, DecoderLayer, Encoder, Transformer
 

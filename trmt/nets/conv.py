@@ -22,13 +22,12 @@ from trmt.nets.base import (
     EncoderMemory,
     HiddenVectors,
     Output,
-    Ragged,
     Seq2Seq,
-    Source,
     WantedWeights,
     stack_weights,
 )
 from trmt.nets.layers import KEY_MULTIPLE, Linear, module_list
+from trmt.nets.ragged import Ragged, Source
 
 HALF = 0.5**0.5  # keeps the variance of a sum of two
 EMBEDDING_STD = 0.1  # section 4.2 of the paper; attention has no scaling, so larger ones would saturate it

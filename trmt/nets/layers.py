@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from trmt.acceleration import accelerated
 from trmt.errors import ConfigError
-from trmt.nets.base import FrozenLinear, Products, Ragged, frozen_copy, grid_cells
+from trmt.nets.base import FrozenLinear, Products, frozen_copy
+from trmt.nets.ragged import Ragged, grid_cells
 
 M = TypeVar("M", bound=nn.Module)
 GridAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (query, key, value, mask) -> [S, Q, D]

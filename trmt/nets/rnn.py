@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from trmt.errors import ConfigError
 from trmt.nets import base, layers
-from trmt.nets.base import NO_WEIGHTS, EncoderMemory, HiddenVectors, Output, Ragged, Seq2Seq, WantedWeights
+from trmt.nets.base import NO_WEIGHTS, EncoderMemory, HiddenVectors, Output, Seq2Seq, WantedWeights
 from trmt.nets.layers import KEY_MULTIPLE, module_list, split_heads, xavier
+from trmt.nets.ragged import Ragged, Source
 
 Cell = Literal["rnn", "gru", "lstm"]
 CellState = tuple[Tensor, ...]  # the hidden vectors of a layer, and for an LSTM its cells
@@ -344,7 +345,7 @@ class RNN(Seq2Seq):
             self.combine = xavier(nn.Linear((2 + self.combines_embedding) * d_model, d_model))
         self.dropout = nn.Dropout(config.dropout)
 
-    def encode(self, source: base.Source) -> Encoded:
+    def encode(self, source: Source) -> Encoded:
         """What the decoder gets of a source, and its first states."""
         ids_SL, real_SL = source.padded(1 if self.training else KEY_MULTIPLE)
         states_SLD = self.encoder.encode(self.dropout(self.source_embedding(ids_SL)), real_SL)
@@ -372,14 +373,12 @@ class RNN(Seq2Seq):
             return self.pooling(states_SLD, real_SL)
         return weighted_mean(real_SL / real_SL.sum(1, keepdim=True), states_SLD)
 
-    def forward(self, source: base.Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
+    def forward(self, source: Source, target: Ragged, *, want: WantedWeights = NO_WEIGHTS) -> Output:
         hidden_ND, attended, _ = self.teacher_forced(source, target)
         weights = [each.weights_SHQL for each in attended] if want.cross else []
         return Output(hidden_ND, cross_attention=torch.cat(weights, 2)[None] if weights else None)
 
-    def teacher_forced(
-        self, source: base.Source, target: Ragged
-    ) -> tuple[Tensor, list[Attended], EncoderMemory]:
+    def teacher_forced(self, source: Source, target: Ragged) -> tuple[Tensor, list[Attended], EncoderMemory]:
         """The hidden states [N, D], attention (of all steps or of each), and the memory of the source."""
         memory, states = self.encode(source)
         ids_ST, _ = target.padded()
@@ -417,7 +416,7 @@ class RNN(Seq2Seq):
         fed = [torch.zeros_like(states[-1][0])] if self.config.input_feeding else []
         return HiddenVectors(tuple(x[:, None].expand(-1, hypotheses, -1) for x in (*chain(*states), *fed)))
 
-    def start(self, source: base.Source, decoding: base.Decoding) -> tuple[EncoderMemory, HiddenVectors]:
+    def start(self, source: Source, decoding: base.Decoding) -> tuple[EncoderMemory, HiddenVectors]:
         memory, states = self.encode(source)
         return memory, self.hidden_vectors(states, decoding.hypotheses)
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trmt.nets import layers
-from trmt.nets.base import Decoding, EncoderMemory, HiddenVectors, Source
+from trmt.nets.base import Decoding, EncoderMemory, HiddenVectors
 from trmt.nets.layers import Linear, Spans, Sublayer
+from trmt.nets.ragged import Source
 from trmt.nets.transformer import DecoderLayer, EncoderConfig, Transformer, Weights
 
 

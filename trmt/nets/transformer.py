@@ -32,15 +32,14 @@ from trmt.nets.base import (
     Network,
     Output,
     Products,
-    Ragged,
     Seq2Seq,
-    Source,
     WantedWeights,
     frozen_copy,
     stack_weights,
 )
 from trmt.nets.kv_cache import KVCache
 from trmt.nets.layers import FeedForward, Linear, Spans, Sublayer, split_heads
+from trmt.nets.ragged import Ragged, Source
 
 SelfAttention = Callable[[int, Tensor], Tensor]  # (layer, merged queries, keys, values [.., 3D]) -> [.., D]
 CrossAttention = Callable[[int, Tensor], Tensor]  # (layer, queries [.., D]) -> [.., D]
@@ -352,8 +351,8 @@ class Transformer(TransformerEncoder, Seq2Seq):
             heads, dropout = self.config.heads, self.config.attention_dropout if self.training else 0.0
             if layer in wanted:
                 key_MD = kv_M2D[layer].chunk(2, -1)[0]
-                both = spans, source_spans
-                cross.append(layers.packed_weights(query_ND, key_MD, *both, heads, only=want.heads))
+                both, only = (spans, source_spans), want.cross_heads(heads)
+                cross.append(layers.packed_weights(query_ND, key_MD, *both, heads, only=only))
             return layers.packed_cross_attention(
                 query_ND, kv_M2D[layer], spans, source_spans, heads, dropout=dropout
             )

@@ -1,6 +1,6 @@
 """Translation: predict each target token from the source and the tokens before it.
 
-Axes: N all target tokens of a batch in a row, V vocabulary, D width.
+Axes: N all target tokens of a batch in a row, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from trmt.errors import ConfigError
-from trmt.nets.base import NO_WEIGHTS, Output, Ragged, Seq2Seq, Source, WantedWeights
+from trmt.nets.base import NO_WEIGHTS, Output, Seq2Seq, WantedWeights
+from trmt.nets.ragged import Ragged, Source
 from trmt.objectives.base import Loss, Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy, smoothed_cross_entropy
 from trmt.objectives.guided_alignment import COLUMN, BatchLinks, GuidedHead, alignment_loss
@@ -60,7 +61,7 @@ class TranslationBatch:
     links: BatchLinks | None = None  # of words, if attention is guided by them
 
 
-class Translation(Objective):
+class TranslationObjective(Objective):
     """Label-smoothed cross-entropy of the target."""
 
     config_class = TranslationConfig

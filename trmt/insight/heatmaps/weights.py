@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from trmt.errors import ConfigError, DataError
-from trmt.nets.base import Ragged, Seq2Seq, Source, WantedWeights
+from trmt.nets.base import Seq2Seq, WantedWeights
+from trmt.nets.ragged import Ragged, Source
 from trmt.text.tokenizer import Side, Tokenizer
 
 AttentionKind = Literal["cross", "encoder", "decoder"]
