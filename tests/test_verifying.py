@@ -23,7 +23,7 @@ from trmt.verifying import VerifyOptions, record, verify
 
 @pytest.fixture
 def bundle(toy_set: Path, tmp_path: Path) -> Path:
-    varied = {"norm_place": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}
+    varied = {"norm_position": "pre", "norm": "rms", "activation": "swiglu", "positions": "rotary"}
     folder = moved.bundle(tmp_path / "bundle", Tokenizer.load(toy_set / "tokenizer"), **varied)
     record(folder, [{"source": text} for text in moved.TEXTS])
     return folder

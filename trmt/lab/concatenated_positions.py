@@ -47,9 +47,8 @@ class ConcatenatedEmbedding(TokenEmbedding):
             learned = torch.randn(1, config.max_positions, columns) * config.d_model**-0.5
             self.positions = nn.Parameter(learned)
         else:
-            self.positions = layers.sinusoids(config.max_positions, columns, offset=config.position_offset)[
-                None
-            ]
+            table = layers.sinusoids(config.max_positions, columns, offset=config.position_offset)
+            self.positions = table[None]
 
     def embed(self, ids: Tensor, position: Tensor) -> Tensor:
         x = F.embedding(ids, self.tokens.weight) * self.scale
