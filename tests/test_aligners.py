@@ -35,6 +35,7 @@ from trmt.insight.alignment.pipeline import (
     read_pairs,
 )
 from trmt.insight.alignment.symmetrisation import METHODS
+from trmt.nets.base import WantedWeights
 from trmt.nets.ragged import Ragged, Source
 from trmt.sets.shards import PreparedSet
 from trmt.text.links import NO_LINKS, format_links, parse_gold, parse_links, reverse_links
@@ -181,8 +182,8 @@ def test_links_are_those_of_the_network_for_a_single_pair(tokenizer: Tokenizer, 
         ids = [side.encode([text])[0] for text in (source, target)]
         with torch.no_grad():
             before = Ragged.of([[side.bos, *ids[1]]])
-            output = aligner.net(Source.of([[*ids[0], side.eos]]), before, want={"attention"})
-        weights = output.attention[0, 0, 0, : len(ids[1]), : len(ids[0])]
+            output = aligner.net(Source.of([[*ids[0], side.eos]]), before, want=WantedWeights(cross=True))
+        weights = output.cross_attention[0, 0, 0, : len(ids[1]), : len(ids[0])]
         words = [word_indices(side, text, each) for text, each in zip((source, target), ids, strict=True)]
         aligned = weights.argmax(1).tolist()
         expected = {(words[0][column], words[1][row]) for row, column in enumerate(aligned)}

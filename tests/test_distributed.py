@@ -145,10 +145,13 @@ def test_gradients_and_steps_are_those_of_one_process(results: Results, size: in
 
 @pytest.mark.parametrize("size", SIZES)
 def test_each_rank_of_a_sharded_run_holds_its_share_of_the_network(results: Results, size: int) -> None:
-    total = single_process(results[size]).parameter_count
+    state = single_process(results[size])
+    total = state.parameter_count
+    # A learned table of positions has a single row by its shape, [1, position, D], and stays whole.
+    undivided = sum(each.numel() for each in state.net.parameters() if each.shape[0] == 1)
     local = [result["local_size"] for result in by_rank(results[size], "steps", "True")]
     assert sum(local) == total
-    assert max(local) < total / size * 1.2
+    assert max(local) - undivided < (total - undivided) / size * 1.2
     assert all(result["local_size"] == total for result in by_rank(results[size], "steps", "False"))
 
 

@@ -45,7 +45,7 @@ def test_an_unchanged_bundle_is_verified(
     assert command(monkeypatch, "verify", str(bundle)) == 0
     said = capsys.readouterr()
     assert said.out == ""
-    assert f"whole, and {len(moved.TEXTS)} golden sentences are translated as before" in said.err
+    assert f"files intact, {len(moved.TEXTS)} golden sentences translated as before" in said.err
 
 
 def test_golden_sentences_have_the_translations_of_the_bundle(bundle: Path) -> None:
@@ -78,7 +78,7 @@ def changed_weights(folder: Path, change: Any) -> None:
 def test_changed_translations_are_reported(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed_weights(bundle, lambda weights: weights["memory.weight"].mul_(-1))
+    changed_weights(bundle, lambda weights: weights["cross_kv.weight"].mul_(-1))
     versions = {"torch": "1.0", "trmt": bundles.read_manifest(bundle).versions["trmt"]}
     bundles.rewrite_manifest(bundle, versions=versions)
     found = verify(VerifyOptions(model=bundle))
@@ -94,10 +94,10 @@ def test_changed_translations_are_reported(
 
 def test_damaged_weights_are_an_error(bundle: Path) -> None:
     def broken(weights: dict[str, torch.Tensor]) -> None:
-        weights["memory.bias"][3] = float("nan")
+        weights["cross_kv.bias"][3] = float("nan")
 
     changed_weights(bundle, broken)
-    with pytest.raises(BundleError, match=r"'memory\.bias' .* are not finite"):
+    with pytest.raises(BundleError, match=r"'cross_kv\.bias' .* are not finite"):
         verify(VerifyOptions(model=bundle))
     path = bundle / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
@@ -114,7 +114,7 @@ def test_a_bundle_without_golden_sentences_is_warned_of(
     bundles.rewrite_manifest(bundle, golden=())
     capsys.readouterr()
     assert command(monkeypatch, "verify", str(bundle)) == 0
-    assert "has no golden sentences: only its files were checked" in capsys.readouterr().err
+    assert "has no golden sentences; only its files were checked" in capsys.readouterr().err
 
 
 def test_runs_and_their_averages_can_be_verified(toy_set: Path, tmp_path: Path) -> None:
