@@ -4,8 +4,8 @@
 Each function takes the arguments of the plain one in trmt/nets/layers.py and returns None where the kernels
 cannot serve. A result differs from PyTorch's by rounding, and in which elements dropout draws.
 
-Axes: S sentence, N tokens in a row, M tokens of the other side in a row, H heads, D hidden size, V vocabulary or
-columns of a product, C tokens of a chunk, B blocks of rows.
+Axes: S sentence, N tokens in a row, M tokens of the other side in a row, H heads, D hidden size, V vocabulary
+or columns of a product, C tokens of a chunk, B blocks of rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A Transformer, or one with an SSRU decoder, decoded by C kernels: the source in one call, a step in one
 call.
 
-Axes: S sentence, K hypothesis, T target position, C columns of the cache, L source position, N source tokens in
-a row, D hidden size, A layers of the decoder.
+Axes: S sentence, K hypothesis, T target position, C columns of the cache, L source position, N source tokens
+in a row, D hidden size, A layers of the decoder.
 """
 
 from __future__ import annotations

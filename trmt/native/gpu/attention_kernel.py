@@ -2,8 +2,8 @@
 
 The same in plain PyTorch is `SharedKVCache.attend` (trmt/nets/kv_cache.py).
 
-Axes: S sentence, H heads, K hypothesis (in the kernel those of one program), J slots of the cache, C columns of
-the cache (in the kernel those that are read together), P head dimension.
+Axes: S sentence, H heads, K hypothesis (in the kernel those of one program), J slots of the cache, C columns
+of the cache (in the kernel those that are read together), P head dimension.
 
 A step is bound by memory: each key and value is read for one query. So nothing here uses tensor cores, and
 each hypothesis gathers the slots of its own ancestors. Hypotheses of a sentence mostly have the same ones: in
