@@ -38,6 +38,16 @@ def logits(net: Seq2Seq) -> torch.Tensor:
         return net.readout(net(Source.of([[5, 6, 3], [7, 3]]), Ragged.of([[2, 8], [2, 9, 4]])).hidden)
 
 
+def assert_same(loaded: Seq2Seq, net: Seq2Seq) -> None:
+    """The same weights to the bit, and the same logits but for rounding.
+
+    Loaded weights are at other addresses, and some processors round by where in memory a row begins.
+    """
+    ours, theirs = loaded.state_dict(), net.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    torch.testing.assert_close(logits(loaded), logits(net))
+
+
 @pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
 def test_a_bundle_is_loaded_as_it_was_saved_and_can_be_copied(
     architecture: str, tokenizer: Tokenizer, tmp_path: Path
@@ -47,7 +57,7 @@ def test_a_bundle_is_loaded_as_it_was_saved_and_can_be_copied(
     shutil.rmtree(tmp_path / "bundle")
     loaded = load_bundle(tmp_path / "elsewhere")
     assert not loaded.net.training
-    assert torch.equal(logits(loaded.net), logits(net))
+    assert_same(loaded.net, net)
     assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
     assert loaded.manifest.languages == ("x", "y")
     assert loaded.manifest.special == {"pad": 0, "unk": 1, "bos": 2, "eos": 3}
@@ -62,7 +72,7 @@ def test_tied_weights_are_stored_once(tokenizer: Tokenizer, tmp_path: Path, tied
     assert sum(stored.values()) == sum(parameter.numel() for parameter in net.parameters())
     loaded = load_bundle(tmp_path / "bundle").net
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in net.parameters())
-    assert torch.equal(logits(loaded), logits(net))
+    assert_same(loaded, net)
 
 
 def test_nothing_is_pickled(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
