@@ -69,7 +69,7 @@ FEW_STEPS = ("network.feed_forward=256", "network.encoder_steps=3", "network.dec
         ("rnnsearch", (*SMALL, "optim.lr=5e-3"), 45),
         ("luong", (*SMALL, "optim.lr=5e-3"), 55),
         ("convs2s", (*SMALL, "optim.lr=4e-3"), 40),
-        ("universal", (*SMALL, *FEW_STEPS, "optim.lr=4e-3"), 40),
+        ("universal", (*SMALL, *FEW_STEPS, "optim.lr=4e-3", "training.steps=250"), 40),
     ],
 )
 def test_bare_commands_lead_from_text_to_a_score(
