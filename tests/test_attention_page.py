@@ -81,7 +81,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownPage]:
     folder = tmp_path_factory.mktemp("page")
     tokenizer = small_tokenizer(folder / "tokenizer")
     size = tokenizer.source.vocabulary
-    net = small_network("transformer", source_vocabulary=size, target_vocabulary=size, longest=400)
+    net = small_network("transformer", source_vocabulary=size, target_vocabulary=size, max_positions=400)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(2)

@@ -75,7 +75,7 @@ def test_sizes_and_fractions_out_of_range_are_refused(architecture: str) -> None
     rates -= set(getattr(kind, "not_rates", ()))
     for name, value in to_tree(kind(**good)).items():
         wrong: dict[type, tuple[float, ...]] = {
-            int: (0, -2) if name != "position_offset" else (),
+            int: (0, -2) if name != "position_offset" else (-2,),
             float: (-0.1, 1.0 if name in rates else math.inf, math.nan),
         }
         for each in wrong.get(type(value), ()):

@@ -148,13 +148,13 @@ class Translator:
     @classmethod
     def load(
         cls,
-        place: Path | None = None,
+        folder: Path | None = None,
         *,
         options: TranslateOptions = TranslateOptions(),
         trust_code: bool = False,
     ) -> Translator:
         """The translator in a bundle or run folder; without a name, the default one."""
-        folder = find_model(place)
+        folder = find_model(folder)
         device = choose_device(options.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where graphs are recorded and kernels launched
@@ -276,10 +276,10 @@ class Translator:
         return BREAKS.sub(" ", self.tokenizer.target.decode(ids)).strip()
 
 
-def find_model(place: Path | None) -> Path:
+def find_model(folder: Path | None) -> Path:
     """The bundle that a bundle or run folder stands for; without a name the default one, which is printed."""
-    if place:
-        return checkpoints.find_bundle(place)
+    if folder:
+        return checkpoints.find_bundle(folder)
     folder = checkpoints.default_bundle()
     console.say(f"model: {folder}")
     return folder

@@ -151,15 +151,17 @@ def weights_of(net: Seq2Seq, side: str, sources: list[list[int]], targets: list[
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("side", ["cross", "encoder", "decoder"])
-def test_attention_weights_are_distributions_over_the_sentence(
-    variant: Variant, net: Seq2Seq, side: str
-) -> None:
-    assert getattr(net(Source.of(SOURCES), Ragged.of(TARGETS)), f"{side}_attention") is None
-    weights = weights_of(net, side, SOURCES, TARGETS)
-    assert variant.weights is None or (weights is not None) == (side in variant.weights)
-    if weights is None:
-        return
+def test_attention_weights_are_distributions_over_the_sentence(variant: Variant, net: Seq2Seq) -> None:
+    plain = net(Source.of(SOURCES), Ragged.of(TARGETS))
+    for side in ("cross", "encoder", "decoder"):
+        assert getattr(plain, f"{side}_attention") is None
+        weights = weights_of(net, side, SOURCES, TARGETS)
+        assert variant.weights is None or (weights is not None) == (side in variant.weights)
+        if weights is not None:
+            assert_distributions(net, side, weights)
+
+
+def assert_distributions(net: Seq2Seq, side: str, weights: Tensor) -> None:
     layers, sentences, _, queries, keys = weights.shape
     assert sentences == len(SOURCES) and layers >= 1
     for number, (source, target) in enumerate(zip(SOURCES, TARGETS, strict=True)):
@@ -186,7 +188,7 @@ def test_wanting_weights_changes_no_hidden_state(net: Seq2Seq) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("chunks", [[1] * 6, [6], [2, 3, 1], [1, 4, 1]])
+@pytest.mark.parametrize("chunks", [[6], [2, 3, 1]], ids=str)
 def test_any_split_into_steps_equals_teacher_forcing(net: Seq2Seq, way: Way, chunks: list[int]) -> None:
     targets = [sentence[:6] for sentence in random_sentences(8, longest=20, seed=3) if len(sentence) >= 6][:4]
     sources = SOURCES[: len(targets)]
@@ -259,10 +261,10 @@ class Decoded:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("hypotheses", "reorders"), [(3, True), (3, False), (20, True)])
-def test_reorder_and_keep_equal_recomputing(net: Seq2Seq, way: Way, hypotheses: int, reorders: bool) -> None:
+@pytest.mark.parametrize("hypotheses", [3, 20])
+def test_reorder_and_keep_equal_recomputing(net: Seq2Seq, way: Way, hypotheses: int) -> None:
     decoded = Decoded(net, way, seed=5)
-    state = decoded.begin(SOURCES[:3], 3, hypotheses=hypotheses, reorders=reorders)
+    state = decoded.begin(SOURCES[:3], 3, hypotheses=hypotheses, reorders=True)
     for _ in range(2):  # twice, for ancestors of ancestors
         logits, state = decoded.step(state)
     decoded.assert_recomputed(logits)
@@ -278,7 +280,7 @@ def test_reorder_and_keep_equal_recomputing(net: Seq2Seq, way: Way, hypotheses: 
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("hypotheses", "reorders", "theirs"),
-    [(1, True, 0), (1, True, 40), (3, True, 0), (3, True, 2), (3, True, 40), (3, False, 40), (20, True, 2)],
+    [(1, True, 40), (3, True, 0), (3, True, 2), (3, False, 40)],
 )
 def test_replaced_sentences_equal_recomputing(
     net: Seq2Seq, way: Way, hypotheses: int, reorders: bool, theirs: int

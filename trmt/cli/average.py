@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    places: Annotated[
+    checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
             help="A run folder, or the checkpoints themselves. [default: the newest run in models/]"
@@ -25,4 +25,4 @@ def command(
     from trmt.averaging import AverageOptions, average
     from trmt.verifying import record
 
-    average(AverageOptions(paths=tuple(places or ()), best=best, last=last, out=out), record)
+    average(AverageOptions(paths=tuple(checkpoints or ()), best=best, last=last, out=out), record)

@@ -23,7 +23,7 @@ def command(
         bool, typer.Option("--trust-code", help="Let the run folder name code outside trmt.")
     ] = False,
 ) -> None:
-    """Prove on a copy that resuming a run continues the very same run, to the last byte."""
+    """Show on a copy that a run that is killed and resumed ends with the same bytes as one that is not."""
     from trmt import console
     from trmt.errors import TrmtError
     from trmt.resume_check import CheckOptions, check_resume

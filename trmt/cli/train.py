@@ -103,11 +103,11 @@ def make_ready(threads: int) -> None:
     """Set the number of threads and the memory allocator, before training."""
     import torch
 
-    from trmt.acceleration import accelerated
+    from trmt.registry import NATIVE, optional
 
     if threads:
         torch.set_num_threads(threads)
-    if keep_freed_memory := accelerated("keep_freed_memory"):
+    if keep_freed_memory := optional(NATIVE["keep_freed_memory"]):
         keep_freed_memory()
 
 

@@ -26,7 +26,7 @@ from trmt.nets.transformer import Transformer, TransformerConfig, Weights
 class HardCrossAttentionConfig(TransformerConfig):
     """The sizes and options of a Transformer with hard cross-attention."""
 
-    cross_attention: Literal["sampled", "gumbel"] = "gumbel"  # how positions are drawn, see hard_attention.py
+    cross_attention: Literal["sampled", "gumbel"] = "gumbel"  # how positions are drawn
     temperature: float = 1.0  # of Gumbel's softmax
     entropy: float = 0.01  # the weight of the entropy of sampled positions, which is rewarded
     not_rates: ClassVar[tuple[str, ...]] = ("temperature", "entropy")

@@ -14,7 +14,7 @@ Attention:
     monotonic    the same within a window around the position of the target token (Luong et al.)
     predictive   the same within a window around p = (length - 1) * sigmoid(v . tanh(W q)), times
                  exp(-(s - p)^2 / (2 (window / 2)^2)), normalised (Luong et al.)
-    sampled, gumbel   one position, see hard_attention.py
+    sampled, gumbel   one position is drawn, as in hard_attention.py
 
 With attend_once there is attention of the decoder's first state only, and the context of every step is its
 result.

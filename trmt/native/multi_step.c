@@ -1,6 +1,6 @@
 /* Several steps of search in one call: the decoder, the logits, what may not come next, the search itself.
 
-   The loop in trmt/decoding/loop.py does one such step with calls from Python, which for small networks take longer
+   The loop in trmt/decoding/engine.py does one such step with calls from Python, which for small networks take longer
    than what they call. */
 
 #include <math.h>

@@ -33,12 +33,13 @@ KEY_MULTIPLE = 16
 GROUP = 32  # sentences of similar length that are padded together
 
 
-def check_sizes(config: Any, *, except_for: Collection[str] = ()) -> None:
+def check_sizes(config: Any, *, except_for: Collection[str] = (), from_zero: Collection[str] = ()) -> None:
     """Refuse a config whose integers, all sizes, or floats, all dropout rates, are out of range."""
     for name in (field.name for field in fields(config) if field.name not in except_for):
         value = getattr(config, name)
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ConfigError(f"network.{name} = {value} is too small; set it to at least 1")
+        least = 0 if name in from_zero else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise ConfigError(f"network.{name} = {value} is too small; set it to at least {least}")
         if isinstance(value, float) and not 0 <= value < 1:
             raise ConfigError(f"network.{name} = {value} is out of range; set it from 0 to below 1")
 

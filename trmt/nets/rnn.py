@@ -252,7 +252,8 @@ class Attention(nn.Module):
         """Keys, values and mask of a source."""
         key_SLD = self.key(states_SLD) if hasattr(self, "key") else states_SLD
         value_SLD = self.value(states_SLD) if hasattr(self, "value") else states_SLD
-        keys, values = split_heads(key_SLD, self.heads), split_heads(value_SLD, self.heads)
+        # Contiguous, as products of views by heads round differently for one sentence and for several.
+        keys, values = (split_heads(each, self.heads).contiguous() for each in (key_SLD, value_SLD))
         mask = layers.additive_mask(real_SL)[:, None, None]
         axes = {"keys": (2, 0.0), "values": (2, 0.0), "mask": (3, -math.inf)}
         return EncoderMemory({"keys": keys, "values": values, "mask": mask}, axes)

@@ -70,7 +70,7 @@ class EncoderConfig:
     not_rates: ClassVar[tuple[str, ...]] = ()  # fields that `check_sizes` does not check
 
     def __post_init__(self) -> None:
-        layers.check_sizes(self, except_for=("position_offset", *self.not_rates))
+        layers.check_sizes(self, except_for=self.not_rates, from_zero=("position_offset",))
         if self.d_model % self.heads:
             raise ConfigError(
                 f"d_model = {self.d_model} cannot be divided into heads = {self.heads}; change one"
