@@ -23,11 +23,7 @@ from trmt.training.state import TrainState
 
 
 def sentences(column: RaggedArray) -> list[list[int]]:
-    begin, found = 0, []
-    for length in column.lengths.tolist():
-        found.append(column.ids[begin : begin + length].tolist())
-        begin += length
-    return found
+    return [values.tolist() for values in column.split()]
 
 
 @contextmanager

@@ -60,5 +60,5 @@ def vectors(prepared: Path, width: int) -> Path:
     if not out.exists():
         side = Tokenizer.load(prepared / "tokenizer").source
         mono = [str(prepared / "text" / f"train.{language}") for language in texts.LANGUAGES]
-        write_vectors(out, train_vectors(TextPieces(mono, side), width=width, seed=1, epochs=5))
+        write_vectors(out, train_vectors(TextPieces(mono, side), size=width, seed=1, epochs=5))
     return out
