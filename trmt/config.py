@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -71,6 +71,18 @@ def merge(base: Tree, override: Tree) -> Tree:
         known = out.get(key)
         out[key] = merge(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
     return out
+
+
+def select(tree: Tree, dotted: Collection[str]) -> Tree:
+    """The values of `tree` with one of these dotted names, as a tree."""
+    found: Tree = {}
+    for key, value in tree.items():
+        below = [name.removeprefix(f"{key}.") for name in dotted if name.startswith(f"{key}.")]
+        if below and isinstance(value, dict):
+            found[key] = select(value, below)
+        elif key in dotted:
+            found[key] = value
+    return found
 
 
 def rename_keys(cls: type, tree: Tree) -> Tree:

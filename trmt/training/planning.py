@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
-from trmt.bundles.checkpoints import CONFIG
-from trmt.config import build
+from trmt.bundles.checkpoints import CONFIG, MODELS
+from trmt.config import Tree, build, select, to_tree
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import describe_changes
 from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.text.tokenizer import Tokenizer
-from trmt.training.recipe import MAY_CHANGE, Recipe, differences, fitting_recipe, load_recipe, read_recipe
+from trmt.training import fine_tuning
+from trmt.training.recipe import (
+    MAY_CHANGE,
+    Recipe,
+    differences,
+    fitting_recipe,
+    is_file,
+    load_recipe,
+    read_recipe,
+    safe_name,
+)
 
 DATA = Path("data")
 SCHEDULES_WITH_END = ("linear", "cosine")  # whose learning rate depends on the last step
@@ -123,6 +134,8 @@ def resolved_recipe(
     if not translates:
         settings += ["validation.sentences=0", 'validation.metric="loss"']
     encoder: init_from.EncoderOptions | None = None
+    folder = run_folder(options, data, name)
+    load = partial(load_recipe, name, settings, defaults=_kept_settings(folder))
     if options.init_from:
         path, encoder_only = init_from.split_encoder_suffix(options.init_from)
         bundle = checkpoints.find_bundle(path)
@@ -134,27 +147,68 @@ def resolved_recipe(
             )
         if encoder_only:
             encoder = init_from.encoder_options(manifest, where=bundle)
-            recipe = load_recipe(name, settings, network=encoder.network, variants=encoder.variants)
+            recipe = load(network=encoder.network, variants=encoder.variants)
         else:
-            recipe = load_recipe(name, settings, network=manifest.network, architecture=manifest.architecture)
+            load = partial(load, network=manifest.network, architecture=manifest.architecture)
+            recipe = load(overrides=_fine_tuning(options, folder, load(), data, bundle=bundle, name=name))
     else:
-        recipe = load_recipe(name, settings)
+        recipe = load()
     # A recipe of the user's own may name code; a bundle or a run folder may come from anywhere.
     trusted = options.trust_code or not (options.init_from or Path(name).name == CONFIG)
-    network = resolve(NETWORKS, recipe.architecture, trust_code=trusted)
+    network_class = resolve(NETWORKS, recipe.architecture, trust_code=trusted)
     resolve(OBJECTIVES, recipe.objective, trust_code=trusted)
     if encoder:
-        if not network.takes_encoder:
+        if not network_class.takes_encoder:
             raise ConfigError(
                 f"architecture = {recipe.architecture!r} cannot take over the encoder of --init-from "
                 f"{options.init_from}; choose the recipe of a transformer"
             )
         init_from.check_options(recipe.architecture, recipe.network, encoder, where=bundle)
-    recipe = _with_vocabularies(recipe, network.config_class, tokenizer)
+    config_class = network_class.config_class
+    recipe = _with_vocabularies(recipe, config_class, tokenizer)
     _check_purpose(options, recipe, data)
-    if not tokenizer.joint and recipe.network.get("tied", getattr(network.config_class, "tied", "")) == "all":
+    if not tokenizer.joint and recipe.network.get("tied", getattr(config_class, "tied", "")) == "all":
         recipe = replace(recipe, network={**recipe.network, "tied": "target"})
     return recipe, Path(name).stem
+
+
+def run_folder(options: TrainOptions, data: PreparedSet, recipe: str) -> Path:
+    """The folder of the run with this recipe."""
+    return options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{Path(recipe).stem}")
+
+
+def _kept_settings(folder: Path) -> Tree:
+    """What a run that is resumed keeps where neither its recipe nor --set names it: its patience."""
+    before = _resumed_recipe(folder)
+    return {"training": {"patience": before.training.patience}} if before else {}
+
+
+def _resumed_recipe(folder: Path) -> Recipe | None:
+    """The recipe of a run that has a checkpoint to resume from."""
+    if not (folder / CONFIG).is_file() or not checkpoints.list_checkpoints(folder):
+        return None
+    return read_recipe(folder / CONFIG)
+
+
+def _fine_tuning(
+    options: TrainOptions, folder: Path, recipe: Recipe, data: PreparedSet, *, bundle: Path, name: str
+) -> Tree:
+    """The schedule of fine-tuning the model in `bundle` with a recipe that comes with trmt.
+
+    A run that is resumed keeps its own.
+    """
+    if options.pretrain or is_file(name) or fine_tuning.is_pretrained(bundle):
+        return {}
+    if before := _resumed_recipe(folder):
+        return select(to_tree(before), fine_tuning.KEYS)
+    changes = fine_tuning.schedule(recipe, data)
+    given = {setting.partition("=")[0].strip() for setting in options.settings}
+    if "optim.schedule" in given:
+        del changes["optim"]  # a rate is for one schedule
+    chosen = select(changes, [key for key in fine_tuning.KEYS if key not in given])
+    if chosen:
+        console.say(fine_tuning.describe(chosen))
+    return chosen
 
 
 def _with_vocabularies(recipe: Recipe, config_class: type, tokenizer: Tokenizer) -> Recipe:

@@ -26,7 +26,7 @@ class TrainingConfig:
 
     steps: int = 0  # ends training after so many steps; 0 is off
     epochs: int = 0  # ends training after so many passes over the data; 0 is off
-    patience: int = 0  # ends training after so many validations without improvement; 0 is off
+    patience: int = 10  # ends training after so many validations without a better validation.metric; 0 is off
     seed: int = 1  # of initial weights, dropout and the order of the data
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fastest on the device
@@ -150,13 +150,16 @@ def load_recipe(
     network: Tree | None = None,
     architecture: str | None = None,
     variants: Sequence[str] = (),
+    defaults: Tree | None = None,
+    overrides: Tree | None = None,
 ) -> Recipe:
     """The recipe of this name or path, with settings applied.
 
     `network` overrides values of its network table; with `architecture` it replaces that table. `variants`
-    are added to a Transformer.
+    are added to a Transformer. `defaults` are values of keys that the recipe does not have, `overrides`
+    replace those it has; settings override both.
     """
-    if name.endswith(".toml"):
+    if is_file(name):
         tree = read_toml(Path(name))
     elif name in names():
         tree = read_toml(Path(str(files("trmt") / "recipes" / f"{name}.toml")))
@@ -165,7 +168,7 @@ def load_recipe(
     tree = upgrade_recipe(tree)
     if architecture is not None:
         tree = {**tree, "architecture": architecture, "network": {}}
-    tree = merge(tree, {"network": network or {}})
+    tree = merge(merge(defaults or {}, tree), merge(overrides or {}, {"network": network or {}}))
     tree = upgrade_recipe(apply_settings(tree, settings or []))
     base, others = split_variants(str(tree.get("architecture", Recipe.architecture)))
     if variants and base == "transformer":
@@ -174,8 +177,14 @@ def load_recipe(
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a TOML file."""
-    return build(Recipe, upgrade_recipe(read_toml(path)), where=str(path))
+    """The recipe of a run, from its config.toml; a run of a version without patience has none."""
+    tree = merge({"training": {"patience": 0}}, upgrade_recipe(read_toml(path)))
+    return build(Recipe, tree, where=str(path))
+
+
+def is_file(name: str) -> bool:
+    """Whether the name of a recipe is the path of a file, and not one of those that come with trmt."""
+    return name.endswith(".toml")
 
 
 def fitting_recipe(pairs: int, *, gpu: bool) -> str:

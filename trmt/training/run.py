@@ -20,7 +20,7 @@ import torch
 
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
-from trmt.bundles.checkpoints import CONFIG, MODELS, Checkpoint
+from trmt.bundles.checkpoints import CONFIG, Checkpoint
 from trmt.config import build, to_toml, to_tree
 from trmt.devices.memory import is_out_of_memory
 from trmt.errors import ConfigError, TrmtError
@@ -46,9 +46,10 @@ from trmt.training.planning import (
     default_data,
     origin_of,
     resolved_recipe,
+    run_folder,
     with_origin,
 )
-from trmt.training.recipe import Recipe, safe_name
+from trmt.training.recipe import Recipe
 from trmt.training.reporting import Reporter
 from trmt.training.run_log import StepClock
 from trmt.training.spikes import SpikePolicy
@@ -158,7 +159,7 @@ class TrainingRun:
         data = PreparedSet.open(options.data or default_data(kind=DOCUMENTS if options.pretrain else PAIRS))
         tokenizer = Tokenizer.load(data.tokenizer_folder)
         recipe, name = resolved_recipe(options, data, tokenizer, translates=translate is not None)
-        folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
+        folder = run_folder(options, data, name)
         check_same_run(folder, recipe, origin_of(options, data))
         return cls(
             folder, recipe, data, tokenizer, options=options, translate=translate, distributed=distributed
