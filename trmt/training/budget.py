@@ -22,9 +22,11 @@ from trmt.devices import memory
 from trmt.devices.choice import autocast
 from trmt.sets.batches import PROBE_SEED, Batches, PairNumbers
 from trmt.training.display import RunInfo
+from trmt.training.history import LABELS
 from trmt.training.recipe import TrainingConfig
 from trmt.training.state import TrainState
 from trmt.training.step import train_step
+from trmt.training.validation import Validator
 
 # The steps to time, as quantiles of the size of an epoch's steps: the mean of each group, and of the first
 # groups together, is typical of the epoch.
@@ -43,7 +45,20 @@ class PlannedRun:
     folder: Path
     training: TrainingConfig
     steps_per_epoch: int
-    last_step: int | None  # where it ends, if that is known
+    last_step: int | None  # where it ends at the latest, if that is known
+    validator: Validator | None = None
+
+    @property
+    def patience(self) -> int:
+        """The number of validations that may end it before the last step; 0 if it cannot end before that."""
+        patience = self.training.patience if self.validator else 0
+        never = self.last_step is not None and patience * self.every >= self.last_step
+        return 0 if never else patience
+
+    @property
+    def every(self) -> int:
+        """The number of steps between validations."""
+        return self.state.recipe.validation.every
 
     @property
     def info(self) -> RunInfo:
@@ -197,7 +212,7 @@ def print_plan(run: PlannedRun) -> None:
         ["activations of the largest batch", format_bytes(activations)],
         [f"peak memory, {how}", f"{format_bytes(peak)}{f' of {format_bytes(free)} free' if free else ''}"],
         ["steps per epoch", f"{run.steps_per_epoch:,}"],
-        ["steps in total", f"{run.last_step:,}" if run.last_step else "until patience is used up"],
+        ["steps in total", _steps_in_total(run)],
         *_time_rows(run, found),
         ["checkpoints on disk, at most", f"{format_bytes(disk)} of {format_bytes(free_disk)} free"],
         ["pairs", f"{len(batches.split):,}"],
@@ -213,6 +228,15 @@ def print_plan(run: PlannedRun) -> None:
     _warn_of_disk(disk, free_disk, run.folder)
 
 
+def _steps_in_total(run: PlannedRun) -> str:
+    """The last step, and what ends the run before that."""
+    metric = LABELS[run.state.recipe.validation.metric]
+    patience = f"{run.patience} validations ({run.patience * run.every:,} steps) bring no better dev {metric}"
+    if not run.last_step:
+        return f"until {patience}"
+    return f"at most {run.last_step:,}, fewer if {patience}" if run.patience else f"{run.last_step:,}"
+
+
 def _time_rows(run: PlannedRun, found: Measurement | None) -> list[list[str]]:
     if not found:
         return [["time per step", "not measured: it would not fit into memory"]]
@@ -221,9 +245,18 @@ def _time_rows(run: PlannedRun, found: Measurement | None) -> list[list[str]]:
         ["target tokens/s", f"{found.tokens / found.seconds:,.0f}"],
         ["time per epoch", console.duration(found.seconds * run.steps_per_epoch)],
     ]
+    validation = None
+    if run.validator:
+        with _preserved_generators(run.state.device):
+            validation = run.validator.estimate_seconds()
+    if validation is not None:
+        rows.append(["time per validation", f"{validation:.3g} s, estimated"])
     if run.last_step:
-        total = console.duration(found.seconds * run.last_step)
-        rows.append(["time in total", f"{total}, without validation"])
+        validations = -(-run.last_step // run.every) if validation is not None else 0
+        total = console.duration(found.seconds * run.last_step + (validation or 0) * validations)
+        most = "at most " if run.patience else ""
+        some = f"with {validations:,} validations" if validations else "without validation"
+        rows.append(["time in total", f"{most}{total}, {some}"])
     return rows
 
 
@@ -271,9 +304,10 @@ def describe_speed(run: PlannedRun, *, seconds: float) -> str:
     """One line on the time that epoch and run will take, and the memory so far; a step takes `seconds`."""
     peak = memory.peak(run.state.device)
     left = (run.last_step - run.state.progress.step) * seconds if run.last_step else None
-    total = f", {console.duration(left)} to step {run.last_step:,}" if left else ""
-    most = f"; memory so far {format_bytes(peak)}" if peak else ""
-    return f"{seconds:.2g} s a step: {console.duration(seconds * run.steps_per_epoch)} an epoch{total}{most}"
+    most = "at most " if run.patience else ""
+    total = f", {most}{console.duration(left)} to step {run.last_step:,}" if left else ""
+    used = f"; memory so far {format_bytes(peak)}" if peak else ""
+    return f"{seconds:.2g} s a step: {console.duration(seconds * run.steps_per_epoch)} an epoch{total}{used}"
 
 
 def format_bytes(count: int) -> str:

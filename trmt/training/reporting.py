@@ -7,10 +7,10 @@ from typing import Any
 
 from trmt import console
 from trmt.devices import memory
-from trmt.training import display
+from trmt.training import display, overfitting
 from trmt.training.budget import PlannedRun, describe_speed
 from trmt.training.forecast import describe_forecast
-from trmt.training.history import LOG, TRAIN, VALIDATE, History
+from trmt.training.history import LABELS, LOG, TRAIN, VALIDATE, History, best
 from trmt.training.run_log import RunLog, StepClock
 from trmt.training.state import TrainState
 from trmt.training.validation import ValidationResult
@@ -79,6 +79,38 @@ class Reporter:
         )
         if self.state.distributed.is_main:
             self.display.show_validation(result.samples, self._forecast(last_step))
+            self._name_overfitting()
+
+    def _name_overfitting(self) -> None:
+        """Warn of overfitting when it is new."""
+        if found := overfitting.find(self.history):
+            console.warn(overfitting.describe(found, self.state.recipe))
+            self.log("overfitting", since=found.since, dev_loss=found.dev_loss, train_loss=found.train_loss)
+
+    def finish(self, reason: str, next_command: str) -> None:
+        """Report the end of the run: why, how long it took, the best score, and what to do next."""
+        progress = self.state.progress
+        self.log("end", seconds=round(progress.seconds, 1), reason=reason)
+        if not self.state.distributed.is_main:
+            return
+        validating = sum(
+            entry.get("seconds", 0.0) for entry in self.history.entries if entry["event"] == VALIDATE
+        )
+        validation = f" and {console.duration(validating)} of validation" if validating else ""
+        console.say(
+            f"done: {progress.step:,} steps in {console.duration(progress.seconds)}{validation}, "
+            f"ended because {reason}"
+        )
+        console.say(f"{self._best_score()} -> {self.folder}\nnext: {next_command}")
+
+    def _best_score(self) -> str:
+        """The best score of the run in words, and its step."""
+        metric = self.state.recipe.validation.metric
+        found = best(self.history.curve(VALIDATE, metric), metric)
+        if not found:
+            return "no score on a dev set"
+        digits = 3 if metric == "loss" else 2
+        return f"best: dev {LABELS[metric]} {found.value:.{digits}f} at step {found.step:,}"
 
     def _tokens_and_time(self) -> dict[str, Any]:
         """The values of a log entry for curves over tokens or hours."""

@@ -8,6 +8,7 @@ they could disturb.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import signal
 import time
 from collections.abc import Generator
@@ -24,6 +25,7 @@ from trmt.bundles.checkpoints import CONFIG, Checkpoint
 from trmt.config import build, to_toml, to_tree
 from trmt.devices.memory import is_out_of_memory
 from trmt.errors import ConfigError, TrmtError
+from trmt.nets.base import Seq2Seq
 from trmt.objectives.base import Specials
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets import record
@@ -55,7 +57,7 @@ from trmt.training.run_log import StepClock
 from trmt.training.spikes import SpikePolicy
 from trmt.training.state import TrainState
 from trmt.training.step import rehearse, train_step
-from trmt.training.stopping import Interrupted, StopNow, StopSignals
+from trmt.training.stopping import Ending, Interrupted, StopNow, StopSignals, ending
 from trmt.training.validation import TranslateDevSet, Validator
 
 MAX_PENDING_REPORTS = 100  # steps after which the guard's reports are read, at the latest
@@ -252,10 +254,11 @@ class TrainingRun:
     def train(self) -> None:
         """Train until steps, epochs or patience are used up, or until a signal."""
         progress = self.state.progress
-        if self.finished() and not progress.validation_pending:
-            out_of_steps = self.last_step is not None and progress.step >= self.last_step
-            limit = "training.steps" if out_of_steps else "training.patience"
-            console.say(f"{self.folder} has ended at step {progress.step:,}; raise {limit} to go on")
+        if (ending := self.ending()) and not progress.validation_pending:
+            console.say(
+                f"{self.folder} has ended at step {progress.step:,} because {ending.reason}; "
+                f"raise {ending.setting} to go on, or use it: {self._next_command()}"
+            )
             return
         clock = StepClock(progress.target_tokens)
         shown = open_display(self.planned().info, self.reporter.history)
@@ -264,12 +267,11 @@ class TrainingRun:
                 self.validate()
             rehearse(self.state, self.batches)
             clock.skip()
-            while not self.finished():
+            while not self.ending():
                 if checkpoint := self._train_until_rollback(clock):
                     self._roll_back(checkpoint, clock)
-        progress = self.state.progress
-        self.reporter.log("end", seconds=round(progress.seconds, 1))
-        console.say(f"done: {progress.step:,} steps in {console.duration(progress.seconds)} -> {self.folder}")
+        if ending := self.ending():
+            self.reporter.finish(ending.reason, self._next_command())
 
     def _train_until_rollback(self, clock: StepClock) -> Checkpoint | None:
         """Train until the end, or until a checkpoint has to be rolled back to, which is returned."""
@@ -277,7 +279,7 @@ class TrainingRun:
         progress, guard = self.state.progress, self.state.guard
         stream = self._batch_stream()
         try:
-            while not self.finished():
+            while not self.ending():
                 # Step
                 position, batches = clock.next(stream)
                 self.step(batches)
@@ -287,7 +289,7 @@ class TrainingRun:
 
                 # What is due, and whether the steps so far were good
                 log_due = progress.step % training.log_every == 0
-                validation_due = progress.step % validation.every == 0 or self.finished()
+                validation_due = progress.step % validation.every == 0 or bool(self.ending())
                 save_due = bool(training.save_every) and progress.step % training.save_every == 0
                 save_due = save_due or validation_due or self.signals.number is not None
                 if log_due or save_due or guard.pending >= MAX_PENDING_REPORTS:
@@ -340,11 +342,19 @@ class TrainingRun:
         self.reporter.display.advance(self.state.progress.step - before)
         clock.restart(self.state.progress.target_tokens)
 
-    def finished(self) -> bool:
-        """Whether steps, epochs or patience are used up."""
-        progress, patience = self.state.progress, self.recipe.training.patience
-        out_of_patience = bool(patience) and progress.validations_since_best >= patience
-        return out_of_patience or (self.last_step is not None and progress.step >= self.last_step)
+    def ending(self) -> Ending | None:
+        """Why training ends now; None while it goes on."""
+        return ending(self.recipe, self.state.progress, last_step=self.last_step)
+
+    def _next_command(self) -> str:
+        """What is usually done with a run that has ended."""
+        run = shlex.quote(str(self.folder))
+        if self.data.kind == DOCUMENTS:
+            suffix = "" if isinstance(self.state.net, Seq2Seq) else init_from.ENCODER_SUFFIX
+            return f"trmt train --data SET --init-from {run}{suffix}"
+        if len(checkpoints.list_checkpoints(self.folder)) > 1:
+            return f"trmt average {run}"
+        return f"trmt translate {run} < FILE"
 
     # Validate
 
@@ -360,7 +370,8 @@ class TrainingRun:
             self._stop(self.signals.number)
         if result.has_metric:
             lower_is_better = self.recipe.validation.metric == "loss"
-            progress.add_score(float(result.scores[0]["value"]), lower_is_better=lower_is_better)
+            value = float(result.scores[0]["value"])
+            progress.add_score(value, lower_is_better=lower_is_better, warmup=self.recipe.optim.warmup)
         seconds = time.monotonic() - began
         self.reporter.log_validation(result, seconds=seconds, last_step=self.last_step)
         progress.validation_pending = False
@@ -387,4 +398,5 @@ class TrainingRun:
             self.recipe.training,
             steps_per_epoch=self.steps_per_epoch,
             last_step=self.last_step,
+            validator=self.validator,
         )

@@ -1,16 +1,43 @@
-"""Signals during training: Ctrl-C and SIGTERM end a run after it has been saved, and pauses are noticed."""
+"""The end of training: when steps, epochs or patience are used up, or by Ctrl-C and SIGTERM after saving."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from trmt import console
 from trmt.errors import TrmtError
 from trmt.training.distributed import Distributed
+from trmt.training.history import LABELS
+from trmt.training.recipe import Recipe
+from trmt.training.state import TrainProgress
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a run has ended, and the setting with which it would go on."""
+
+    reason: str
+    setting: str
+
+
+def ending(recipe: Recipe, progress: TrainProgress, *, last_step: int | None) -> Ending | None:
+    """Why training ends at this point; None if it goes on."""
+    training = recipe.training
+    if last_step is not None and progress.step >= last_step:
+        if training.steps and training.steps == last_step:
+            return Ending(f"training.steps = {training.steps} is reached", "training.steps")
+        return Ending(f"training.epochs = {training.epochs} is reached", "training.epochs")
+    if training.patience and progress.validations_since_best >= training.patience:
+        metric = LABELS[recipe.validation.metric]
+        return Ending(
+            f"the last {training.patience} validations brought no better dev {metric}", "training.patience"
+        )
+    return None
 
 
 class Interrupted(TrmtError):

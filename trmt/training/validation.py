@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from trmt.training.recipe import Recipe
 from trmt.training.state import TrainState
 
 OUT_OF_MEMORY = "not even one sentence of the dev set fits into memory; training goes on without validating"
+TIMED_BATCHES = 4  # of the dev set, at most, from which the time of a validation is estimated
+TIMED_SENTENCES = 64  # of them, as many as are decoded together
 ACCURACY_SIGNATURE = "percent of texts for which it was predicted rightly whether they continue, dev set"
 
 
@@ -78,6 +81,45 @@ class Validator:
         scores.sort(key=lambda score: score["metric"] != metric)
         has_metric = bool(scores) and (scores[0]["metric"] == metric or math.isnan(scores[0]["value"]))
         return ValidationResult(tuple(scores), translated.samples, has_metric)
+
+    def estimate_seconds(self) -> float | None:
+        """How long a validation of a trained network takes, from a part of one with the current weights.
+
+        Random weights generate translations of any length; so the time is measured for each generated token.
+        None if that does not fit into memory.
+        """
+        try:
+            with self.state.evaluating():
+                return self._loss_seconds() + self._translation_seconds()
+        except (MemoryError, RuntimeError, TrmtError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    @torch.no_grad()
+    def _loss_seconds(self) -> float:
+        every = list(self.batches.iterate_once())
+        stride = -(-len(every) // TIMED_BATCHES)
+        some = every[stride // 2 :: stride]
+        began = time.perf_counter()
+        for examples in some:
+            loss_sums(self.state, examples)[0].tolist()  # waits for the device
+        return (time.perf_counter() - began) * len(every) / len(some)
+
+    def _translation_seconds(self) -> float:
+        recipe = self.state.recipe
+        if not self.translate or not recipe.validation.sentences:
+            return 0.0
+        count = min(TIMED_SENTENCES, recipe.validation.sentences)
+        short = replace(recipe, validation=replace(recipe.validation, sentences=count, samples=count))
+        began = time.perf_counter()
+        found = self.translate(full_network(self.state), self.tokenizer, self.batches.data, short)
+        seconds = time.perf_counter() - began
+        side = self.tokenizer.target
+        generated = sum(len(side.encode([sample["translation"]])[0]) + 1 for sample in found.samples)
+        expected = float(self.batches.target_lengths.mean()) + 1
+        sentences = min(recipe.validation.sentences, len(self.batches.split))
+        return seconds * expected * sentences / max(generated, 1)
 
     def _loss(self) -> DevLoss | None:
         """The loss, or None where it does not fit into memory."""
