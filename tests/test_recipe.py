@@ -127,10 +127,11 @@ def test_the_settings_that_may_change_exist() -> None:
 
 
 def test_the_default_recipe_fits_the_size_of_the_data() -> None:
-    found = [fitting_recipe(pairs, gpu=True) for pairs in (1_000, 500_000, 4_000_000, 40_000_000)]
-    assert found == ["transformer-tiny", "transformer-small", "transformer-base", "transformer-big"]
+    sizes = (1_000, 50_000, 500_000, 4_000_000, 40_000_000)
+    found = [fitting_recipe(pairs, gpu=True).removeprefix("transformer-") for pairs in sizes]
+    assert found == ["low-resource", "tiny", "small", "base", "big"]
     assert fitting_recipe(40_000_000, gpu=False) == "transformer-small"
-    assert set(found) <= set(names())
+    assert {f"transformer-{name}" for name in found} <= set(names())
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,30 @@ def test_the_default_recipe_fits_the_size_of_the_data() -> None:
 )
 def test_names_are_safe_for_folders(text: str, name: str) -> None:
     assert safe_name(text) == name
+
+
+@pytest.mark.parametrize("name", names())
+def test_recipes_with_a_schedule_that_has_an_end_and_those_of_publications_do_not_stop_early(
+    name: str,
+) -> None:
+    recipe = load_recipe(name, network=vocabulary(name, 8000))
+    published = name in ("multi30k", "transformer-base", "transformer-big", "bert-base", "bart-base")
+    fixed = published or recipe.optim.schedule in ("linear", "cosine")
+    assert (recipe.training.patience == 0) == fixed
+
+
+def test_a_recipe_without_patience_stops_early(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('architecture = "rnn"\n[training]\nsteps = 5\n', "utf-8")
+    assert load_recipe(str(tmp_path / "mine.toml")).training.patience > 0
+
+
+def test_defaults_are_below_a_recipe_and_overrides_above_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[training]\nsteps = 5\n[optim]\nlr = 2.0\n", "utf-8")
+    found = load_recipe(
+        str(tmp_path / "mine.toml"),
+        ["optim.warmup=7"],
+        defaults={"training": {"steps": 1, "patience": 3}},
+        overrides={"optim": {"lr": 0.5, "warmup": 9}},
+    )
+    assert (found.training.steps, found.training.patience) == (5, 3)
+    assert (found.optim.lr, found.optim.warmup) == (0.5, 7)

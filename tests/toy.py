@@ -68,7 +68,7 @@ def make_set(
 BASE: dict[str, Any] = {
     "batches": {"tokens": 300},
     "optim": {"name": "adamw", "schedule": "constant", "lr": 0.003, "warmup": 2},
-    "training": {"steps": 6, "log_every": 2, "device": "cpu"},
+    "training": {"steps": 6, "patience": 0, "log_every": 2, "device": "cpu"},
     "validation": {"every": 3, "metric": "loss", "sentences": 0},
 }
 

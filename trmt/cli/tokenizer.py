@@ -28,8 +28,13 @@ def command(
     source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="Source language.")] = "",
     target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="Target language.")] = "",
     size: Annotated[
-        int, typer.Option(help="Vocabulary size of each model, with special ids and bytes.")
-    ] = 8000,
+        int | None,
+        typer.Option(
+            help="Vocabulary size of each model, with special ids and bytes. "
+            "[default: 1000, 2000 or 8000, by the number of pairs]",
+            show_default=False,
+        ),
+    ] = None,
     kind: Annotated[str, typer.Option(help="Subword algorithm: bpe or unigram.")] = "bpe",
     joint: Annotated[
         bool, typer.Option("--joint/--separate", help="One model for both languages, or two.")

@@ -38,7 +38,13 @@ MAX_LINE = 2000
 PROGRESS_STEP = 1000  # pairs between two updates of the progress bar
 REPORT_SAMPLE = 10_000  # sentences of each side in the report
 REPORTED_CHARACTERS = 20  # in the report
-SMALL_ALPHABET = 0.05  # the share of the vocabulary up to which every character gets a piece
+# Pairs of text below which a vocabulary has so many pieces, where --size is not given. Little text has few
+# examples of each piece, so it is cut into shorter ones (Sennrich and Zhang, arXiv 1905.11901).
+SIZES = ((1_000, 1_000), (10_000, 2_000))
+LARGEST = 8_000
+PIECES_PER_CHARACTER = 4  # at least, in a vocabulary of a size that was not given
+BYTES = 256
+SMALL_ALPHABET = 0.05  # the share of a given size up to which every character gets a piece
 DEFAULT_COVERAGE = 0.9995  # that of sentencepiece
 
 
@@ -50,7 +56,8 @@ class TokenizerOptions:
     languages: tuple[str, str] = ("", "")  # of source and target
     kind: Literal["bpe", "unigram"] = "bpe"  # the type of the sentencepiece model
     joint: bool = True  # whether both sides share one model
-    size: int = 8000  # pieces in each model, special ids, tags, placeholders and bytes included
+    # pieces in each model, with special ids, tags, placeholders and bytes; None: fits the number of pairs
+    size: int | None = None
     coverage: float | None = (
         None  # the share of running characters with a piece; None: chosen by the alphabet
     )
@@ -75,7 +82,7 @@ class TokenizerOptions:
             raise ConfigError(f"the coverage is between 0.9 and 1, not {self.coverage}; change --coverage")
         if self.sample < 2:
             raise ConfigError(f"a sample of {self.sample} holds no pair; raise --sample")
-        if not 0 < self.size < 2**24:
+        if self.size is not None and not 0 < self.size < 2**24:
             raise ConfigError(f"a vocabulary cannot have {self.size} pieces; change --size")
         for name in (self.normalise_source, self.normalise_target):
             if name not in NORMALISATIONS:
@@ -230,12 +237,16 @@ def _train_model(texts: Sequence[_TrainingText], options: TokenizerOptions) -> b
         alphabet.update(line)
     if not alphabet - {" "}:
         raise DataError(f"there is no text to train on in {', '.join(options.corpora)}; check the files")
+    pairs = max(len(text.sentences) for text in texts)
+    size = fitting_size(pairs, len(alphabet)) if options.size is None else options.size
     coverage = options.coverage
     if coverage is None:
-        coverage = 1.0 if len(alphabet) <= SMALL_ALPHABET * options.size else DEFAULT_COVERAGE
-    console.say(f"training {options.size:,} {options.kind} pieces, character coverage {coverage:g}")
+        small = SMALL_ALPHABET * size if options.size else (size - BYTES) / PIECES_PER_CHARACTER
+        coverage = 1.0 if len(alphabet) <= small else DEFAULT_COVERAGE
+    fits = "" if options.size else f" (fits {pairs:,} pairs; --size changes it)"
+    console.say(f"training {size:,} {options.kind} pieces{fits}, character coverage {coverage:g}")
     settings: dict[str, Any] = {
-        "vocab_size": options.size,
+        "vocab_size": size,
         "hard_vocab_limit": False,
         "model_type": options.kind,
         "character_coverage": coverage,
@@ -261,18 +272,24 @@ def _train_model(texts: Sequence[_TrainingText], options: TokenizerOptions) -> b
             sentence_iterator=chain.from_iterable(texts), model_writer=model, **settings
         )
     except RuntimeError as error:
-        raise _training_error(error, options) from error
-    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-    if size < options.size:
-        console.say(f"the vocabulary has {size:,} pieces, not {options.size:,}: the text has no more")
+        raise _training_error(error, options, size) from error
+    found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    if found < size:
+        console.say(f"the vocabulary has {found:,} pieces, not {size:,}: the text has no more")
     return model.getvalue()
 
 
-def _training_error(error: RuntimeError, options: TokenizerOptions) -> ConfigError | DataError:
+def fitting_size(pairs: int, characters: int) -> int:
+    """The size of a vocabulary for text of so many pairs and different characters."""
+    size = next((size for limit, size in SIZES if pairs < limit), LARGEST)
+    return max(size, min(BYTES + PIECES_PER_CHARACTER * characters, LARGEST))
+
+
+def _training_error(error: RuntimeError, options: TokenizerOptions, size: int) -> ConfigError | DataError:
     needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
     if needed:
         return ConfigError(
-            f"a vocabulary of {options.size} is too small: characters and special ids alone need "
+            f"a vocabulary of {size} is too small: characters and special ids alone need "
             f"{needed[1]}; raise --size above that or lower --coverage"
         )
     return DataError(

@@ -189,6 +189,8 @@ def is_file(name: str) -> bool:
 
 def fitting_recipe(pairs: int, *, gpu: bool) -> str:
     """The name of the recipe for a set of so many pairs; large ones need much data and a GPU."""
+    if pairs < 10_000:
+        return "transformer-low-resource"
     if pairs < 100_000:
         return "transformer-tiny"
     if pairs < 1_000_000 or not gpu:
