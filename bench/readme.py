@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import alignment_tables
 import cluster_tables
+import first_day_tables
 import gpu_suite
 import gpu_translation_tables
 import highlight_tables
@@ -192,6 +193,14 @@ def cluster_plan() -> str:
     return table(cluster_tables.PLAN_HEAD, cluster_tables.plan()) + sources(["cluster-main"])
 
 
+def first_day() -> str:
+    result = first_day_tables.result()
+    if result is None:
+        return "pending"
+    measured = table(first_day_tables.HEAD, first_day_tables.rows(result))
+    return f"{measured}\n\n- {source(result)}"
+
+
 def sources(names: list[str]) -> str:
     """The sources of those results that exist."""
     found = [result for name in names if (result := speed_tables.load(name))]
@@ -275,6 +284,7 @@ TABLES = {
     "quality": quality,
     "recipes": recipes,
     "starts": starts,
+    "first_day": first_day,
     "corpora": corpora,
     "gpu": gpu,
     "gpu_translation": gpu_translation,

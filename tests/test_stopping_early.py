@@ -279,8 +279,8 @@ def test_a_run_names_overfitting_with_numbers_and_advice(
     said = capsys.readouterr().err
     assert (
         "overfitting: since step 300 the training loss fell from 1.61 to 1.24 and the dev loss rose from "
-        "2.80 to 2.82; training ends when 5 validations in a row bring no better dev loss; more text, a higher "
-        "network.dropout (now 0.2)" in said
+        "2.80 to 2.82; training ends when 5 validations in a row bring no better dev loss; more text, a "
+        "higher network.dropout (now 0.2)" in said
     )
     assert [each["since"] for each in log(run, "overfitting")] == [300]
     without = replace(load_recipe("transformer-tiny"), training=TrainingConfig(steps=1, patience=0))
