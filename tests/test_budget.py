@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from trmt.devices import memory
 from trmt.objectives.translation import TranslationObjective
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
-from trmt.training import budget
+from trmt.training import budget, validation
 from trmt.training.budget import (
     activation_bytes,
     describe_speed,
@@ -32,6 +34,7 @@ from trmt.training.planning import resolved_recipe
 from trmt.training.run import TrainingRun, train
 from trmt.training.state import TrainState
 from trmt.training.step import train_step
+from trmt.training.validation import ValidationResult
 
 Usage = namedtuple("Usage", "total used free")
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["transformer", "rnn"])  # without padding, and with
@@ -272,3 +275,47 @@ def test_on_a_gpu_the_peak_is_that_of_the_gpu(toy_set: Path, tmp_path: Path) -> 
     assert state_bytes(run.state) < found.peak < total and free < total
     assert snapshot(run.state) == before
     assert torch.equal(torch.cuda.get_rng_state(), generator)
+
+
+def test_the_plan_says_when_training_may_end_earlier(
+    toy_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(*settings: str) -> str:
+        return plan_of(make_run(tmp_path / "run", toy_set, toy.recipe(tmp_path), *settings), capsys)
+
+    never = plan("training.steps=60", "training.patience=0")
+    assert re.search(r"steps in total │ 60 │", never) and "at most" not in never.replace("on disk, at most", "")
+    assert "with 20 validations" in never and "time per validation" in never
+    early = plan("training.steps=60", "training.patience=2")
+    assert "│ at most 60 │" in early
+    assert "ends early after │ 6 steps without a better dev loss" in early
+    assert re.search(r"time in total │ at most \d", early)
+    assert "at most 60" not in plan("training.steps=60", "training.patience=19"), "it cannot end before"
+    unlimited = plan("training.steps=0", "training.patience=2")
+    assert "│ no limit │" in unlimited and "time in total" not in unlimited
+
+
+def test_the_time_of_translating_is_estimated_for_the_length_of_the_references(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy.recipe(tmp_path, {"validation": {"metric": "chrf", "sentences": 20}})
+    found = {}
+    for times in (1, 3):  # an untrained network may translate at any length
+
+        def translate(
+            net: Any, tokenizer: Tokenizer, data: PreparedSet, recipe: Any, times: int = times
+        ) -> ValidationResult:
+            _, references = data.dev_text()
+            assert recipe.validation.sentences == 20
+            return ValidationResult(
+                (), tuple({"translation": " ".join([text] * times)} for text in references)
+            )
+
+        run = TrainingRun.from_options(options(tmp_path / "run", toy_set, recipe), translate)
+        assert run.validator and (run.validator.estimate_seconds() or 0) > 0
+        ticks = iter([0.0, 30.0 * times])
+        with monkeypatch.context() as patch:
+            patch.setattr(validation, "time", SimpleNamespace(perf_counter=ticks.__next__))
+            found[times] = run.validator._translation_seconds()
+    assert found[3] == pytest.approx(found[1], rel=0.2)
+    assert found[1] == pytest.approx(30 * 20 / 30, rel=0.2), "20 of 30 sentences"

@@ -17,7 +17,13 @@ from typer.testing import CliRunner
 from tests import texts
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.text.tokenizer import BOS, EOS, NORMALISATIONS, PAD, UNK, Tokenizer, normaliser
-from trmt.text.tokenizer_training import MAX_LINE, TokenizerOptions, measure_side, train_tokenizer
+from trmt.text.tokenizer_training import (
+    MAX_LINE,
+    TokenizerOptions,
+    fitting_size,
+    measure_side,
+    train_tokenizer,
+)
 
 TAG, PLACEHOLDER = "<2de>", "{name}"
 MARK = "\u2581"  # sentencepiece's sign for white space, the one character that is lost
@@ -415,3 +421,33 @@ def test_the_command(corpus: Path, tmp_path: Path) -> None:
     made = Tokenizer.load(tmp_path / "out")
     assert (made.joint, made.tags, made.languages) == (False, (TAG,), ("en", "fa"))
     assert CliRunner().invoke(app, ["tokenizer", "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("pairs", "characters", "size"),
+    [
+        (300, 90, 1_000),
+        (300, 400, 1_856),  # four pieces for each character, and bytes
+        (3_000, 90, 2_000),
+        (3_000, 5_000, 8_000),
+        (10_000, 90, 8_000),
+        (5_000_000, 5_000, 8_000),
+    ],
+)
+def test_vocabularies_fit_the_number_of_pairs(pairs: int, characters: int, size: int) -> None:
+    assert fitting_size(pairs, characters) == size
+
+
+def test_a_size_that_is_not_given_fits_the_text_and_a_given_one_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"{first}{second}{third}o" for first in "kstnhm" for second in "aiueo" for third in "kstnhm"]
+    count = len(words)
+    lines = [f"{words[n % count]} {words[7 * n % count]}\t{words[3 * n % count]}" for n in range(500)]
+    (tmp_path / "text.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+    corpora = (str(tmp_path / "text.tsv"),)
+    train_tokenizer(TokenizerOptions(corpora=corpora))
+    assert "training 1,000 bpe pieces (fits 500 pairs; --size changes it)" in capsys.readouterr().err
+    tokenizer, _ = train_tokenizer(TokenizerOptions(corpora=corpora, size=300))
+    assert tokenizer.source.vocabulary == 300
+    assert "fits" not in capsys.readouterr().err

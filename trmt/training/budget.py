@@ -52,7 +52,7 @@ class PlannedRun:
     def patience(self) -> int:
         """The number of validations that may end it before the last step; 0 if it cannot end before that."""
         patience = self.training.patience if self.validator else 0
-        never = self.last_step is not None and patience * self.every >= self.last_step
+        never = self.last_step is not None and (1 + patience) * self.every >= self.last_step
         return 0 if never else patience
 
     @property
@@ -212,7 +212,7 @@ def print_plan(run: PlannedRun) -> None:
         ["activations of the largest batch", format_bytes(activations)],
         [f"peak memory, {how}", f"{format_bytes(peak)}{f' of {format_bytes(free)} free' if free else ''}"],
         ["steps per epoch", f"{run.steps_per_epoch:,}"],
-        ["steps in total", _steps_in_total(run)],
+        *_length_rows(run),
         *_time_rows(run, found),
         ["checkpoints on disk, at most", f"{format_bytes(disk)} of {format_bytes(free_disk)} free"],
         ["pairs", f"{len(batches.split):,}"],
@@ -228,13 +228,13 @@ def print_plan(run: PlannedRun) -> None:
     _warn_of_disk(disk, free_disk, run.folder)
 
 
-def _steps_in_total(run: PlannedRun) -> str:
-    """The last step, and what ends the run before that."""
-    metric = LABELS[run.state.recipe.validation.metric]
-    patience = f"{run.patience} validations ({run.patience * run.every:,} steps) bring no better dev {metric}"
-    if not run.last_step:
-        return f"until {patience}"
-    return f"at most {run.last_step:,}, fewer if {patience}" if run.patience else f"{run.last_step:,}"
+def _length_rows(run: PlannedRun) -> list[list[str]]:
+    most = "at most " if run.patience else ""
+    rows = [["steps in total", f"{most}{run.last_step:,}" if run.last_step else "no limit"]]
+    if run.patience:
+        metric = LABELS[run.state.recipe.validation.metric]
+        rows.append(["ends early after", f"{run.patience * run.every:,} steps without a better dev {metric}"])
+    return rows
 
 
 def _time_rows(run: PlannedRun, found: Measurement | None) -> list[list[str]]:
