@@ -144,6 +144,27 @@ def test_a_new_run_has_patience_and_an_old_one_without_it_stays_without(
     assert resumed(run, toy_set, unsaid).training.patience == 0
 
 
+def test_a_run_with_the_recipe_that_another_version_selected_is_resumed(
+    toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data/some"
+    shutil.copytree(toy_set, data)
+    few = ["validation.metric=loss", "validation.sentences=0", "training.steps=1", 'training.device="cpu"']
+
+    def chosen() -> str:
+        return TrainingRun.from_options(TrainOptions(data=data, settings=few)).folder.name
+
+    assert chosen() == "some-transformer-low-resource"
+    train(TrainOptions(data=data, recipe="transformer-tiny", settings=few))
+    assert chosen() == "some-transformer-tiny"
+    assert "recipe: transformer-tiny (of a run on this data)" in capsys.readouterr().err
+    (tmp_path / "models/some-transformer-tiny/origin.json").write_text(
+        '{"data": "other", "fingerprint": "other"}', "utf-8"
+    )
+    assert chosen() == "some-transformer-low-resource", "a run on other data is another run"
+
+
 # Fine-tuning
 
 

@@ -754,10 +754,10 @@ def test_the_newest_set_and_a_fitting_recipe_are_chosen(
     shutil.copytree(toy_set, tmp_path / "data/newer")
     os.utime(tmp_path / "data/older/index.json", (1, 1))
     folder = train(TrainOptions(dry_run=True))
-    assert folder == Path("models/newer-transformer-tiny")
+    assert folder == Path("models/newer-transformer-low-resource")
     said = capsys.readouterr().err
     assert "newer (the newest)" in said
-    assert "transformer-tiny (fits" in said
+    assert "transformer-low-resource (fits" in said
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(DataError, match="run trmt prepare first"):
         train(TrainOptions())

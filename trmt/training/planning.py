@@ -21,6 +21,7 @@ from trmt.text.tokenizer import Tokenizer
 from trmt.training import fine_tuning
 from trmt.training.recipe import (
     MAY_CHANGE,
+    SELECTED,
     Recipe,
     differences,
     fitting_recipe,
@@ -111,8 +112,9 @@ def _kind(index: Path) -> str:
         return PAIRS  # opening the set will raise an error that explains
 
 
-def _default_recipe(options: TrainOptions, pairs: int) -> str:
+def _default_recipe(options: TrainOptions, data: PreparedSet) -> str:
     """The recipe of the run folder, else one that fits the size of the data."""
+    pairs = len(data.split("train"))
     if options.run and (options.run / CONFIG).is_file():
         console.say(f"recipe: {options.run / CONFIG}")
         return str(options.run / CONFIG)
@@ -121,15 +123,30 @@ def _default_recipe(options: TrainOptions, pairs: int) -> str:
         console.say(f"recipe: {name} (fits {pairs:,} sentences)")
         return name
     name = fitting_recipe(pairs, gpu=torch.cuda.is_available())
-    console.say(f"recipe: {name} (fits {pairs:,} pairs)")
-    return name
+    if options.run or run_folder(options, data, name).exists():
+        former = None
+    else:
+        former = _former_recipe(options, data)
+    console.say(
+        f"recipe: {former} (of a run on this data)" if former else f"recipe: {name} (fits {pairs:,} pairs)"
+    )
+    return former or name
+
+
+def _former_recipe(options: TrainOptions, data: PreparedSet) -> str | None:
+    """The recipe that another version selected for this set, if there is a run with it."""
+    for name in SELECTED:
+        origin = read_origin(run_folder(options, data, name))
+        if origin and origin.fingerprint == data.fingerprint:
+            return name
+    return None
 
 
 def resolved_recipe(
     options: TrainOptions, data: PreparedSet, tokenizer: Tokenizer, *, translates: bool
 ) -> tuple[Recipe, str]:
     """The recipe and its name; vocabulary sizes and, for --init-from, the network's sizes are filled in."""
-    name = options.recipe or _default_recipe(options, len(data.split("train")))
+    name = options.recipe or _default_recipe(options, data)
     settings = list(options.settings)
     if not translates:
         settings += ["validation.sentences=0", 'validation.metric="loss"']

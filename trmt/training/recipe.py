@@ -133,6 +133,15 @@ MAY_CHANGE = frozenset(
     }
 )
 
+# Recipes that are selected by the number of pairs, from few to many
+SELECTED = (
+    "transformer-low-resource",
+    "transformer-tiny",
+    "transformer-small",
+    "transformer-base",
+    "transformer-big",
+)
+
 
 def names() -> list[str]:
     """The recipes that come with trmt."""
@@ -189,13 +198,14 @@ def is_file(name: str) -> bool:
 
 def fitting_recipe(pairs: int, *, gpu: bool) -> str:
     """The name of the recipe for a set of so many pairs; large ones need much data and a GPU."""
+    low_resource, tiny, small, base, big = SELECTED
     if pairs < 10_000:
-        return "transformer-low-resource"
+        return low_resource
     if pairs < 100_000:
-        return "transformer-tiny"
+        return tiny
     if pairs < 1_000_000 or not gpu:
-        return "transformer-small"
-    return "transformer-base" if pairs < 20_000_000 else "transformer-big"
+        return small
+    return base if pairs < 20_000_000 else big
 
 
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
