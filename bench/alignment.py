@@ -51,7 +51,7 @@ from trmt.translating import TranslateOptions, Translator
 SIZE = 8000  # pieces
 RECIPE = "transformer-tiny"
 # Many small steps that end at a rate of 0 make most of a short training.
-SETTINGS = ("batches.tokens=1024", "optim.schedule=cosine")
+SETTINGS = ("batches.tokens=1024", "optim.schedule=cosine", "network.dropout=0.1")
 WEIGHT = 0.5  # of the guided head's loss
 TESTED = 500  # pairs of the test that are linked; all are translated
 METHOD = "grow-diag-final-and"

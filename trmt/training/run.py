@@ -254,10 +254,10 @@ class TrainingRun:
     def train(self) -> None:
         """Train until steps, epochs or patience are used up, or until a signal."""
         progress = self.state.progress
-        if (ending := self.ending()) and not progress.validation_pending:
+        if (end := self.ending()) and not progress.validation_pending:
             console.say(
-                f"{self.folder} has ended at step {progress.step:,} because {ending.reason}; "
-                f"raise {ending.setting} to go on, or use it: {self._next_command()}"
+                f"{self.folder} has ended at step {progress.step:,} because {end.reason}; "
+                f"raise {end.setting} to go on, or use it: {self._next_command()}"
             )
             return
         clock = StepClock(progress.target_tokens)
@@ -270,8 +270,8 @@ class TrainingRun:
             while not self.ending():
                 if checkpoint := self._train_until_rollback(clock):
                     self._roll_back(checkpoint, clock)
-        if ending := self.ending():
-            self.reporter.finish(ending.reason, self._next_command())
+        if end := self.ending():
+            self.reporter.finish(end.reason, self._next_command())
 
     def _train_until_rollback(self, clock: StepClock) -> Checkpoint | None:
         """Train until the end, or until a checkpoint has to be rolled back to, which is returned."""
