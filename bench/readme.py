@@ -145,7 +145,8 @@ def recipes() -> str:
     if result is None:
         return "pending"
     rows = table(recipe_tables.RECIPES_HEAD, recipe_tables.recipe_rows(result))
-    return rows + listed(result, list(result["figures"]["rows"].values()))
+    notes = "\n".join(f"- {each}" for each in recipe_tables.earlier_rows(result))
+    return rows + listed(result, list(result["figures"]["rows"].values())) + "\n" + notes
 
 
 def starts() -> str:

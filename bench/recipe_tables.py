@@ -60,6 +60,15 @@ def _short(setting: str) -> str:
     return f"`{RENAMED.get(key, key)}` {value}"
 
 
+def earlier_rows(result: dict) -> list[str]:
+    """Where the rows were measured that are not of the newest commit and machine, as sentences."""
+    groups: dict[str, list[str]] = {}
+    for name, row in result["figures"]["rows"].items():
+        groups.setdefault(f"Measured at {row['commit']} on {row['cpu']}", []).append(name)
+    groups.pop(f"Measured at {result['commit']} on {result['cpu']}", None)
+    return [f"{where}: {', '.join(names)}." for where, names in groups.items()]
+
+
 def start_rows(result: dict) -> list[Row]:
     """One for each kind of initial weights: the mean of its seeds, the lowest and the highest."""
     return [

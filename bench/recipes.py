@@ -141,7 +141,8 @@ class Workshop:
         figures |= self.train(
             "train", model, f"data/{row.task}", row.recipe, row.steps, row.settings, begin=begin
         )
-        return figures | self.scored(model, row.task) | {"commit": provenance()["commit"]}
+        now = provenance()
+        return figures | self.scored(model, row.task) | {key: now[key] for key in ("commit", "cpu")}
 
     def scored(self, model: str, task: str) -> dict:
         """The scores of a model's translations of the test set."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -36,6 +39,12 @@ def _one_thread() -> None:
 def _interruptible() -> None:
     # Shells start what runs in the background deaf to interrupts, and processes under test inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    with mock.patch.object(os, "fsync"):
+        yield
 
 
 @pytest.fixture(autouse=True)

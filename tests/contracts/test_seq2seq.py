@@ -31,6 +31,9 @@ class Way:
     freeze: Callable[[Seq2Seq], Stepper]
     static: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
     def start(
         self,
         stepper: Stepper,
@@ -48,7 +51,9 @@ def plainly(net: Seq2Seq) -> Stepper:
     return net.frozen(PlainProducts())
 
 
-WAYS = [Way("plain", plainly), Way("fastest", frozen), Way("static", plainly, static=True)]
+GROWING = [Way("plain", plainly), Way("fastest", frozen)]
+WAYS = [*GROWING, Way("static", plainly, static=True)]
+growing = pytest.mark.parametrize("way", GROWING, ids=str)
 
 
 @pytest.fixture(params=variants(), ids=str)
@@ -61,7 +66,7 @@ def net(variant: Variant) -> Seq2Seq:
     return small_network(variant.name, **variant.options)
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: way.name)
+@pytest.fixture(params=WAYS, ids=str)
 def way(request: pytest.FixtureRequest) -> Way:
     return request.param
 
@@ -128,6 +133,7 @@ def test_every_parameter_gets_a_gradient(net: Seq2Seq) -> None:
     assert not [name for name, parameter in net.named_parameters() if parameter.grad is None]
 
 
+@growing
 @torch.inference_mode()
 def test_the_readout_has_a_logit_for_each_token(net: Seq2Seq, way: Way) -> None:
     hidden = net(Source.of(SOURCES), Ragged.of(TARGETS)).hidden
@@ -203,6 +209,7 @@ def test_any_split_into_steps_equals_teacher_forcing(net: Seq2Seq, way: Way, chu
     assert_same(list(torch.cat(logits, 1)), teacher_forced(net, sources, targets))
 
 
+@growing
 @torch.inference_mode()
 @pytest.mark.parametrize("reorders", [True, False])
 def test_long_translations_outgrow_the_first_columns(net: Seq2Seq, way: Way, reorders: bool) -> None:
@@ -280,7 +287,7 @@ def test_reorder_and_keep_equal_recomputing(net: Seq2Seq, way: Way, hypotheses: 
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("hypotheses", "reorders", "theirs"),
-    [(1, True, 40), (3, True, 0), (3, True, 2), (3, False, 40)],
+    [(1, True, 12), (3, True, 0), (3, True, 2), (3, False, 40)],
 )
 def test_replaced_sentences_equal_recomputing(
     net: Seq2Seq, way: Way, hypotheses: int, reorders: bool, theirs: int
@@ -299,6 +306,7 @@ def test_replaced_sentences_equal_recomputing(
     decoded.assert_recomputed(logits)
 
 
+@growing
 @torch.inference_mode()
 def test_a_consumed_state_raises(net: Seq2Seq, way: Way) -> None:
     stepper = way.freeze(net)
@@ -319,6 +327,7 @@ def test_a_consumed_state_raises(net: Seq2Seq, way: Way) -> None:
                 again(state)
 
 
+@growing
 @torch.inference_mode()
 def test_freezing_leaves_the_network_as_it_is(net: Seq2Seq, way: Way) -> None:
     """It stays in training mode, and its parameters still get gradients."""
