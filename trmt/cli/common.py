@@ -50,14 +50,13 @@ def exit_after_write_error(error: OSError, what: str) -> NoReturn:
     import sys
 
     from trmt.errors import DataError
+    from trmt.storage.files import write_advice
 
     # Python would try to flush the buffer again when it exits.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         raise typer.Exit(141) from error
-    raise DataError(
-        f"cannot write the {what}: {error.strerror}; free some space or write to another disk"
-    ) from error
+    raise DataError(f"cannot write the {what}: {error.strerror}; {write_advice(error)}") from error
 
 
 def warn_about_lines(numbers: Sequence[int], one: str, several: str) -> None:
