@@ -11,6 +11,7 @@ from trmt import console
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import AVERAGE, MODELS
+from trmt.config import Options
 from trmt.errors import BundleError, ConfigError
 from trmt.text.tokenizer import Tokenizer
 
@@ -22,7 +23,7 @@ BEST = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class AverageOptions:
+class AverageOptions(Options):
     """What `trmt average` takes."""
 
     paths: tuple[Path, ...] = ()  # a run folder or several bundles; empty: the newest run

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trmt import console
+from trmt.config import Options
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.storage.files import atomic_file
 from trmt.training.display import remove_controls
@@ -30,7 +31,7 @@ MIN_PLOT_WIDTH = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotOptions:
+class PlotOptions(Options):
     """The options of `trmt plot`."""
 
     runs: tuple[Path, ...] = ()  # run folders or log files; none: the newest run

@@ -11,6 +11,7 @@ from trmt import console
 from trmt.bundles import bundles
 from trmt.bundles.bundles import Bundle, Manifest
 from trmt.bundles.checkpoints import MODELS
+from trmt.config import Options
 from trmt.errors import BundleError
 from trmt.interop import from_marian
 from trmt.interop.checking import check_sentences, compare, reference
@@ -22,7 +23,7 @@ from trmt.verifying import record
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportOptions:
+class ImportOptions(Options):
     """What `trmt import` takes."""
 
     folder: Path

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 from trmt import console
 from trmt.bundles import bundles
 from trmt.bundles.bundles import Manifest
+from trmt.config import Options
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.scale.partition import RESERVED, InputFile, cut_input, missing_parts, open_partition, part_name
 from trmt.scale.parts import PartsOutcome, process_parts
@@ -35,7 +36,7 @@ SPEED_OPTIONS = ("batch", "device", "runs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
+class CorpusOptions(Options):
     """What to translate and how."""
 
     source: str
@@ -56,6 +57,7 @@ class CorpusOptions:
     """Whether the bundle may name code outside trmt."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.part_mib > 0:
             raise ConfigError("--part-size must be more than 0 MiB")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trmt import console
+from trmt.config import Options
 from trmt.errors import ConfigError, DataError
 from trmt.sets import shards
 from trmt.sets.building import EncodeCorpora, EncodedCorpora, PrepareJob, build_set
@@ -25,7 +26,7 @@ PAIRS_PER_WORKER = 50_000  # at least: a worker process takes a second to start
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
+class PrepareOptions(Options):
     """The options of `trmt prepare` for pairs."""
 
     train: tuple[str, ...]  # corpora of the training pairs, as `parse_corpus` takes them
@@ -44,6 +45,7 @@ class PrepareOptions:
     force: bool = False  # whether to prepare a set again that is up to date
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.train:
             raise ConfigError("there is nothing to prepare; name a corpus with --train")
         if self.alignments and len(self.alignments) != len(self.train):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import sentencepiece
 
 from trmt import console
+from trmt.config import Options
 from trmt.errors import ConfigError, DataError
 from trmt.text.corpus import TextPair, parse_corpus
 from trmt.text.pairs import count_pairs, read_corpus
@@ -43,7 +44,7 @@ DEFAULT_COVERAGE = 0.9995  # that of sentencepiece
 
 
 @dataclass(frozen=True)
-class TokenizerOptions:
+class TokenizerOptions(Options):
     """The options of `trmt tokenizer`."""
 
     corpora: tuple[str, ...]  # as `parse_corpus` takes them; weights are ignored
@@ -67,6 +68,7 @@ class TokenizerOptions:
     seed: int = 1  # of the random sample
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.corpora:
             raise ConfigError("a tokenizer is trained on text; name a corpus with --train")
         if self.kind not in ("bpe", "unigram"):
@@ -150,7 +152,7 @@ class TokenizerReport:
 
 
 def train_tokenizer(
-    options: TokenizerOptions, *, out: Path | None = None
+    options: TokenizerOptions, *, out: Path | str | None = None
 ) -> tuple[Tokenizer, TokenizerReport]:
     """Train a tokenizer on the corpora, and write it to the folder `out` if that is given.
 
@@ -158,7 +160,7 @@ def train_tokenizer(
     not have as many. At most `options.sample` sentences are in memory, besides the data of sentencepiece.
     """
     if out is not None:
-        check_replaceable(out)
+        check_replaceable(Path(out))
     sources, targets = _sample_corpora(options)
     chooser = random.Random(options.seed)
     samples = [chooser.sample(side, min(REPORT_SAMPLE, len(side))) for side in (sources, targets)]

@@ -11,7 +11,7 @@ import torch
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG
-from trmt.config import build
+from trmt.config import Options, build
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import describe_changes
@@ -35,7 +35,7 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(Options):
     """What `trmt train` takes; None means a default, which is printed."""
 
     run: Path | None = None  # the run folder; None: models/<data>-<recipe>

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trmt import console
 from trmt.bundles import bundles
+from trmt.config import Options
 from trmt.devices.choice import choose_device
 from trmt.errors import ConfigError, DataError
 from trmt.insight.heatmaps import figure, page
@@ -28,7 +29,7 @@ BATCH_LINES = 64  # lines that are translated together
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttendOptions:
+class AttendOptions(Options):
     """The options of `trmt attend`."""
 
     model: Path | None = None  # None: the default model
@@ -42,6 +43,7 @@ class AttendOptions:
     trust_code: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for kind in self.kinds:
             if kind not in KINDS:
                 raise ConfigError(f"there is no --kind {kind}; choose {', '.join(KINDS)}")
