@@ -77,4 +77,4 @@ def _provenance(bundle: Bundle, to: str) -> dict[str, object]:
 
 def _refuse_foreign(out: Path) -> None:
     if out.exists() and not (out / PROVENANCE).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise BundleError(f"{out} exists and is not an exported model; choose another folder with --out")
+        raise BundleError(f"{out} exists and is not an exported model; choose another folder with --output")

@@ -207,10 +207,10 @@ def join(folder: str, name: str) -> str:
 
 def is_file(location: str) -> bool:
     """Whether there is a file at this location."""
-    if not is_url(location):
-        return Path(location).is_file()
-    store, path = filesystem(location)
     with read_errors(location):
+        if not is_url(location):
+            return Path(location).is_file()
+        store, path = filesystem(location)
         return bool(store.isfile(path))
 
 

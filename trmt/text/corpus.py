@@ -132,6 +132,11 @@ def _with_prefix(prefix: str, languages: tuple[str, str]) -> tuple[str, str]:
         existing = [name for name in candidates if is_file(name)]
         if len(existing) > 1:
             raise DataError(f"there are both {existing[0]} and {existing[1]}; name the two files you mean")
+        if not existing and Path(prefix).is_dir():
+            raise DataError(
+                f"the corpus {prefix!r} is a folder; name its files, such as {prefix.rstrip('/')}/train for "
+                f"train.{languages[0]} and train.{languages[1]}"
+            )
         if not existing:
             raise DataError(
                 f"the corpus {prefix!r} needs {plain}, plain or compressed ({', '.join(SUFFIXES)}), which is "

@@ -48,7 +48,9 @@ class AttendOptions(Options):
             if kind not in KINDS:
                 raise ConfigError(f"there is no --kind {kind}; choose {', '.join(KINDS)}")
         if len(self.kinds) > 1 and self.format != "html":
-            raise ConfigError("only a page shows several kinds; choose one --kind, or let --out end in .html")
+            raise ConfigError(
+                "only a page shows several kinds; choose one --kind, or let --output end in .html"
+            )
         if self.out and self.format not in FORMATS:
             raise ConfigError(f"{self.out} has no known file format; end it in .{', .'.join(FORMATS)}")
         if min(self.layer, self.head) < 0:
