@@ -26,7 +26,7 @@ BEST = 5
 class AverageOptions(Options):
     """What `trmt average` takes."""
 
-    paths: tuple[Path, ...] = ()  # a run folder or several bundles; empty: the newest run
+    paths: Sequence[Path] = ()  # a run folder or several bundles; empty: the newest run
     best: int | None = None  # average so many checkpoints with the best scores
     last: int | None = None  # average so many of the newest checkpoints
     out: Path | None = None  # the folder to write; None: average/ in the run folder

@@ -11,7 +11,7 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -58,7 +58,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 def _taken(hint: Any, value: Any, *, name: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if get_origin(hint) not in (tuple, list) or value is None:
+    if get_origin(hint) not in (tuple, list, Sequence) or value is None:
         return value
     if isinstance(value, str | bytes | Path):
         refuse_string(value, name)

@@ -33,7 +33,7 @@ SIGNIFICANCE_LEVEL = 0.05
 class ScoreOptions(Options):
     """How to score; the defaults are sacreBLEU's."""
 
-    metrics: tuple[str, ...] = ("bleu", "chrf", "ter")  # names in METRICS
+    metrics: Sequence[str] = ("bleu", "chrf", "ter")  # names in METRICS
     tokenize: str = DEFAULT_TOKENIZER  # sacreBLEU's tokenizer for BLEU; chrF and TER have one of their own
     lowercase: bool = False  # ignore case in BLEU and chrF; TER always does
     resamples: int = 0  # of the bootstrap, or trials of the test; 0: no intervals, tests with the default

@@ -47,7 +47,7 @@ DEFAULT_COVERAGE = 0.9995  # that of sentencepiece
 class TokenizerOptions(Options):
     """The options of `trmt tokenizer`."""
 
-    corpora: tuple[str, ...]  # as `parse_corpus` takes them; weights are ignored
+    corpora: Sequence[str]  # as `parse_corpus` takes them; weights are ignored
     languages: tuple[str, str] = ("", "")  # of source and target
     kind: Literal["bpe", "unigram"] = "bpe"  # the type of the sentencepiece model
     joint: bool = True  # whether both sides share one model
@@ -59,8 +59,8 @@ class TokenizerOptions(Options):
     split_digits: bool = True  # whether every digit is a piece of its own
     normalise_source: Normalisation = "nfc"  # the normalisation of source text
     normalise_target: Normalisation = "nfc"  # the normalisation of target text
-    tags: tuple[str, ...] = ()  # symbols that text cannot spell, such as <2de>
-    placeholders: tuple[str, ...] = ()  # symbols that are never split in text
+    tags: Sequence[str] = ()  # symbols that text cannot spell, such as <2de>
+    placeholders: Sequence[str] = ()  # symbols that are never split in text
     source_column: str | None = None  # the column of the source text, for corpora with columns
     target_column: str | None = None  # the column of the target text
     # Sentences to train on at most, both sides together; each takes about 1 kB for bpe, 4 kB for unigram.
@@ -168,8 +168,8 @@ def train_tokenizer(
         options.languages,
         normalise_source=options.normalise_source,
         normalise_target=options.normalise_target,
-        tags=options.tags,
-        placeholders=options.placeholders,
+        tags=tuple(options.tags),
+        placeholders=tuple(options.placeholders),
     )
     source = _TrainingText(sources, settings.normalise_source)
     target = _TrainingText(targets, settings.normalise_target)
