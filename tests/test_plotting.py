@@ -100,7 +100,7 @@ def test_runs_that_cannot_be_plotted_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read"):
         plot(PlotOptions(runs=(tmp_path,)))
     (tmp_path / "log.jsonl").write_text('{"event": "begin", "step": 0}\n')
-    with pytest.raises(DataError, match="has no curves; the run has fewer steps than training.log_every"):
+    with pytest.raises(DataError, match=r"has no curves; the run has fewer steps than training\.log_every"):
         plot(PlotOptions(runs=(tmp_path,)))
     with pytest.raises(ConfigError, match=r"has no known file format; end it in \.png, \.svg, \.pdf"):
         plot(PlotOptions(runs=(make_run(tmp_path / "run"),), out=tmp_path / "curves.gif"))
