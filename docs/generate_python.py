@@ -18,8 +18,9 @@ WIDTH = 100
 
 
 def names() -> list[str]:
-    """All public names but the version."""
-    return [name for name in trmt.__all__ if not name.startswith("__")]
+    """All public names but the version, and the options, which are among the types."""
+    found = [name for name in trmt.__all__ if not name.startswith("__")]
+    return [name for name in found if not dataclasses.is_dataclass(getattr(trmt, name))]
 
 
 def public_name(name: str) -> str:
@@ -112,7 +113,8 @@ def described_type(cls: type) -> str:
         for each in dataclasses.fields(cls)
         if not each.name.startswith("_")
     ]
-    title = f"### `{cls.__module__}.{cls.__name__}`"
+    module = "trmt" if cls.__name__ in trmt.__all__ else cls.__module__
+    title = f"### `{module}.{cls.__name__}`"
     return "\n\n".join([title, text_of(cls), table(("field", "type", "default", "meaning"), rows)])
 
 

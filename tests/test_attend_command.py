@@ -99,7 +99,7 @@ def test_impossible_options_are_refused(
         ((bundle, "--source", "x", "--layer", "3"), "--layer 3 is too high"),
         ((bundle, "--source", "x", "--head", "3"), "has 2; lower it"),
         ((bundle, "--source", "x", "--kind", "sideways"), "choose cross, encoder, decoder"),
-        ((bundle, "--source", "x", "--kind", "cross", "--kind", "decoder"), "let --out end in .html"),
+        ((bundle, "--source", "x", "--kind", "cross", "--kind", "decoder"), "let --output end in .html"),
         ((bundle, "--source", "x", "--out", "a.gif"), "end it in .html, .png, .svg, .pdf"),
         ((bundle, "--target", "x"), "give both"),
         ((bundle, "--source", " ", "--out", "a.html"), "no line whose attention can be drawn"),

@@ -124,7 +124,7 @@ def test_unequal_line_counts_name_both_files(tmp_path: Path, english: int, germa
 
 def test_errors_about_missing_files_name_them(tmp_path: Path) -> None:
     write(tmp_path / "t.en", b"x\n")
-    with pytest.raises(DataError, match=r"t\.de or .*t\.de\.gz, not found"):
+    with pytest.raises(DataError, match=r"t\.de, plain or compressed \(\.gz, .*\), which is not there"):
         corpus(tmp_path / "t")
     write(tmp_path / "t.en.gz", b"x\n")
     with pytest.raises(DataError, match=r"both .*t\.en and .*t\.en\.gz"):

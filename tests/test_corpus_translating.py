@@ -272,12 +272,13 @@ def test_the_command_translates_in_processes(bundle: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--input x", "--input is for files translated in parts; give both"),
-        ("--output x", "give both --input and --output"),
+        ("--part-size 1", "--part-size is for files translated in parts; give both"),
+        ("--input . ", "is a folder, whose files are translated in parts; add --output FOLDER"),
+        ("--output .", "is a folder; name a file with --output"),
         ("--ray auto", "give both --input and --output"),
         ("--input x --output y --part-size 0", "--part-size must be more than 0"),
         ("--input x --output y --ray 127.0.0.1:1 --threads 2", "leave out --threads"),
-        ("--input x --output y --threads 2", "leave out --threads"),
+        ("--input . --output y --threads 2", "leave out --threads"),
     ],
 )
 def test_options_that_exclude_each_other(

@@ -202,15 +202,33 @@ def test_without_colour_changes_are_highlighted_in_other_ways(monkeypatch: pytes
     assert {"1", "4", "9"} <= codes
 
 
-def test_a_terminal_that_gets_narrower_scrolls_the_wrapped_display_out_of_sight(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    terminal = at_a_terminal(monkeypatch)
-    with display.open_display(INFO, history(samples=[])):
-        before = len(terminal.getvalue())
-        console.stderr().size = (60, 40)
-    assert "\n" * 40 in terminal.getvalue()[before:]
-    assert "\n" * 40 not in terminal.getvalue()[:before]
+@pytest.mark.parametrize("width", [60, 70, 80, 100])
+@pytest.mark.parametrize("steps", [400, 1_000_000])
+def test_from_60_columns_on_nothing_is_cut(width: int, steps: int) -> None:
+    info = RunInfo(
+        name="models/multi30k-transformer-tiny-with-a-long-name",
+        network="transformer, 1.9M parameters, 2+2 layers of 128, cpu, fp32",
+        steps_per_epoch=50,
+        last_step=steps,
+        steps_done=0,
+        memory=2**37,
+    )
+    shown = display_of(history(samples=[[SAMPLE], [SAMPLE]]), info)
+    shown.advance(steps - 200)
+    shown.set_activity("validating")
+    text = lines(shown, width)
+    assert all(cell_len(line) < width for line in text)
+    assert not [line for line in text if "…" in line]
+    for part in (
+        info.name,
+        "validating",
+        info.network,
+        f"of {steps:,}",
+        "left",
+        "tokens/s",
+        "data wait 1.2%",
+    ):
+        assert part in " ".join(" ".join(text).split()), part
 
 
 @pytest.mark.parametrize("kind", ["quiet", "dumb", "file"])

@@ -1,4 +1,7 @@
-"""trmt: train your own translator. Importing it loads no torch; names are fetched when first used."""
+"""trmt: train your own translator. Importing it loads no torch; names are fetched when first used.
+
+Type checkers read __init__.pyi instead, which names the same.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,17 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 _PUBLIC = {
     "TrmtError": "trmt.errors",
     "Tokenizer": "trmt.text.tokenizer",
+    "TokenizerOptions": "trmt.text.tokenizer_training",
     "train_tokenizer": "trmt.text.tokenizer_training",
+    "PrepareOptions": "trmt.sets.preparing",
     "prepare": "trmt.sets.preparing",
-    "train": "trmt.training.run",
-    "average": "trmt.averaging",
+    "TrainOptions": "trmt.training.planning",
+    "train": "trmt.api",
+    "AverageOptions": "trmt.averaging",
+    "average": "trmt.api",
+    "TranslateOptions": "trmt.translating",
     "Translator": "trmt.translating",
+    "ScoreOptions": "trmt.scoring",
     "score": "trmt.scoring",
 }
 

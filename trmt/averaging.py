@@ -11,6 +11,7 @@ from trmt import console
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import AVERAGE, MODELS
+from trmt.config import Options
 from trmt.errors import BundleError, ConfigError
 from trmt.text.tokenizer import Tokenizer
 
@@ -22,10 +23,10 @@ BEST = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class AverageOptions:
+class AverageOptions(Options):
     """What `trmt average` takes."""
 
-    paths: tuple[Path, ...] = ()  # a run folder or several bundles; empty: the newest run
+    paths: Sequence[Path] = ()  # a run folder or several bundles; empty: the newest run
     best: int | None = None  # average so many checkpoints with the best scores
     last: int | None = None  # average so many of the newest checkpoints
     out: Path | None = None  # the folder to write; None: average/ in the run folder
@@ -45,9 +46,9 @@ def average(options: AverageOptions, record: RecordGolden | None = None) -> Path
         raise ConfigError("--best and --last take a number of at least 1")
     chosen, out = _inputs_and_output(options)
     if out.exists() and not bundles.is_bundle(out):
-        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --out")
+        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --output")
     if out.resolve() in [path.resolve() for path in chosen] or (out / checkpoints.TRAINING).exists():
-        raise BundleError(f"{out} is a checkpoint, which would be lost; choose another folder with --out")
+        raise BundleError(f"{out} is a checkpoint, which would be lost; choose another folder with --output")
     golden = [bundles.read_manifest(path).golden for path in chosen]
     average_bundles(chosen, out)
     if record:
@@ -68,7 +69,7 @@ def _inputs_and_output(options: AverageOptions) -> tuple[list[Path], Path]:
     if options.best is not None or options.last is not None:
         raise ConfigError("--best and --last select checkpoints of one run folder; name that folder")
     if options.out is None:
-        raise ConfigError("several checkpoints need --out, the folder in which to write their average")
+        raise ConfigError("several checkpoints need --output, the folder in which to write their average")
     return list(paths), options.out
 
 

@@ -11,9 +11,10 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from trmt.errors import ConfigError
 from trmt.registry import suggestion
@@ -25,6 +26,52 @@ Tree = dict[str, Any]
 RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
     "BatchConfig": {"passage": "passage_tokens"},
 }
+
+
+class Options:
+    """The options of a command: a dataclass that takes strings as paths and lists as tuples.
+
+    A single string where a list is wanted is an error: its letters would be taken one by one.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(cast(Hashable, type(self))).items():
+            value = getattr(self, name)
+            taken = _taken(hint, value, name=name)
+            if taken is not value:
+                object.__setattr__(self, name, taken)  # most are frozen
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The annotation of each field, without None."""
+    hints = get_type_hints(cls)
+    found = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = next((arg for arg in get_args(hint) if arg is not type(None)), hint)
+        found[field.name] = hint
+    return found
+
+
+def _taken(hint: Any, value: Any, *, name: str) -> Any:
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if get_origin(hint) not in (tuple, list, Sequence) or value is None:
+        return value
+    if isinstance(value, str | bytes | Path):
+        refuse_string(value, name)
+    inner = get_args(hint)[0]
+    items = [_taken(inner, each, name=name) for each in value]
+    return items if get_origin(hint) is list else tuple(items)
+
+
+def refuse_string(value: Any, name: str) -> None:
+    """Raise a ConfigError for a single string, or a path, where a list is wanted."""
+    if isinstance(value, str | bytes | Path):
+        shown = str(value) if isinstance(value, Path) else value
+        raise ConfigError(f"{name} is a list and not a single string; write [{shown!r}]")
 
 
 def read_toml(path: Path) -> Tree:

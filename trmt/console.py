@@ -1,13 +1,14 @@
 """Messages, progress and tables for the user, always on standard error: standard output is for data.
 
-Progress is a bar on a terminal, and a plain line every half minute elsewhere. Only this file and
-training/display.py import Rich.
+Progress is a bar on a terminal, and a plain line with the time every half minute elsewhere. Only this file,
+terminal.py and training/display.py import Rich.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -44,12 +45,12 @@ def _silent() -> bool:
 
 def stderr() -> Console:
     """A Rich console on standard error."""
-    from rich.console import Console
-
     if _live is not None:
         return _live
+    from trmt.terminal import plain_console
+
     # Not cached: tests and callers replace sys.stderr.
-    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    return plain_console(stderr=True)
 
 
 def is_terminal() -> bool:
@@ -63,6 +64,11 @@ def say(message: str) -> None:
     """Print one line of information: what was chosen, what was written."""
     if not _silent():
         stderr().print(message, style="default")
+
+
+def log(message: str) -> None:
+    """Print one line about the progress of a long job; where it is not a terminal, with the time."""
+    say(message if is_terminal() else f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
 
 def warn(message: str) -> None:
@@ -84,15 +90,24 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     from rich.text import Text
 
     body = [list(row) for row in rows]
+    terminal = stderr()
+    widths = [max(map(len, cells)) for cells in zip(columns, *body, strict=True)]
+    # Rich would wrap a title to the width of the table.
+    terminal.print(title)
+    natural = sum(widths) + 3 * len(widths) + 1
+    if terminal.is_terminal and natural > terminal.width:  # cells would be folded within words
+        for row in body:
+            terminal.print(
+                ", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True) if cell)
+            )
+        return
     grid = Table()
     for index, column in enumerate(columns):
         numeric = bool(body) and all(_is_number(row[index]) for row in body if row[index])
         grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in body:
         grid.add_row(*(Text(cell) for cell in row))
-    # Rich would wrap a title to the width of the table.
-    stderr().print(title)
-    stderr().print(grid, soft_wrap=False)
+    terminal.print(grid, soft_wrap=False, width=natural)
 
 
 def _is_number(cell: str) -> bool:
@@ -125,21 +140,15 @@ class _ProgressLines:
             return
         self.printed = now
         of = f" of {self.total:,.0f}" if self.total else ""
-        say(f"{self.title}: {self.done:,.0f}{of} {self.unit}{self._eta(now)}{'  ' + note if note else ''}")
+        log(f"{self.title}: {self.done:,.0f}{of} {self.unit}{self._eta(now)}{'  ' + note if note else ''}")
 
     def _eta(self, now: float) -> str:
-        if not self.total or self.done <= self.done_before:  # less after a rollback of a training run
+        if not self.total:
+            return f" in {duration(now - self.started)}"
+        if self.done <= self.done_before:  # after a rollback of a training run
             return ""
         left = (now - self.started) * (self.total - self.done) / (self.done - self.done_before)
         return f", {duration(left)} left"
-
-
-class _RichBar:
-    def __init__(self, bar: object, task: object) -> None:
-        self.bar, self.task = bar, task
-
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        self.bar.update(self.task, advance=amount, note=note)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -156,30 +165,10 @@ def progress(
     if not is_terminal():
         yield _ProgressLines(title, total, unit, done)
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from trmt.terminal import open_bar
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with (
-        live_console() as console,
-        Progress(*columns, console=console, transient=True, get_time=clock.now) as bars,
-    ):
-        yield _RichBar(bars, bars.add_task(title, total=total, completed=done, note=""))
+    with live_console() as console, open_bar(console, title, total, unit=unit, done=done) as bar:
+        yield bar
 
 
 @contextmanager

@@ -26,13 +26,14 @@ class QuantizeResult:
     unchanged: int  # number of these with the same translation as before
 
 
-def quantize(model: Path | None, out: Path, *, trust_code: bool = False) -> QuantizeResult:
+def quantize(model: Path | str | None, out: Path | str, *, trust_code: bool = False) -> QuantizeResult:
     """Write a bundle or the best bundle of a run, by default the newest, to `out` with matrices in int8."""
-    folder = checkpoints.find_bundle(model) if model else checkpoints.default_bundle()
+    out = Path(out)
+    folder = checkpoints.find_bundle(Path(model)) if model else checkpoints.default_bundle()
     if out.exists() and not bundles.is_bundle(out):
-        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --out")
+        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --output")
     if (out / TRAINING).exists() or out.resolve() == folder.resolve():
-        raise BundleError(f"{out} is a model, which would be lost; choose another folder with --out")
+        raise BundleError(f"{out} is a model, which would be lost; choose another folder with --output")
     bundle = bundles.load_bundle(folder, trust_code=trust_code)
     if bundle.manifest.precision == "int8":
         raise BundleError(f"{folder} is quantised already; use it as it is")

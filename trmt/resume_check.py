@@ -29,6 +29,7 @@ from torch import Tensor
 from trmt import console
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.checkpoints import CONFIG, STATE, TENSORS, TRAINING, Checkpoint, DamagedState
+from trmt.config import Options
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.sets.batches import RaggedBatch
 from trmt.sets.record import RECORD
@@ -62,7 +63,7 @@ GROUPS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckOptions:
+class CheckOptions(Options):
     """What `trmt check-resume` takes."""
 
     run: Path  # the run folder
@@ -73,6 +74,7 @@ class CheckOptions:
     trust_code: bool = False  # allow the run folder to name code outside trmt
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 2:
             raise ConfigError("--steps must be at least 2: one before the kill and one after it")
 

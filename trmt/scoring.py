@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from trmt import console
+from trmt.config import Options, refuse_string
 from trmt.errors import ConfigError, DataError
 from trmt.registry import suggestion
 from trmt.text.lines import read_lines
@@ -29,10 +30,10 @@ SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
+class ScoreOptions(Options):
     """How to score; the defaults are sacreBLEU's."""
 
-    metrics: tuple[str, ...] = ("bleu", "chrf", "ter")  # names in METRICS
+    metrics: Sequence[str] = ("bleu", "chrf", "ter")  # names in METRICS
     tokenize: str = DEFAULT_TOKENIZER  # sacreBLEU's tokenizer for BLEU; chrF and TER have one of their own
     lowercase: bool = False  # ignore case in BLEU and chrF; TER always does
     resamples: int = 0  # of the bootstrap, or trials of the test; 0: no intervals, tests with the default
@@ -40,6 +41,7 @@ class ScoreOptions:
     seed: int = 12345  # of the resamples
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.metrics:
             raise ConfigError("there is no metric to score with; name at least one")
         for name in self.metrics:
@@ -82,6 +84,7 @@ def score(
 ) -> dict[str, MetricScore]:
     """The scores of one system by metric; `references` holds one or more whole reference translations."""
     options = options or ScoreOptions()
+    _check_sentences(hypotheses, references)
     check_aligned({"the hypotheses": hypotheses}, _numbered(references))
     scores = {}
     with _seeded(options.seed):
@@ -200,6 +203,17 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 # Input
+
+
+def _check_sentences(hypotheses: Sentences, references: Sequence[Sentences]) -> None:
+    """Refuse what only looks like lists of sentences: a string is a list of letters."""
+    refuse_string(hypotheses, "hypotheses")
+    refuse_string(references, "references")
+    if any(isinstance(each, str) for each in references):
+        raise ConfigError(
+            "references is a list of whole reference translations, each a list of sentences; with one "
+            "reference write [references]"
+        )
 
 
 def read_sentences(path: str | Path) -> list[str]:

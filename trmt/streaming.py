@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Protocol
 from trmt import console
 from trmt.decoding.request import Batching
 from trmt.errors import DataError
+from trmt.storage.compression import DamagedText
 from trmt.translating import BREAKS, Candidate, Translation
 
 BOM = b"\xef\xbb\xbf"
@@ -204,6 +205,8 @@ class LineReader:
             raise DataError(
                 f"cannot read the input: {reason}; the lines before this are translated"
             ) from self.error
+        if not window and isinstance(self.error, DamagedText):
+            raise DataError(f"{self.error}; the lines before this are translated") from self.error
         if not window and self.error:
             raise self.error
         return window
@@ -219,7 +222,8 @@ class LineReader:
                     unfinished = [more[-1]]
         except BaseException as error:  # raised again in the thread that takes the lines
             self.error = error
-        if last := b"".join(unfinished):
+        # After an error it is a line of which the rest is missing.
+        if not self.error and (last := b"".join(unfinished)):
             self._add([last])
         with self.changed:
             self.ended = True

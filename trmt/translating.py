@@ -18,6 +18,7 @@ import torch
 from trmt import console
 from trmt.bundles import bundles, checkpoints, quantised
 from trmt.bundles.bundles import Bundle
+from trmt.config import refuse_string
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.engine import Engine, Runs
 from trmt.decoding.request import Batching, Request
@@ -148,23 +149,23 @@ class Translator:
     @classmethod
     def load(
         cls,
-        folder: Path | None = None,
+        folder: Path | str | None = None,
         *,
         options: TranslateOptions = TranslateOptions(),
         trust_code: bool = False,
     ) -> Translator:
         """The translator in a bundle or run folder; without a name, the default one."""
-        folder = find_model(folder)
+        path = find_model(folder)
         device = choose_device(options.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where graphs are recorded and kernels launched
-        bundle = bundles.load_bundle(folder, device=device, trust_code=trust_code)
+        bundle = bundles.load_bundle(path, device=device, trust_code=trust_code)
         options = replace(options, precision=_precision(options.precision, bundle, device))
         if options.precision in HALVES:
             bundle.net.to(HALVES[options.precision])
         longest = bundle.manifest.longest.get("source")
         if not longest:
-            raise BundleError(f"the manifest of {folder} does not say longest.source; copy the bundle again")
+            raise BundleError(f"the manifest of {path} does not say longest.source; copy the bundle again")
         checksum = str(bundle.manifest.weights.get("sha256", ""))
         return cls(bundle.net, bundle.tokenizer, longest=longest, options=options, checksum=checksum)
 
@@ -181,6 +182,8 @@ class Translator:
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0
     ) -> Iterator[tuple[int, Translation]]:
         """(number of the line, its translation) as they become ready."""
+        refuse_string(texts, "texts")
+        refuse_string(prefixes, "prefixes")
         lines: list[_Line] = []
         requests: list[Request] = []
         sources = self.tokenizer.source.encode(texts)
@@ -276,10 +279,10 @@ class Translator:
         return BREAKS.sub(" ", self.tokenizer.target.decode(ids)).strip()
 
 
-def find_model(folder: Path | None) -> Path:
+def find_model(folder: Path | str | None) -> Path:
     """The bundle that a bundle or run folder stands for; without a name the default one, which is printed."""
     if folder:
-        return checkpoints.find_bundle(folder)
+        return checkpoints.find_bundle(Path(folder))
     folder = checkpoints.default_bundle()
     console.say(f"model: {folder}")
     return folder

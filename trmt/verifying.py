@@ -17,6 +17,7 @@ import torch
 import trmt
 from trmt import console
 from trmt.bundles import bundles, checkpoints
+from trmt.config import Options
 from trmt.devices.choice import choose_device
 from trmt.errors import BundleError, TrmtError
 from trmt.translating import TranslateOptions, Translator
@@ -25,7 +26,7 @@ GoldenSentences = Sequence[Mapping[str, Any]]  # source, translation and beam, m
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
+class VerifyOptions(Options):
     """What `trmt verify` takes."""
 
     model: Path | None = None  # bundle or run folder; None: the newest one

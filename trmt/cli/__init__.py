@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from trmt import __version__, console
+from trmt.cli.framework import CLOSED_PIPE, CONTEXT, Command, CommandGroup, discard_closed_pipes
 from trmt.errors import TrmtError
 from trmt.registry import is_installed
 
@@ -40,30 +40,15 @@ COMMANDS: Mapping[str, tuple[str, str | None]] = {
 }
 
 
-class _CommandGroup(TyperGroup):
-    """Handles two exits for which Typer prints nothing or a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            console.fail("interrupted")
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            # The reader of standard output has gone. Python must not complain when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(141) from None
-
-
 app = typer.Typer(
-    cls=_CommandGroup,
+    cls=CommandGroup,
     name="trmt",
     help="Train your own translator: tokenizer, prepare, train, average, translate, score, plot.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # brackets in help texts are brackets
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=dict(CONTEXT),
 )
 
 
@@ -91,9 +76,9 @@ def _add_commands() -> None:
         module, _, attribute = path.partition(":")
         command = getattr(import_module(f"trmt.cli.{module}"), attribute)
         if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name)
+            app.add_typer(command, name=name, cls=CommandGroup)
         else:
-            app.command(name)(command)
+            app.command(name, cls=Command)(command)
 
 
 _add_commands()
@@ -104,17 +89,31 @@ def main() -> None:
     # Must be set before torch is loaded. OpenMP threads that wait spin only briefly, because a spinning
     # thread takes a busy core from the one that it waits for.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    code = _run()
+    if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(code, int | None):
+        # In a distributed run, threads of torch that are still running sometimes abort the interpreter at
+        # exit, and torchrun would report a successful run as failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
+
+
+def _run() -> str | int | None:
+    """Run the command line; returns the exit code."""
     try:
         try:
             app()
         except TrmtError as error:
             console.fail(str(error))
-            sys.exit(error.exit_code)
-    except SystemExit as end:
-        if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(end.code, int | None):
-            # In a distributed run, threads of torch that are still running sometimes abort the interpreter at
-            # exit, and torchrun would report a successful run as failed.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code or 0)
-        raise
+            return error.exit_code
+        except SystemExit as end:
+            # Readers that have gone are noticed here, and not when Python exits.
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None and not stream.closed:
+                    stream.flush()
+            return end.code
+    except BrokenPipeError:
+        discard_closed_pipes()
+        return CLOSED_PIPE
+    return 0

@@ -10,11 +10,14 @@ import typer
 from trmt.cli.common import (
     Device,
     Model,
+    Threads,
     TrustCode,
     exit_after_write_error,
     format_table,
     input_stream,
     output_stream,
+    print_report,
+    set_threads,
     warn_about_encoding,
     warn_about_lines,
 )
@@ -85,6 +88,7 @@ def command(
         typer.Option("--evaluate", help="With --gold: compare the links in this file and align nothing."),
     ] = None,
     device: Device = "auto",
+    threads: Threads = 0,
     trust_code: TrustCode = False,
     counts: Annotated[Path | None, typer.Option("--counts", hidden=True)] = None,
     choose: Annotated[bool, typer.Option("--choose", hidden=True)] = False,
@@ -100,8 +104,9 @@ def command(
         name = "--rank-heads" if rank_heads else "--evaluate"
         raise ConfigError(f"{name} needs gold links to compare with; add --gold FILE")
     if evaluate and gold:
-        typer.echo(_format_agreement(evaluate_file(evaluate, gold)))
+        print_report(_format_agreement(evaluate_file(evaluate, gold)))
         return
+    set_threads(threads)
     options = AlignOptions(
         model=model,
         reverse=reverse,
@@ -124,7 +129,7 @@ def _align(options: AlignOptions, corpus: str | None, gold: Path | None, *, rank
         if not isinstance(aligner, AttentionAligner):
             raise ConfigError("--rank-heads is for one model; leave --reverse and --ibm-model1 out")
         batch = pipeline.read_pairs(aligner, corpus or source)
-        typer.echo(_format_heads(pipeline.rank_heads(aligner, batch, gold)))
+        print_report(_format_heads(pipeline.rank_heads(aligner, batch, gold)))
         return
     try:
         if corpus:

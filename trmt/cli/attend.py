@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from trmt.cli.common import Device, Model, TrustCode, input_stream, output_style
+from trmt.cli.common import Device, Model, Threads, TrustCode, input_stream, output_style, set_threads
 
 if TYPE_CHECKING:
     from trmt.insight.heatmaps.extractor import AttendLine, AttentionExtractor
@@ -25,7 +25,9 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
+            "--output",
+            "-o",
+            metavar="FILE",
             help="Page (.html) or figure (.png, .svg, .pdf) to write. [default: text on the terminal]",
         ),
     ] = None,
@@ -33,6 +35,7 @@ def command(
         list[str] | None,
         typer.Option(
             "--kind",
+            metavar="KIND",
             help="cross (attention), encoder or decoder (self-attention); repeatable for a page. "
             "[default: cross, for a page all]",
         ),
@@ -46,6 +49,7 @@ def command(
     ] = False,
     beam: Annotated[int, typer.Option("--beam", help="Beam size; 1 is greedy search.")] = 4,
     device: Device = "auto",
+    threads: Threads = 0,
     trust_code: TrustCode = False,
 ) -> None:
     """Show the attention of a network. Input lines are a source, or a source, a tab and a target."""
@@ -54,6 +58,7 @@ def command(
 
     if source is None and target is not None:
         raise ConfigError("--target is the translation of a --source; give both, or lines with a tab between")
+    set_threads(threads)
     options = AttendOptions(
         model=model,
         kinds=cast(Any, tuple(kinds or ())),  # AttendOptions checks them

@@ -7,18 +7,25 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli import completion
+
 
 def command(
     checkpoints: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="A run folder, or the checkpoints themselves. [default: the newest run in models/]"
+            metavar="RUN",
+            help="A run folder, or the checkpoints themselves. [default: the newest run in models/]",
+            autocompletion=completion.models,
         ),
     ] = None,
     best: Annotated[int | None, typer.Option("--best", help="The best N checkpoints of the run.")] = None,
     last: Annotated[int | None, typer.Option("--last", help="The last N checkpoints of the run.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where to write the bundle. [default: average/ in the run]")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Bundle to write. [default: average/ in the run]"
+        ),
     ] = None,
 ) -> None:
     """Average checkpoints into a bundle. Without --best or --last: the best five."""

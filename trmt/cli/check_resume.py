@@ -7,23 +7,37 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli import completion
+from trmt.cli.common import Threads
+
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run folder; it is copied and not touched.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Run folder; it is copied and not touched.",
+            autocompletion=completion.models,
+        ),
+    ],
     steps: Annotated[int, typer.Option("--steps", help="Steps to train on, with a kill in the middle.")] = 20,
     data: Annotated[
         Path | None, typer.Option("--data", help="Prepared set. [default: that of the run]")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a setting of the copy: --set training.deterministic=true."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a setting of the copy: --set training.deterministic=true.",
+        ),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes all.")] = 0,
+    threads: Threads = 0,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="Let the run folder name code outside trmt.")
     ] = False,
 ) -> None:
-    """Show on a copy that a run that is killed and resumed ends with the same bytes as one that is not."""
+    """Check on a copy that a run resumes exactly. Killed and resumed, it must end with the same bytes."""
     from trmt import console
     from trmt.errors import TrmtError
     from trmt.resume_check import CheckOptions, check_resume

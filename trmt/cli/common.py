@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO, NoReturn
+from typing import Annotated, BinaryIO, NoReturn, cast
 
 import typer
 
+from trmt.cli import completion
+from trmt.cli.framework import CLOSED_PIPE, discard
+from trmt.errors import ConfigError
+
 Model = Annotated[
     Path | None,
-    typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
+    typer.Argument(
+        metavar="MODEL",
+        help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]",
+        autocompletion=completion.models,
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, mps or auto.",
+        autocompletion=completion.devices,
+    ),
+]
+Threads = Annotated[
+    int, typer.Option("--threads", min=0, metavar="N", help="CPU threads. [default: all]", show_default=False)
+]
+OutputFolder = Annotated[Path | None, typer.Argument(hidden=True)]  # the former place of --output
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Allow the model to load code from outside trmt.")
 ]
@@ -22,15 +41,52 @@ MAX_SHOWN = 5  # line numbers that a warning names
 
 
 def input_stream() -> BinaryIO:
-    """Standard input as a stream of bytes."""
+    """Standard input as a stream of bytes, decompressed if it is compressed."""
     import sys
 
     from trmt.errors import DataError
+    from trmt.storage.compression import Decompressed
 
     if sys.stdin is None:
         raise DataError("standard input is closed; connect it to a file, a pipe or a terminal")
     # Unbuffered, so that a thread which still waits for input cannot keep Python from exiting.
-    return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+    stream: BinaryIO = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+    return stream if stream.isatty() else cast(BinaryIO, Decompressed(stream, "standard input"))
+
+
+def chosen_output(argument: Path | None, option: Path | None) -> Path | None:
+    """What to write: --output, or the argument that it was before."""
+    if argument and option:
+        raise ConfigError(f"{argument} and --output {option} are two places to write to; leave one out")
+    return option or argument
+
+
+def required_output(argument: Path | None, option: Path | None) -> Path:
+    """What to write; nothing is a wrong usage."""
+    out = chosen_output(argument, option)
+    if out is None:
+        raise typer.BadParameter("name what to write", param_hint="--output")
+    return out
+
+
+def set_threads(count: int) -> None:
+    """Set the number of CPU threads; 0 leaves it as it is, one for each core."""
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+
+
+def print_report(text: str) -> None:
+    """Print the data that a command was called for."""
+    import sys
+
+    output_stream()
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        exit_after_write_error(error, "report")
 
 
 def output_stream() -> BinaryIO:
@@ -46,18 +102,15 @@ def output_stream() -> BinaryIO:
 
 def exit_after_write_error(error: OSError, what: str) -> NoReturn:
     """End the command after a failed write; without a message if the reader has closed the pipe."""
-    import os
     import sys
 
     from trmt.errors import DataError
+    from trmt.storage.files import write_advice
 
-    # Python would try to flush the buffer again when it exits.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard(sys.stdout)  # Python would try to flush it again when it exits
     if isinstance(error, BrokenPipeError):
-        raise typer.Exit(141) from error
-    raise DataError(
-        f"cannot write the {what}: {error.strerror}; free some space or write to another disk"
-    ) from error
+        raise typer.Exit(CLOSED_PIPE) from error
+    raise DataError(f"cannot write the {what}: {error.strerror}; {write_advice(error)}") from error
 
 
 def warn_about_lines(numbers: Sequence[int], one: str, several: str) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trmt.cli.common import Device, format_table
+from trmt.cli import completion
+from trmt.cli.common import Device, Threads, format_table, print_report, set_threads
 from trmt.cli.plot import CurvesAxis, CurvesOut, XAxis, draw_curves
 from trmt.cli.score import format_systems
 
@@ -19,7 +20,12 @@ MAX_CELL = 40  # characters
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, the baseline first.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="Run folders, the baseline first.", autocompletion=completion.models
+        ),
+    ],
     test: Annotated[
         str | None,
         typer.Option(
@@ -28,7 +34,13 @@ def command(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", "-m", help="bleu, chrf, chrf++ or ter; repeatable.  [default: bleu chrf]"),
+        typer.Option(
+            "--metric",
+            "-m",
+            metavar="NAME",
+            help="bleu, chrf, chrf++ or ter; repeatable. [default: bleu chrf]",
+            autocompletion=completion.metrics,
+        ),
     ] = None,
     beam: Annotated[int, typer.Option("--beam", min=1, help="Beam size; 1 is greedy search.")] = 4,
     resamples: Annotated[int, typer.Option(min=2, help="Resamples of the paired bootstrap.")] = 1000,
@@ -38,11 +50,13 @@ def command(
     out: CurvesOut = None,
     x_axis: CurvesAxis = XAxis.steps,
     device: Device = "auto",
+    threads: Threads = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything but the curves as JSON.")] = False,
 ) -> None:
     """Compare runs. Curves, data, settings that differ, speed, scores, and whether they differ by chance."""
     from trmt.insight.comparing import CompareOptions, as_tree, compare
 
+    set_threads(threads)
     options = CompareOptions(
         runs=tuple(runs),
         test=test,
@@ -56,7 +70,7 @@ def command(
     if out or not as_json:
         draw_curves(options.runs, out, x_axis)
     if as_json:
-        typer.echo(json.dumps(as_tree(found, options), indent=2, ensure_ascii=False))
+        print_report(json.dumps(as_tree(found, options), indent=2, ensure_ascii=False))
     else:
         _print(found, options.test, beam)
 
@@ -64,10 +78,10 @@ def command(
 def _print(found: Comparison, test: str | None, beam: int) -> None:
     from trmt import console
 
-    typer.echo(_format_runs(found))
+    print_report(_format_runs(found))
     for title, scores in (("dev set", found.dev), (f"test set {test}", found.test)):
         if scores:
-            typer.echo(f"\n{title}, beam {beam}\n{format_systems('run', scores)}")
+            print_report(f"\n{title}, beam {beam}\n{format_systems('run', scores)}")
     if found.dev or found.test:
         base = next(iter(found.runs))
         console.say(

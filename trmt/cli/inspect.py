@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trmt.cli.common import Model
+from trmt.cli.common import Model, print_report
 
 NamedLines = list[tuple[str, str]]
 
@@ -22,11 +22,11 @@ def command(
 
     facts = inspect(model)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_report(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     lines = _bundle_lines(facts) if "architecture" in facts else [("run", facts["folder"])]
-    for name, value in [*lines, *_run_lines(facts.get("run"))]:
-        typer.echo(f"{name:<13}{value}")
+    lines += _run_lines(facts.get("run"))
+    print_report("\n".join(f"{name:<13}{value}" for name, value in lines))
 
 
 def _bundle_lines(facts: dict[str, Any]) -> NamedLines:

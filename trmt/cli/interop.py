@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from trmt.cli.common import Model
+from trmt.cli.common import Model, OutputFolder, required_output
+from trmt.cli.framework import Command
 
 bert = typer.Typer(
     help="Convert encoders from and to BertForPreTraining.",
@@ -21,7 +22,12 @@ def export_command(
     model: Model = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder to write. [default: beside the model, named after the format]"),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder to write. [default: beside the model, named after the format]",
+        ),
     ] = None,
     check: Annotated[
         bool,
@@ -40,7 +46,12 @@ def import_command(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Bundle to write. [default: in models/, with the name of FOLDER]"),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Bundle to write. [default: in models/, with the name of FOLDER]",
+        ),
     ] = None,
     source: Annotated[
         str, typer.Option("--from", help="Source language. [default: from the model's files]")
@@ -58,29 +69,37 @@ def import_command(
     import_model(ImportOptions(folder=folder, out=out, languages=(source, target), check=check))
 
 
-@bert.command("import")
+@bert.command("import", cls=Command)
 def bert_import(
     folder: Annotated[Path, typer.Argument(help="Folder with config.json, vocab.txt and model.safetensors.")],
-    out: Annotated[Path, typer.Argument(help="Bundle to write.")],
+    to: OutputFolder = None,
     tokenizer: Annotated[
         Path,
         typer.Option(help="Tokenizer of the new encoder; pieces that BERT also has keep their embeddings."),
     ] = Path("data/tokenizer"),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Bundle to write. [required]"),
+    ] = None,
 ) -> None:
-    """Import a BERT as a bundle. For trmt train --init-from OUT:encoder."""
+    """Import a BERT as a bundle. For trmt train --init-from BUNDLE:encoder."""
     from trmt.interop.bert_folder import import_bert
     from trmt.text.tokenizer import Tokenizer
 
-    import_bert(folder, out, Tokenizer.load(tokenizer))
+    import_bert(folder, required_output(to, output), Tokenizer.load(tokenizer))
 
 
-@bert.command("export")
+@bert.command("export", cls=Command)
 def bert_export(
     model: Annotated[Path, typer.Argument(help="Bundle or run folder of trmt pretrain.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: OutputFolder = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write. [required]"),
+    ] = None,
 ) -> None:
     """Export a pretrained encoder. The folder is for BertForPreTraining.from_pretrained."""
     from trmt.bundles.checkpoints import find_bundle
     from trmt.interop.bert_folder import export_bert
 
-    export_bert(find_bundle(model), out)
+    export_bert(find_bundle(model), required_output(to, output))

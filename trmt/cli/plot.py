@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trmt.cli.common import output_style
+from trmt.cli import completion
+from trmt.cli.common import format_table, output_style, print_report
 
 if TYPE_CHECKING:
     from trmt.training.history import History
@@ -24,7 +25,12 @@ class XAxis(StrEnum):
 
 CurvesOut = Annotated[
     Path | None,
-    typer.Option("--out", help="Figure of the curves to write: .png, .svg or .pdf. [default: text]"),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Figure of the curves to write: .png, .svg or .pdf. [default: text]",
+    ),
 ]
 CurvesAxis = Annotated[XAxis, typer.Option("--x", help="The x axis of the curves.")]
 
@@ -32,16 +38,20 @@ CurvesAxis = Annotated[XAxis, typer.Option("--x", help="The x axis of the curves
 def command(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders or their log.jsonl files. [default: the newest run in models/]"),
+        typer.Argument(
+            metavar="RUN",
+            help="Run folders or their log.jsonl files. [default: the newest run in models/]",
+            autocompletion=completion.models,
+        ),
     ] = None,
     out: CurvesOut = None,
     x_axis: CurvesAxis = XAxis.steps,
 ) -> None:
-    """Plot the training curves of runs. For example, trmt plot models/a models/b --out curves.svg."""
-    from trmt import console
+    """Plot the training curves of runs. As text, or as a figure."""
     from trmt.insight.plotting import summary
 
-    console.table("on the dev set", *summary(draw_curves(tuple(runs or ()), out, x_axis)))
+    columns, rows = summary(draw_curves(tuple(runs or ()), out, x_axis))
+    print_report(f"on the dev set\n{format_table([columns, *rows])}")
 
 
 def draw_curves(runs: tuple[Path, ...], out: Path | None, x_axis: XAxis) -> dict[str, History]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli.common import OutputFolder, chosen_output
 from trmt.errors import ConfigError
 from trmt.registry import require
 
@@ -17,10 +18,7 @@ CORPUS = (
 
 
 def command(
-    out: Annotated[
-        Path | None,
-        typer.Argument(help="Folder to write.", show_default="data/SOURCE-TARGET"),
-    ] = None,
+    folder: OutputFolder = None,
     train: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,9 +81,16 @@ def command(
             help="Encode on a Ray cluster: host:port, auto, or local for a new one here.",
         ),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Folder to write. [default: data/SOURCE-TARGET]"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Prepare the set even if it is up to date.")] = False,
 ) -> None:
     """Encode text as a prepared set. Sentence pairs are filtered; --documents is for pretraining."""
+    out = chosen_output(folder, output)
     if documents or language:
         for_pairs = {"--train": train, "--from": source, "--to": target, "--workers": workers}
         for name, value in {**for_pairs, "--alignments": alignments, "--ray": ray}.items():

@@ -11,7 +11,7 @@ from trmt.cli.common import Model, TrustCode
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", help="Bundle to write.")],
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Bundle to write.")],
     model: Model = None,
     trust_code: TrustCode = False,
 ) -> None:

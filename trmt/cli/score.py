@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trmt import console
-from trmt.cli.common import format_table
+from trmt.cli import completion
+from trmt.cli.common import format_table, print_report
 from trmt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,22 +30,30 @@ class PairedTest(StrEnum):
 def command(
     systems: Annotated[
         list[str] | None,
-        typer.Argument(help="Translations to score, a file for each system, the baseline first; - is stdin."),
+        typer.Argument(
+            metavar="FILE",
+            help="Translations to score, a file for each system, the baseline first; - is stdin.",
+        ),
     ] = None,
     ref: Annotated[
-        list[str] | None, typer.Option("--ref", "-r", help="File of reference translations; repeatable.")
+        list[str] | None,
+        typer.Option("--ref", "-r", metavar="FILE", help="File of reference translations; repeatable."),
     ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", "-m", help="bleu, chrf, chrf++ or ter; repeatable.  [default: bleu chrf ter]"
+            "--metric",
+            "-m",
+            metavar="NAME",
+            help="bleu, chrf, chrf++ or ter; repeatable. [default: bleu chrf ter]",
+            autocompletion=completion.metrics,
         ),
     ] = None,
     to: Annotated[
         str | None, typer.Option("--to", help="Target language; selects the BLEU tokenizer of zh, ja and ko.")
     ] = None,
     tokenize: Annotated[
-        str | None, typer.Option(help="sacreBLEU's tokenizer for BLEU.  [default: by --to, else 13a]")
+        str | None, typer.Option(help="sacreBLEU's tokenizer for BLEU. [default: by --to, else 13a]")
     ] = None,
     lowercase: Annotated[bool, typer.Option(help="Ignore case in BLEU and chrF; TER always does.")] = False,
     paired: Annotated[
@@ -57,13 +66,13 @@ def command(
         int | None,
         typer.Option(
             min=0,
-            help="Bootstrap resamples, or trials of ar.  [default: 1000 (ar: 10000); one system: none]",
+            help="Bootstrap resamples, or trials of ar. [default: 1000 (ar: 10000); one system: none]",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=1, help="Seed of the resamples.")] = 12345,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with all digits.")] = False,
 ) -> None:
-    """Score translations with sacreBLEU. For example, trmt score output.de --ref test.de."""
+    """Score translations with sacreBLEU. Several systems are compared with a paired significance test."""
     from trmt.scoring import ScoreOptions, bleu_tokenizer, compare, score
 
     names = systems or [STDIN]
@@ -82,7 +91,7 @@ def command(
         scores = {name: score(text, reference_texts, options=options) for name, text in texts.items()}
     else:
         scores = compare(texts, reference_texts, options=options)
-    typer.echo(_as_json(scores, references) if as_json else _as_text(scores))
+    print_report(_as_json(scores, references) if as_json else _as_text(scores))
     _explain(scores, options)
 
 

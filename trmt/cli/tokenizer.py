@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trmt import console
+from trmt.cli.common import OutputFolder, chosen_output
 
 if TYPE_CHECKING:
     from trmt.text.tokenizer_training import TokenizerReport
@@ -20,7 +21,7 @@ RULE = "nfc, nfkc, nmt_nfkc, nmt_nfkc_cf or none; stored with the tokenizer."
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("data/tokenizer"),
+    folder: OutputFolder = None,
     train: Annotated[
         list[str] | None,
         typer.Option("--train", metavar="CORPUS", help=CORPUS),
@@ -57,19 +58,29 @@ def command(
     ] = "nfc",
     tag: Annotated[
         list[str] | None,
-        typer.Option(help="A symbol that never results from text, such as <2de>; repeatable."),
+        typer.Option(
+            metavar="SYMBOL", help="A symbol that never results from text, such as <2de>; repeatable."
+        ),
     ] = None,
     placeholder: Annotated[
-        list[str] | None, typer.Option(help="A symbol that is a single piece in text; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="SYMBOL", help="A symbol that is a single piece in text; repeatable."),
     ] = None,
     source_column: Annotated[str | None, typer.Option(help="Column of the source text.")] = None,
     target_column: Annotated[str | None, typer.Option(help="Column of the target text.")] = None,
     sample: Annotated[int, typer.Option(help="Maximum number of training sentences, sampled.")] = 2_000_000,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Folder to write.", show_default="data/tokenizer"
+        ),
+    ] = None,
 ) -> None:
     """Train a subword tokenizer with sentencepiece. Statistics of its tokens are printed."""
     from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
+    out = chosen_output(folder, output) or Path("data/tokenizer")
     options = TokenizerOptions(
         corpora=tuple(train or ()),
         languages=(source, target),

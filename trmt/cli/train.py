@@ -7,17 +7,30 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli import completion
+from trmt.cli.common import Threads, set_threads
+
 RunFolder = Annotated[
     Path | None,
-    typer.Argument(help="Run folder; an existing run is resumed. [default: models/<data>-<recipe>]"),
+    typer.Argument(
+        metavar="RUN",
+        help="Run folder; an existing run is resumed. [default: models/<data>-<recipe>]",
+        autocompletion=completion.models,
+    ),
 ]
 RecipeSettings = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a setting: --set optim.lr=5e-4. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set optim.lr=5e-4. Repeatable."),
 ]
 TrainDevice = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. [default: the fastest available]")
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, mps or auto. [default: that of the recipe, which is auto in most]",
+        autocompletion=completion.devices,
+    ),
 ]
-TrainThreads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only estimate the memory, time and disk space of the run.")
 ]
@@ -29,19 +42,35 @@ TrustRunCode = Annotated[
 def command(
     run: RunFolder = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Prepared set. [default: the newest in data/]")
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Prepared set. [default: the newest in data/]",
+            autocompletion=completion.folders,
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="Recipe by name or path. [default: chosen by the size of the data]"),
+        typer.Option(
+            "--recipe",
+            metavar="NAME",
+            help="Recipe by name or path. [default: chosen by the size of the data]",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     settings: RecipeSettings = None,
     init_from: Annotated[
         Path | None,
-        typer.Option("--init-from", help="Start from the weights of this bundle (fine-tuning)."),
+        typer.Option(
+            "--init-from",
+            metavar="MODEL",
+            help="Start from the weights of this bundle (fine-tuning).",
+            autocompletion=completion.models,
+        ),
     ] = None,
     device: TrainDevice = None,
-    threads: TrainThreads = 0,
+    threads: Threads = 0,
     dry_run: DryRun = False,
     trust_code: TrustRunCode = False,
 ) -> None:
@@ -66,18 +95,35 @@ def command(
 def pretrain(
     run: RunFolder = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Prepared set of documents. [default: the newest in data/]")
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Prepared set of documents. [default: the newest in data/]",
+            autocompletion=completion.folders,
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="Recipe by name or path: bert-tiny, bert-base, bart-tiny, bart-base."),
+        typer.Option(
+            "--recipe",
+            metavar="NAME",
+            help="Recipe by name or path: bert-tiny, bert-base, bart-tiny, bart-base.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     settings: RecipeSettings = None,
     init_from: Annotated[
-        Path | None, typer.Option("--init-from", help="Start from the weights of this bundle.")
+        Path | None,
+        typer.Option(
+            "--init-from",
+            metavar="MODEL",
+            help="Start from the weights of this bundle.",
+            autocompletion=completion.models,
+        ),
     ] = None,
     device: TrainDevice = None,
-    threads: TrainThreads = 0,
+    threads: Threads = 0,
     dry_run: DryRun = False,
     trust_code: TrustRunCode = False,
 ) -> None:
@@ -101,12 +147,9 @@ def pretrain(
 
 def make_ready(threads: int) -> None:
     """Set the number of threads and the memory allocator, before training."""
-    import torch
-
     from trmt.registry import NATIVE, optional
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     if keep_freed_memory := optional(NATIVE["keep_freed_memory"]):
         keep_freed_memory()
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
+from trmt.cli import completion, paths
 from trmt.cli.common import (
     Model,
     Threads,
     TrustCode,
-    exit_after_write_error,
-    input_stream,
-    output_stream,
+    set_threads,
     warn_about_encoding,
     warn_about_lines,
 )
@@ -75,7 +74,10 @@ def command(
     device: Annotated[
         str,
         typer.Option(
-            "--device", help="cpu, cuda, cuda:1, mps or auto; a list such as cuda:0,cuda:1; or all GPUs: all."
+            "--device",
+            metavar="DEVICE",
+            help="cpu, cuda, cuda:1, mps or auto; a list such as cuda:0,cuda:1; or all GPUs: all.",
+            autocompletion=completion.devices,
         ),
     ] = "auto",
     precision: Annotated[
@@ -85,7 +87,7 @@ def command(
             help="fp32, bf16 or fp16 (GPU), int8 (CPU), or auto: that of the bundle, on a GPU bf16.",
         ),
     ] = "auto",
-    threads: Threads = None,
+    threads: Threads = 0,
     workers: Annotated[
         str | None,
         typer.Option(
@@ -96,14 +98,22 @@ def command(
     ] = None,
     input_path: Annotated[
         str | None,
-        typer.Option("--input", metavar="PATH", help="Translate a file, or all files in a folder, in parts."),
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="PATH",
+            help="File to translate, or a folder whose files are translated in parts. "
+            "[default: standard input]",
+        ),
     ] = None,
-    out_folder: Annotated[
+    output_path: Annotated[
         str | None,
         typer.Option(
             "--output",
-            metavar="FOLDER",
-            help="Folder of the translated parts; the same command continues with missing parts.",
+            "-o",
+            metavar="PATH",
+            help="File to write, which appears when it is complete; for parts a folder, and the same command "
+            "continues with missing parts. [default: standard output]",
         ),
     ] = None,
     ray: Annotated[
@@ -120,13 +130,18 @@ def command(
     ] = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Translate standard input or files. Each input line gives one output line."""
+    """Translate standard input or files. Each input line gives one output line.
+
+    Input may be compressed with gzip, bzip2, xz or zstandard. An input file is translated in parts if
+    --output is an existing folder or ends in a slash, and with --part-size or --ray.
+    """
     search = _search_options(
         {"beam": beam, "length_penalty": length_penalty},
         {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
         sample=sample,
     )
-    in_parts = _check_file_options(input_path, out_folder, ray, part_size)
+    in_parts = paths.in_parts(input_path, output_path, ray=ray, part_size=part_size)
+    paths.check_model(model)
 
     from trmt.translating import TranslateOptions
 
@@ -144,12 +159,15 @@ def command(
     if in_parts:
         from trmt.cli import corpus
 
-        files = corpus.TextFiles(*in_parts, as_json=as_json, prefixed=prefixed, trust_code=trust_code)
+        files = corpus.TextFiles(
+            *in_parts, part_size, as_json=as_json, prefixed=prefixed, trust_code=trust_code
+        )
         corpus.translate(model, options, files, ray=ray, workers=workers)
     else:
-        source, out = input_stream(), output_stream()
-        translator, window = _make_translator(model, options, workers, threads, trust_code)
-        _translate_stream(translator, source, out, window, as_json=as_json, prefixed=prefixed)
+        with paths.open_input(input_path) as source:
+            translator, window = _make_translator(model, options, workers, threads, trust_code)
+            with paths.open_output(output_path, input_path) as out:
+                _translate_stream(translator, source, out, window, as_json=as_json, prefixed=prefixed)
 
 
 def _search_options(beam: dict[str, Any], sampling: dict[str, Any], *, sample: bool) -> dict[str, Any]:
@@ -165,26 +183,11 @@ def _search_options(beam: dict[str, Any], sampling: dict[str, Any], *, sample: b
     return {name: value for name, value in {**beam, **sampling}.items() if value is not None}
 
 
-def _check_file_options(
-    source: str | None, out: str | None, ray: str | None, part_size: float | None
-) -> tuple[str, str, float | None] | None:
-    """The input, output and part size if files are translated; incomplete options are an error."""
-    if source and out:
-        require("trmt.scale", "--input")
-        return source, out, part_size
-    for name, value in {"--input": source, "--output": out, "--ray": ray, "--part-size": part_size}.items():
-        if value:
-            raise ConfigError(f"{name} is for files translated in parts; give both --input and --output")
-    return None
-
-
 def _make_translator(
-    model: Path | None, options: TranslateOptions, workers: str | None, threads: int | None, trust_code: bool
+    model: Path | None, options: TranslateOptions, workers: str | None, threads: int, trust_code: bool
 ) -> tuple[Translator | ParallelTranslator, int]:
     """A translator with one process or with several, and how many lines it should get at a time."""
     from dataclasses import replace
-
-    import torch
 
     from trmt.devices.choice import choose_device
     from trmt.streaming import window_size
@@ -206,8 +209,7 @@ def _make_translator(
             raise ConfigError("several processes have one thread each; leave out --threads")
         folder = find_model(model)
         return ParallelTranslator(folder, devices=devices, options=options, trust_code=trust_code), window
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     options = replace(options, device=devices[0])
     return Translator.load(model, options=options, trust_code=trust_code), window
 
@@ -231,10 +233,7 @@ def _translate_stream(
     with nullcontext(translator) if isinstance(translator, Translator) else translator as ready:
         if source.isatty():
             console.say("type a line to have it translated, Ctrl-D to end")
-        try:
-            report = translate_stream(ready, source, out, as_json=as_json, prefixed=prefixed, window=window)
-        except OSError as error:
-            exit_after_write_error(error, "translations")
+        report = translate_stream(ready, source, out, as_json=as_json, prefixed=prefixed, window=window)
     _warn(report)
 
 

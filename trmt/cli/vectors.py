@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli.common import OutputFolder, required_output
+
 
 def command(
-    out: Annotated[Path, typer.Argument(help="File to write, in the text format of word2vec.")],
     text: Annotated[
         list[str], typer.Option("--text", metavar="FILE", help="Text with one sentence per line; repeatable.")
     ],
+    file: OutputFolder = None,
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
     width: Annotated[
         int, typer.Option(min=1, help="Dimension of the vectors; must be network.d_model.")
@@ -20,12 +22,19 @@ def command(
     target: Annotated[bool, typer.Option("--target", help="The text is in the target language.")] = False,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs.")] = 5,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="File to write, in the text format of word2vec. [required]"
+        ),
+    ] = None,
 ) -> None:
     """Train vectors of subword pieces. For --set vectors.source=FILE; needs pip install 'trmt[vectors]'."""
     from trmt import console
     from trmt.text.tokenizer import Tokenizer
     from trmt.training.word_vectors import TextPieces, train_vectors, write_vectors
 
+    out = required_output(file, output)
     loaded = Tokenizer.load(tokenizer)
     side = loaded.target if target else loaded.source
     vectors = train_vectors(TextPieces(text, side), size=width, seed=seed, epochs=epochs)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from trmt.cli.common import Device, Model, Threads, TrustCode
+from trmt.cli.common import Device, Model, Threads, TrustCode, set_threads
 
 
 def command(
     model: Model = None,
     device: Device = "auto",
-    threads: Threads = None,
+    threads: Threads = 0,
     trust_code: TrustCode = False,
 ) -> None:
     """Check the integrity of a model. Files must be intact and golden sentences translated as before."""
-    import torch
-
     from trmt import console
     from trmt.errors import BundleError
     from trmt.verifying import VerifyOptions, verify
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     found = verify(VerifyOptions(model=model, device=device, trust_code=trust_code))
     for each in found.differences:
         console.warn(f"the translation of {each.source!r} was {each.before!r} and is now {each.now!r}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from trmt import console, scoring
 from trmt.bundles import bundles, checkpoints
+from trmt.config import Options
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.insight.plotting import read_runs
 from trmt.scoring import MetricScore, ScoreOptions, bleu_tokenizer
@@ -29,7 +30,7 @@ RunScores = dict[str, dict[str, MetricScore]]  # run -> metric -> score
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(Options):
     """The options of `trmt compare`."""
 
     runs: tuple[Path, ...]
@@ -41,6 +42,7 @@ class CompareOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.runs) < 2:
             raise ConfigError("a comparison needs two runs or more; use trmt inspect for a single run")
         if self.log_only and self.test:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trmt import console
+from trmt.config import Options
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.storage.files import atomic_file
+from trmt.storage.locks import LOCK
 from trmt.training.display import remove_controls
 from trmt.training.history import LABELS, LOG, TRAIN, VALIDATE, History, Point, best
 from trmt.training.textplot import MARKS, Curve, Segment, bounds, chart, short
@@ -30,7 +32,7 @@ MIN_PLOT_WIDTH = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlotOptions:
+class PlotOptions(Options):
     """The options of `trmt plot`."""
 
     runs: tuple[Path, ...] = ()  # run folders or log files; none: the newest run
@@ -74,8 +76,15 @@ def read_runs(paths: Sequence[Path]) -> dict[str, History]:
         if history.damaged:
             console.warn(f"{history.damaged} lines of {log} cannot be read and are skipped")
         if not history.entries:
-            raise DataError(f"{log} has no curves yet; wait for the first {TRAIN} entry, or name another run")
+            raise DataError(f"{log} has no curves; {_advice(log)}, or name another run")
     return histories
+
+
+def _advice(log: Path) -> str:
+    """What to do about a log without curves, which depends on whether its run has ended."""
+    if log.with_name(LOCK).exists():
+        return f"wait for the first {TRAIN} entry"
+    return "the run has fewer steps than training.log_every, so train on"
 
 
 def _newest_run() -> Path:
@@ -165,7 +174,7 @@ def _write(
     except ImportError as error:
         raise TrmtError(
             "figures need matplotlib, which is not installed: pip install 'trmt[plot]', "
-            "or leave --out out to see the curves as text"
+            "or leave --output out to see the curves as text"
         ) from error
     # No dates, so that the same curves give the same file.
     metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(extension, {})

@@ -18,7 +18,7 @@ from trmt import console
 from trmt.bundles import bundles
 from trmt.bundles.bundles import write_tensors
 from trmt.errors import BundleError, ConfigError
-from trmt.interop.huggingface_folder import WEIGHTS, read_json, read_weights
+from trmt.interop.huggingface_folder import WEIGHTS, read_json, read_weights, refuse_bundle
 from trmt.nets.base import Network
 from trmt.registry import NETWORKS, resolve
 from trmt.storage.files import atomic_folder, write_json
@@ -177,6 +177,7 @@ def import_bert(folder: Path, out: Path, tokenizer: Tokenizer) -> Path:
 
     Tokens of the tokenizer that the folder lacks get the mean of all rows; a message says how many it has.
     """
+    refuse_bundle(folder)
     bert = read_bert(folder)
     rows = _matching_rows(bert, tokenizer.source, where=folder)
     weights = {

@@ -9,6 +9,7 @@ import trmt
 from trmt import console
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.bundles import Bundle
+from trmt.config import Options
 from trmt.errors import BundleError
 from trmt.interop.base import Format, import_package
 from trmt.interop.checking import check_sentences, compare, reference
@@ -19,7 +20,7 @@ PROVENANCE = "trmt.json"  # in an exported folder: what it was made from
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(Options):
     """What `trmt export` takes."""
 
     model: Path | None = None  # None: the default one
@@ -76,4 +77,4 @@ def _provenance(bundle: Bundle, to: str) -> dict[str, object]:
 
 def _refuse_foreign(out: Path) -> None:
     if out.exists() and not (out / PROVENANCE).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise BundleError(f"{out} exists and is not an exported model; choose another folder with --out")
+        raise BundleError(f"{out} exists and is not an exported model; choose another folder with --output")

@@ -10,10 +10,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trmt.bundles import bundles, checkpoints
 from trmt.errors import BundleError
 
 Json = dict[str, Any]
 SHARDS, WEIGHTS, PICKLED = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
+
+
+def refuse_bundle(folder: Path) -> None:
+    """Raise an error for a model of trmt, which needs no import."""
+    if bundles.is_bundle(folder) or checkpoints.list_checkpoints(folder):
+        raise BundleError(f"{folder} is a model of trmt already, which needs no import; use it as it is")
 
 
 def read_json(path: Path, *, model: str) -> Json:

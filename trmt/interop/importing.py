@@ -11,10 +11,12 @@ from trmt import console
 from trmt.bundles import bundles
 from trmt.bundles.bundles import Bundle, Manifest
 from trmt.bundles.checkpoints import MODELS
+from trmt.config import Options
 from trmt.errors import BundleError
 from trmt.interop import from_marian
 from trmt.interop.checking import check_sentences, compare, reference
 from trmt.interop.from_marian import MarianModel
+from trmt.interop.huggingface_folder import refuse_bundle
 from trmt.interop.to_huggingface import HuggingFace
 from trmt.storage.files import atomic_folder
 from trmt.text.tokenizer import Tokenizer
@@ -22,7 +24,7 @@ from trmt.verifying import record
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportOptions:
+class ImportOptions(Options):
     """What `trmt import` takes."""
 
     folder: Path
@@ -37,9 +39,10 @@ def import_model(options: ImportOptions) -> Path:
     With `check`, and where transformers is installed, it appears only if both score and translate some
     sentences alike.
     """
+    refuse_bundle(options.folder)
     out = options.out or MODELS / options.folder.resolve().name
     if out.exists() and not bundles.is_bundle(out):
-        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --out")
+        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --output")
     model = _with_languages(from_marian.read_marian(options.folder), options.languages)
     manifest = _manifest(model, options.folder)
     with atomic_folder(out) as partial:

@@ -26,6 +26,7 @@ from trmt.sets.encoding import BLOCK_PAIRS, BlockEncoder, EncodedBlock, read_blo
 from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet, RaggedArray
 from trmt.storage import files
+from trmt.storage.compression import is_compressed
 from trmt.storage.locks import exclusive
 from trmt.text.corpus import Corpus
 from trmt.text.lines import STDIN
@@ -127,7 +128,7 @@ def _check_files(corpus: Corpus) -> Corpus:
 
 def _cut(corpus: Corpus, size: int) -> list[InputFile]:
     """Cut the files of a corpus into ranges; those of parallel files have the same lines."""
-    if corpus.format == "parquet" or any(path.lower().endswith(".gz") for path in corpus.paths):
+    if corpus.format == "parquet" or any(map(is_compressed, corpus.paths)):
         return [cut_input(path, _whole) for path in corpus.paths]
     first, *others = corpus.paths
     # Ranges end where blocks of pairs end when a single process reads everything, so the set is the same.
@@ -166,7 +167,7 @@ def _parts(folder: str, corpora: Sequence[Corpus], inputs: Sequence[InputFile]) 
         inputs = [next(remaining) for _ in corpus.paths]
         for ranges in zip(*(each.ranges for each in inputs), strict=True):
             pieces = zip(inputs, ranges, strict=True)
-            slices.append((number, tuple(FileSlice(each.name, one) for each, one in pieces)))
+            slices.append((number, tuple(FileSlice(each.name, one, one.lines < 0) for each, one in pieces)))
     for index, (number, some) in enumerate(slices):
         name = part_name(index, len(slices))
         yield PairPart(name, number, replace(corpora[number], slices=some), files.join(folder, name))

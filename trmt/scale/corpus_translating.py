@@ -6,10 +6,10 @@ complete; the concatenation of a file's parts is what `trmt translate` outputs f
 
 from __future__ import annotations
 
-import gzip
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any, BinaryIO, cast
 from trmt import console
 from trmt.bundles import bundles
 from trmt.bundles.bundles import Manifest
+from trmt.config import Options
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.scale.partition import RESERVED, InputFile, cut_input, missing_parts, open_partition, part_name
 from trmt.scale.parts import PartsOutcome, process_parts
 from trmt.scale.pool import PoolFactory
 from trmt.storage import files
+from trmt.storage.compression import Decompressed, is_compressed
 from trmt.storage.locks import exclusive
 from trmt.streaming import translate_stream, window_size
 from trmt.text.ranges import FileSlice, LineRange, open_slice, split_by_size, whole_file
@@ -34,7 +36,7 @@ SPEED_OPTIONS = ("batch", "device", "runs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
+class CorpusOptions(Options):
     """What to translate and how."""
 
     source: str
@@ -55,6 +57,7 @@ class CorpusOptions:
     """Whether the bundle may name code outside trmt."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.part_mib > 0:
             raise ConfigError("--part-size must be more than 0 MiB")
 
@@ -96,21 +99,16 @@ def _translate_part(translator: Translator, options: CorpusOptions, part: TextPa
     started, cpu_started = time.perf_counter(), time.process_time()
     with files.atomic_file(part.out) as out, _open_text(part.slice) as source:
         first = part.slice.range.first
-        try:
-            report = translate_stream(
-                translator,
-                source,
-                out,
-                as_json=options.as_json,
-                prefixed=options.prefixed,
-                lines_before=first,
-                window=window_size([options.search.device], options.search.batch),
-                interactive=False,
-            )
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise DataError(
-                f"{part.slice.path} is damaged ({error}); download or compress it again"
-            ) from error
+        report = translate_stream(
+            translator,
+            source,
+            out,
+            as_json=options.as_json,
+            prefixed=options.prefixed,
+            lines_before=first,
+            window=window_size([options.search.device], options.search.batch),
+            interactive=False,
+        )
         lines = report.lines - first
         assert part.slice.compressed or lines == part.slice.range.lines, "a line has no translation, or two"
     return {
@@ -123,9 +121,10 @@ def _translate_part(translator: Translator, options: CorpusOptions, part: TextPa
     }
 
 
-def _open_text(piece: FileSlice) -> BinaryIO:
-    raw = open_slice(files.open_file(piece.path), piece)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if piece.compressed else raw
+@contextmanager
+def _open_text(piece: FileSlice) -> Iterator[BinaryIO]:
+    with open_slice(files.open_file(piece.path), piece) as raw:
+        yield cast(BinaryIO, Decompressed(raw, piece.path)) if piece.compressed else raw
 
 
 def translate_corpus(options: CorpusOptions, make_pool: PoolFactory) -> PartsOutcome:
@@ -207,12 +206,9 @@ def _cut_all(names: Sequence[str], size: int) -> list[InputFile]:
 
 
 def _cut(name: str, size: int) -> list[LineRange]:
+    compressed = is_compressed(name)
     with files.open_file(name) as stream:
-        return [whole_file(stream)] if _is_compressed(name) else split_by_size(stream, size=size)
-
-
-def _is_compressed(name: str) -> bool:
-    return name.lower().endswith(".gz")
+        return [whole_file(stream)] if compressed else split_by_size(stream, size=size)
 
 
 def _parts(source: str, out: str, inputs: Sequence[InputFile]) -> list[TextPart]:
@@ -222,7 +218,7 @@ def _parts(source: str, out: str, inputs: Sequence[InputFile]) -> list[TextPart]
         folder = "" if each.name == source else each.name[len(files.join(source, "x")) - 1 :] + "/"
         for number, one in enumerate(each.ranges):
             name = folder + part_name(number, len(each.ranges))
-            piece = FileSlice(each.name, one, _is_compressed(each.name))
+            piece = FileSlice(each.name, one, one.lines < 0)
             parts.append(TextPart(name, piece, files.join(out, name)))
     return parts
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from trmt import console
+from trmt.config import Options
 from trmt.errors import ConfigError, DataError
 from trmt.sets import shards
 from trmt.sets.building import id_dtype
@@ -29,7 +30,7 @@ NumberedSentence = tuple[int, str]  # the number of the document, and the text
 
 
 @dataclass(frozen=True)
-class DocumentOptions:
+class DocumentOptions(Options):
     """The options of `trmt prepare --documents`."""
 
     train: tuple[str, ...]  # files of documents

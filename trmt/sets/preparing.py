@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trmt import console
+from trmt.config import Options
 from trmt.errors import ConfigError, DataError
 from trmt.sets import shards
 from trmt.sets.building import EncodeCorpora, EncodedCorpora, PrepareJob, build_set
@@ -25,10 +26,10 @@ PAIRS_PER_WORKER = 50_000  # at least: a worker process takes a second to start
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
+class PrepareOptions(Options):
     """The options of `trmt prepare` for pairs."""
 
-    train: tuple[str, ...]  # corpora of the training pairs, as `parse_corpus` takes them
+    train: Sequence[str]  # corpora of the training pairs, as `parse_corpus` takes them
     dev: str | None = None  # the corpus to validate on
     out: Path | None = None  # the folder to write; None: data/SOURCE-TARGET
     tokenizer: Path = Path("data/tokenizer")  # the folder of the tokenizer
@@ -39,11 +40,12 @@ class PrepareOptions:
     )  # of source and target text, for corpora with columns
     limits: LengthLimits = field(default_factory=LengthLimits)  # of the length filters
     keep_duplicates: bool = False  # whether a training pair may occur more than once
-    alignments: tuple[str, ...] = ()  # files of word alignments, one for each training corpus
+    alignments: Sequence[str] = ()  # files of word alignments, one for each training corpus
     workers: int | None = None  # worker processes; None: one per core, fewer for little text
     force: bool = False  # whether to prepare a set again that is up to date
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.train:
             raise ConfigError("there is nothing to prepare; name a corpus with --train")
         if self.alignments and len(self.alignments) != len(self.train):
@@ -108,7 +110,7 @@ def _resolve(options: PrepareOptions) -> PrepareJob:
         dev=parse(options.dev) if options.dev is not None else None,
         limits=options.limits,
         keep_duplicates=options.keep_duplicates,
-        alignments=options.alignments,
+        alignments=tuple(options.alignments),
         workers=options.workers,
     )
     if sum(STDIN in corpus.paths for corpus in job.corpora) > 1:

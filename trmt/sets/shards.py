@@ -419,12 +419,21 @@ def _read_text(path: Path, count: int) -> list[str]:
     return texts
 
 
+def _advice(folder: Path) -> str:
+    """What to do about a folder that is no prepared set; what else it holds must not be overwritten."""
+    if not folder.exists():
+        return f"make one with `trmt prepare -o {folder} --train CORPUS`, or check the path"
+    return "name a folder that `trmt prepare` wrote, or prepare the text into a folder of its own"
+
+
 def _read_index(folder: Path) -> tuple[dict[str, Any], bytes]:
     path = folder / INDEX
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{folder} is not a prepared set; make one with `trmt prepare {folder}`") from error
+        raise DataError(f"{folder} is not a prepared set; {_advice(folder)}") from error
+    except NotADirectoryError as error:
+        raise DataError(f"{folder} is a file and not a prepared set; {_advice(folder)}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     try:

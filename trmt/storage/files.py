@@ -6,11 +6,13 @@ slashes. What a killed writer leaves behind has a name that begins with PARTIAL;
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -33,9 +35,21 @@ def _partial_name(name: str) -> str:
 
 def write_error(path: Path, error: OSError) -> TrmtError:
     """The error for a path that cannot be written."""
-    return TrmtError(
-        f"cannot write {path}: {error.strerror or error}; free some space or choose another path"
-    )
+    return TrmtError(f"cannot write {path}: {error.strerror or error}; {write_advice(error)}")
+
+
+def write_advice(error: OSError) -> str:
+    """What to do about an error of writing."""
+    # safetensors gives the number in the text only.
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found and error.errno is None else error.errno
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose a folder that you may write to, or change its permissions"
+    if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return "there is a file where a folder is needed, or a folder in place of a file; choose another path"
+    if number == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    return "free some space or choose another path"
 
 
 # Writing
@@ -88,7 +102,7 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         recover_folder(path)
         partial.mkdir()
         yield partial
-        _sync_folder(partial)
+        _finish_folder(partial)
         if path.exists():
             if not replace:
                 raise TrmtError(f"{path} exists already; choose another name or remove it first")
@@ -106,9 +120,15 @@ def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def _finish_folder(folder: Path) -> None:
+    """Give each file the permissions that new files have, and bring it to the disk.
+
+    Some libraries write a private file and rename it, which nobody else could read.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(mode)
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
 
@@ -187,10 +207,10 @@ def join(folder: str, name: str) -> str:
 
 def is_file(location: str) -> bool:
     """Whether there is a file at this location."""
-    if not is_url(location):
-        return Path(location).is_file()
-    store, path = filesystem(location)
     with read_errors(location):
+        if not is_url(location):
+            return Path(location).is_file()
+        store, path = filesystem(location)
         return bool(store.isfile(path))
 
 

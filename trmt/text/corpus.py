@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from trmt.errors import ConfigError, DataError
+from trmt.storage.compression import SUFFIXES, without_suffix
 from trmt.storage.files import is_file
 from trmt.text.lines import STDIN
 from trmt.text.ranges import FileSlice
@@ -100,7 +101,7 @@ def _format_of_file(name: str) -> CorpusFormat | None:
     # A comma is allowed inside the name of an existing file; otherwise a.tsv,b.tsv are two files.
     if "," in name and not is_file(name):
         return None
-    uncompressed = name.lower().removesuffix(".gz")
+    uncompressed = without_suffix(name).lower()
     if uncompressed.endswith(".tsv"):
         return "tsv"
     if uncompressed.endswith(".jsonl"):
@@ -126,15 +127,20 @@ def _two_files(name: str) -> tuple[str, str]:
 def _with_prefix(prefix: str, languages: tuple[str, str]) -> tuple[str, str]:
     found = []
     for language in languages:
-        candidates = (f"{prefix}.{language}", f"{prefix}.{language}.gz")
+        plain = f"{prefix}.{language}"
+        candidates = [plain, *(plain + suffix for suffix in SUFFIXES)]
         existing = [name for name in candidates if is_file(name)]
         if len(existing) > 1:
+            raise DataError(f"there are both {existing[0]} and {existing[1]}; name the two files you mean")
+        if not existing and Path(prefix).is_dir():
             raise DataError(
-                f"there are both {candidates[0]} and {candidates[1]}; name the two files you mean"
+                f"the corpus {prefix!r} is a folder; name its files, such as {prefix.rstrip('/')}/train for "
+                f"train.{languages[0]} and train.{languages[1]}"
             )
         if not existing:
             raise DataError(
-                f"the corpus {prefix!r} needs {candidates[0]} or {candidates[1]}, not found; {SYNTAX}"
+                f"the corpus {prefix!r} needs {plain}, plain or compressed ({', '.join(SUFFIXES)}), which is "
+                f"not there; {SYNTAX}"
             )
         found.append(existing[0])
     return found[0], found[1]

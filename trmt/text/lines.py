@@ -1,27 +1,28 @@
-"""The lines of UTF-8 text files, plain or gzipped, local or behind a URL, and of standard input."""
+"""The lines of UTF-8 text files, plain or compressed, local or behind a URL, and of standard input."""
 
 from __future__ import annotations
 
-import gzip
+import io
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
 from trmt.errors import DataError
+from trmt.storage.compression import DamagedText, Decompressed
 from trmt.storage.files import open_file
 from trmt.text.ranges import FileSlice, open_slice
 
 STDIN = "-"
 BOM = b"\xef\xbb\xbf"
+BUFFER = 1 << 18  # bytes
 
 TextFile = str | Path | FileSlice
 
 
 def read_lines(file: TextFile) -> Iterator[str]:
-    """The lines of a UTF-8 file or of a slice of it, plain or .gz, or of standard input for `-`.
+    """The lines of a UTF-8 file or of a slice of it, plain or compressed, or of standard input for `-`.
 
     Only `\\n` ends a line, and a `\\r` right before it is dropped with it; every other character, such as a
     lone CR or U+2028, is text. The last line needs no newline.
@@ -44,10 +45,8 @@ def read_lines(file: TextFile) -> Iterator[str]:
                 f"{name}, line {number}: not valid UTF-8 (byte 0x{error.object[error.start]:02x} at "
                 f"position {error.start + 1} of the line); convert the file to UTF-8, for example with iconv"
             ) from error
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(
-                f"{name} is damaged after line {number} ({error}); download or compress it again"
-            ) from error
+        except DamagedText as error:
+            raise DamagedText(name, error.reason, after_line=number) from error
         except OSError as error:
             raise DataError(
                 f"cannot read {name}: {error.strerror or error}; check the path and its permissions"
@@ -57,14 +56,17 @@ def read_lines(file: TextFile) -> Iterator[str]:
 def open_text(file: TextFile, stack: ExitStack) -> BinaryIO:
     """The uncompressed bytes of a file, which `stack` closes."""
     if str(file) == STDIN:
-        return sys.stdin.buffer
+        return _decompressed(sys.stdin.buffer, display_name(file))
     name = file.path if isinstance(file, FileSlice) else str(file)
     stream = stack.enter_context(open_file(name))
-    if isinstance(file, FileSlice):
-        stream = stack.enter_context(open_slice(stream, file))
-    if name.lower().endswith(".gz"):
-        return stack.enter_context(gzip.open(stream, "rb"))  # type: ignore[return-value]
-    return stream
+    if not isinstance(file, FileSlice):
+        return _decompressed(stream, name)
+    stream = stack.enter_context(open_slice(stream, file))
+    return _decompressed(stream, name) if file.compressed else stream
+
+
+def _decompressed(stream: BinaryIO, name: str) -> BinaryIO:
+    return io.BufferedReader(Decompressed(stream, name), BUFFER)
 
 
 def lines_before(file: TextFile) -> int:

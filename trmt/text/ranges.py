@@ -34,7 +34,7 @@ class LineRange:
 
 @dataclass(frozen=True)
 class FileSlice:
-    """The part of a file to read: a range, or all of a compressed file."""
+    """The part of a file to read: a range, or all of a file that may be compressed."""
 
     path: str
     range: LineRange

@@ -294,8 +294,9 @@ class Tokenizer:
         """The symbols that are never split in text."""
         return self.settings.placeholders
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write the folder that `load` reads, atomically."""
+        folder = Path(folder)
         check_replaceable(folder)
         with atomic_folder(folder) as partial:
             for name, model in zip(_model_names(len(self.models)), self.models, strict=True):
@@ -310,8 +311,9 @@ class Tokenizer:
             write_json(partial / SETTINGS_FILE, head | asdict(self.settings))
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path | str) -> Tokenizer:
         """The tokenizer in a folder that `save` wrote; one that has changed since is a BundleError."""
+        folder = Path(folder)
         path = folder / SETTINGS_FILE
         tree = _read_settings(path)
         fingerprint, joint = tree.pop("fingerprint", None), tree.pop("joint", None)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import sentencepiece
 
 from trmt import console
+from trmt.config import Options
 from trmt.errors import ConfigError, DataError
 from trmt.text.corpus import TextPair, parse_corpus
 from trmt.text.pairs import count_pairs, read_corpus
@@ -49,10 +50,10 @@ DEFAULT_COVERAGE = 0.9995  # that of sentencepiece
 
 
 @dataclass(frozen=True)
-class TokenizerOptions:
+class TokenizerOptions(Options):
     """The options of `trmt tokenizer`."""
 
-    corpora: tuple[str, ...]  # as `parse_corpus` takes them; weights are ignored
+    corpora: Sequence[str]  # as `parse_corpus` takes them; weights are ignored
     languages: tuple[str, str] = ("", "")  # of source and target
     kind: Literal["bpe", "unigram"] = "bpe"  # the type of the sentencepiece model
     joint: bool = True  # whether both sides share one model
@@ -65,8 +66,8 @@ class TokenizerOptions:
     split_digits: bool = True  # whether every digit is a piece of its own
     normalise_source: Normalisation = "nfc"  # the normalisation of source text
     normalise_target: Normalisation = "nfc"  # the normalisation of target text
-    tags: tuple[str, ...] = ()  # symbols that text cannot spell, such as <2de>
-    placeholders: tuple[str, ...] = ()  # symbols that are never split in text
+    tags: Sequence[str] = ()  # symbols that text cannot spell, such as <2de>
+    placeholders: Sequence[str] = ()  # symbols that are never split in text
     source_column: str | None = None  # the column of the source text, for corpora with columns
     target_column: str | None = None  # the column of the target text
     # Sentences to train on at most, both sides together; each takes about 1 kB for bpe, 4 kB for unigram.
@@ -74,6 +75,7 @@ class TokenizerOptions:
     seed: int = 1  # of the random sample
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.corpora:
             raise ConfigError("a tokenizer is trained on text; name a corpus with --train")
         if self.kind not in ("bpe", "unigram"):
@@ -157,7 +159,7 @@ class TokenizerReport:
 
 
 def train_tokenizer(
-    options: TokenizerOptions, *, out: Path | None = None
+    options: TokenizerOptions, *, out: Path | str | None = None
 ) -> tuple[Tokenizer, TokenizerReport]:
     """Train a tokenizer on the corpora, and write it to the folder `out` if that is given.
 
@@ -165,7 +167,7 @@ def train_tokenizer(
     not have as many. At most `options.sample` sentences are in memory, besides the data of sentencepiece.
     """
     if out is not None:
-        check_replaceable(out)
+        check_replaceable(Path(out))
     sources, targets = _sample_corpora(options)
     chooser = random.Random(options.seed)
     samples = [chooser.sample(side, min(REPORT_SAMPLE, len(side))) for side in (sources, targets)]
@@ -173,8 +175,8 @@ def train_tokenizer(
         options.languages,
         normalise_source=options.normalise_source,
         normalise_target=options.normalise_target,
-        tags=options.tags,
-        placeholders=options.placeholders,
+        tags=tuple(options.tags),
+        placeholders=tuple(options.placeholders),
     )
     source = _TrainingText(sources, settings.normalise_source)
     target = _TrainingText(targets, settings.normalise_target)

@@ -14,7 +14,7 @@ from trmt.bundles.checkpoints import TRAINING, Checkpoint, SavedState
 from trmt.bundles.slices import SlicedTensors, TensorSlice
 from trmt.errors import BundleError, DataError
 from trmt.sets.batches import Batches
-from trmt.storage.files import atomic_folder, remove_partials, write_json
+from trmt.storage.files import atomic_folder, remove_partials, write_advice, write_json
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import sharding
 from trmt.training.state import TrainState
@@ -121,8 +121,8 @@ class Checkpointer:
             return slices.write_slices(folder, own, rank=rank, world_size=world_size)
         except OSError as error:
             raise BundleError(
-                f"cannot write to {folder}: {error.strerror or error}; free some space, and check that every "
-                "machine sees the run folder"
+                f"cannot write to {folder}: {error.strerror or error}; {write_advice(error)}, and check that "
+                "every machine sees the run folder"
             ) from error
 
     def add_results(self, result: ValidationResult) -> None:

@@ -1,6 +1,6 @@
 """The display of a training run: a live view on a terminal, plain lines elsewhere.
 
-With console.py the only file that imports Rich. Everything shown comes from the run's log entries, so a
+Everything shown comes from the run's log entries, so a
 resumed run shows its whole history. Sample translations are arbitrary text in any script: terminal control
 characters are removed from them, and every line is cut to the width of the terminal by the width of its
 characters.
@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.live import Live
 from rich.text import Text
 
 from trmt import clock, console
+from trmt.terminal import ResizableLive, bar, plain_console
 from trmt.training.history import LABELS, TRAIN, VALIDATE, History, best
 from trmt.training.textplot import Segment, sparkline
 
@@ -76,26 +76,11 @@ def open_display(info: RunInfo, history: History) -> Iterator[TrainingDisplay]:
     display = LiveDisplay(info, history)
     with (
         console.live_console() as terminal,
-        _ResizableLive(display, console=terminal, refresh_per_second=REFRESH, redirect_stdout=False),
+        ResizableLive(display, console=terminal, refresh_per_second=REFRESH, redirect_stdout=False),
     ):
         # Rich hides the cursor while it draws; a process that is killed would leave it hidden.
         terminal.show_cursor(True)
         yield display
-
-
-class _ResizableLive(Live):
-    """A live view that stays readable when the terminal gets narrower."""
-
-    width = 0
-
-    def refresh(self) -> None:
-        size = self.console.size
-        if size.width < self.width:
-            # The terminal has wrapped what was drawn, so the number of lines to erase is unknown: scroll it
-            # out of sight instead, together with the messages above it.
-            self.console.file.write("\n" * size.height)
-        self.width = size.width
-        super().refresh()
 
 
 class LineDisplay:
@@ -145,34 +130,40 @@ class LiveDisplay:
     def lines(self, width: int, height: int, *, plain: bool = False) -> list[Text]:
         """At most `height` - 1 lines of less than `width` columns."""
         rows, columns = max(height - 1, 1), max(width - 1, 1)
-        lines = [Text(), self._title(), self._progress(columns, plain=plain)]
-        lines += [*self._curves(columns, plain=plain), *self._speed_and_memory()]
+        lines = [Text(), *self._title(columns), self._progress(columns, plain=plain)]
+        lines += [*self._curves(columns, plain=plain), *self._speed_and_memory(columns)]
         lines += _wrapped(Text(self.forecast), columns, SAMPLE_LINES) if self.forecast else []
         samples = _samples(self.history, columns, rows - len(lines))
         return [_cut(line, columns) for line in (lines + samples)[:rows]]
 
-    def _title(self) -> Text:
+    def _title(self, width: int) -> list[Text]:
+        """The run, what it is doing, and its network, in two lines if one is too short."""
         activity = f"  {self.activity} ..." if self.activity else ""
-        name = remove_controls(self.info.name)
-        return Text.assemble((name, "bold"), activity, "  ", (self.info.network, "dim"))
+        run = Text.assemble((remove_controls(self.info.name), "bold"), activity)
+        network = Text(self.info.network, "dim")
+        if cell_len(run.plain) + 2 + cell_len(network.plain) <= width:
+            return [Text.assemble(run, "  ", network)]
+        return [*_wrapped(run, width, SAMPLE_LINES), *_wrapped(network, width, SAMPLE_LINES)]
 
     def _progress(self, width: int, *, plain: bool) -> Text:
-        last, wide = self.info.last_step, width >= NARROW - 1
+        """The step, and of the bar and the times what fits."""
+        last = self.info.last_step
         elapsed, taken = clock.now() - self.began, self.step - self.info.steps_done
-        line = Text(f"step {self.step:,}")
-        if last:
-            share = min(self.step / last, 1.0)
-            bar = BAR if wide else BAR // 2
-            full = int(share * bar)
-            done, left = ("#" * full, "-" * (bar - full)) if plain else ("━" * full, "─" * (bar - full))
-            line = Text.assemble((done, "green"), (left, "dim"), f" {share:4.0%}  {line} of {last:,}")
-            if taken > 0:
-                seconds = elapsed * max(last - self.step, 0) / taken
-                line.append(f"  {console.duration(seconds)} left", "bold")
-        line.append(f"  epoch {self.step / max(self.info.steps_per_epoch, 1):.1f}")
-        if wide:
-            line.append(f"  {console.duration(elapsed)} elapsed", "dim")
-        return line
+        share = min(self.step / last, 1.0) if last else 0.0
+        left = elapsed * max((last or 0) - self.step, 0) / taken if taken > 0 else 0.0
+        optional = {  # the most important first
+            "left": Text(f"{console.duration(left)} left" if last and taken > 0 else "", "bold"),
+            "epoch": Text(f"epoch {self.step / max(self.info.steps_per_epoch, 1):.1f}"),
+            "share": Text(f"{share:4.0%}" if last else ""),
+            "bar": bar(share, BAR if width >= NARROW - 1 else BAR // 2, plain=plain) if last else Text(),
+            "elapsed": Text(f"{console.duration(elapsed)} elapsed", "dim"),
+        }
+        shown = {"step": Text(f"step {self.step:,}" + (f" of {last:,}" if last else ""))}
+        for name, text in optional.items():
+            if text and sum(len(each) + 2 for each in shown.values()) + len(text) <= width:
+                shown[name] = text
+        order = ("bar", "share", "step", "left", "epoch", "elapsed")
+        return Text("  ").join(shown[name] for name in order if name in shown)
 
     def _curves(self, width: int, *, plain: bool) -> list[Text]:
         rows = [("train loss", TRAIN, "loss")]
@@ -195,7 +186,7 @@ class LiveDisplay:
         line.append(remark, "dim")
         return line
 
-    def _speed_and_memory(self) -> list[Text]:
+    def _speed_and_memory(self, width: int) -> list[Text]:
         last = self.history.last(TRAIN)
         facts = []
         if last and last.get("tokens_per_second") is not None:
@@ -205,7 +196,7 @@ class LiveDisplay:
             facts.append(f"memory {gib(last['memory'])}{of} GiB")
         if last and last.get("waited") is not None:
             facts.append(f"data wait {last['waited']:.1%}")
-        return [Text("  ".join(facts))] if facts else []
+        return _wrapped(Text("  ".join(facts)), width, SAMPLE_LINES) if facts else []
 
 
 def gib(size: int) -> str:
@@ -320,7 +311,7 @@ def _cut(line: Text, width: int) -> Text:
 
 def draw(rows: Sequence[Sequence[Segment]], colours: Sequence[str]) -> None:
     """Print a text plot on standard output; each curve has its colour on a terminal that has colours."""
-    out = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    out = plain_console(file=sys.stdout)
     for row in rows:
         pieces = ((text, "" if line is None else colours[line % len(colours)]) for text, line in row)
         out.print(Text.assemble(*pieces))

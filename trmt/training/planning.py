@@ -12,13 +12,15 @@ import torch
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG, MODELS
-from trmt.config import Tree, build, select, to_tree
+from trmt.config import Options, Tree, build, select, to_tree
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import describe_changes
-from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
+from trmt.sets.shards import DOCUMENTS, INDEX, PAIRS, PreparedSet
+from trmt.storage.locks import LOCK
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import fine_tuning
+from trmt.training.history import LOG
 from trmt.training.recipe import (
     MAY_CHANGE,
     SELECTED,
@@ -47,7 +49,7 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(Options):
     """What `trmt train` takes; None means a default, which is printed."""
 
     run: Path | None = None  # the run folder; None: models/<data>-<recipe>
@@ -249,8 +251,33 @@ def _check_purpose(options: TrainOptions, recipe: Recipe, data: PreparedSet) -> 
         )
 
 
+def check_run_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything but a run, which training would mix with it."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name another run folder")
+    if not folder.is_dir() or (folder / CONFIG).is_file() or checkpoints.list_checkpoints(folder):
+        return
+    if (folder / INDEX).is_file():
+        raise ConfigError(
+            f"{folder} is a prepared set and not a run folder; train on it with trmt train --data {folder}"
+        )
+    if bundles.is_bundle(folder):
+        raise ConfigError(
+            f"{folder} is a bundle and not a run folder; start a new run from its weights with trmt train "
+            f"--init-from {folder}"
+        )
+    ours = {LOG, LOCK, ORIGIN}
+    others = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+    if foreign := next((name for name in others if name not in ours), None):
+        raise ConfigError(
+            f"{folder} holds {foreign}, which is not of a run; name a folder of its own for the run, and "
+            "what to train on with --data"
+        )
+
+
 def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
     """Refuse to resume a run with data, initial weights or settings that would make it another run."""
+    check_run_folder(folder)
     checkpoints.check_format(folder)
     if not checkpoints.list_checkpoints(folder):
         return

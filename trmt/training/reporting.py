@@ -62,14 +62,14 @@ class Reporter:
             **self._tokens_and_time(),
         )
         if self.history.last(TRAIN, back=1) is None:
-            console.say(describe_speed(run, seconds=progress.seconds / progress.step))
+            console.log(describe_speed(run, seconds=progress.seconds / progress.step))
 
     def log_validation(self, result: ValidationResult, *, seconds: float, last_step: int | None) -> None:
         """Report scores and samples of a validation that took so many seconds."""
         progress = self.state.progress
         scores = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in result.scores)
         best = "  (best)" if result.has_metric and progress.validations_since_best == 0 else ""
-        console.say(f"step {progress.step:,}: {scores or 'not validated'}{best}")
+        console.log(f"step {progress.step:,}: {scores or 'not validated'}{best}")
         self.log(
             VALIDATE,
             scores=result.scores,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from trmt import clock
 from trmt.errors import TrmtError
+from trmt.storage.files import write_advice
 from trmt.training.history import TRAIN, VALIDATE, numeric_values
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class RunLog:
 
     def _write_error(self, error: OSError) -> TrmtError:
         return TrmtError(
-            f"cannot write {self.path}: {error.strerror or error}; free some space, "
+            f"cannot write {self.path}: {error.strerror or error}; {write_advice(error)}, "
             "and the same command goes on from the last checkpoint"
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trmt import console
+from trmt.config import Options
 from trmt.errors import ConfigError, DataError
 from trmt.insight.alignment.aligners import (
     Aligner,
@@ -50,7 +51,7 @@ BATCH_PAIRS = 1024  # pairs of a corpus that are aligned together
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignOptions:
+class AlignOptions(Options):
     """The options of `trmt align`."""
 
     model: Path | None = None  # None: the default model
@@ -62,6 +63,7 @@ class AlignOptions:
     trust_code: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method is not None and self.method not in METHODS:
             raise ConfigError(
                 f"there is no symmetrisation {self.method!r}; {suggestion(self.method, list(METHODS))}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trmt import console
 from trmt.bundles import bundles
+from trmt.config import Options
 from trmt.devices.choice import choose_device
 from trmt.errors import ConfigError, DataError
 from trmt.insight.heatmaps import figure, page
@@ -28,7 +29,7 @@ BATCH_LINES = 64  # lines that are translated together
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttendOptions:
+class AttendOptions(Options):
     """The options of `trmt attend`."""
 
     model: Path | None = None  # None: the default model
@@ -42,11 +43,14 @@ class AttendOptions:
     trust_code: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for kind in self.kinds:
             if kind not in KINDS:
                 raise ConfigError(f"there is no --kind {kind}; choose {', '.join(KINDS)}")
         if len(self.kinds) > 1 and self.format != "html":
-            raise ConfigError("only a page shows several kinds; choose one --kind, or let --out end in .html")
+            raise ConfigError(
+                "only a page shows several kinds; choose one --kind, or let --output end in .html"
+            )
         if self.out and self.format not in FORMATS:
             raise ConfigError(f"{self.out} has no known file format; end it in .{', .'.join(FORMATS)}")
         if min(self.layer, self.head) < 0:

@@ -32,7 +32,7 @@ def write_figure(out: Path, drawn: AttentionMap, *, title: str) -> None:
     except ImportError as error:
         raise TrmtError(
             "figures need matplotlib, which is not installed: pip install 'trmt[plot]', "
-            "leave --out out, or write a .html page"
+            "leave --output out, or write a .html page"
         ) from error
     text = "".join((title, *drawn.rows, *drawn.columns))
     fonts, missing = font_families(text)

@@ -1,0 +1,145 @@
+"""The functions of `import trmt`: strings for paths, errors for strings in place of lists, and types."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trmt
+from tests import toy
+from tests.scripted import random_bundle, small_tokenizer
+from tests.test_readme import ROOT, blocks, prepare_workspace, shorter
+from trmt.config import Options
+from trmt.errors import ConfigError
+from trmt.training.history import History
+
+untyped: Any = trmt  # for what type checkers refuse
+STUB = Path(str(trmt.__file__)).with_suffix(".pyi")
+
+
+def test_type_checkers_see_the_names_that_there_are() -> None:
+    named = {
+        alias.asname: node.module
+        for node in ast.parse(STUB.read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert named == untyped._PUBLIC
+    for name in named:
+        assert getattr(trmt, str(name)).__name__ == name
+
+
+@pytest.mark.slow
+def test_no_public_name_is_any(tmp_path: Path) -> None:
+    names = list(untyped._PUBLIC)
+    lines = [f"from trmt import {', '.join(names)}", *(f"reveal_type({name})" for name in names)]
+    lines += ["reveal_type(Translator.load('models/demo').translate(['a'])[0].text)"]
+    (tmp_path / "program.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "mypy", "--no-incremental", "--follow-imports=silent"]
+    done = subprocess.run(
+        [*command, "--config-file=", "program.py"],
+        cwd=tmp_path,
+        env={"MYPYPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    assert len(revealed) == len(names) + 1, done.stdout
+    assert not [found for found in revealed if found == "Any"], done.stdout
+    assert revealed[-1] == "str"
+    assert any("-> trmt.translating.Translator" in found for found in revealed), revealed
+
+
+# Strings
+
+
+def test_strings_are_paths_in_all_functions(toy_set: Path, tmp_path: Path) -> None:
+    recipe = toy.recipe(tmp_path, {"validation": {"metric": "chrf", "sentences": 4}})
+    folder = str(tmp_path / "run")
+    run = trmt.train(str(toy_set), run=folder, recipe=recipe, device="cpu")
+    assert run == Path(folder)
+    metrics = History.read(run / "log.jsonl").metrics()
+    assert "chrf" in metrics and "bleu" in metrics, "the dev set is translated"
+    averaged = trmt.average(folder, best=2, out=str(tmp_path / "average"))
+    assert averaged == tmp_path / "average"
+    translator = trmt.Translator.load(str(averaged))
+    assert len(translator.translate(["ka lomo", ""])) == 2
+    translator.tokenizer.save(str(tmp_path / "tokenizer"))
+    assert trmt.Tokenizer.load(str(tmp_path / "tokenizer")).languages == translator.tokenizer.languages
+
+
+def test_options_take_strings_and_lists() -> None:
+    options = untyped.PrepareOptions(train=["a", "b"], out="out", tokenizer="tokenizer")
+    assert options.train == ("a", "b") and options.out == Path("out")
+    assert options.tokenizer == Path("tokenizer")
+    averaged = untyped.AverageOptions(paths=["one", Path("two")], out="x")
+    assert averaged.paths == (Path("one"), Path("two")) and averaged.out == Path("x")
+    trained = untyped.TrainOptions(run="run", data="set", init_from="model")
+    assert (trained.run, trained.data, trained.init_from) == (Path("run"), Path("set"), Path("model"))
+    assert trained.settings == [] and trmt.TrainOptions().run is None
+
+
+def test_all_options_of_commands_take_strings() -> None:
+    named = {name for name in untyped.__all__ if name.endswith("Options")} - {"TranslateOptions"}
+    known = {cls.__name__ for cls in Options.__subclasses__()}
+    assert named <= known
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> trmt.Translator:
+    folder = tmp_path_factory.mktemp("bundles")
+    random_bundle(folder / "random", small_tokenizer(folder / "tokenizer"))
+    return trmt.Translator.load(str(folder / "random"))
+
+
+MISTAKES: list[tuple[Callable[[trmt.Translator], Any], str]] = [
+    (lambda _: untyped.PrepareOptions(train="data/train"), r"train is a list .* write \['data/train'\]"),
+    (lambda _: untyped.PrepareOptions(("a",), alignments="b"), r"alignments is a list"),
+    (lambda _: untyped.TokenizerOptions("data/train"), r"corpora is a list"),
+    (lambda _: untyped.TokenizerOptions(("a",), languages="en"), r"languages is a list"),
+    (lambda _: untyped.AverageOptions(paths="models/run"), r"paths is a list .* write \['models/run'\]"),
+    (lambda _: untyped.AverageOptions(paths=Path("models/run")), r"paths is a list"),
+    (lambda _: untyped.TrainOptions(settings="optim.lr=1"), r"settings is a list .* write \['optim.lr=1'\]"),
+    (lambda _: untyped.train("data", settings="optim.lr=1"), r"settings is a list"),
+    (lambda _: untyped.train(trmt.TrainOptions(), run="x"), r"TrainOptions hold all options"),
+    (lambda _: untyped.average(trmt.AverageOptions(), best=1), r"AverageOptions hold all options"),
+    (lambda _: untyped.ScoreOptions(metrics="bleu"), r"metrics is a list .* write \['bleu'\]"),
+    (lambda _: untyped.score("one text", [["a"]]), r"hypotheses is a list"),
+    (lambda _: untyped.score(["a"], "a"), r"references is a list .* write \['a'\]"),
+    (lambda _: untyped.score(["a"], ["a"]), r"references is a list of whole reference translations"),
+    (lambda it: it.translate("It rains."), r"texts is a list .* write \['It rains\.'\]"),
+    (lambda it: it.translate(["It rains."], prefixes="Es"), r"prefixes is a list"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_a_single_string_where_a_list_belongs_is_one_sentence(
+    translator: trmt.Translator, number: int
+) -> None:
+    call, message = MISTAKES[number]
+    with pytest.raises(ConfigError, match=message) as caught:
+        call(translator)
+    assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.slow
+def test_the_programs_of_the_page_run_in_their_order(tmp_path: Path) -> None:
+    environment = prepare_workspace(tmp_path)
+    for number, code in enumerate(blocks("docs/python.md", "python")):
+        (tmp_path / f"program{number}.py").write_text(shorter(code), encoding="utf-8")
+        done = subprocess.run(
+            ["python", f"program{number}.py"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr
