@@ -44,7 +44,7 @@ def learns_from_pairs(name: str) -> bool:
     return kind.batches(kind.config_class()) is Batches
 
 
-@pytest.fixture(params=list(filter(learns_from_pairs, OBJECTIVES)))
+@pytest.fixture(params=list(filter(learns_from_pairs, installed(OBJECTIVES))))
 def objective(request: pytest.FixtureRequest) -> Objective:
     kind = resolve(OBJECTIVES, request.param)
     made: Objective = kind(build(kind.config_class, {}, where="loss"), Specials(bos=BOS, eos=EOS))
