@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trmt.native import build
-from trmt.native.products import pointer
+from trmt.native.addresses import pointer
 from trmt.nets.layers import Spans
 
 BLOCK = 64  # rows whose sums a kernel returns together; ROWS in the C file
