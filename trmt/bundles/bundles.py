@@ -204,7 +204,7 @@ def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> di
             raise BundleError(
                 f"{path} is not as it was written: its checksum differs; copy it again, or remove {folder}"
             )
-        stored = load_file(path)
+        stored = consistency.readable(load_file(path), where=str(path))
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}; copy the bundle again") from error
     except SafetensorError as error:

@@ -28,6 +28,10 @@ SIDES = ("source", "target")
 LARGEST_OPTION = 1 << 18
 # So many times the numbers that are stored, and some more, may a network have while it is built.
 SPARE, LEAST_NUMBERS = 4, 1 << 20
+STORED_TYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
 AS_STORED = "copy the bundle again, or do not use it"
 
 
@@ -101,6 +105,17 @@ def _try_highest_ids(net: Seq2Seq, tokenizer: Tokenizer, *, where: str) -> None:
         raise BundleError(
             f"the network of {where} cannot take the highest ids of its tokenizer ({reason}); {AS_STORED}"
         ) from error
+
+
+def readable(weights: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """Stored weights, each of a type that can be computed with, and at an address that a processor allows."""
+    for name, tensor in weights.items():
+        if tensor.dtype not in STORED_TYPES:
+            raise BundleError(
+                f"{where} has {name!r} of type {str(tensor.dtype).removeprefix('torch.')}, which trmt does "
+                "not read; store it as float32"
+            )
+    return {name: x.clone() if x.data_ptr() % x.element_size() else x for name, x in weights.items()}
 
 
 def of_type(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
