@@ -22,11 +22,12 @@ from tests.mutations import Changed
 from trmt.averaging import average_bundles
 from trmt.bundles import bundles, consistency
 from trmt.bundles.bundles import load_bundle
+from trmt.config import to_tree
 from trmt.decoding.beam import Beam
 from trmt.decoding.engine import Engine, frozen
 from trmt.decoding.request import Request
 from trmt.errors import BundleError, ConfigError
-from trmt.native import packed_weights, products
+from trmt.native import build, packed_weights, products
 from trmt.native.addresses import OUT_OF_MEMORY, OUT_OF_RANGE, check_returned
 from trmt.native.packed_weights import PackedWeightCache
 from trmt.native.products import PackedProduct, PackedProducts
@@ -53,7 +54,7 @@ def sound(tokenizer: Tokenizer, architecture: str = "transformer", **options: An
     net = small_network(architecture, **sizes)
     manifest = bundles.make_manifest(net, architecture, tokenizer, longest={"source": 9, "target": 9})
     weights = {name: x for name, x in net.state_dict().items() if name not in manifest.tied}
-    return Changed({"format": 3, **bundles.to_tree(manifest)}, weights, tokenizer)
+    return Changed({"format": 3, **to_tree(manifest)}, weights, tokenizer)
 
 
 def write(folder: Path, bundle: Changed) -> Path:
@@ -312,7 +313,7 @@ def test_packed_weights_of_another_size_are_packed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_weights, "WORTH", 0)
-    monkeypatch.setattr(packed_weights.build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
     weight, x = torch.randn(70, 33), torch.randn(5, 33)
     expected = PackedProducts("fp32")(weight, None)(x)
     path = PackedWeightCache.of("a", "fp32").path
@@ -345,7 +346,7 @@ def test_kernels_without_memory_raise_what_makes_batches_smaller() -> None:
 
 
 def test_a_hundred_changed_bundles(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    problems, outcomes = mutations.run(tmp_path / "changed", tokenizer, 100, seed=1)
+    problems, outcomes = mutations.run(tmp_path / "changed", tokenizer, range(100), seed=1)
     assert not problems
     assert min(outcomes["refused"], outcomes["translated"]) >= 15
 

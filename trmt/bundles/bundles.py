@@ -254,7 +254,7 @@ def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code:
         )
     check_weights(net, weights, where=str(folder))
     # Assigned, not copied: the tensors are the memory-mapped file, which processes share.
-    net.load_state_dict(consistency.of_type(weights, net.state_dict()), assign=True)
+    net.load_state_dict(consistency.of_type(weights, net), assign=True)
     consistency.check_network(net, tokenizer, where=str(folder))
     return Bundle(folder, manifest, net.to(device).eval(), tokenizer)
 

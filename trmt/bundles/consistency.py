@@ -118,9 +118,11 @@ def readable(weights: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
     return {name: x.clone() if x.data_ptr() % x.element_size() else x for name, x in weights.items()}
 
 
-def of_type(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def of_type(weights: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     """Weights in the types that a network has them in; what is stored in half precision becomes fp32."""
-    return {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}
+    if all(tensor.dtype in (torch.float32, torch.int64) for tensor in weights.values()):
+        return dict(weights)
+    return {name: weights[name].to(tensor.dtype) for name, tensor in net.state_dict().items()}
 
 
 class Building(TorchFunctionMode):
