@@ -345,10 +345,10 @@ def test_kernels_without_memory_raise_what_makes_batches_smaller() -> None:
 # Many of them
 
 
-def test_a_hundred_changed_bundles(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    problems, outcomes = mutations.run(tmp_path / "changed", tokenizer, range(100), seed=1)
+def test_two_hundred_changed_bundles(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    problems, outcomes = mutations.run(tmp_path / "changed", tokenizer, range(200), seed=1)
     assert not problems
-    assert min(outcomes["refused"], outcomes["translated"]) >= 15
+    assert min(outcomes["refused"], outcomes["translated"]) >= 30
 
 
 def library_of(compiler: str, name: str) -> str:
