@@ -177,6 +177,25 @@ def test_other_dtypes_are_left_to_pytorch(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+def test_other_shapes_and_ids_are_left_to_pytorch() -> None:
+    x = torch.randn(4, 16, requires_grad=True)
+    weight, spans = torch.randn(16, 16), Spans.of(Ragged.of([[1] * 3, [1]]))
+    fewer = Spans.of(Ragged.of([[1] * 4]))
+    zeros = torch.zeros(4, dtype=torch.long)
+    results = (
+        training.linear(x, weight, torch.randn(15), False),
+        training.linear(x, weight, torch.randn(16).double(), False),
+        training.add_norm(x, x, LayerNorm(8), 0.1),
+        training.self_attention(x.repeat(1, 4), spans, 1, True),
+        training.cross_attention(x, x.repeat(1, 2), spans, fewer, 1),
+        training.cross_attention(x, x.repeat(1, 4), spans, spans, 1),
+        training.cross_entropy(x, zeros[:3], 0.1),
+        training.cross_entropy(x, zeros.int(), 0.1),
+    )
+    assert all(result is None for result in results)
+
+
+@needs_kernels
 def test_a_compiler_that_cannot_build_them_gives_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from tests.fakes import small_network
 from trmt.decoding.engine import frozen
 from trmt.native import build, packed_weights, products
-from trmt.native.packed_weights import PackedWeightCache
 from trmt.native.products import PackedProducts
 from trmt.nets.base import Precision
 
@@ -116,7 +115,8 @@ def test_a_cache_that_cannot_be_written_is_left_out(home: Path) -> None:
 def test_processes_share_the_pages(home: Path) -> None:
     made("a", "fp32")
     (file,) = home.iterdir()
-    parts = PackedWeightCache.of("a", "fp32").take(WEIGHTS[0], lambda: pytest.fail("packed again"))
+    product = PackedProducts("fp32", checksum="a")(WEIGHTS[0], None)
+    parts = product.tensors
     address = parts[0].data_ptr()
     maps = Path("/proc/self/maps")
     if not maps.exists():

@@ -13,7 +13,6 @@ from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import AVERAGE, MODELS
 from trmt.config import Options
 from trmt.errors import BundleError, ConfigError
-from trmt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -106,10 +105,16 @@ def average_bundles(paths: Sequence[Path], out: Path) -> Manifest:
     manifests = [bundles.read_manifest(path) for path in paths]
     _check_compatible(paths, manifests)
     first = manifests[0]
+    tokenizer = bundles.load_tokenizer(paths[0], first)
+    kinds: dict[str, tuple[torch.Size, bool]] = {}
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
     for path, manifest in zip(paths, manifests, strict=True):
-        for name, tensor in bundles.read_weights(path, manifest).items():
+        weights = bundles.read_weights(path, manifest)
+        described = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in weights.items()}
+        if described != (kinds := kinds or described):
+            raise BundleError(f"{path} and {paths[0]} differ in weights; average checkpoints of one run")
+        for name, tensor in weights.items():
             if name in first.tied:
                 continue
             dtypes.setdefault(name, tensor.dtype)
@@ -127,7 +132,7 @@ def average_bundles(paths: Sequence[Path], out: Path) -> Manifest:
         scores=(),  # those of the checkpoints do not hold for the average
         golden=(),
     )
-    bundles.save_bundle(out, averaged, mean, Tokenizer.load(paths[0] / bundles.TOKENIZER))
+    bundles.save_bundle(out, averaged, mean, tokenizer)
     return averaged
 
 

@@ -133,7 +133,7 @@ class Translator:
         self.longest = max(min(longest, self.max_positions - 1), 1)
         self.eos = source.eos
         self.ranker = resolve(RANKERS, "best")()
-        padding = range(target.vocabulary, int(getattr(net.config, "target_vocabulary", 0)))
+        padding = range(target.vocabulary, len(net.output.weight))
         self.engine = Engine(
             net,
             options.build_search(),

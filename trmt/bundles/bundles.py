@@ -21,11 +21,10 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 import trmt
-from trmt.bundles import quantised, upgrade
+from trmt.bundles import consistency, quantised, upgrade
 from trmt.config import build, to_tree
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Network, Seq2Seq
@@ -205,30 +204,46 @@ def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> di
             raise BundleError(
                 f"{path} is not as it was written: its checksum differs; copy it again, or remove {folder}"
             )
-        stored = load_file(path)
+        stored = consistency.readable(load_file(path), where=str(path))
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}; copy the bundle again") from error
     except SafetensorError as error:
         raise BundleError(f"{path} is damaged: {error}; copy the bundle again") from error
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # A header may be right and name types that PyTorch lacks, or put numbers where it cannot read them.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BundleError(
+            f"{path} holds what PyTorch cannot read ({reason}); copy the bundle again"
+        ) from error
     if manifest.precision == "int8":
-        stored = quantised.dequantise_weights(stored)
-    stored = upgrade.upgrade_weights(stored, manifest.architecture, manifest.network)
+        stored = quantised.dequantise_weights(stored, where=str(path))
+    try:
+        stored = upgrade.upgrade_weights(stored, manifest.architecture, manifest.network)
+    except (RuntimeError, LookupError, TypeError) as error:
+        raise BundleError(
+            f"{path} has weights of other shapes than those of {manifest.architecture!r}; copy it again"
+        ) from error
     for alias, name in manifest.tied.items():
         if name in stored:
             stored[alias] = stored[name]
     return stored
 
 
+def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of a bundle, which is the one that its manifest describes."""
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    consistency.check_tokenizer(manifest, tokenizer, where=str(folder))
+    return tokenizer
+
+
 def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code: bool = False) -> Bundle:
     """A bundle ready to use: its network in eval mode on `device`."""
     manifest = read_manifest(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    if tokenizer.fingerprint != manifest.tokenizer:
-        raise BundleError(
-            f"{folder / TOKENIZER} is not the tokenizer this network was trained with; copy it again"
-        )
+    tokenizer = load_tokenizer(folder, manifest)
+    weights = read_weights(folder, manifest)
+    consistency.check_options(manifest, weights, where=str(folder))
     try:
-        with _SkipInitialisation():
+        with consistency.Building(None if ":" in manifest.architecture else weights):
             net = build_network(manifest.architecture, manifest.network, trust_code=trust_code)
     except TrmtError as error:
         raise BundleError(f"cannot build the network of {folder}: {error}") from error
@@ -237,24 +252,11 @@ def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code:
             f"{folder} holds an encoder only, which cannot translate; train a translator that starts from it "
             f"with trmt train --init-from {folder}:encoder"
         )
-    weights = read_weights(folder, manifest)
     check_weights(net, weights, where=str(folder))
     # Assigned, not copied: the tensors are the memory-mapped file, which processes share.
-    net.load_state_dict(weights, assign=True)
+    net.load_state_dict(consistency.of_type(weights, net), assign=True)
+    consistency.check_network(net, tokenizer, where=str(folder))
     return Bundle(folder, manifest, net.to(device).eval(), tokenizer)
-
-
-class _SkipInitialisation(TorchFunctionMode):
-    """Skips the random initialisation of weights that are about to be replaced; it takes seconds."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_):
-            return args[0]
-        if kwargs and func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def load_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
@@ -269,6 +271,11 @@ def check_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) ->
     for name, tensor in expected.items():
         if name not in weights:
             raise BundleError(f"{where} has no weights {name!r}; it belongs to another architecture")
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise BundleError(
+                f"{where} has {name!r} of type {str(weights[name].dtype).removeprefix('torch.')}, but the "
+                f"network needs {str(tensor.dtype).removeprefix('torch.')}; it belongs to another network"
+            )
         if weights[name].shape != tensor.shape:
             raise BundleError(
                 f"{where} has {name!r} of shape {list(weights[name].shape)}, "

@@ -33,13 +33,23 @@ def quantise_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def dequantise_weights(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def dequantise_weights(stored: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
     """The weights in fp32, with the exact values of int8 times scale."""
+    for name, tensor in stored.items():
+        if name + SCALE in stored and not _has_scales(tensor, stored[name + SCALE]):
+            raise BundleError(
+                f"{where} has {name!r} not as an int8 matrix with a scale in fp32 for each row; copy it again"
+            )
     return {
         name: _dequantise(tensor, stored[name + SCALE]) if name + SCALE in stored else tensor
         for name, tensor in stored.items()
         if not (name.endswith(SCALE) and name.removesuffix(SCALE) in stored)
     }
+
+
+def _has_scales(int8_NK: Tensor, scale_N: Tensor) -> bool:
+    types = int8_NK.dtype, scale_N.dtype
+    return types == (torch.int8, torch.float32) and int8_NK.dim() == 2 and scale_N.shape == int8_NK.shape[:1]
 
 
 @torch.no_grad()

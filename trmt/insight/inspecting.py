@@ -29,6 +29,7 @@ def inspect(path: Path | None = None) -> dict[str, Any]:
 
 def _bundle(folder: Path) -> dict[str, Any]:
     manifest = bundles.read_manifest(folder)
+    bundles.load_tokenizer(folder, manifest)  # which fits the network, or there is an error
     parts = describing.parameter_counts(bundles.read_weights(folder, manifest), manifest)
     tree = to_tree(manifest)
     return {

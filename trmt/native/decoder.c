@@ -6,7 +6,10 @@
 
    Between the products, norms, attention and recurrence compute in double precision and round to fp32 once. So an
    implementation that adds in another order (PyTorch, other vector lengths) gets the same fp32 numbers but for a
-   rounding in many millions, and int8 products after it hardly ever differ for that one. */
+   rounding in many millions, and int8 products after it hardly ever differ for that one.
+
+   Sizes and shapes were checked where the structures were filled (transformer.py). Ids and positions, which change
+   with each call, are checked here. */
 
 #include "products.h"
 
@@ -28,17 +31,18 @@ typedef struct {
 typedef struct {
   int64_t layers, width, heads, feed_forward; /* sizes; width is the hidden size */
   int64_t pre_norm, ssru, processor;
+  int64_t vocabulary, max_positions; /* rows of the tables of embeddings and positions */
   double epsilon;
   float embedding_scale;
-  const float *embedding; /* [V, D] */
-  const float *positions; /* [positions, D] */
+  const float *embedding; /* [vocabulary, D] */
+  const float *positions; /* [max_positions, D] */
   const Layer *layer;
   const Norm *norms; /* of each sublayer in turn, and with pre_norm a last one */
 } Network;
 
 typedef struct {
   int64_t sentences, hypotheses, columns, length; /* S, K, target positions there is space for, source positions */
-  int64_t slots;                                  /* sentences that the cache has space for */
+  int64_t slots, sources;                         /* sentences that the cache has space for, and the memory */
   int64_t *tokens;                                /* [S, K] */
   int64_t *position;                              /* [S], of these tokens */
   int32_t *ancestors;                             /* [S, K, columns]: which hypothesis made the ancestor's column */
@@ -177,10 +181,11 @@ static Keys keys_of(const Network *n, const Step *s, int64_t layer, int64_t row,
   return (cross ? cross_keys : self_keys)(n, s, layer, row, offset);
 }
 
-static void attend_some(const Network *n, const Step *s, int64_t layer, const float *query, int64_t stride,
+static int attend_some(const Network *n, const Step *s, int64_t layer, const float *query, int64_t stride,
                         int cross, float *out, int64_t from, int64_t to) {
   int64_t most = ((s->columns > s->length ? s->columns : s->length) + 7) / 8 * 8;
   double *sums = aligned_alloc(64, (n->width + (n->heads + 2) * most + 7) / 8 * 8 * sizeof(double));
+  if (!sums) return OUT_OF_MEMORY;
   Scratch scratch = {sums, sums + n->width, most};
   int64_t *offsets = (int64_t *)(scratch.weights + n->heads * most);
   Keys keys = keys_of(n, s, layer, from, cross, offsets + from % 2 * most);
@@ -191,15 +196,18 @@ static void attend_some(const Network *n, const Step *s, int64_t layer, const fl
     keys = next;
   }
   free(sums);
+  return 0;
 }
 
-static void attend(const Network *n, const Step *s, int64_t layer, const float *query, int64_t stride, int cross,
+static int attend(const Network *n, const Step *s, int64_t layer, const float *query, int64_t stride, int cross,
                    float *out) {
   int64_t rows = s->sentences * s->hypotheses, share = share_of(rows, 8);
   if (share >= rows) return attend_some(n, s, layer, query, stride, cross, out, 0, rows);
-#pragma omp parallel for schedule(static)
+  int failed = 0;
+#pragma omp parallel for schedule(static) reduction(| : failed)
   for (int64_t row = 0; row < rows; row += share)
-    attend_some(n, s, layer, query, stride, cross, out, row, row + share < rows ? row + share : rows);
+    failed |= attend_some(n, s, layer, query, stride, cross, out, row, row + share < rows ? row + share : rows);
+  return failed;
 }
 
 /* The recurrence of an SSRU: the cells of a layer are updated in place, their relu goes to `out`. */
@@ -233,23 +241,39 @@ static void embed_row(const Network *n, int64_t token, int64_t position, float *
   for (int64_t i = 0; i < n->width; i++) x[i] = from[i] * n->embedding_scale + at[i];
 }
 
+static int within(int64_t number, int64_t count) { return 0 <= number && number < count; }
+
 /* Self-attention over the KV cache, or the recurrence in its place. */
-static void self_sublayer(const Network *n, const Step *s, int64_t index, const float *x, float *inner, float *out,
-                          float *added) {
+static int self_sublayer(const Network *n, const Step *s, int64_t index, const float *x, float *inner, float *out,
+                         float *added) {
   const Layer *layer = n->layer + index;
   int64_t rows = s->sentences * s->hypotheses;
-  trmt_product(layer->self_in, x, rows, inner, n->processor);
-  if (n->ssru) return recur(n, s, index, inner, added);
+  int failed = trmt_product(layer->self_in, x, rows, inner, n->processor);
+  if (n->ssru) return recur(n, s, index, inner, added), failed;
   store(n, s, index, inner);
-  attend(n, s, index, inner, 3 * n->width, 0, out);
-  trmt_product(layer->self_out, out, rows, added, n->processor);
+  failed |= attend(n, s, index, inner, 3 * n->width, 0, out);
+  return failed | trmt_product(layer->self_out, out, rows, added, n->processor);
 }
 
-void trmt_step(const Network *n, const Step *s) {
+/* Whether every id and position of a step has its row, and every sentence its slots. */
+static int step_within(const Network *n, const Step *s) {
+  int64_t positions = !n->ssru && s->columns < n->max_positions ? s->columns : n->max_positions;
+  int good = 1;
+  for (int64_t row = 0; row < s->sentences * s->hypotheses; row++) good &= within(s->tokens[row], n->vocabulary);
+  for (int64_t sentence = 0; sentence < s->sentences; sentence++)
+    good &= within(s->position[sentence], positions) & within(s->slot[sentence], s->slots) &
+            within(s->source[sentence], s->sources);
+  return good;
+}
+
+int trmt_step(const Network *n, const Step *s) {
+  if (!step_within(n, s)) return OUT_OF_RANGE;
   int64_t rows = s->sentences * s->hypotheses, width = n->width;
   int64_t most = n->feed_forward > 3 * width ? n->feed_forward : 3 * width;
   float *x = aligned_alloc(64, (rows * (3 * width + most) * 4 + 63) / 64 * 64);
+  if (!x) return OUT_OF_MEMORY;
   float *out = x + rows * width, *added = out + rows * width, *inner = added + rows * width;
+  int failed = 0;
   float *normed = s->hidden; /* the input of a sublayer: with pre_norm apart from the sum `x` */
   for (int64_t row = 0; row < rows; row++)
     embed_row(n, s->tokens[row], s->position[row / s->hypotheses], x + row * width);
@@ -262,18 +286,19 @@ void trmt_step(const Network *n, const Step *s) {
   for (int64_t i = 0; i < 3 * n->layers; i++) {
     const Layer *layer = n->layer + i / 3;
     if (i % 3 == 0) {
-      self_sublayer(n, s, i / 3, normed, inner, out, added);
+      failed |= self_sublayer(n, s, i / 3, normed, inner, out, added);
     } else if (i % 3 == 1) {
-      trmt_product(layer->cross_query, normed, rows, inner, n->processor);
-      attend(n, s, i / 3, inner, width, 1, out);
-      trmt_product(layer->cross_out, out, rows, added, n->processor);
+      failed |= trmt_product(layer->cross_query, normed, rows, inner, n->processor);
+      failed |= attend(n, s, i / 3, inner, width, 1, out);
+      failed |= trmt_product(layer->cross_out, out, rows, added, n->processor);
     } else {
-      trmt_product(layer->inner, normed, rows, inner, n->processor);
-      trmt_product(layer->outer, inner, rows, added, n->processor);
+      failed |= trmt_product(layer->inner, normed, rows, inner, n->processor);
+      failed |= trmt_product(layer->outer, inner, rows, added, n->processor);
     }
     add_norm(n, rows, n->norms + i + n->pre_norm, n->pre_norm ? x : normed, added, normed);
   }
   free(x);
+  return failed;
 }
 
 /* Rows of a block go on from the rows of their parents. */
@@ -284,9 +309,14 @@ static void reorder_block(const int64_t *parents, int64_t count, void *block, in
 }
 
 /* Hypothesis k of a sentence goes on from the history of parents[k]. */
-void trmt_reorder(const Network *n, const Step *s, const int64_t *parents) {
+int trmt_reorder(const Network *n, const Step *s, const int64_t *parents) {
+  int good = 1;
+  for (int64_t row = 0; row < s->sentences * s->hypotheses; row++) good &= within(parents[row], s->hypotheses);
+  for (int64_t sentence = 0; sentence < s->sentences; sentence++) good &= within(s->slot[sentence], s->slots);
+  if (!good) return OUT_OF_RANGE;
   int64_t count = s->hypotheses, ancestors = s->columns * sizeof(int32_t), cells = n->width * sizeof(float);
   void *before = malloc(count * (ancestors > cells ? ancestors : cells) + 1);
+  if (!before) return OUT_OF_MEMORY;
   for (int64_t sentence = 0; sentence < s->sentences; sentence++, parents += count) {
     if (!n->ssru) reorder_block(parents, count, s->ancestors + sentence * count * s->columns, ancestors, before);
     for (int64_t layer = 0; layer < n->layers && n->ssru; layer++)
@@ -294,4 +324,5 @@ void trmt_reorder(const Network *n, const Step *s, const int64_t *parents) {
                     before);
   }
   free(before);
+  return 0;
 }

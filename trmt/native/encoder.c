@@ -6,29 +6,33 @@
 enum { KV_ROWS = 128 }; /* rows whose keys and values are made at a time */
 
 typedef struct {
-  int64_t sentences, length;   /* S; L, of the longest */
+  int64_t sentences, length, tokens; /* S; L, of the longest; N */
   const int64_t *ids, *starts; /* [N], [S + 1] */
   float *memory, *mask;        /* [S, blocks, L, D], [S, L]: as in Step */
 } Sources;
 
-static void attend_sentence(const Network *n, const Sources *t, const float *qkv, float *out, int64_t s) {
+static int attend_sentence(const Network *n, const Sources *t, const float *qkv, float *out, int64_t s) {
   int64_t first = t->starts[s], count = t->starts[s + 1] - first;
   int64_t head_dim = n->width / n->heads, space = (count + 7) / 8 * 8;
   double *scratch = aligned_alloc(64, ((2 * head_dim + 1) * space + head_dim + 7) / 8 * 8 * sizeof(double));
+  if (!scratch) return OUT_OF_MEMORY;
   for (int64_t head = 0; head < n->heads; head++) {
     const float *query = qkv + first * 3 * n->width + head * head_dim;
     float *to = out + first * n->width + head * head_dim;
     DISPATCH(n, attend_sentence, n->width, head_dim, query, count, scratch, to);
   }
   free(scratch);
+  return 0;
 }
 
-static void attend_sentences(const Network *n, const Sources *t, const float *qkv, float *out) {
+static int attend_sentences(const Network *n, const Sources *t, const float *qkv, float *out) {
+  int failed = 0;
   if (threads_for(t->starts[t->sentences], 32) > 1) {
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t s = 0; s < t->sentences; s++) attend_sentence(n, t, qkv, out, s);
+#pragma omp parallel for schedule(dynamic) reduction(| : failed)
+    for (int64_t s = 0; s < t->sentences; s++) failed |= attend_sentence(n, t, qkv, out, s);
   } else
-    for (int64_t s = 0; s < t->sentences; s++) attend_sentence(n, t, qkv, out, s);
+    for (int64_t s = 0; s < t->sentences; s++) failed |= attend_sentence(n, t, qkv, out, s);
+  return failed;
 }
 
 static void embed_sources(const Network *n, const Sources *t, float *x) {
@@ -57,12 +61,26 @@ static void clear_padding(const Network *n, const Sources *t, int64_t blocks) {
   }
 }
 
-void trmt_encode(const Network *n, const Matrix *cross_kv, const Sources *t) {
+/* Whether every id has its row, and every sentence its space and positions. */
+static int sources_within(const Network *n, const Sources *t) {
+  int64_t longest = t->length < n->max_positions ? t->length : n->max_positions;
+  int good = t->starts[0] == 0;
+  for (int64_t s = 0; s < t->sentences && good; s++) {
+    good &= within(t->starts[s + 1] - t->starts[s], longest + 1);
+    for (int64_t row = t->starts[s]; row < t->starts[s + 1] && good; row++) good &= within(t->ids[row], n->vocabulary);
+  }
+  return good && t->starts[t->sentences] == t->tokens;
+}
+
+int trmt_encode(const Network *n, const Matrix *cross_kv, const Sources *t) {
+  if (!sources_within(n, t)) return OUT_OF_RANGE;
   int64_t rows = t->starts[t->sentences], width = n->width, blocks = cross_kv->outputs / width;
   int64_t most = n->feed_forward > 3 * width ? n->feed_forward : 3 * width;
   int64_t some = rows < KV_ROWS ? rows : KV_ROWS;
   int64_t inner_size = rows * most > some * cross_kv->outputs ? rows * most : some * cross_kv->outputs;
   float *x = aligned_alloc(64, ((4 * rows * width + inner_size) * 4 + 63) / 64 * 64);
+  if (!x) return OUT_OF_MEMORY;
+  int failed = 0;
   float *out = x + rows * width, *added = out + rows * width, *normed = added + rows * width;
   float *inner = normed + rows * width;
   if (!n->pre_norm) normed = x;
@@ -71,20 +89,21 @@ void trmt_encode(const Network *n, const Matrix *cross_kv, const Sources *t) {
   for (int64_t i = 0; i < 2 * n->layers; i++) {
     const Layer *layer = n->layer + i / 2;
     if (i % 2 == 0) {
-      trmt_product(layer->self_in, normed, rows, inner, n->processor);
-      attend_sentences(n, t, inner, out);
-      trmt_product(layer->self_out, out, rows, added, n->processor);
+      failed |= trmt_product(layer->self_in, normed, rows, inner, n->processor);
+      failed |= attend_sentences(n, t, inner, out);
+      failed |= trmt_product(layer->self_out, out, rows, added, n->processor);
     } else {
-      trmt_product(layer->inner, normed, rows, inner, n->processor);
-      trmt_product(layer->outer, inner, rows, added, n->processor);
+      failed |= trmt_product(layer->inner, normed, rows, inner, n->processor);
+      failed |= trmt_product(layer->outer, inner, rows, added, n->processor);
     }
     add_norm(n, rows, n->norms + i + n->pre_norm, x, added, normed);
   }
   for (int64_t row = 0; row < rows; row += KV_ROWS) {
     int64_t to = row + KV_ROWS < rows ? row + KV_ROWS : rows;
-    trmt_product(cross_kv, normed + row * width, to - row, inner, n->processor);
+    failed |= trmt_product(cross_kv, normed + row * width, to - row, inner, n->processor);
     lay_out(n, t, blocks, inner, row, to);
   }
   clear_padding(n, t, blocks);
   free(x);
+  return failed;
 }

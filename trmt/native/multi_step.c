@@ -14,7 +14,7 @@ typedef struct {
 } Rules;
 
 /* One step of a search: `parents` and `next` say which hypotheses go on with which tokens. */
-typedef void Advance(const void *search, const float *logits, int64_t vocabulary, int64_t *parents, int64_t *next);
+typedef int Advance(const void *search, const float *logits, int64_t vocabulary, int64_t *parents, int64_t *next);
 
 typedef struct {
   const Network *network;
@@ -39,26 +39,37 @@ static void mask(const Rules *r, int64_t sentence, int64_t length, float *logits
   logits[forced] = 0; /* certain, though it may be banned elsewhere */
 }
 
+/* Whether every id that may not come, or has to, is one that has a logit. */
+static int rules_within(const Rules *r, int64_t sentences, int64_t vocabulary) {
+  int good = within(r->eos, vocabulary);
+  for (int64_t i = 0; i < r->bans; i++) good &= within(r->banned[i], vocabulary);
+  for (int64_t i = 0; i < sentences * r->longest; i++) good &= r->prefix[i] < vocabulary;
+  return good;
+}
+
 static int64_t count_done(const Search *c) {
   int64_t count = 0;
   for (int64_t s = 0; s < c->step->sentences; s++) count += c->done[s];
   return count;
 }
 
-/* Up to `most` steps, until `enough` sentences are done; returns how many. */
+/* Up to `most` steps, until `enough` sentences are done; returns how many, or minus what a kernel returned. */
 int64_t trmt_steps(const Search *c, int64_t most, int64_t enough) {
   const Step *s = c->step;
   int64_t rows = s->sentences * s->hypotheses, taken = 0, vocabulary = c->readout->outputs;
+  if (!rules_within(&c->rules, s->sentences, vocabulary)) return -OUT_OF_RANGE;
   while (taken < most && count_done(c) < enough) {
-    trmt_step(c->network, s);
-    trmt_product(c->readout, s->hidden, rows, c->logits, c->network->processor);
+    int failed = trmt_step(c->network, s);
+    if (failed) return -failed; /* `hidden` was not written */
+    failed |= trmt_product(c->readout, s->hidden, rows, c->logits, c->network->processor);
     for (int64_t row = 0; row < rows; row++) {
       int64_t sentence = row / s->hypotheses;
       mask(&c->rules, sentence, c->length[sentence], c->logits + row * vocabulary, vocabulary);
     }
-    c->advance(c->search, c->logits, vocabulary, c->parents, s->tokens);
+    failed |= c->advance(c->search, c->logits, vocabulary, c->parents, s->tokens);
     for (int64_t sentence = 0; sentence < s->sentences; sentence++) s->position[sentence]++;
-    if (c->reorders) trmt_reorder(c->network, s, c->parents);
+    if (!failed && c->reorders) failed |= trmt_reorder(c->network, s, c->parents);
+    if (failed) return -failed;
     taken++;
   }
   return taken;

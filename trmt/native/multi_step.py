@@ -13,8 +13,9 @@ from torch import Tensor
 
 from trmt.decoding.base import Search
 from trmt.native import products, search
+from trmt.native.addresses import check_returned, is_plain
 from trmt.native.products import PackedProduct
-from trmt.native.transformer import NativeStepper
+from trmt.native.transformer import NativeStepper, check_sizes
 from trmt.nets.base import State, Stepper
 
 LONGEST = 16  # steps of a call: Ctrl-C waits for its end
@@ -47,6 +48,7 @@ class MultiStep:
 
     def __init__(self, stepper: NativeStepper, how: Search) -> None:
         assert isinstance(stepper.readout, PackedProduct)
+        check_sizes(stepper.readout, (stepper.readout.outputs, stepper.width))
         self.stepper, self.readout, self.search = stepper, stepper.readout, how
         loaded = products.library()
         assert loaded is not None
@@ -81,6 +83,7 @@ class MultiStep:
         )
         most = min(most, cache.columns - cache.longest, LONGEST)
         taken = int(self.function(ctypes.addressof(arguments), most, enough))
+        check_returned(max(-taken, 0))
         cache.longest += taken
         batch.masks.steps_left -= taken
         batch.state = State(memory, cache, position_S)
@@ -96,6 +99,6 @@ class MultiStep:
 
 def _rules(masks: Any) -> _Rules:
     tensors = masks.banned, masks.min_tokens_S, masks.prefix_ST
-    assert all(tensor.is_contiguous() for tensor in tensors)
+    assert all(is_plain(tensor) for tensor in tensors)
     pointers = (tensor.data_ptr() for tensor in tensors)
     return _Rules(len(masks.banned), masks.eos, masks.prefix_ST.shape[1], *pointers)

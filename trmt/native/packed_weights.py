@@ -34,6 +34,8 @@ SAMPLE = 4096  # numbers of a matrix by which it is known again
 HEADER = 64  # digits of the checksum of all that follows
 
 Packed = tuple[Tensor, Tensor | None, Tensor | None]  # packed weights, scales, shifts
+# What each of them has to be: its dtype and how many numbers it has
+Layout = tuple[tuple[torch.dtype, int] | None, ...]
 _KINDS = {"int8": torch.int8, "int32": torch.int32, "float32": torch.float32}
 
 
@@ -52,13 +54,12 @@ class PackedWeightCache:
         name = hashlib.sha256(f"{weights} {precision} {LAYOUT}".encode()).hexdigest()[:32]
         return cls(build.cache_folder() / "packed" / name)
 
-    def take(self, weight_NK: Tensor, pack: Callable[[], Packed]) -> Packed:
-        """The parts of the next matrix; packed by `pack` unless they are there."""
+    def take(self, weight_NK: Tensor, pack: Callable[[], Packed], layout: Layout) -> Packed:
+        """The parts of the next matrix; packed by `pack` unless they are there in this layout."""
         known = _known_by(weight_NK)
         place = len(self._used)
-        if place < len(self._found) and self._found[place][0] == known:
-            parts = self._found[place][1]
-        else:
+        found, parts = self._found[place] if place < len(self._found) else ("", None)
+        if parts is None or found != known or _layout(parts) != layout:
             parts, self._complete = pack(), False
         self._used.append((known, parts))
         return parts
@@ -74,6 +75,10 @@ class PackedWeightCache:
                 return
             _write(self.path, self._used)
             _evict(self.path.parent, keep=self.path)
+
+
+def _layout(parts: Packed) -> Layout:
+    return tuple(part if part is None else (part.dtype, part.numel()) for part in parts)
 
 
 def _known_by(weight_NK: Tensor) -> str:
@@ -125,7 +130,7 @@ def _read(path: Path) -> list[tuple[str, Packed]]:
         entries = json.loads(whole[begin : begin + length].tobytes())
         begin += -(-length // ALIGNED) * ALIGNED
         return [(entry["known"], _tensors(whole, begin, entry["parts"])) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
         return []
 
 
@@ -137,7 +142,8 @@ def _tensors(whole: Any, begin: int, described: list[dict[str, Any]]) -> Packed:
         raw = whole[first : first + part["count"] * kind.itemsize]
         tensors.append(torch.from_numpy(raw).view(kind))
     packed, scale, shift = [*tensors, None, None][:3]
-    assert packed is not None
+    if packed is None:
+        raise ValueError("a matrix has no parts")
     return packed, scale, shift
 
 

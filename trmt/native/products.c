@@ -164,7 +164,7 @@ static void quantise_all(const Quantised *q, const float *x, int64_t rows, int p
     quantise(q, x, row, row + share < rows ? row + share : rows, processor);
 }
 
-void trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int processor) {
+int trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int processor) {
   int64_t threads = threads_for(rows * m->outputs * m->inputs, WORTH_THREADS), chunk = chunk_of(m, threads);
   if (processor == AMX && rows < TILES_FROM) processor = AVX512_VNNI;
   Quantised q = {m->inputs, m->depth, 0, 0};
@@ -172,6 +172,7 @@ void trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int p
   if (m->is_int8) {
     int64_t padded = (rows + 31) / 32 * 32, size = padded * (m->depth + 64); /* whole tiles */
     q.values = size <= ON_STACK ? small : aligned_alloc(64, size);
+    if (!q.values) return OUT_OF_MEMORY;
     q.scale = (float *)(q.values + padded * m->depth);
     quantise_all(&q, x, rows, processor);
   }
@@ -183,6 +184,7 @@ void trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int p
     for (int64_t panel = 0; panel < m->panels; panel += chunk)
       some_panels(m, &q, x, rows, y, panel, chunk, processor);
   if (q.values != small) free(q.values);
+  return 0;
 }
 
 /* Rows of weights [outputs, inputs] into panels; `shift` as in Matrix. */

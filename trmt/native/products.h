@@ -24,7 +24,10 @@ typedef struct {
 
 enum { PLAIN, AVX2, AVX_VNNI, AVX512_VNNI, AMX }; /* processors, each with all that is before it in its line */
 
+/* What a kernel returns: 0, or one or both of these, and then its results are not to be used. */
+enum { OUT_OF_RANGE = 1, OUT_OF_MEMORY = 2 };
+
 int trmt_processors(void);
-void trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int processor);
+int trmt_product(const Matrix *m, const float *x, int64_t rows, float *y, int processor);
 
 #endif

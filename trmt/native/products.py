@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trmt.native import build
-from trmt.native.packed_weights import Packed, PackedWeightCache
+from trmt.native.addresses import address, check_returned, pointer
+from trmt.native.packed_weights import Layout, Packed, PackedWeightCache
 from trmt.nets.base import Precision
-from trmt.nets.linear import LONGEST_INT8, quantize
+from trmt.nets.linear import check_int8_inputs, quantize
 
 PROCESSORS = ("plain C", "AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX")  # as numbered in products.h
 PANEL, DEPTH = 16, 64  # outputs and inputs of packed weights are padded to multiples of these
@@ -37,7 +38,7 @@ def library() -> Any | None:
     """The kernels for inference, if they can be built."""
     found = build.load("inference")
     if found:
-        for name in ("product", "pack_int8", "pack_fp32", "step", "encode", "reorder"):
+        for name in ("pack_int8", "pack_fp32"):
             getattr(found, f"trmt_{name}").restype = None
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         found.trmt_product.argtypes = (pointer, pointer, size, pointer, ctypes.c_int)
@@ -100,18 +101,25 @@ class PackedProduct:
         loaded = library()
         assert loaded is not None, "there are kernels"
         self.outputs, self.inputs = weight_NK.shape
+        weight_NK = weight_NK.contiguous()
+        address(weight_NK, self.outputs, self.inputs)
         self.processor = (best_processor() or 0) if processor is None else processor
         self.function = loaded.trmt_product
         is_int8 = precision == "int8"
-        assert not is_int8 or self.inputs <= LONGEST_INT8
+        if is_int8:
+            check_int8_inputs(self.inputs)
         multiple = DEPTH if is_int8 else 1
         depth = -(-self.inputs // multiple) * multiple
         panels = -(-self.outputs // PANEL)
         pack = functools.partial(
             _pack_int8 if is_int8 else _pack_fp32, loaded, weight_NK, panels * PANEL, depth
         )
-        packed, scale, shift = cache.take(weight_NK, pack) if cache else pack()
-        bias = None if bias_N is None else _padded(bias_N.float())
+        layout = _layout(panels * PANEL, depth, is_int8=is_int8)
+        packed, scale, shift = cache.take(weight_NK, pack, layout) if cache else pack()
+        if bias_N is not None:
+            bias_N = bias_N.float().contiguous()
+            address(bias_N, self.outputs)
+        bias = None if bias_N is None else _padded(bias_N)
         self.tensors = packed, scale, shift, bias  # what the pointers point to
         sizes = self.outputs, self.inputs, panels, depth, is_int8, relu
         self.matrix = _Matrix(*sizes, *map(pointer, self.tensors))
@@ -119,14 +127,18 @@ class PackedProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
+        at = address(x, *x.shape[:-1], self.inputs)
         y = x.new_empty((*x.shape[:-1], self.outputs))
-        self.function(self.address, x.data_ptr(), x.numel() // self.inputs, y.data_ptr(), self.processor)
+        rows = x.numel() // self.inputs
+        check_returned(self.function(self.address, at, rows, y.data_ptr(), self.processor))
         return y
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's values."""
-    return None if tensor is None else tensor.data_ptr()
+def _layout(outputs: int, depth: int, *, is_int8: bool) -> Layout:
+    """What packed weights, scales and shifts are for a kernel that reads them."""
+    if not is_int8:
+        return (torch.float32, outputs * depth), None, None
+    return (torch.int8, outputs * depth), (torch.float32, outputs), (torch.int32, outputs)
 
 
 def _padded(tensor: Tensor) -> Tensor:
@@ -146,6 +158,5 @@ def _pack_int8(loaded: Any, weight_NK: Tensor, outputs: int, depth: int) -> Pack
 def _pack_fp32(loaded: Any, weight_NK: Tensor, outputs: int, depth: int) -> Packed:
     packed = torch.zeros(outputs * depth)
     sizes = (ctypes.c_int64(size) for size in weight_NK.shape)
-    weight_NK = weight_NK.contiguous()
     loaded.trmt_pack_fp32(ctypes.c_void_p(weight_NK.data_ptr()), *sizes, ctypes.c_void_p(packed.data_ptr()))
     return packed, None, None

@@ -123,7 +123,7 @@ static TARGET void NAME(recur_row)(int64_t width, const float *gate_input, float
     c = f * c + (one - f) * x;
     NAME(narrow) rounded = NARROWED(c);
     *(NAME(narrow) *)(cell + i) = rounded;
-    for (int lane = 0; lane < WIDE; lane++) out[i + lane] = rounded[lane] > 0 ? rounded[lane] : 0;
+    for (int lane = 0; lane < WIDE; lane++) out[i + lane] = rounded[lane] < 0 ? 0 : rounded[lane]; /* keeps NaN */
   }
 }
 

@@ -11,6 +11,7 @@
 
 enum { LANES = 16, CHUNK = 128 };
 enum { WORTH_THREADS = 1 << 16 }; /* scores */
+enum { OUT_OF_MEMORY = 2 };       /* what a kernel returns that got no memory; else 0 */
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t bits __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -129,9 +130,10 @@ typedef struct {
 } Lines;
 
 /* Greedy.advance: the most probable token of each row is appended; `next` [S] are the tokens, `parents` [S] is zero. */
-void trmt_advance_lines(const Lines *l, const float *scores, int64_t vocabulary, int64_t *parents,
+int trmt_advance_lines(const Lines *l, const float *scores, int64_t vocabulary, int64_t *parents,
                         int64_t *next) {
   float *best = malloc(2 * l->sentences * sizeof(float)), *sums = best + l->sentences;
+  if (!best) return OUT_OF_MEMORY;
   trmt_highest(scores, l->sentences, vocabulary, 1, best, next, sums);
   for (int64_t s = 0; s < l->sentences; s++) {
     int64_t at = l->length[s] < l->max_tokens ? l->length[s] : l->max_tokens - 1; /* a finished sentence, until it is removed */
@@ -144,6 +146,7 @@ void trmt_advance_lines(const Lines *l, const float *scores, int64_t vocabulary,
     l->ended[s] = l->done[s] = over || l->length[s] >= l->max_length[s];
   }
   free(best);
+  return 0;
 }
 
 /* Beam search's hypotheses, as trmt/decoding/beam.py has them. */
@@ -220,10 +223,11 @@ static void end(const Beams *b, int64_t s, const int64_t *parents, const int64_t
 }
 
 /* Beam.advance: `parents` and `next` [S, K] say which hypothesis goes on from which with which token. */
-void trmt_advance_beams(const Beams *b, const float *scores, int64_t vocabulary, int64_t *parents,
+int trmt_advance_beams(const Beams *b, const float *scores, int64_t vocabulary, int64_t *parents,
                         int64_t *next) {
   int64_t size = b->size, rows = b->sentences * size;
   int64_t *ids = malloc((rows + 1) * size * sizeof(int64_t) + (rows * (size + 1) + size) * sizeof(float));
+  if (!ids) return OUT_OF_MEMORY;
   int64_t *from = ids + rows * size;
   float *best = (float *)(from + size), *sums = best + rows * size, *score = sums + rows;
   trmt_highest(scores, rows, vocabulary, size, best, ids, sums);
@@ -242,4 +246,5 @@ void trmt_advance_beams(const Beams *b, const float *scores, int64_t vocabulary,
     if (any || b->length[s] >= b->max_length[s]) end(b, s, parents + first, next + first);
   }
   free(ids);
+  return 0;
 }

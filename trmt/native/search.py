@@ -18,8 +18,10 @@ from trmt.decoding.beam import ROUNDING, Beam, BeamState
 from trmt.decoding.greedy import Greedy, LineState
 from trmt.decoding.top import CHUNK
 from trmt.native import build, gpu
+from trmt.native.addresses import address, check_returned, is_plain
 
 MAX_CANDIDATES = 64  # that the kernel keeps in order; with more, PyTorch is faster
+MAX_VOCABULARY = 1 << 24  # of which a row's maxima fit on a thread's stack
 BEAM_TENSORS = (  # in the kernel's order
     *("max_tokens_S", "eos_S", "length_S", "ended_S", "parents_STK", "tokens_STK"),
     *("score_SK", "ended_score_SK", "ended_length_SK", "ended_index_SK", "done_S"),
@@ -52,7 +54,7 @@ def library() -> Any | None:
     if found:
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         for function in (found.trmt_advance_lines, found.trmt_advance_beams):
-            function.restype = None
+            function.restype = ctypes.c_int
             function.argtypes = (pointer, pointer, size, pointer, pointer)
         found.trmt_highest.restype = None
         found.trmt_highest.argtypes = (pointer, size, size, size, pointer, pointer, pointer)
@@ -85,15 +87,17 @@ def advance(search: Search, scores_SKV: Tensor, state: Any) -> tuple[Tensor, Ten
     if not found:
         return None
     scores_SKV = scores_SKV.float().contiguous()
+    at = address(scores_SKV, *state.score_SK.shape, scores_SKV.shape[2])
     parents_SK = torch.empty(scores_SKV.shape[:2], dtype=torch.long)
     tokens_SK = torch.empty_like(parents_SK)
-    found.function(
+    code = found.function(
         ctypes.addressof(found.state),
-        scores_SKV.data_ptr(),
+        at,
         scores_SKV.shape[2],
         parents_SK.data_ptr(),
         tokens_SK.data_ptr(),
     )
+    check_returned(code)
     return parents_SK, tokens_SK, state
 
 
@@ -117,7 +121,7 @@ def _has_kernel(search: Search) -> bool:
 
 def _library_for(like: Tensor, vocabulary: int, count: int) -> Any | None:
     """The kernels, where they can find the `count` highest of scores like these."""
-    fits = count <= min(MAX_CANDIDATES, vocabulary // CHUNK)
+    fits = count <= min(MAX_CANDIDATES, vocabulary // CHUNK) and vocabulary <= MAX_VOCABULARY
     return library() if fits and like.device.type == "cpu" and like.dtype == torch.float32 else None
 
 
@@ -140,5 +144,5 @@ def _lines(state: LineState) -> _Lines:
 
 def _pointers(state: Any, names: tuple[str, ...]) -> list[int]:
     tensors = [getattr(state, name) for name in names]
-    assert all(tensor.is_contiguous() for tensor in tensors)
+    assert all(is_plain(tensor) for tensor in tensors)
     return [tensor.data_ptr() for tensor in tensors]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trmt.native import build
-from trmt.native.products import pointer
+from trmt.native.addresses import is_plain, pointer
 from trmt.nets.layers import Spans
 
 BLOCK = 64  # rows whose sums a kernel returns together; ROWS in the C file
@@ -131,7 +131,9 @@ def _dropped(x: Tensor, fields: dict[str, Any]) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor | None:
     """x @ weight.T + bias, and relu behind it if wanted."""
-    if x.dim() != 2 or not torch.is_grad_enabled() or not serves(x, weight):
+    if x.dim() != 2 or not torch.is_grad_enabled() or not serves(x, weight, bias):
+        return None
+    if bias.shape != weight.shape[:1]:
         return None
     low = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if low else x.dtype
@@ -180,7 +182,10 @@ def add_norm(x: Tensor, y: Tensor, norm: nn.Module, p: float) -> tuple[Tensor, T
     bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
     if norm.weight is None or (isinstance(norm, nn.LayerNorm) and bias is None):
         return None  # without a bias, the kernel takes a norm for RMSNorm
-    if not serves(x, y, norm.weight) or not (x.shape == y.shape and x.is_contiguous() and y.is_contiguous()):
+    vectors = [norm.weight] if bias is None else [norm.weight, bias]
+    if not serves(x, y, *vectors) or not (x.shape == y.shape and x.is_contiguous() and y.is_contiguous()):
+        return None
+    if any(vector.shape != x.shape[-1:] for vector in vectors):
         return None
     epsilon = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
     added, out = _AddNorm.apply(x, y, norm.weight, bias, p, epsilon)  # type: ignore[no-untyped-call]
@@ -236,13 +241,16 @@ def cross_attention(
     """Attention of each target sentence to its source; keys and values stand side by side: [N, D]."""
     if not (_serves_attention(query_ND, spans, heads, 1) and _serves_attention(kv_M2D, source, heads, 2)):
         return None
+    if len(spans.starts_S) != len(source.starts_S) or kv_M2D.shape[-1] != 2 * query_ND.shape[-1]:
+        return None
     out: Tensor = _CrossAttention.apply(query_ND, kv_M2D, spans, source, heads)  # type: ignore[no-untyped-call]
     return out
 
 
 def _serves_attention(x: Tensor, spans: Spans, heads: int, merged: int) -> bool:
-    head_dim = x.shape[-1] // merged // heads
-    return head_dim % LANES == 0 and not spans.starts_S.is_cuda and serves(x)
+    starts_S = spans.starts_S
+    whole = x.dim() == 2 and x.shape[-1] % (merged * heads * LANES) == 0
+    return whole and is_plain(starts_S) and starts_S.dtype == torch.long and serves(x)
 
 
 def _forward(attention: _Attention, tokens: int) -> tuple[Tensor, Tensor]:
@@ -323,7 +331,9 @@ class _CrossAttention(torch.autograd.Function):
 
 def cross_entropy(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tensor | None:
     """(negative log likelihood, its mean over the vocabulary), summed; the logits become the gradient."""
-    if not serves(logits_CV):
+    if not serves(logits_CV) or not logits_CV.is_contiguous() or target_C.dtype != torch.long:
+        return None
+    if target_C.shape != logits_CV.shape[:1] or logits_CV.dim() != 2:
         return None
     target_C = target_C.contiguous()
     losses_C2 = logits_CV.new_empty(logits_CV.shape[0], 2)

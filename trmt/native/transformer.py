@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trmt.errors import BundleError
 from trmt.native import products
-from trmt.native.products import PackedProduct, PackedProducts, pointer
+from trmt.native.addresses import address, check_returned, is_plain, pointer
+from trmt.native.products import PackedProduct, PackedProducts
 from trmt.nets.base import Decoding, EncoderMemory, FrozenLinear, State, Stepper
 from trmt.nets.ragged import Source
 from trmt.nets.ssru import SSRUDecoder
-from trmt.nets.transformer import Decoder, DecoderLayer, Encoder, Transformer
+from trmt.nets.transformer import Decoder, DecoderLayer, Encoder, Transformer, TransformerConfig
 
 FIRST_COLUMNS = 32  # of a cache that is no longer empty
 LANES = 8  # doubles that a kernel takes at a time, at most
@@ -57,6 +59,7 @@ class _Network(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("layers", "width", "heads", "feed_forward")),
         *((name, ctypes.c_int64) for name in ("pre_norm", "ssru", "processor")),
+        *((name, ctypes.c_int64) for name in ("vocabulary", "max_positions")),
         ("epsilon", ctypes.c_double),
         ("embedding_scale", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("embedding", "positions", "layer", "norms")),
@@ -65,7 +68,8 @@ class _Network(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("sentences", "hypotheses", "columns", "length", "slots")),
+        *((name, ctypes.c_int64) for name in ("sentences", "hypotheses", "columns", "length")),
+        *((name, ctypes.c_int64) for name in ("slots", "sources")),
         *((name, ctypes.c_void_p) for name in ("tokens", "position", "ancestors", "slot", "cache")),
         *((name, ctypes.c_void_p) for name in ("source", "memory", "mask", "hidden")),
     )
@@ -73,7 +77,7 @@ class _Step(ctypes.Structure):
 
 class _Sources(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("sentences", "length")),
+        *((name, ctypes.c_int64) for name in ("sentences", "length", "tokens")),
         *((name, ctypes.c_void_p) for name in ("ids", "starts", "memory", "mask")),
     )
 
@@ -88,25 +92,34 @@ class NativeNetwork:
         rows = [_products(layer) for layer in frozen.layers]
         positions, tokens = half.embedding.positions, half.embedding.tokens.weight.detach()
         assert positions is not None and rows[0][0] is not None
+        width, vocabulary, max_positions = config.d_model, len(tokens), positions.shape[1]
+        decoder = isinstance(half, Decoder)
+        ssru = decoder and isinstance(net, SSRUDecoder)
+        for row in rows:
+            for product, sizes in zip(row, _sizes(config, decoder=decoder, ssru=ssru), strict=True):
+                check_sizes(product, sizes)
         self.layers = (_Layer * len(rows))(
             *(_Layer(*(each and each.address for each in row)) for row in rows)
         )
+        parts = [(norm.weight, getattr(norm, "bias", None)) for norm in norms]
         self.norms = (_Norm * len(norms))(
-            *(_Norm(norm.weight.data_ptr(), pointer(getattr(norm, "bias", None))) for norm in norms)
+            *(_Norm(*(each if each is None else address(each, width) for each in pair)) for pair in parts)
         )
-        self.kept = norms, rows, positions, tokens  # what the pointers point to
+        self.kept = parts, rows, positions, tokens  # what the pointers point to
         self.network = _Network(
             len(rows),
-            config.d_model,
+            width,
             config.heads,
             config.feed_forward,
             half.norm is not None,
-            isinstance(net, SSRUDecoder) and isinstance(half, Decoder),
+            ssru,
             rows[0][0].processor,
+            vocabulary,
+            max_positions,
             float(norms[0].eps or 0),
-            math.sqrt(config.d_model),
-            tokens.data_ptr(),
-            positions.data_ptr(),
+            math.sqrt(width),
+            address(tokens, vocabulary, width),
+            address(positions, 1, max_positions, width),
             ctypes.addressof(self.layers),
             ctypes.addressof(self.norms),
         )
@@ -132,6 +145,24 @@ def _products(layer: Any) -> list[PackedProduct | None]:
         else None
         for linear in linears
     ]
+
+
+def check_sizes(product: PackedProduct | None, sizes: tuple[int, int] | None) -> None:
+    """Refuse a product that has not these outputs and inputs, which the kernels take it to have."""
+    found = None if product is None else (product.outputs, product.inputs)
+    if found != sizes:
+        raise BundleError(
+            f"a layer has weights of the sizes {found or 'none'}, but the network needs {sizes or 'none'}; "
+            "they belong to another network"
+        )
+
+
+def _sizes(config: TransformerConfig, *, decoder: bool, ssru: bool) -> list[tuple[int, int] | None]:
+    """The outputs and inputs of a layer's products, in the order of `_Layer`."""
+    width, square = config.d_model, (config.d_model, config.d_model)
+    own = [((2 if ssru else 3) * width, width), None if ssru else square]
+    cross = [square if decoder else None] * 2
+    return [*own, *cross, (config.feed_forward, width), (width, config.feed_forward)]
 
 
 @dataclass(frozen=True)
@@ -205,6 +236,11 @@ class NativeCache:
         """How many tokens of each hypothesis there is space for."""
         return self.ancestors_SKC.shape[2]
 
+    @property
+    def slots(self) -> int:
+        """How many sentences there is space for."""
+        return self.cache.shape[1 if self.recurrent else 2]
+
     def advance(self, position_S: Tensor, count: int) -> None:
         """Make space for `count` tokens more of hypotheses that have `position_S` tokens."""
         before = int(position_S.max()) if self.longest is None else self.longest
@@ -227,14 +263,13 @@ class NativeCache:
 
     def reorder(self, parents_SK: Tensor) -> NativeCache:
         parents_SK = parents_SK.contiguous()
+        parents = address(parents_SK, *self.ancestors_SKC.shape[:2], dtype=torch.long)
         loaded = products.library()
         assert loaded is not None
-        step = _Step(
-            *parents_SK.shape, self.columns, 0, len(self.cache[0] if self.recurrent else self.cache[0, 0])
-        )
+        step = _Step(*parents_SK.shape, self.columns, 0, self.slots)
         step.ancestors, step.slot = self.ancestors_SKC.data_ptr(), self.slot_S.data_ptr()
         step.cache = self.cache.data_ptr()
-        loaded.trmt_reorder(self.network.address, ctypes.addressof(step), parents_SK.data_ptr())
+        check_returned(loaded.trmt_reorder(self.network.address, ctypes.addressof(step), parents))
         return self
 
     def keep(self, sentences: Tensor) -> NativeCache:
@@ -283,6 +318,8 @@ class NativeStepper(Stepper):
         self.encoder = NativeNetwork(net, net.encoder, self.net.encoder)
         self.decoder = NativeNetwork(net, net.decoder, self.net.decoder)
         self.cross_kv = self.net.cross_kv.product
+        width = net.config.d_model
+        check_sizes(self.cross_kv, (2 * net.config.decoder_layers * width, width))
         self.loaded: Any = products.library()
         self.width = net.config.d_model
 
@@ -294,10 +331,15 @@ class NativeStepper(Stepper):
         """The cross-attention keys and values of these sources."""
         self.net.check_length(source)
         ids_N, starts = source.packed()
+        ids_N = ids_N.contiguous()
+        address(ids_N, len(ids_N), dtype=torch.long)
+        address(starts, len(source) + 1, dtype=torch.long)
         kv = torch.empty(len(source), 2 * self.decoder.network.layers, source.longest, self.width)
         mask = torch.empty(len(source), 1, 1, source.longest)
-        sources = _Sources(len(source), source.longest, *map(pointer, (ids_N, starts, kv, mask)))
-        self.loaded.trmt_encode(self.encoder.address, self.cross_kv.address, ctypes.addressof(sources))
+        pointers = map(pointer, (ids_N, starts, kv, mask))
+        sources = _Sources(len(source), source.longest, len(ids_N), *pointers)
+        arguments = self.encoder.address, self.cross_kv.address, ctypes.addressof(sources)
+        check_returned(self.loaded.trmt_encode(*arguments))
         return SourceMemory.of(kv, mask)
 
     def step(self, tokens_SKT: Tensor, state: State) -> tuple[Tensor, State]:
@@ -309,7 +351,7 @@ class NativeStepper(Stepper):
             hidden_SKD = torch.empty(*tokens_SK.shape, self.width)
             step = self.prepared(tokens_SK, position_S, cache, memory)
             step.hidden = hidden_SKD.data_ptr()
-            self.loaded.trmt_step(self.decoder.address, ctypes.addressof(step))
+            check_returned(self.loaded.trmt_step(self.decoder.address, ctypes.addressof(step)))
             hidden.append(hidden_SKD)
             position_S.add_(1)  # in place: the kernel has its address
         return torch.stack(hidden, 2), State(memory, cache, position_S)
@@ -323,14 +365,15 @@ class NativeStepper(Stepper):
         tensors = (position_S, cache.ancestors_SKC, cache.slot_S, cache.cache, *sources)
         call = cache.call
         if call is None or not call.still(tensors):
-            assert all(tensor.is_contiguous() for tensor in tensors)
-            slots = cache.cache.shape[1] if cache.recurrent else cache.cache.shape[2]
-            step = _Step(*tokens_SK.shape, cache.columns, memory["kv"].shape[2], slots)
+            assert all(is_plain(tensor) for tensor in tensors)
+            kv = memory["kv"]
+            address(kv, len(kv), 2 * self.decoder.network.layers, kv.shape[2], self.width)
+            step = _Step(*tokens_SK.shape, cache.columns, kv.shape[2], cache.slots, len(kv))
             names = ("position", "ancestors", "slot", "cache", "source", "memory", "mask")
             for name, tensor in zip(names, tensors, strict=True):
                 setattr(step, name, tensor.data_ptr())
             call = cache.call = _Call(step, tensors)
-        call.step.tokens = tokens_SK.data_ptr()
+        call.step.tokens = address(tokens_SK, *cache.ancestors_SKC.shape[:2], dtype=torch.long)
         return call.step
 
     def same_beside_others(self, decoding: Decoding) -> bool:

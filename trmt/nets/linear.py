@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trmt.errors import ConfigError
 from trmt.nets.base import Precision, Product
 
 MIN_ROWS = 16
@@ -36,10 +37,19 @@ class PlainProducts:
     def __call__(self, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Product:
         on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
         if self.precision == "int8":
-            assert on_cpu and weight.shape[1] <= LONGEST_INT8, "int8 is for fp32 weights on the CPU"
+            assert on_cpu, "int8 is for fp32 weights on the CPU"
+            check_int8_inputs(weight.shape[1])
             return Int8Product(weight, bias, relu=relu)
         product = row_invariant(weight, bias) if on_cpu else lambda x: F.linear(x, weight, bias)
         return (lambda x: F.relu(product(x))) if relu else product
+
+
+def check_int8_inputs(inputs: int) -> None:
+    """Refuse an int8 product whose sums could be too large for 32 bits."""
+    if inputs > LONGEST_INT8:
+        raise ConfigError(
+            f"a matrix has {inputs:,} columns, in int8 it may have {LONGEST_INT8:,}; use --precision fp32"
+        )
 
 
 def row_invariant(weight_NK: Tensor, bias: Tensor | None) -> Product:

@@ -238,6 +238,13 @@ def _with_vocabularies(recipe: Recipe, config_class: type, tokenizer: Tokenizer)
     }
     known = {each.name for each in fields(config_class)}
     wanted = {name: size for name, size in sizes.items() if name in known}
+    for name, size in wanted.items():
+        given = recipe.network.get(name, size)
+        if isinstance(given, int) and given < size:
+            raise ConfigError(
+                f"network.{name} = {given:,} is less than the {size:,} pieces of the tokenizer; leave it "
+                "out: it is set from the tokenizer"
+            )
     return replace(recipe, network={**wanted, **recipe.network})
 
 
