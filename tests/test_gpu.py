@@ -29,7 +29,11 @@ from trmt.training.run import TrainingRun, train
 from trmt.training.step import train_step
 from trmt.translating import TranslateOptions, Translator
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # Of torch's compiler, about torch, and about TF32, which fp32 does without
+    pytest.mark.filterwarnings("default::DeprecationWarning", "default:TensorFloat32:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("architecture", installed(ARCHITECTURES))

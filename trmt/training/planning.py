@@ -6,12 +6,11 @@ import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import torch
-
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG
 from trmt.config import build
+from trmt.devices.choice import named_device
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import describe_changes
@@ -106,10 +105,10 @@ def _default_recipe(options: TrainOptions, pairs: int) -> str:
         console.say(f"recipe: {options.run / CONFIG}")
         return str(options.run / CONFIG)
     if options.pretrain:
-        name = "bert-base" if torch.cuda.is_available() and pairs >= 1_000_000 else "bert-tiny"
+        name = "bert-base" if named_device("auto").type == "cuda" and pairs >= 1_000_000 else "bert-tiny"
         console.say(f"recipe: {name} (fits {pairs:,} sentences)")
         return name
-    name = fitting_recipe(pairs, gpu=torch.cuda.is_available())
+    name = fitting_recipe(pairs, gpu=named_device("auto").type == "cuda")
     console.say(f"recipe: {name} (fits {pairs:,} pairs)")
     return name
 
