@@ -77,7 +77,7 @@ def _nvidia_driver() -> bool:
 def gpu_name(device: torch.device) -> str:
     """What a GPU is called, and its architecture: "Tesla T4, sm_75" or "AMD Instinct MI300X, gfx942"."""
     if device.type != "cuda":
-        return "Apple GPU" if device.type == "mps" else device.type
+        return "Apple GPU" if device.type == "mps" else "the processor"
     return f"{torch.cuda.get_device_name(device)}, {architecture(device)}"
 
 

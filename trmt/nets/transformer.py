@@ -117,14 +117,14 @@ class TokenEmbedding(nn.Module):
         self.dropout = config.dropout
         self.scale = math.sqrt(config.d_model) if config.embedding_scale else 1.0
         self.norm = config.make_norm() if config.embedding_norm else None
-        if config.positions == "learned":
-            # An axis more than needed: int8 quantises matrices, which would be too coarse for positions.
+        if config.positions == "learned":  # an axis more: int8 quantises matrices, too coarse for positions
             learned = torch.randn(1, config.max_positions, config.d_model) * config.d_model**-0.5
             self.positions = nn.Parameter(learned)
         else:
-            columns = config.d_model if config.positions == "sinusoidal" else 0
-            table = layers.sinusoids(config.max_positions, columns, offset=config.position_offset)
-            self.register_buffer("positions", table[None] if columns else None, persistent=False)
+            rows, offset = config.max_positions, config.position_offset
+            has_table = config.positions == "sinusoidal"
+            table = layers.sinusoids(rows, config.d_model, offset=offset)[None] if has_table else None
+            self.register_buffer("positions", table, persistent=False)
 
     def forward(self, ids: Tensor, position: Tensor) -> Tensor:
         return self.finish(self.embed(ids, position))
