@@ -334,11 +334,16 @@ def to_do(rows: list[Row], state: State, *, again: list[str]) -> list[Row]:
 
 
 def in_groups(rows: list[Row], beside: int) -> list[list[Row]]:
-    """One after the other; or what measures speed one after the other, and then all experiments together."""
-    if beside == 1:
-        return [[row] for row in rows]
+    """One after the other; or what measures speed one after the other, and then all experiments together.
+
+    What stands behind the last experiment stays there.
+    """
     together = [row for row in rows if row.paced and not row.alone]
-    return [*([row] for row in rows if row not in together), *([together] if together else [])]
+    if beside == 1 or not together:
+        return [[row] for row in rows]
+    last = rows.index(together[-1])
+    before = [[row] for row in rows[:last] if row not in together]
+    return [*before, together, *([row] for row in rows[last + 1 :])]
 
 
 def attempt(row: Row, place: Place, state: State, budget: Budget) -> None:

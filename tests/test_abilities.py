@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -441,7 +442,7 @@ def test_every_network_with_packed_attention_loads_it(monkeypatch: pytest.Monkey
     sources, targets = Source.of(random_sentences(4)), Ragged.of(random_sentences(4))
     runs: dict[str, Callable[[], object]] = {
         "masked": lambda: masked(sources),
-        **{name: lambda net=small_network(name): net(sources, targets) for name in NETWORKS},
+        **{name: partial(small_network(name), sources, targets) for name in NETWORKS},
     }
     for name, run in runs.items():
         calls: list[torch.dtype] = []

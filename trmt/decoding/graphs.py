@@ -30,7 +30,7 @@ from trmt.decoding.batch import Batch, BatchDecoder
 from trmt.decoding.direct import COMPACT_AT, SYNC_EVERY, DirectRunner
 from trmt.decoding.masks import Masks
 from trmt.decoding.request import Request
-from trmt.devices.abilities import abilities
+from trmt.devices.abilities import abilities, first_line
 from trmt.devices.cuda_graphs import GraphRecorder
 from trmt.devices.memory import is_out_of_memory
 from trmt.devices.transfer import HostCopy, to_device
@@ -311,10 +311,11 @@ class GraphRunner:
         if decoder.device.type == "cuda":
             self.record = GraphRecorder(decoder.device)
         if not decoder.stepper.static:
-            console.say("steps run one by one, not in CUDA graphs: the network's states change their shapes")
-            self._fall_back()
+            self._fall_back("the network's states change their shapes")
+            console.say(f"steps run one by one, not in CUDA graphs: {self.why}")
 
-    def _fall_back(self) -> None:
+    def _fall_back(self, why: str) -> None:
+        self.why = why
         self.direct = DirectRunner(self.decoder)
         self.kept.clear()
 
@@ -437,7 +438,7 @@ class GraphRunner:
         if is_out_of_memory(error):
             raise error
         abilities(self.decoder.device).lose("graphs", error)
-        self._fall_back()
+        self._fall_back(first_line(error))
 
 
 class Repeated:
