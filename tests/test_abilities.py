@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests import toy
 from tests.fakes import random_sentences, small_network
 from trmt.devices import abilities as module
-from trmt.devices import choice, hardware, probes, varlen
+from trmt.devices import choice, cuda_graphs, hardware, probes, varlen
 from trmt.devices.abilities import ABILITIES, abilities, first_line
 from trmt.devices.probes import Unsupported, WrongResult
 from trmt.errors import ConfigError
@@ -796,3 +796,24 @@ def test_what_fails_on_another_rank_is_done_without_here(
     monkeypatch.setattr(run.distributed, "all_reduce_max", lambda value: next(answers))
     gradients_of(run)
     assert not run.state.compiled
+
+
+# Recording
+
+
+@pytest.mark.parametrize("closed_already", [False, True])
+def test_a_failed_capture_gives_its_pool_back_once(
+    closed_already: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.11 leaves the pool open; 2.12 closes it, and a second release would free another's memory."""
+    calls: list[str] = []
+
+    def end(index: int, pool: Any) -> None:
+        calls.append("end")
+        if closed_already:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: calls.append("release"), raising=False)
+    cuda_graphs.release_failed_capture(torch.device("cuda:0"), (0, 1))
+    assert calls == (["end"] if closed_already else ["end", "release"])
