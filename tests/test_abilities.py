@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -47,6 +49,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_known", {})
     monkeypatch.setattr(choice, "_warned", set())
     monkeypatch.setattr(varlen, "varlen_attn", None)
+    monkeypatch.setattr(varlen, "_usable", {})
     for ability in ABILITIES.values():
         monkeypatch.delenv(ability.variable, raising=False)
 
@@ -450,6 +453,26 @@ def test_every_network_with_packed_attention_loads_it(monkeypatch: pytest.Monkey
         with torch.autocast("cpu", torch.bfloat16):
             run()
         assert calls, name
+
+
+@pytest.mark.usefixtures("as_a_gpu")
+def test_a_traced_network_uses_what_was_proven_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "load_varlen", lambda: stand_in([]))
+    compiled = torch.compile(
+        lambda x: x + (1 if varlen.serves(x.device, torch.bfloat16, 64) else 0),
+        backend="eager",
+        fullgraph=True,
+    )
+    assert float(compiled(torch.zeros(1))) == 0, "nothing is run on the device while it is traced"
+    torch._dynamo.reset()
+    assert varlen.usable(CPU) and float(compiled(torch.zeros(1))) == 1
+    torch._dynamo.reset()
+
+
+def test_importing_it_loads_neither_triton_nor_the_compiler() -> None:
+    code = "import sys, trmt.devices.varlen; print({'triton', 'torch._dynamo'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.usefixtures("as_a_gpu")

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 PROC_NVIDIA = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU that the driver knows, on Linux
 WINDOWS_DRIVER = "System32/nvcuda.dll"
@@ -30,6 +29,8 @@ def has_mps() -> bool:
 
 def has_nccl() -> bool:
     """Whether this build of PyTorch can sum over GPUs by NCCL, which builds for Windows cannot."""
+    import torch.distributed as dist  # which loads much that only several processes need
+
     return bool(dist.is_nccl_available())
 
 

@@ -19,26 +19,29 @@ DTYPES = (torch.bfloat16, torch.float16)
 MULTIPLE, LARGEST = 8, 256  # head dimensions are a multiple of the first and at most the second
 
 varlen_attn: Any = None  # PyTorch's function, once it has been loaded
+_usable: dict[int | None, bool] = {}  # by the index of the GPU
 
 
 def serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether it serves tensors like these; where the device cannot do it, a line says so once."""
     fits = dtype in DTYPES and head_dim % MULTIPLE == 0 and head_dim <= LARGEST
-    return fits and hardware.is_gpu(device) and _usable(device)
+    return fits and hardware.is_gpu(device) and usable(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _usable(device: torch.device) -> bool:
-    """Whether the device can do it; run while tracing and not traced."""
+def usable(device: torch.device) -> bool:
+    """Whether a device can do it; while a network is traced, what was found out before."""
     global varlen_attn
-    usable = abilities(device).use("varlen")
-    if usable and varlen_attn is None:
+    if torch.compiler.is_compiling():
+        return _usable.get(device.index, False)
+    found = abilities(device).use("varlen")
+    if found and varlen_attn is None:
         try:
             varlen_attn = load_varlen()
         except Exception as error:  # where the ability is taken for granted by TRMT_VARLEN=1
             abilities(device).lose("varlen", error)
-            return False
-    return usable
+            found = False
+    _usable[device.index] = found
+    return found
 
 
 def attend(

@@ -20,7 +20,7 @@ from torch import Tensor
 from trmt import console
 from trmt.bundles import bundles, init_from
 from trmt.config import build
-from trmt.devices import hardware
+from trmt.devices import hardware, varlen
 from trmt.devices.abilities import abilities
 from trmt.devices.choice import be_deterministic, choose_precision, compile_network
 from trmt.errors import ConfigError
@@ -105,6 +105,8 @@ class TrainState:
             self.overlap = OverlappedSums(self.net, self.distributed)
         if self.precision != "fp32" and isinstance(self.net, TransformerEncoder):
             self._agree("varlen")
+            if hardware.is_gpu(self.device):
+                varlen.usable(self.device)  # proven before anything is traced
         self.compiled = self._is_to_be_compiled()
         self.forward: Any = compile_network(self.net) if self.compiled else self.net
         self.batch_shape: BatchShape | None = None  # the shape that every batch fits into, if there is one
@@ -140,8 +142,8 @@ class TrainState:
     @property
     def can_fall_back(self) -> bool:
         """Whether the step can be computed in a simpler way if it fails."""
-        varlen = hardware.is_gpu(self.device) and self.precision != "fp32" and self._uses_varlen()
-        return not self.sharded and (self.compiled or varlen)
+        packed = hardware.is_gpu(self.device) and self.precision != "fp32" and self._uses_varlen()
+        return not self.sharded and (self.compiled or packed)
 
     def _uses_varlen(self) -> bool:
         return isinstance(self.net, TransformerEncoder) and abilities(self.device).has("varlen")
