@@ -8,12 +8,18 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 GRACE = 25.0  # seconds in which a command that is told to stop saves its work
+LOOK_EVERY = 1.0  # seconds
 AGAIN = 75  # the exit status of a program that has more to do (EX_TEMPFAIL)
 STOPPED = (AGAIN, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
+
+
+_stopping = threading.Event()  # set once this program has been told to stop
 
 
 class OutOfTime(Exception):
@@ -37,31 +43,53 @@ class Budget:
 
     def left(self) -> float:
         """Seconds in which something may still be begun."""
-        return self._end - self.grace - time.monotonic()
+        return float("-inf") if _stopping.is_set() else self._end - self.grace - time.monotonic()
 
-    def run(self, command: list[str], *, log: Path, stdin: IO[Any] | None = None, **options: Any) -> None:
-        """Run a command, its messages into `log`; when time runs out it gets SIGTERM, and later SIGKILL."""
+    def run(
+        self,
+        command: list[str],
+        *,
+        log: Path,
+        stdin: IO[Any] | None = None,
+        look: Callable[[], None] | None = None,
+        own_group: bool = False,
+        **options: Any,
+    ) -> None:
+        """Run a command, its messages into `log`; when time runs out it gets SIGTERM, and later SIGKILL.
+
+        With `own_group` it leads a process group, of which nothing is left when this returns or raises.
+        `look` is called now and then while it runs.
+        """
         if self.left() <= 0:
             raise OutOfTime
         with log.open("ab") as messages:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL if stdin is None else stdin,
+                start_new_session=own_group,
                 **{"stdout": messages, "stderr": messages, **options},
             )
-            status, stopped = self._wait(process)
+            try:
+                status, stopped = self._wait(process, look)
+            finally:
+                if own_group:
+                    end_group(process.pid)
         if status == AGAIN or (stopped and status in STOPPED):
             raise OutOfTime
         if status != 0:
             raise SystemExit(f"{' '.join(command)}\nended with status {status}:\n{_tail(log)}")
 
-    def _wait(self, process: subprocess.Popen[Any]) -> tuple[int, bool]:
+    def _wait(
+        self, process: subprocess.Popen[Any], look: Callable[[], None] | None = None
+    ) -> tuple[int, bool]:
         """The status with which a process ended, and whether it had to be stopped."""
-        left = self.left()
-        try:
-            return process.wait(None if left == float("inf") else max(left, 0)), False
-        except subprocess.TimeoutExpired:
-            process.terminate()
+        while (left := self.left()) > 0:
+            try:
+                return process.wait(min(left, LOOK_EVERY)), False
+            except subprocess.TimeoutExpired:
+                if look:
+                    look()
+        process.terminate()
         try:
             return process.wait(self.grace), True
         except subprocess.TimeoutExpired:
@@ -73,10 +101,31 @@ def _tail(log: Path) -> str:
     return log.read_bytes()[-3000:].decode("utf-8", "replace")
 
 
+def end_group(leader: int) -> None:
+    """End what is left of a process group."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 def die_together() -> None:
     """When this program is told to stop, the processes that it measures end with it."""
-    os.setpgid(0, 0)
+    if os.getpgid(0) != os.getpid():  # otherwise it leads a group already
+        os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY)
+        os.killpg(0, signal.SIGKILL)  # whoever started this was killed and cannot tell it
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stop_together() -> None:
+    """When this program is told to stop, its budgets have ended: commands save what they have, and end."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, lambda *_: _stopping.set())
 
 
 class Ledger:

@@ -13,6 +13,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from budget import die_together
 from provenance import RESULTS, record
 from train import PRESETS, Shape, Spec, measure
 
+Keep = Callable[[dict[str, Any]], object]  # gets the figures of the rounds so far
 PEERS = ("transformers",)  # those that run in the environment of trmt
 # Tokens of the longer side in a batch: as many as keep the card busy and leave its memory half empty.
 BATCH_TOKENS = {"train-base": 65536, "train-big": 32768}
@@ -45,8 +47,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny network and little data")
     given = parser.parse_args()
     die_together()
-    figures = rows[given.row](specification(given))
-    print(record(given.row, figures, command=f"python bench/gpu_speed.py {given.row}", folder=given.out))
+
+    def keep(figures: dict[str, Any]) -> Path:
+        command = f"python bench/gpu_speed.py {given.row}"
+        return record(given.row, figures, command=command, folder=given.out)
+
+    print(keep(rows[given.row](specification(given), keep)))
 
 
 def specification(given: argparse.Namespace) -> Spec:
@@ -69,15 +75,15 @@ def specification(given: argparse.Namespace) -> Spec:
     )
 
 
-def measured(spec: Spec) -> dict[str, Any]:
-    """What `bench/train.py` finds; a training of ours that fails is no figure."""
-    figures = measure(spec)
+def measured(spec: Spec, keep: Keep | None = None) -> dict[str, Any]:
+    """What `bench/train.py` finds; a training of ours that fails is no figure. `keep` gets each round."""
+    figures = measure(spec, keep)
     if "trmt" not in figures:
         raise SystemExit(figures["toolkits"]["trmt"]["error"])
     return figures
 
 
-def deterministic(spec: Spec) -> dict[str, Any]:
+def deterministic(spec: Spec, keep: Keep) -> dict[str, Any]:
     """The cost of exactness: the same training both ways."""
     found = {}
     for name, asked in (("usual", False), ("deterministic", True)):
@@ -87,7 +93,7 @@ def deterministic(spec: Spec) -> dict[str, Any]:
     return {"times_slower": round(usual / exact, 3), **found}
 
 
-def beside_peers(spec: Spec) -> dict[str, Any]:
+def beside_peers(spec: Spec, keep: Keep) -> dict[str, Any]:
     """Ours and the toolkits that are installed here, round by round."""
     names = tuple(name for name in PEERS if find_spec(name))
     if not names:
@@ -99,7 +105,7 @@ def beside_peers(spec: Spec) -> dict[str, Any]:
         # A link would lose the environment that this Python belongs to.
         python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")
         python.chmod(0o755)
-    figures = measured(replace(spec, peers=peers, toolkits=names))
+    figures = measured(replace(spec, peers=peers, toolkits=names), keep)
     if not figures["ratios"]:
         raise SystemExit("\n".join(figures["toolkits"][name]["error"] for name in names))
     return figures

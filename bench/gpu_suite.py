@@ -3,11 +3,15 @@
     python bench/gpu_suite.py --budget 9m --data FOLDER --out FOLDER
     python bench/gpu_suite.py --collect --out FOLDER
 
-Run again with the same --out, it goes on: a row that is done is not repeated unless --again names it, and
-what was interrupted goes on from its last checkpoint if --work is still there. --out keeps two small files:
-suite.json, with the rows, their state and their results in full, and suite.log. So it can be carried from
-one machine to the next; --work holds checkpoints and may be left behind. --collect writes the results of
-all rows that are done into bench/results, from which README's tables are made.
+First it is proven what the card can do; then come rows that take longer and longer, and the tests last.
+Results are written after each round, each point and each test, so that a call that is ended loses little.
+
+Run again with the same --out, it goes on: a row that is done is not repeated unless --again names it. What
+was interrupted comes after what has not been begun, and goes on from its last checkpoint if --work is still
+there. --out keeps two small files: suite.json, with the rows, their state and their results in full, and
+suite.log. So it can be carried from one machine to the next; --work holds checkpoints and may be left behind.
+--collect writes the results of all rows that are done into bench/results, from which README's tables are
+made.
 
 FOLDER with the data has folders whose names hold multi30k, tatoeba and laws; bench/multi30k.py and
 bench/corpora.py say what is in them. Where the copy at hand is no git repository, TRMT_COMMIT says which
@@ -21,7 +25,6 @@ of the time that each takes; their results tell.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import threading
@@ -33,8 +36,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from budget import AGAIN, Budget, OutOfTime, seconds
-from provenance import RESULTS, ROOT
+from budget import AGAIN, Budget, OutOfTime, seconds, stop_together
+from provenance import RESULTS, ROOT, read_json, write_json
 
 GRACE = 15.0  # seconds that are left when the budget ends
 DONE, INTERRUPTED, FAILED, UNAVAILABLE, PENDING = "done", "interrupted", "failed", "unavailable", "pending"
@@ -160,19 +163,24 @@ def lineage(place: Place) -> list[str]:
 
 ROWS = (
     Row(
+        name="gpu-probes",
+        measures="what the GPU can do, proven by tiny runs",
+        command=bench("gpu_probes.py"),
+        least=20,
+    ),
+    Row(
         name="machine",
         measures="limits of the GPU: matrix products, copies, kernel launches",
         command=machine,
     ),
-    Row(name="gpu-tests", measures="tests that need a GPU: passed and failed", command=gpu_tests),
     Row(
         name="translate-kernels",
         measures="Triton kernels compared with PyTorch: times, share of the memory bandwidth",
         command=translate_kernels,
         packages=("triton",),
     ),
+    speed("train-base", "training of the base network in bf16: speed, memory, data wait", least=90),
     translation("base"),
-    speed("train-base", "training of the base network in bf16: speed, memory, data wait", least=150),
     speed("train-big", "training of the big network in bf16: speed, memory, data wait", least=150),
     experiment(
         *("multi30k.py", "multi30k", "multi30k"),
@@ -209,6 +217,13 @@ ROWS = (
         packages=("gensim",),
         paced=True,
     ),
+    Row(
+        name="gpu-tests",
+        measures="tests that need a GPU: passed and failed",
+        command=gpu_tests,
+        paced=True,
+        alone=True,
+    ),
 )
 
 
@@ -220,9 +235,16 @@ class State:
         self._lock = threading.Lock()
         self.tree: dict[str, Any] = {"smoke": smoke, "rows": {}}
         if path.exists():
-            self.tree = json.loads(path.read_bytes())
+            self.tree = read_json(path) or self._set_aside()
             if self.tree["smoke"] != smoke:
                 raise SystemExit(f"{path} is of another kind of run (--smoke); name another --out")
+
+    def _set_aside(self) -> dict[str, Any]:
+        """Keep a file that cannot be read under another name, and begin anew."""
+        damaged = self.path.with_name(f"{self.path.name}.damaged")
+        self.path.replace(damaged)
+        print(f"{self.path} cannot be read and is now {damaged}; all rows are run anew", file=sys.stderr)
+        return self.tree
 
     def of(self, name: str) -> dict[str, Any]:
         return self.tree["rows"].get(name, {"status": PENDING})
@@ -242,9 +264,7 @@ class State:
             "result": result if result is not None else before.get("result"),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text(json.dumps(self.tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_json(self.path, self.tree, indent=1)
 
 
 def main() -> None:
@@ -267,6 +287,7 @@ def main() -> None:
         beside=given.beside,
     )
     budget = Budget(seconds(given.budget), grace=GRACE)
+    stop_together()
     chosen = [row for row in ROWS if not given.only or row.name in given.only]
     for rows in in_groups(to_do(chosen, state, again=given.again), given.beside):
         with ThreadPoolExecutor(max_workers=given.beside) as threads:
@@ -277,9 +298,9 @@ def main() -> None:
 
 
 def refuse_without_gpu() -> None:
-    import torch
+    from trmt.devices.hardware import gpu_count
 
-    if not torch.cuda.is_available():
+    if not gpu_count():
         raise SystemExit("torch sees no GPU here; --smoke runs everything tiny, on the CPU")
 
 
@@ -300,17 +321,29 @@ def arguments() -> argparse.Namespace:
 
 
 def to_do(rows: list[Row], state: State, *, again: list[str]) -> list[Row]:
-    """What is not done, in order of value; what failed before comes last, lest it take all the time."""
+    """What is not done, in order: first what was never begun, then what was interrupted, then what failed.
+
+    Otherwise a row that is too long for every call, or that fails late, would take all the time of each.
+    """
     open_rows = [row for row in rows if row.name in again or state.of(row.name)["status"] != DONE]
-    return sorted(open_rows, key=lambda row: state.of(row.name)["status"] == FAILED)
+    last = (INTERRUPTED, FAILED)
+    return sorted(
+        open_rows,
+        key=lambda row: (state.of(row.name)["status"] in last) + (state.of(row.name)["status"] == FAILED),
+    )
 
 
 def in_groups(rows: list[Row], beside: int) -> list[list[Row]]:
-    """One after the other; or what measures speed one after the other, and then all experiments together."""
-    if beside == 1:
-        return [[row] for row in rows]
+    """One after the other; or what measures speed one after the other, and then all experiments together.
+
+    What stands behind the last experiment stays there.
+    """
     together = [row for row in rows if row.paced and not row.alone]
-    return [*([row] for row in rows if row not in together), *([together] if together else [])]
+    if beside == 1 or not together:
+        return [[row] for row in rows]
+    last = rows.index(together[-1])
+    before = [[row] for row in rows[:last] if row not in together]
+    return [*before, together, *([row] for row in rows[last + 1 :])]
 
 
 def attempt(row: Row, place: Place, state: State, budget: Budget) -> None:
@@ -329,14 +362,14 @@ def attempt(row: Row, place: Place, state: State, budget: Budget) -> None:
     began = time.monotonic()
     status, why = DONE, ""
     try:
-        budget.run(command, log=log, cwd=ROOT)
+        budget.run(command, log=log, cwd=ROOT, own_group=True)
     except OutOfTime:
         status = INTERRUPTED
     except SystemExit as error:
         status, why = FAILED, str(error)
-    found = json.loads(result.read_bytes()) if result.exists() else None
+    found = read_json(result)
     if status == DONE and found is None:
-        status, why = FAILED, "it left no result"
+        status, why = FAILED, "it left no result, or one that was cut off"
     state.note(row, status, spent=time.monotonic() - began, why=why, result=found)
     with state.path.with_suffix(".log").open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%F %T')} {row.name}: {status} {why}\n")
@@ -350,7 +383,7 @@ def hand_back(row: Row, place: Place, state: State) -> None:
         shutil.rmtree(place.work / row.name, ignore_errors=True)
     elif row.paced and known.get("result"):
         result.parent.mkdir(exist_ok=True)
-        result.write_text(json.dumps(known["result"]), encoding="utf-8")
+        write_json(result, known["result"])
 
 
 def what_lacks(row: Row, place: Place) -> str | None:
@@ -378,7 +411,7 @@ def collect(state: State) -> None:
     for row in ROWS:
         if result := state.of(row.name).get("result"):
             path = RESULTS / f"{row.name}.json"
-            path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(path, result)
             print(path)
 
 

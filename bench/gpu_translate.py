@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import math
 import os
 import sys
@@ -42,7 +41,7 @@ from typing import Any, Protocol
 from budget import AGAIN, Budget, die_together, seconds
 from gpu_networks import FORMATS, TOY, Network, Size
 from peers.install import python_of
-from provenance import RESULTS, provenance, record
+from provenance import RESULTS, provenance, read_json, record
 from rounds import SPEED, ratio
 from translators.client import Engine, Failed
 from translators.server import How
@@ -273,7 +272,7 @@ class Results:
         self.command = f"python bench/gpu_translate.py {given.network}"
         self.figures: dict[str, Any] = {**about, "points": {}}
         path = self.folder / f"{self.name}.json"
-        before = json.loads(path.read_bytes())["figures"] if path.exists() else {}
+        before = (read_json(path) or {}).get("figures", {})
         if {**before, "points": {}} == self.figures:
             self.figures = before
         elif before:

@@ -23,8 +23,26 @@ def record(name: str, figures: dict, *, command: str, folder: Path = RESULTS) ->
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     result = {"figures": figures, "command": command, **provenance()}
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, result)
     return path
+
+
+def write_json(path: Path, tree: Any, *, indent: int = 2) -> None:
+    """Write a file that is there whole or not at all, whenever the process is killed."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(tree, indent=indent, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any | None:
+    """What a file holds; None if there is none, or if it was cut off."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def without_places(value: Any, names: Mapping[str, str]) -> Any:

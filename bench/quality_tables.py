@@ -125,6 +125,7 @@ SUMMARIES: dict[str, Callable[[dict], str]] = {
         f"{found['bf16_tflops']:,.0f} TFLOP/s in bf16, copies at {found['copy_gb_per_second']:,.0f} GB/s, "
         f"{found['launch_microseconds']:.1f} µs a launch"
     ),
+    "gpu-probes": lambda found: ", ".join(name for name, one in found["abilities"].items() if one["has"]),
     "gpu-tests": lambda found: f"{found['passed']} of {found['tests']} passed",
     "train-base": _speed,
     "train-big": _speed,

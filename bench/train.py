@@ -28,7 +28,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ class Spec:
     options: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # toolkit: its own options
 
 
-def measure(spec: Spec) -> dict[str, Any]:
-    """All rounds of all toolkits, and what they add up to."""
+def measure(spec: Spec, keep: Callable[[dict[str, Any]], object] | None = None) -> dict[str, Any]:
+    """All rounds of all toolkits, and what they add up to; `keep` gets that after each round."""
     from peers import corpus
 
     spec.work.mkdir(parents=True, exist_ok=True)
@@ -114,8 +114,16 @@ def measure(spec: Spec) -> dict[str, Any]:
                 products.append(max(before, _products(spec, shape), key=lambda found: found["peak"]))
             runs[name].append({**run, "load_before": round(load, 2)})
             _tell(number, name, run)
+        if keep:
+            keep(_figures(spec, shape, runs, products) | {"rounds": number + 1})
+    return _figures(spec, shape, runs, products)
+
+
+def _figures(
+    spec: Spec, shape: Shape, runs: dict[str, list[dict[str, Any]]], products: list[dict[str, Any]]
+) -> dict[str, Any]:
     figures = summed_up(runs, products)
-    for name in names:
+    for name in runs:
         figures["toolkits"][name] = {"version": _version(spec, name), **figures["toolkits"][name]}
     return _settings(spec, shape) | figures
 

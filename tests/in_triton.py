@@ -189,6 +189,10 @@ def test_scores_that_are_not_numbers_are_not_hidden() -> None:
     assert all(len(set(row)) == 4 for row in ids.tolist())
 
 
+def test_the_probe_of_the_kernels_passes() -> None:
+    assert gpu.probe(DEVICE) == ""
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU has graphs")
 def test_graphs_replay_them() -> None:
     step = Step((4, 2, 4, 32, 64), dtype=torch.bfloat16, positions=(0, 1, 2, 3))

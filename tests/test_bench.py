@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +23,7 @@ import budget
 import corpora
 import experiment
 import gpu_suite
+import gpu_tests
 import moses
 import multi30k
 import provenance
@@ -173,13 +178,141 @@ def test_a_row_that_is_done_is_not_repeated(tmp_path: Path) -> None:
     assert attempts(rows, tmp_path, again=["good"]) == ["good", "later", "broken"]
 
 
+def test_what_was_interrupted_comes_after_what_was_never_begun(tmp_path: Path) -> None:
+    slow, fast = a_row("slow", "raise SystemExit(75)"), a_row("fast", WRITES.format("fast"))
+    broken = a_row("broken", "raise SystemExit(1)")
+    attempts([broken, slow], tmp_path)
+    assert attempts([broken, slow, fast], tmp_path) == ["fast", "slow", "broken"]
+
+
+def test_a_truncated_result_does_not_end_the_suite(tmp_path: Path) -> None:
+    torn = WRITES.format("torn") + "(out / 'torn.json').write_text('{\"figures\": {\"speed\"')"
+    assert attempts([a_row("torn", torn), a_row("good", WRITES.format("good"))], tmp_path) == ["torn", "good"]
+    state = gpu_suite.State(tmp_path / "suite.json")
+    assert state.of("torn")["status"] == "failed" and "cut off" in state.of("torn")["why"]
+    assert state.of("good")["status"] == "done"
+    (tmp_path / "suite.json").write_text('{"smoke": false, "rows": {"goo')
+    assert gpu_suite.State(tmp_path / "suite.json").of("good")["status"] == "pending"
+    assert (tmp_path / "suite.json.damaged").exists()
+
+
+def test_probes_come_first_and_tests_last() -> None:
+    names = [row.name for row in gpu_suite.ROWS]
+    assert names[:4] == ["gpu-probes", "machine", "translate-kernels", "train-base"]
+    assert names[-1] == "gpu-tests" and gpu_suite.ROWS[-1].paced
+
+
+def test_a_result_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    provenance.record("speed", {"tokens": 1}, command="", folder=tmp_path)
+
+    def killed(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        provenance.record("speed", {"tokens": 2}, command="", folder=tmp_path)
+    assert json.loads((tmp_path / "speed.json").read_bytes())["figures"] == {"tokens": 1}
+
+
+FAMILY = """
+import os, pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+time.sleep(600)
+"""
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail("it took too long")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_command_that_is_stopped_leaves_no_process_behind(tmp_path: Path) -> None:
+    with pytest.raises(budget.OutOfTime):
+        budget.Budget(4.0, grace=1.0).run(
+            [sys.executable, "-c", FAMILY, str(tmp_path / "child")], log=tmp_path / "log", own_group=True
+        )
+    child = int((tmp_path / "child").read_text())
+    wait_until(lambda: not is_running(child))
+
+
+SUITE = """
+import pathlib, sys
+import budget
+budget.stop_together()
+spent = budget.Budget(600, grace=1)
+folder = pathlib.Path(sys.argv[1])
+try:
+    spent.run([sys.executable, "-c", sys.argv[2], str(folder / "child")], log=folder / "log", own_group=True)
+except budget.OutOfTime:
+    (folder / "noted").touch()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_suite_that_is_stopped_ends_what_it_runs_and_notes_it(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-c", SUITE, str(tmp_path), FAMILY]
+    suite = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT / "bench")})
+    wait_until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text() != "")
+    suite.send_signal(number)
+    assert suite.wait(30) == 0
+    child = int((tmp_path / "child").read_text())
+    wait_until(lambda: not is_running(child))
+    assert (tmp_path / "noted").exists()
+
+
+THREE_TESTS = """
+import pathlib, pytest
+def test_good(): pass
+def test_bad(): assert pathlib.Path(__file__).with_name("mended").exists(), "not mended"
+def test_left_out(): pytest.skip("no")
+"""
+
+
+def test_each_test_has_a_result_and_those_that_passed_are_not_run_again(tmp_path: Path) -> None:
+    (tmp_path / "test_three.py").write_text(THREE_TESTS)
+    kept: list[dict[str, Any]] = []
+
+    def run(before: dict[str, Any]) -> dict[str, Any]:
+        kept.clear()
+        options = [str(tmp_path / "test_three.py"), f"--rootdir={tmp_path}"]
+        gpu_tests.run(options, before, budget.Budget(), lambda tests: kept.append(gpu_tests.summed_up(tests)))
+        provenance.record("gpu-tests", kept[-1], command="", folder=tmp_path)
+        return kept[-1]
+
+    first = run({})
+    assert (first["tests"], first["passed"], first["failures"], first["skipped"]) == (3, 1, 1, 1)
+    [why] = first["failed"].values()
+    assert "not mended" in why
+    (tmp_path / "mended").touch()
+    before = gpu_tests.earlier(tmp_path / "gpu-tests.json")
+    assert sorted(test["outcome"] for test in before.values()) == ["passed", "skipped"]
+    second = run(before)
+    assert (second["passed"], second["failures"], second["skipped"]) == (2, 0, 1)
+    (tmp_path / "gpu-tests.json").write_text('{"figures": {"each"')
+    assert gpu_tests.earlier(tmp_path / "gpu-tests.json") == {}
+
+
 def test_a_row_goes_on_from_what_the_state_has(tmp_path: Path) -> None:
     """Even where its folder is gone: the state alone went to another machine."""
     half = WRITES.format("half") + "sys.exit(75)"
     whole = """
-import pathlib, sys
+import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-assert (out / "half.json").read_text() == '{"figures": 1}', "handed back"
+assert json.loads((out / "half.json").read_text()) == {"figures": 1}, "handed back"
 assert "--budget" in sys.argv
 """
     attempts([a_row("half", half, paced=True)], tmp_path)

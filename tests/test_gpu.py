@@ -20,7 +20,10 @@ from trmt.decoding.graphs import GraphRunner
 from trmt.decoding.greedy import Greedy
 from trmt.decoding.request import Batching, Request
 from trmt.decoding.sampling import Sampling
+from trmt.devices.abilities import ABILITIES, abilities
 from trmt.devices.choice import choose_device, choose_precision
+from trmt.devices.cuda_graphs import GraphRecorder
+from trmt.nets.layers import Spans, attend_packed
 from trmt.nets.ragged import Ragged, Source
 from trmt.registry import ARCHITECTURES, installed
 from trmt.resume_check import CheckOptions, check_resume
@@ -29,7 +32,11 @@ from trmt.training.run import TrainingRun, train
 from trmt.training.step import train_step
 from trmt.translating import TranslateOptions, Translator
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # Of torch's compiler, about torch, and about TF32, which fp32 does without
+    pytest.mark.filterwarnings("default::DeprecationWarning", "default:TensorFloat32:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
@@ -86,6 +93,44 @@ def test_translating_on_the_gpu_is_in_bf16(tmp_path: Path) -> None:
         assert [each.status for each in on_gpu] == [each.status for each in on_cpu]
         alike = sum(one.text == other.text for one, other in zip(on_gpu, on_cpu, strict=True))
         assert alike > len(lines) / 2  # weights are random, and many choices are close
+
+
+@pytest.mark.parametrize("name", ABILITIES)
+def test_a_recent_gpu_can_do_everything(name: str) -> None:
+    if torch.cuda.get_device_capability() < (8, 0) or torch.version.hip:
+        pytest.skip("needs an NVIDIA GPU from Ampere on")
+    assert abilities(torch.device("cuda")).lacks(name) == ""
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_empty_sentences_change_no_gradient(causal: bool) -> None:
+    """Batches are filled up with sentences of which some have no token."""
+    if not abilities(torch.device("cuda")).has("varlen"):
+        pytest.skip("needs attention without padding")
+    x = torch.randn(40, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
+    gradients = []
+    for starts in ((0, 9, 40), (0, 0, 9, 9, 9, 40, 40, 40)):
+        given = x.clone().requires_grad_()
+        starts_S = torch.tensor(starts, device="cuda")
+        spans = Spans(starts_S, starts_S.int(), 31)
+        out = attend_packed(*given.unbind(1), spans, spans, causal=causal)
+        out.square().sum().backward()
+        assert given.grad is not None and bool(given.grad.isfinite().all())
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_step_that_cannot_be_recorded_leaves_the_gpu_as_it_was() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    x, recorder = torch.zeros(4, device=device), GraphRecorder(device)
+    with pytest.raises(Exception, match="captur"):
+        recorder(lambda: print(x.add_(1).tolist()))  # which asks for values
+    torch.cuda.synchronize()
+    assert torch.rand(3, device=device).isfinite().all(), "random numbers can be drawn"
+    x.zero_()
+    graph = recorder(lambda: x.add_(1))  # type: ignore[arg-type, return-value]
+    graph.replay()
+    assert x.tolist() == [1.0] * 4
 
 
 def test_the_gpu_and_its_precision_are_chosen() -> None:

@@ -17,7 +17,6 @@ import torch
 import gpu_kernels
 from tests.cached_attention import cached_attention
 from trmt.decoding.top import top
-from trmt.native import gpu
 from trmt.nets.base import Decoding
 from trmt.nets.kv_cache import SharedKVCache
 
@@ -39,10 +38,13 @@ def test_they_compute_what_they_promise(device: str) -> None:
 class Card:
     """A GPU that Triton can compile for and not launch on."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 99
@@ -53,7 +55,8 @@ class Card:
 
 @needs_triton
 @pytest.mark.slow
-def test_they_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
+def test_they_compile_for_a_gpu(capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from triton.runtime import driver, jit
 
     from trmt.native.gpu import attention_kernel, top_kernel
@@ -64,7 +67,7 @@ def test_they_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         return lambda *given, **named: compiled.append(kernel.warmup(*given, grid=grid, **named))
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", Card())
+    monkeypatch.setattr(driver, "_active", Card(capability))
     monkeypatch.setattr(jit.JITFunction, "__getitem__", only_compiled)
     sentences, heads, hypotheses, columns, head_dim = 32, 8, 4, 64, 64
     cached = torch.zeros(2, sentences, heads, columns * hypotheses, head_dim, dtype=torch.bfloat16)
@@ -109,8 +112,9 @@ def test_where_triton_fails_pytorch_serves_and_a_warning_is_printed_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Triton takes no tensor of the CPU, so its kernels really fail.
-    monkeypatch.setattr(gpu, "_failed", False)
-    monkeypatch.setattr(gpu, "available", lambda like: not gpu._failed)
+    monkeypatch.setattr("trmt.devices.abilities._known", {})
+    monkeypatch.setattr("trmt.devices.hardware.is_gpu", lambda device: True)
+    monkeypatch.setenv("TRMT_TRITON", "1")
     scores = torch.randn(3, 700, dtype=torch.bfloat16)
     for _ in range(2):
         best, ids, sums = top(scores, 2)
@@ -118,8 +122,8 @@ def test_where_triton_fails_pytorch_serves_and_a_warning_is_printed_once(
         assert torch.equal(scores.float().gather(1, ids), best)
         torch.testing.assert_close(sums, scores.float().logsumexp(-1, keepdim=True))
     printed = capsys.readouterr().err
-    assert printed.count("warning: Triton cannot build trmt's kernels (") == 1
-    assert "it goes on without them, slower" in printed
+    assert printed.count("warning: trmt's Triton kernels cannot be used on cpu: ") == 1
+    assert "; PyTorch computes the same, slower" in printed
 
 
 @pytest.mark.parametrize("hypotheses", [1, 4])

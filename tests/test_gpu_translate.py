@@ -219,8 +219,9 @@ def test_a_process_that_ends_says_why(tmp_path: Path) -> None:
 def test_speed_is_measured_alone() -> None:
     rows = [row for row in gpu_suite.ROWS if row.paced]
     groups = gpu_suite.in_groups(rows, 3)
-    assert [row.name for group in groups[:-1] for row in group] == ["translate-base", "translate-big"]
-    assert len(groups[-1]) == len(rows) - 2
+    assert [row.name for group in groups[:2] for row in group] == ["translate-base", "translate-big"]
+    assert len(groups[2]) == len(rows) - 3
+    assert [row.name for row in groups[3]] == ["gpu-tests"] and len(groups) == 4
 
 
 # ---------------------------------------------------------------------------------------- the table

@@ -88,6 +88,12 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beam, "_on_host", lambda _: False)
 
 
+@pytest.fixture
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device has lost an ability in another test."""
+    monkeypatch.setattr("trmt.devices.abilities._known", {})
+
+
 def recording_engine(
     net: Seq2Seq, search: Search, *, sentences: int = 64, **options: Any
 ) -> tuple[Engine, Recorder]:
@@ -165,7 +171,7 @@ def test_steps_never_ask_the_device_for_a_value(variant: Variant, search: Search
     slots.tensors = graphs.mapped(slots.tensors, lambda tensor: tensor.to("meta"))
     slots.masks.banned = torch.tensor(BANNED, device="meta")
     with OnTheDevice():
-        slots.run(there.decoder.step, Repeated)
+        slots.run(there.decoder.step, Repeated, pytest.fail)
 
 
 @pytest.mark.usefixtures("as_on_a_device")
@@ -202,6 +208,7 @@ def test_sentences_move_to_the_front_when_none_is_waiting(variant: Variant) -> N
     assert {size[0] for size in slots.seen} == {16, 1}
 
 
+@pytest.mark.usefixtures("nothing_known")
 def test_what_cannot_be_recorded_runs_step_by_step(capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(run: Callable[[], None]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
@@ -212,7 +219,60 @@ def test_what_cannot_be_recorded_runs_step_by_step(capsys: pytest.CaptureFixture
     runner_of(engine).record = refuse
     for _ in range(3):
         assert_all_close(translated(engine, requests), expected)
-    assert capsys.readouterr().err.count("operation not permitted") == 1
+    assert capsys.readouterr().err == (
+        "warning: CUDA graphs cannot be used on cpu: operation not permitted when stream is capturing; "
+        "decoding steps run one by one, slower\n"
+    )
+
+
+class FailingGraph:
+    """A graph that is replayed so many times, and then no more."""
+
+    def __init__(self, run: Callable[[], None], replays: int, error: Exception) -> None:
+        self.run, self.left, self.error = run, replays, error
+
+    def replay(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        self.run()
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize("replays", [0, 1, 3])
+def test_what_cannot_be_replayed_runs_step_by_step(replays: int, capsys: pytest.CaptureFixture[str]) -> None:
+    net, requests = random_table(), requests_of(12, longest=9)
+    expected = directly(net, Beam(), requests)
+    engine, _ = recording_engine(net, Beam(), sentences=4)
+    error = RuntimeError("CUDA error: unknown error")
+    runner_of(engine).record = lambda run: FailingGraph(run, replays, error)
+    for _ in range(3):
+        assert_all_close(translated(engine, requests), expected)
+    assert runner_of(engine).direct
+    assert capsys.readouterr().err == (
+        "warning: CUDA graphs cannot be used on cpu: CUDA error: unknown error; "
+        "decoding steps run one by one, slower\n"
+    )
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize("when", ["record", "replay"])
+def test_memory_that_ends_while_recording_or_replaying_stays_short_memory(when: str) -> None:
+    """Instantiating a graph raises another type of error than allocating a tensor."""
+    net, requests = random_table(), requests_of(12, longest=9)
+    engine, _ = recording_engine(net, Beam(), sentences=4)
+    error = torch.AcceleratorError("CUDA error: out of memory")
+
+    def record(run: Callable[[], None]) -> Any:
+        if when == "record":
+            raise error
+        return FailingGraph(run, 0, error)
+
+    runner_of(engine).record = record
+    with pytest.raises(torch.AcceleratorError, match="out of memory"):
+        for _ in range(3):
+            translated(engine, requests)
+    assert not runner_of(engine).direct
 
 
 def test_a_network_without_static_states_runs_step_by_step(

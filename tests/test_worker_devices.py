@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.pools import GpuQuestion, ReportGpus
+from trmt.devices import abilities
 from trmt.errors import ConfigError
 from trmt.scale import devices
 from trmt.scale.parts import process_parts
@@ -24,6 +25,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def gpus(count: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setenv("TRMT_ARCHITECTURE", "1")  # nothing can be run on them
+        monkeypatch.setattr(abilities, "_known", {})
 
     return gpus
 

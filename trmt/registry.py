@@ -88,6 +88,7 @@ NATIVE: Mapping[str, str] = {
     "top": "trmt.native.search:top",
     "cached_attention": "trmt.native.gpu:cached_attention",
     "serves_cached_attention": "trmt.native.gpu:serves_cached_attention",
+    "probe_triton": "trmt.native.gpu:probe",
     "backend": "trmt.native.products:backend",
     "keep_freed_memory": "trmt.native.malloc:keep_freed_memory",
 }

@@ -22,10 +22,11 @@ from trmt.config import refuse_string
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.engine import Engine, Runs
 from trmt.decoding.request import Batching, Request
+from trmt.devices.abilities import abilities, first_line
 from trmt.devices.choice import choose_device
-from trmt.devices.memory import is_out_of_memory
+from trmt.devices.memory import is_device_error, is_out_of_memory
 from trmt.errors import BundleError, ConfigError, TrmtError
-from trmt.nets.base import Seq2Seq
+from trmt.nets.base import Seq2Seq, to_half
 from trmt.registry import RANKERS, SEARCHES, resolve
 from trmt.text.splitting import joiner_for, split_text
 from trmt.text.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ class TranslateOptions:
     batch: int = 0  # sentences translated together; 0: 64, on a GPU 512
     runs: Runs = "auto"  # decoding steps: auto takes CUDA graphs on a GPU, "direct" and "graphs" choose
     device: str = "auto"
-    precision: Precision = "auto"  # auto: that of the bundle, on a GPU bf16 if it has that
+    precision: Precision = "auto"  # auto: that of the bundle, on a GPU bf16, or fp16 without it
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -157,12 +158,10 @@ class Translator:
         """The translator in a bundle or run folder; without a name, the default one."""
         path = find_model(folder)
         device = choose_device(options.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # where graphs are recorded and kernels launched
         bundle = bundles.load_bundle(path, device=device, trust_code=trust_code)
         options = replace(options, precision=_precision(options.precision, bundle, device))
         if options.precision in HALVES:
-            bundle.net.to(HALVES[options.precision])
+            to_half(bundle.net, HALVES[options.precision])
         longest = bundle.manifest.longest.get("source")
         if not longest:
             raise BundleError(f"the manifest of {path} does not say longest.source; copy the bundle again")
@@ -217,6 +216,11 @@ class Translator:
                     del left[request.key]
                     yield request, hypotheses
             except (MemoryError, RuntimeError) as error:
+                if is_device_error(error):
+                    raise TrmtError(
+                        f"the GPU failed ({first_line(error)}); try again, or with --device cpu, "
+                        "and see what trmt env says of it"
+                    ) from error
                 if not is_out_of_memory(error):
                     raise
                 if not self.engine.shrink():
@@ -302,8 +306,9 @@ def _precision(asked: Precision, bundle: Bundle, device: torch.device) -> Precis
         return asked
     if device.type == "cpu":
         return "int8" if bundle.manifest.precision == "int8" else "fp32"
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if abilities(device).use("bf16") else "fp16"
 
 
 def _join(texts: Sequence[str], joiners: Sequence[str]) -> str:

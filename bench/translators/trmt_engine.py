@@ -21,21 +21,20 @@ class TrmtEngine:
         import torch
 
         import trmt
-        from trmt import console
         from trmt.bundles import bundles
         from trmt.devices.choice import choose_device
+        from trmt.nets.base import to_half
         from trmt.translating import HALVES
 
         torch.set_num_threads(threads)
         self.version = f"{trmt.__version__} on torch {torch.__version__}"
         bundle = bundles.load_bundle(Path(model), device=choose_device(device))
-        self.net = bundle.net.to(HALVES.get(compute, torch.float32))
+        self.net = bundle.net
+        if compute in HALVES:
+            to_half(self.net, HALVES[compute])
         self.tokenizer, self.name = bundle.tokenizer, engine
         self.meter = Meter(device)
         self.engine: Any = None
-        # What an engine has to tell a person belongs to the result: why it cannot do what it was asked to.
-        self.said: list[str] = []
-        console.say = self.said.append
         self.graphs: int | None = None
 
     def translate(self, sentences: list[list[int]], how: How) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -55,13 +54,13 @@ class TrmtEngine:
 
     def _made(self, how: How) -> Any:
         from trmt.decoding.engine import Engine
+        from trmt.decoding.graphs import GraphRunner
         from trmt.translating import TranslateOptions
 
         kind = "beam" if how.beam > 1 else "greedy"
         options = TranslateOptions(search=kind, beam=how.beam, length_penalty=how.penalty)
         target = self.tokenizer.target
         rows = self.net.config.target_vocabulary
-        self.said.clear()
         engine = Engine(
             self.net,
             options.build_search(),
@@ -74,7 +73,8 @@ class TrmtEngine:
         self.graphs = None
         if self.name == "graphs":
             self.graphs = 0
-            engine.runner.record = self._counted(engine.runner.record)
+            if isinstance(engine.runner, GraphRunner):
+                engine.runner.record = self._counted(engine.runner.record)
         return engine
 
     def _counted(self, record: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,11 +87,17 @@ class TrmtEngine:
 
     def more(self) -> dict[str, Any]:
         """Memory, graphs, and why there are none."""
+        from trmt.decoding.graphs import GraphRunner
+        from trmt.devices.abilities import abilities
+
         figures = self.meter.figures() | {"batching_tokens": self.engine.decoder.batching.tokens}
         if self.graphs is not None:
             figures["graphs"] = self.graphs
-            if self.engine.runner.direct:
-                figures["fell_back"] = "; ".join(self.said) or "it does not say why"
+            runner = self.engine.runner
+            if not isinstance(runner, GraphRunner):
+                figures["fell_back"] = abilities(self.engine.decoder.device).lacks("graphs")
+            elif runner.direct:
+                figures["fell_back"] = runner.why
         return figures
 
 

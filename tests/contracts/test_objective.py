@@ -16,6 +16,7 @@ from tests.fakes import VOCABULARY, random_sentences, small_network
 from trmt.acceleration import accelerated
 from trmt.config import build
 from trmt.errors import ConfigError
+from trmt.nets.ragged import Ragged, Source
 from trmt.objectives import cross_entropy
 from trmt.objectives.base import Objective, Specials
 from trmt.objectives.cross_entropy import SmoothedCrossEntropy
@@ -211,9 +212,12 @@ def test_a_gpu_without_a_compiler_has_the_same_loss(monkeypatch: pytest.MonkeyPa
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda made, **options: real(made, backend=broken, **options))
+    monkeypatch.setattr(cross_entropy, "_compiled", cross_entropy._compiled.__wrapped__)
+    monkeypatch.setattr("trmt.devices.abilities._known", {})
+    monkeypatch.setattr("trmt.devices.hardware.is_gpu", lambda device: True)
+    monkeypatch.setenv("TRMT_COMPILE", "1")
     logits, target = torch.randn(16, 40), torch.randint(0, 37, (16,))
-    with torch._dynamo.config.patch(suppress_errors=False):
-        ours = cross_entropy._compiled.__wrapped__()(logits, target, 37, 0.1, 1.0)
+    ours = cross_entropy._chunk_loss(logits, target, 37, 0.1, 1.0)
     theirs = cross_entropy._by_torch(logits, target, 37, 0.1, 1.0)
     torch.testing.assert_close(ours, theirs)
 
@@ -312,6 +316,32 @@ def test_a_padding_free_network_compiles_whole_and_once_for_one_shape(
         objective.loss(compiled, objective.collate(some, CPU, shape=shape)).total.backward()
     torch._dynamo.reset()
     assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
+def test_networks_that_pay_to_compile_make_few_graphs_for_any_lengths(architecture: str) -> None:
+    """A graph for the first lengths, and one or two for any others; each one takes a minute to compile."""
+    if not resolve(ARCHITECTURES, architecture).pays_to_compile:
+        pytest.skip("it is not compiled on its own account")
+    fields = resolve(ARCHITECTURES, architecture).config_class.__dataclass_fields__
+    one_layer = {name: 1 for name in ("encoder_layers", "decoder_layers") if name in fields}
+    net = small_network(architecture, **one_layer).train()
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend)
+    counts = []
+    for seed in range(5):
+        source, target = (random_sentences(5 + seed, seed=seed + side) for side in (0, 50))
+        compiled(Source.of(source), Ragged.of(target))
+        counts.append(len(graphs))
+    torch._dynamo.reset()
+    assert counts[-1] <= 3 and counts[-1] == counts[-2]
 
 
 @pytest.mark.parametrize("kernels", [True, False])

@@ -1,10 +1,14 @@
-"""`trmt env`: print the environment, for bug reports."""
+"""`trmt env`: print the environment and what its devices can do, for bug reports."""
 
 from __future__ import annotations
 
 
 def command() -> None:
-    """Print versions, machine and devices, for bug reports."""
+    """Print versions, machine, devices and what each can do, for bug reports.
+
+    What a GPU can do is proven by tiny runs on it, which take up to a minute. An environment variable
+    switches each ability off (0) or takes it for granted (1).
+    """
     import os
     import platform
     from contextlib import suppress
@@ -30,11 +34,35 @@ def command() -> None:
             typer.echo(f"{name:<14} {version(name)}")
     capability = torch.backends.cpu.get_cpu_capability()
     typer.echo(f"cpu            {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}")
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        typer.echo(f"gpu {index}          {card.name}, {card.total_memory / 2**30:.0f} GiB")
-    if torch.backends.mps.is_available():
-        typer.echo("gpu            Apple MPS")
-    for variable in ("TRMT_MODEL", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+    variables = ["TRMT_MODEL", "TRMT_KERNELS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"]
+    variables += _print_devices()
+    for variable in variables:
         if variable in os.environ:
             typer.echo(f"{variable}={os.environ[variable]}")
+
+
+def _print_devices() -> list[str]:
+    """Print what each device can do; the environment variables that change it."""
+    import typer
+
+    from trmt.devices import hardware, memory
+    from trmt.devices.abilities import ABILITIES, abilities, all_devices
+
+    typer.echo(f"torch is for   {hardware.build()}{'' if hardware.has_nccl() else ', without NCCL'}")
+    if why := hardware.why_no_gpu():
+        typer.echo(f"gpu            cannot be used: {why}")
+    for device in all_devices():
+        if device.type == "cpu":
+            typer.echo("what each device can do, and the variable that switches it off (0) or forces it (1):")
+        total = memory.total(device)
+        size = f", {total / 2**30:.0f} GiB" if total else ""
+        typer.echo(f"{device!s:<14} {hardware.gpu_name(device)}{size}")
+        for name, ability in ABILITIES.items():
+            if device.type == "cpu" and name == "compile":  # which takes a minute there
+                typer.echo(f'  {name:<12} tried where training.compile = "on" ({ability.variable})')
+                continue
+            why = abilities(device).lacks(name)
+            typer.echo(f"  {name:<12} {f'no: {why}' if why else 'yes'} ({ability.variable})")
+            if name == "architecture" and why:
+                break  # nothing else can be run
+    return [ability.variable for ability in ABILITIES.values()]

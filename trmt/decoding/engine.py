@@ -20,8 +20,9 @@ from trmt.decoding.batch import BatchDecoder
 from trmt.decoding.direct import DirectRunner
 from trmt.decoding.graphs import GraphRunner
 from trmt.decoding.request import Batching, Request
+from trmt.devices import hardware
+from trmt.devices.abilities import abilities
 from trmt.nets.base import Precision, Seq2Seq, Stepper
-from trmt.nets.layers import load_varlen
 from trmt.nets.linear import PlainProducts
 
 Runs = Literal["auto", "direct", "graphs"]
@@ -49,9 +50,10 @@ class Engine:
         `runs` says how steps are run; "auto" takes CUDA graphs on a GPU.
         """
         device = next(net.parameters()).device
-        if device.type == "cuda":
-            load_varlen()
-        graphs = device.type == "cuda" if runs == "auto" else runs == "graphs"
+        on_gpu = hardware.is_gpu(device)
+        graphs = runs == "graphs" or (runs == "auto" and on_gpu)
+        if graphs and on_gpu:
+            graphs = abilities(device).use("graphs")
         stepper = frozen(net, precision, checksum, static=graphs)
         ids = tuple(sorted(banned))
         self.decoder = BatchDecoder(stepper, search, bos, eos, ids, device, batching)

@@ -18,10 +18,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -32,6 +30,9 @@ from trmt.decoding.batch import Batch, BatchDecoder
 from trmt.decoding.direct import COMPACT_AT, SYNC_EVERY, DirectRunner
 from trmt.decoding.masks import Masks
 from trmt.decoding.request import Request
+from trmt.devices.abilities import abilities, first_line
+from trmt.devices.cuda_graphs import GraphRecorder
+from trmt.devices.memory import is_out_of_memory
 from trmt.devices.transfer import HostCopy, to_device
 from trmt.nets.base import EncoderMemory, State
 
@@ -213,8 +214,16 @@ class StaticSlots:
     def _rounded(self, sentences: int) -> int:
         return min(1 << (max(sentences, 1) - 1).bit_length(), len(self.slots))
 
-    def run(self, step: Callable[[Batch], None], record: Callable[[Callable[[], None]], Any]) -> None:
-        """A few steps, for which the host does not wait; `record` makes a graph of one, or None."""
+    def run(
+        self,
+        step: Callable[[Batch], None],
+        record: Callable[[Callable[[], None]], Any],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        """A few steps, for which the host does not wait; `record` makes a graph of one, or None.
+
+        `failed` is told of a graph that cannot be replayed; without an error of its own, steps run directly.
+        """
         slots = [slot for slot in self.slots if slot]
         # No request needs more steps than the one that may have the most tokens.
         steps = max(min(SYNC_EVERY, max(slot.request.max_tokens - slot.tokens for slot in slots)), 1)
@@ -224,13 +233,18 @@ class StaticSlots:
             rounded(max(len(slot.request.source) for slot in slots)),
             max(slot.excluded for slot in slots),
         )
-        self._replay(size, steps, step, record)
+        self._replay(size, steps, step, record, failed)
         for slot in slots:
             slot.tokens += steps
         self.done = HostCopy([self.tensors.search_state.done_S])
 
     def _replay(
-        self, size: Size, steps: int, step: Callable[[Batch], None], record: Callable[..., Any]
+        self,
+        size: Size,
+        steps: int,
+        step: Callable[[Batch], None],
+        record: Callable[..., Any],
+        failed: Callable[[Exception], None],
     ) -> None:
         sentences, columns, source_length, excluded = size
         tensors = self.tensors.view(sentences, columns, source_length)
@@ -245,11 +259,21 @@ class StaticSlots:
             self.graphs[size] = record(one_step)
         graph = self.graphs.get(size)
         for _ in range(steps):
-            if graph:
-                graph.replay()
-            else:
+            if graph and not self._replayed(graph, failed):
+                graph = None
+            if not graph:
                 one_step()
         self.seen.add(size)
+
+    def _replayed(self, graph: Any, failed: Callable[[Exception], None]) -> bool:
+        """Whether a graph could be launched; if not, none of them is used again."""
+        try:
+            graph.replay()
+        except Exception as error:  # whatever the driver and PyTorch raise; then nothing has been launched
+            failed(error)
+            self.graphs.clear()
+            return False
+        return True
 
     def release(self) -> tuple[list[Request], Callable[[], Any]] | None:
         """Wait for the steps that run; the requests that are done, and what the search has found for them."""
@@ -286,13 +310,12 @@ class GraphRunner:
         self.left: tuple[list[Request], Callable[[], Any]] | None = None  # who was done at the last sync
         if decoder.device.type == "cuda":
             self.record = GraphRecorder(decoder.device)
-            # It makes a plan for each new shape, which takes as long as hundreds of steps.
-            torch.backends.cuda.enable_cudnn_sdp(False)
         if not decoder.stepper.static:
             self._fall_back("the network's states change their shapes")
+            console.say(f"steps run one by one, not in CUDA graphs: {self.why}")
 
     def _fall_back(self, why: str) -> None:
-        console.say(f"steps run one by one, not in CUDA graphs: {why}")
+        self.why = why
         self.direct = DirectRunner(self.decoder)
         self.kept.clear()
 
@@ -339,7 +362,7 @@ class GraphRunner:
         """Launch a few steps; while the device runs them, the host starts the batch that comes next."""
         if self.current:
             return self.current.run(queue)
-        self.slots.run(self.decoder.step, self._recorded)
+        self.slots.run(self.decoder.step, self._recorded, self._failed)
         self.waiting = self.waiting or self._next(queue, self.few)
         return None
 
@@ -393,11 +416,12 @@ class GraphRunner:
             nothing = [Request((self.decoder.eos,) * source_length, max_tokens=1)] * count
             try:
                 return StaticSlots.of(self.decoder.start(nothing, max_tokens, static=True), count, max_tokens)
-            except torch.OutOfMemoryError:
-                if count == 1:
+            except (MemoryError, RuntimeError) as error:
+                if count == 1 or not is_out_of_memory(error):
                     raise
-                self.kept.clear()
-                count //= 2
+            # Outside of the handler, because the error keeps the tensors of the failed attempt alive.
+            self.kept.clear()
+            count //= 2
 
     def _recorded(self, step: Callable[[], None]) -> Any:
         """What replays this; None where it cannot be recorded."""
@@ -405,11 +429,16 @@ class GraphRunner:
             return None
         try:
             return self.record(step)
-        except torch.OutOfMemoryError:
-            raise  # then there is memory for fewer sentences
-        except RuntimeError as error:
-            self._fall_back(str(error).splitlines()[0])
+        except Exception as error:  # whatever the driver and PyTorch raise
+            self._failed(error)
             return None
+
+    def _failed(self, error: Exception) -> None:
+        """Record and replay nothing from now on; with less memory there are fewer sentences instead."""
+        if is_out_of_memory(error):
+            raise error
+        abilities(self.decoder.device).lose("graphs", error)
+        self._fall_back(first_line(error))
 
 
 class Repeated:
@@ -417,33 +446,3 @@ class Repeated:
 
     def __init__(self, run: Callable[[], None]) -> None:
         self.replay = run
-
-
-class GraphRecorder:
-    """Records CUDA graphs, which share their memory, since they run one at a time and leave nothing there.
-
-    `torch.cuda.graph` would empty the caches each time, and after a failure leave its stream the current one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
-        self.living: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
-        self.pool: Any = None
-
-    def __call__(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        if not self.living:  # memory that all graphs have left must not be joined again
-            self.pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                run()
-            except BaseException:
-                with suppress(RuntimeError):  # which says again that it failed
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self.living.add(graph)
-        return graph

@@ -9,34 +9,76 @@ from typing import Any
 
 import torch
 
+from trmt import console
+from trmt.devices import hardware
+from trmt.devices.abilities import abilities
 from trmt.errors import ConfigError
 
+_warned: set[str] = set()  # warnings about GPUs that have been printed
 
-def choose_device(name: str) -> torch.device:
-    """The named device, or with `auto` a GPU if there is one; a missing device is an error."""
+
+def named_device(name: str) -> torch.device:
+    """The named device, or with `auto` a GPU if PyTorch sees one; nothing is run on it."""
     if name == "auto":
-        if torch.cuda.is_available():
+        if hardware.gpu_count():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        _warn_once(hardware.why_no_gpu(), "; the CPU is used (--device cpu does so without this warning)")
+        return torch.device("mps" if hardware.has_mps() else "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
         raise ConfigError(f"there is no device {name!r}; choose auto, cpu, mps, cuda, or cuda:1 and so on")
     device_type, _, number = name.partition(":")
-    if device_type == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"{name} was asked for, but torch sees {torch.cuda.device_count()} GPUs; use auto")
-    if device_type == "mps" and not torch.backends.mps.is_available():
+    if device_type == "cuda" and int(number or 0) >= (gpus := hardware.gpu_count()):
+        why = hardware.why_no_gpu() or f"torch sees {gpus} GPUs; use auto"
+        raise ConfigError(f"{name} was asked for, but {why}")
+    if device_type == "mps" and not hardware.has_mps():
         raise ConfigError("mps was asked for, but this machine has none; use auto")
     return torch.device(device_type, int(number)) if number else torch.device(device_type)
 
 
+def choose_device(name: str) -> torch.device:
+    """The device to compute on in this process, from now on the current one.
+
+    With `auto` it is the first GPU that can compute, else the CPU. A named device that is missing or cannot
+    compute is an error.
+    """
+    device = named_device(name)
+    if name != "auto" or device.type == "cpu":
+        return prepared(device)
+    others = [torch.device("cuda", number) for number in range(1, hardware.gpu_count())]
+    for candidate in [device, *others]:
+        if not (why := abilities(candidate).lacks("architecture")):
+            return prepared(candidate)
+        _warn_once(f"{candidate} cannot be used: {why}", "; another device is used")
+    return torch.device("cpu")
+
+
+def prepared(device: torch.device) -> torch.device:
+    """The same device, if it can compute, as the current one of this process."""
+    if device.type != "cpu" and (why := abilities(device).lacks("architecture")):
+        raise ConfigError(f"{device} cannot be used: {why}; or choose another --device")
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # where kernels are launched and graphs are recorded
+        # It makes a plan for each new shape, which takes as long as hundreds of kernels.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def _warn_once(message: str, consequence: str) -> None:
+    if message and message not in _warned:
+        _warned.add(message)
+        console.warn(message + consequence)
+
+
 def choose_precision(name: str, device: torch.device) -> str:
-    """The named precision; `auto` is bf16 on GPUs that support it, fp16 on older GPUs, fp32 elsewhere."""
+    """The named precision; `auto` is bf16 on GPUs that have it, fp16 on older GPUs, fp32 elsewhere."""
     if name != "auto":
         if name == "fp16" and device.type != "cuda":
             raise ConfigError(f"fp16 training needs a CUDA GPU, not {device.type}; use bf16 or fp32")
         return name
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if abilities(device).use("bf16") else "fp16"
 
 
 def be_deterministic() -> None:
@@ -58,8 +100,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def compile_network(net: torch.nn.Module) -> Any:
-    """The network under torch.compile; what cannot be compiled runs in eager mode."""
+    """The network under torch.compile; what cannot be compiled raises an error when it is first run."""
     import torch._dynamo
 
-    torch._dynamo.config.suppress_errors = True
+    # Otherwise each graph is tried again, with pages of messages, and a failing backward pass still raises.
+    torch._dynamo.config.suppress_errors = False
     return torch.compile(net)

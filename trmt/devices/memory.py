@@ -69,6 +69,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
 
 
+def is_device_error(error: BaseException) -> bool:
+    """Whether a GPU or its driver failed, not for lack of memory; mostly nothing more can be run on it."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
 def _known(*sizes: int | None) -> list[int]:
     return [size for size in sizes if size is not None]
 

@@ -8,6 +8,8 @@ from typing import Any
 from trmt.acceleration import accelerated
 from trmt.bundles import bundles, checkpoints
 from trmt.config import to_tree
+from trmt.devices import hardware
+from trmt.devices.abilities import abilities
 from trmt.devices.choice import choose_device
 from trmt.registry import optional
 from trmt.training import describing
@@ -68,7 +70,7 @@ def _runtime() -> dict[str, Any]:
     device = choose_device("auto")
     products = optional("trmt.native.products")
     return {
-        "steps": "CUDA graphs" if device.type == "cuda" else "direct",
+        "steps": "CUDA graphs" if hardware.is_gpu(device) and abilities(device).has("graphs") else "direct",
         "device": device.type,
         "backend": _backend() if device.type == "cpu" else f"PyTorch on {device.type}",
         "processors": [products.PROCESSORS[number] for number in products.processors()] if products else [],

@@ -37,6 +37,8 @@ class ComplexPositionsConfig(EncoderConfig):
 class Frequencies(nn.Module):
     """The frequencies of all tokens, at first the same: those of the sinusoids."""
 
+    keeps_fp32 = ("weight",)
+
     def __init__(self, vocabulary: int, d_model: int) -> None:
         super().__init__()
         # An axis more than needed, [1, V, D / 2]: int8 quantises matrices, which would be too coarse here.

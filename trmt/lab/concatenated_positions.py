@@ -53,7 +53,7 @@ class ConcatenatedEmbedding(TokenEmbedding):
     def embed(self, ids: Tensor, position: Tensor) -> Tensor:
         x = F.embedding(ids, self.tokens.weight) * self.scale
         positions = self.positions[0, position].expand(*x.shape[:-1], -1)
-        return torch.cat([x[..., : self.columns], positions], -1)
+        return torch.cat([x[..., : self.columns], positions.to(x.dtype)], -1)
 
 
 class ConcatenatedPositions(TransformerEncoder):

@@ -23,6 +23,9 @@ QKV = tuple[Tensor, Tensor, Tensor]  # queries [S, H, Q, P], keys and values [S,
 class DistanceAttention(TransformerEncoder):
     """A Transformer whose self-attention is computed in grids, from the distances of queries and keys."""
 
+    def packs_attention(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return False
+
     @abstractmethod
     def attend(
         self, layer: int, qkv: QKV, mask: Tensor, distance_SQJ: Tensor, *, decoder: bool, dropout: float = 0.0

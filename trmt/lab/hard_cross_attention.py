@@ -52,6 +52,9 @@ class HardCrossAttention(Transformer):
         if config.cross_attention == "sampled":
             self.baseline = nn.Linear(config.d_model, 1)
 
+    def packs_attention(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return False  # cross-attention is computed in grids
+
     @property
     def counts_tokens(self) -> bool:
         return self.couples_batch or self.config.cross_attention == "sampled"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 from trmt.lab.masked_encoder import MaskedEncoder
 from trmt.nets.ragged import Source
@@ -88,15 +89,19 @@ class Masked(Objective):
         (selected,) = np.nonzero(_select(row, self.config, self.specials))
         ids = row.ids.copy()
         ids[selected] = self._replacements(row, selected)
-        extras = {"segments": torch.from_numpy(row.segments).to(device)}
-        lengths = torch.from_numpy(row.lengths)
         follows = examples.columns["follows"].values
+        starts = np.cumsum(row.lengths) - row.lengths
+
+        def moved(array: NDArray[Any]) -> Tensor:
+            return to_device(torch.from_numpy(array), device)
+
+        extras = {"segments": moved(row.segments)}
         return MaskedBatch(
-            Source(torch.from_numpy(ids).to(device), lengths.to(device), int(row.lengths.max()), extras),
-            torch.from_numpy(selected).to(device),
-            torch.from_numpy(row.ids[selected]).to(device),
-            (lengths.cumsum(0) - lengths).to(device),
-            torch.from_numpy(1 - follows).to(device) if self.config.next_sentence else None,
+            Source(moved(ids), moved(row.lengths), int(row.lengths.max()), extras),
+            moved(selected),
+            moved(row.ids[selected]),
+            moved(starts),
+            moved(1 - follows) if self.config.next_sentence else None,
             len(selected),
         )
 

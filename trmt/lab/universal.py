@@ -102,6 +102,7 @@ class Steps(nn.Module):
     """Applies a layer step by step, until all positions have halted."""
 
     step_table: Tensor
+    keeps_fp32 = ("step_table",)
 
     def __init__(self, config: UniversalConfig, steps: int) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ class Steps(nn.Module):
             return layers.residual(x, sublayers(step), IDENTITY if self.pre_norm else None, p)
 
         def inputs(step: int, x: Tensor) -> Tensor:
-            return x + positions + self.step_table[step]
+            return (x + positions + self.step_table[step]).to(x.dtype)
 
         return ponder(
             x, len(self.step_table), inputs, transition, self.halt, self.threshold, all_steps=all_steps
@@ -263,6 +264,7 @@ class Universal(Transformer):
     takes_encoder = False
     packs_tokens = False
     layers_called_once = False
+    pays_to_compile = False
 
     def __init__(self, config: UniversalConfig) -> None:
         super().__init__(config)

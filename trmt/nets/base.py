@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from trmt.errors import ConfigError
 from trmt.nets.ragged import Ragged, Source
+from trmt.nets.readout import Fp32Readout
 
 Product = Callable[[Tensor], Tensor]  # x -> x @ weight.T + bias, on the last axis
 Precision = Literal["fp32", "int8"]
@@ -255,11 +256,18 @@ class Network(nn.Module):
     # Whether `forward` calls each module inside a ModuleList that has a matrix exactly once (for sharding).
     layers_called_once: ClassVar[bool] = False
     couples_batch: bool = False  # whether in training a sentence's output depends on its neighbours
+    # Whether torch.compile makes few graphs of it, whatever the lengths of sentences are; a network that
+    # loops over positions is compiled again for each length.
+    pays_to_compile: ClassVar[bool] = False
 
     @property
     def counts_tokens(self) -> bool:
         """Whether training counts all tokens it is given, so that no batch may be filled up to a shape."""
         return self.couples_batch
+
+    def packs_attention(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether, in training, attention computes no padding either: batches may be filled up to a shape."""
+        return False
 
     @property
     def max_positions(self) -> int:
@@ -327,7 +335,10 @@ class Stepper:
     def __init__(self, net: Seq2Seq, products: Products) -> None:
         self.net = freeze(net, products)
         bias = None if net.output_bias is None else net.output_bias.detach()
-        self.readout: Product = products(net.output.weight.detach(), bias)  # hidden states -> logits
+        weight = net.output.weight.detach()
+        half = weight.element_size() == 2
+        # From hidden states to logits
+        self.readout: Product = Fp32Readout(weight, bias) if half else products(weight, bias)
 
     def start(self, source: Source, decoding: Decoding) -> State:
         """The state of these sentences before their first token."""
@@ -382,6 +393,21 @@ def frozen_copy(module: M, products: Products) -> M:
         name: None if child is None else freeze(child, products) for name, child in module._modules.items()
     }
     return copy
+
+
+def to_half(net: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a network to 16 bits, in place.
+
+    What a module names in `keeps_fp32` stays: positions, whose angles 16 bits cannot tell apart.
+    """
+    for module in net.modules():
+        keeps_fp32 = getattr(module, "keeps_fp32", ())
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in keeps_fp32 and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in keeps_fp32 and buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
 
 
 class FrozenLinear(nn.Module):

@@ -109,6 +109,7 @@ class ConvS2S(Seq2Seq):
     config_class = ConvS2SConfig
     encoder_layer: type[ConvLayer] = ConvLayer
     layers_called_once = True
+    pays_to_compile = True
 
     def __init__(self, config: ConvS2SConfig) -> None:
         super().__init__()

@@ -9,10 +9,8 @@ sentences begin. In decoding they stand in a grid [S, Q, D].
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, cast
 
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trmt.acceleration import accelerated
+from trmt.devices import varlen
 from trmt.errors import ConfigError
 from trmt.nets.base import FrozenLinear, Products, frozen_copy
 from trmt.nets.ragged import Ragged, grid_cells
@@ -219,7 +218,8 @@ def frequencies(columns: int, device: torch.device | None = None) -> Tensor:
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Each pair of columns rotated by the angle of which these are sine and cosine."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    # In the precision of the angles, and back: attention needs queries, keys and values of one precision.
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
 def rotary(x: Tensor, rows: Tensor) -> Tensor:
@@ -319,10 +319,11 @@ def attend_packed(
     `grid` replaces scaled dot-product attention in a grid.
     """
     qkv = query_NHP, key_MHP, value_MHP
-    if not dropout and grid is None and has_varlen(query_NHP):
+    if not dropout and grid is None and has_varlen(query_NHP.device, query_NHP.dtype, query_NHP.shape[-1]):
         starts, longest = (spans.starts32_S, keys.starts32_S), (spans.longest, keys.longest)
-        out_NHP: Tensor = varlen_attn(*qkv, *starts, *longest, **_CAUSAL[causal])
-        return out_NHP.flatten(1)
+        out_NHP = varlen.attend(*qkv, starts, longest, causal=causal)
+        if out_NHP is not None:
+            return out_NHP.flatten(1)
     lengths_2S = torch.stack([spans.starts_S.diff(), keys.starts_S.diff()])
     if lengths_2S.shape[1] <= GROUP or lengths_2S.device.type != "cpu" or torch.compiler.is_compiling():
         return attend_padded(*qkv, spans, keys, causal=causal, dropout=dropout, grid=grid)
@@ -401,23 +402,6 @@ def packed_weights(
     return attention_weights(query_SHTP, key_SHLP, mask)
 
 
-varlen_attn: Any = None
-_CAUSAL: dict[bool, dict[str, Any]] = {}
-
-
-def load_varlen() -> None:
-    """Load PyTorch's attention without padding, for GPUs; it takes seconds, so only where there is one."""
-    global varlen_attn
-    with suppress(ImportError):  # before PyTorch 2.10
-        from torch.nn.attention.varlen import varlen_attn as found
-
-        # PyTorch 2.10 has a flag for what each token may attend to, later versions a window.
-        flag = "is_causal" in inspect.signature(found).parameters
-        for causal in (True, False):
-            _CAUSAL[causal] = {"is_causal": causal} if flag else {"window_size": (-1, 0 if causal else -1)}
-        varlen_attn = found
-
-
-def has_varlen(x: Tensor) -> bool:
+def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether attention without padding serves such tensors; it has neither dropout nor biases."""
-    return varlen_attn is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return varlen.serves(device, dtype, head_dim)

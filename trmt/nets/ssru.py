@@ -56,6 +56,10 @@ class SSRUDecoder(Transformer):
     """A Transformer with an SSRU decoder."""
 
     decoder_layer = SSRULayer
+    pays_to_compile = False
+
+    def packs_attention(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return False  # the decoder's recurrence runs in a padded grid
 
     def packed_self_attention(
         self,

@@ -109,6 +109,7 @@ class TokenEmbedding(nn.Module):
     """Scaled embeddings of tokens, with their positions added."""
 
     positions: Tensor | None
+    keeps_fp32 = ("positions",)
 
     def __init__(self, config: EncoderConfig, tokens: nn.Embedding) -> None:
         super().__init__()
@@ -116,15 +117,13 @@ class TokenEmbedding(nn.Module):
         self.dropout = config.dropout
         self.scale = math.sqrt(config.d_model) if config.embedding_scale else 1.0
         self.norm = config.make_norm() if config.embedding_norm else None
-        table = None
-        if config.positions == "sinusoidal":
-            sinusoids = layers.sinusoids(config.max_positions, config.d_model, offset=config.position_offset)
-            table = sinusoids[None]
-        if config.positions == "learned":
-            # An axis more than needed: int8 quantises matrices, which would be too coarse for positions.
+        if config.positions == "learned":  # an axis more: int8 quantises matrices, too coarse for positions
             learned = torch.randn(1, config.max_positions, config.d_model) * config.d_model**-0.5
             self.positions = nn.Parameter(learned)
         else:
+            rows, offset = config.max_positions, config.position_offset
+            has_table = config.positions == "sinusoidal"
+            table = layers.sinusoids(rows, config.d_model, offset=offset)[None] if has_table else None
             self.register_buffer("positions", table, persistent=False)
 
     def forward(self, ids: Tensor, position: Tensor) -> Tensor:
@@ -133,7 +132,7 @@ class TokenEmbedding(nn.Module):
     def embed(self, ids: Tensor, position: Tensor) -> Tensor:
         """Scaled embeddings with positions."""
         x = F.embedding(ids, self.tokens.weight) * self.scale
-        return x if self.positions is None else x + self.positions[0, position]
+        return x if self.positions is None else (x + self.positions[0, position]).to(x.dtype)
 
     def finish(self, x: Tensor) -> Tensor:
         """The norm behind the embeddings, and dropout."""
@@ -231,8 +230,8 @@ class TransformerEncoder(Network):
     encoder_class = Encoder
     encoder_layer = EncoderLayer
     rotary_table: Tensor | None
-    packs_tokens = True
-    layers_called_once = True
+    packs_tokens = layers_called_once = pays_to_compile = True
+    keeps_fp32 = ("rotary_table",)
     exact = False  # whether a frozen copy computes attention in double precision, rounded once (for int8)
 
     def make_embedding(self, config: EncoderConfig, tokens: nn.Embedding, *, decoder: bool) -> TokenEmbedding:
@@ -244,6 +243,9 @@ class TransformerEncoder(Network):
         rotary = config.positions == "rotary"
         table = layers.sinusoids(config.max_positions, config.head_dim) if rotary else None
         self.register_buffer("rotary_table", table, persistent=False)
+
+    def packs_attention(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return not self.config.attention_dropout and layers.has_varlen(device, dtype, self.config.head_dim)
 
     @property
     def max_positions(self) -> int:

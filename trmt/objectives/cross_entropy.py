@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trmt.acceleration import accelerated
+from trmt.devices import hardware
+from trmt.devices.abilities import abilities
+from trmt.devices.memory import is_out_of_memory
 
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of logits: what fits in caches; what keeps a GPU busy
 TENSOR_CORES = 64  # a GPU multiplies fastest when sizes are a multiple of this
@@ -115,9 +118,17 @@ def _chunk_loss(
         losses = fast(scores_CV, target_C, smoothing)  # which writes the gradient over the scores
         if losses is not None:
             return losses, scores_CV.to(logits_CV.dtype)
-    compute = _compiled() if logits_CV.is_cuda else _by_torch
-    losses, grad_CV = compute(logits_CV, target_C, vocabulary, smoothing, factor)
-    return losses, grad_CV
+    given = logits_CV, target_C, vocabulary, smoothing, factor
+    device = logits_CV.device
+    if hardware.is_gpu(device) and abilities(device).use("compile"):
+        try:
+            losses, grad_CV = _compiled()(*given)
+            return losses, grad_CV
+        except Exception as error:  # whatever compilers raise; nothing that was given has been changed
+            if is_out_of_memory(error):
+                raise
+            abilities(device).lose("compile", error)
+    return _by_torch(*given)
 
 
 def _by_torch(
@@ -142,9 +153,6 @@ def _by_torch(
 @functools.cache
 def _compiled() -> Any:
     """The same, its operations fused by torch.compile."""
-    import torch._dynamo
-
-    torch._dynamo.config.suppress_errors = True
     return torch.compile(_by_torch, dynamic=True)
 
 

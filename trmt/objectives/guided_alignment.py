@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trmt.devices.transfer import to_device
 from trmt.nets.base import layer_index
 from trmt.sets.shards import RaggedArray
 
@@ -41,7 +42,7 @@ class BatchLinks:
         token = sentence * (int(links[:, 1].max(initial=0)) + 1) + links[:, 1]
         _, index, counts = np.unique(token, return_inverse=True, return_counts=True)
         arrays = (sentence, links[:, 0], links[:, 1], (1 / counts[index]).astype(np.float32))
-        return cls(*(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays))
+        return cls(*(to_device(torch.from_numpy(np.ascontiguousarray(array)), device) for array in arrays))
 
 
 @dataclass(frozen=True)

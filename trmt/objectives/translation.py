@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 from trmt.nets.base import NO_WEIGHTS, Output, Seq2Seq, WantedWeights
 from trmt.nets.ragged import Ragged, Source
@@ -160,7 +161,4 @@ def _tensors(column: RaggedArray, device: torch.device, longest: int | None) -> 
 
 def _moved(array: np.ndarray, device: torch.device) -> Tensor:
     """The array on a device, copied there while the host goes on."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return to_device(torch.from_numpy(array), device)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from trmt.devices.choice import choose_device
+from trmt.devices.choice import choose_device, named_device
+from trmt.devices.hardware import gpu_count
 from trmt.errors import ConfigError
 from trmt.sets.encoding import available_cores
 
@@ -20,13 +21,13 @@ def devices_for(names: str, workers: str | None = None) -> tuple[str, ...]:
         if workers is not None:
             raise ConfigError(f"--device {names} starts one process for each device; leave --workers out")
         return _every_gpu() if names == ALL else _named(names.split(","))
-    device = choose_device(names)
+    device = named_device(names)
     if workers is None:
-        return (str(device),)
+        return (str(choose_device(names)),)
     count = worker_count(workers)
     if device.type == "cpu":
         return ("cpu",) * (count or available_cores())
-    gpus = torch.cuda.device_count() if device == torch.device("cuda") else None
+    gpus = gpu_count() if device == torch.device("cuda") else None
     if count and count > (gpus or 1):
         available = f"{device} is one" if gpus is None else f"torch sees {gpus}"
         raise ConfigError(
@@ -62,7 +63,7 @@ def hide_other_gpus(device: str) -> None:
 
 
 def _every_gpu() -> tuple[str, ...]:
-    count = torch.cuda.device_count()
+    count = gpu_count()
     if not count:
         raise ConfigError(f"--device {ALL} means every GPU, and torch sees none; leave --device out")
     return _gpus(count)
@@ -75,7 +76,7 @@ def _gpus(count: int) -> tuple[str, ...]:
 def _named(names: Sequence[str]) -> tuple[str, ...]:
     if {"", "auto", ALL} & {*names}:
         raise ConfigError(f"--device {','.join(names)} is not a list of devices; write cuda:0,cuda:1, or all")
-    devices = [str(choose_device("cuda:0" if name == "cuda" else name)) for name in names]
+    devices = [str(named_device("cuda:0" if name == "cuda" else name)) for name in names]
     if len({name.partition(":")[0] for name in devices}) > 1:
         raise ConfigError(
             f"--device {','.join(names)} mixes types of devices, whose translations can differ; "

@@ -34,6 +34,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from trmt import console
+from trmt.devices.abilities import abilities
+from trmt.devices.choice import choose_device, named_device, prepared
+from trmt.devices.hardware import gpu_count, has_nccl
 from trmt.errors import ConfigError, TrmtError
 from trmt.training.heartbeat import FAILED_KEY, RESUME_HINT, Heartbeat, report_failure
 
@@ -73,9 +76,12 @@ class Distributed:
         """The signal at which all ranks stop; the same on all since the last `all_reduce_flag`."""
         return self.requested_signal or None
 
-    def device(self, device: torch.device) -> torch.device:
-        """The device of this rank, where `device` was asked for."""
-        return device
+    def device(self, name: str) -> torch.device:
+        """The device of this rank, where `name` was asked for."""
+        return choose_device(name)
+
+    def agree(self, device: torch.device, ability: str) -> None:
+        """Withdraw an ability of the device that another rank does not have."""
 
     @property
     def torchrun_job(self) -> str:
@@ -83,9 +89,22 @@ class Distributed:
         name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         return "" if name == "none" else name
 
+    def all_reduce_max(self, value: int) -> int:
+        """The highest value of all ranks; also tells all ranks of a signal that one of them received."""
+        return value
+
     def all_reduce_flag(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; also tells all ranks of a signal that one of them received."""
-        return flag
+        return bool(self.all_reduce_max(int(flag)))
+
+    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors in a row, on the device that collectives run on: without NCCL that is the CPU."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        return flat if has_nccl() or not flat.is_cuda else flat.cpu()
+
+    def start_all_reduce(self, flat: Tensor) -> Any:
+        """Begin to replace a tensor by its sum over all ranks; `wait` of what is returned ends it."""
+        raise NotImplementedError("a single process has nothing to sum")
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks."""
@@ -128,7 +147,8 @@ class MultiProcess(Distributed):
     def agreed_signal(self) -> int | None:
         return self._agreed_signal or None
 
-    def device(self, device: torch.device) -> torch.device:
+    def device(self, name: str) -> torch.device:
+        device = named_device(name)
         if device.type == "cpu":
             return device
         if device.type != "cuda":
@@ -137,32 +157,40 @@ class MultiProcess(Distributed):
             raise ConfigError(
                 f"several processes cannot share {device}; use --device cuda, and each takes a GPU of its own"
             )
-        if self.local_rank >= torch.cuda.device_count():
+        if self.local_rank >= (gpus := gpu_count()):
             raise ConfigError(
-                f"{platform.node()} has {torch.cuda.device_count()} GPUs and none for process "
+                f"{platform.node()} has {gpus} GPUs and none for process "
                 f"{self.local_rank + 1}; lower --nproc-per-node"
             )
-        torch.cuda.set_device(self.local_rank)
-        return torch.device("cuda", self.local_rank)
+        return prepared(torch.device("cuda", self.local_rank))
+
+    def agree(self, device: torch.device, ability: str) -> None:
+        mine = abilities(device)
+        for rank, why in enumerate(self.all_gather(mine.lacks(ability))):
+            if why:
+                mine.withdraw(ability, f"rank {rank} has it not ({why})")
 
     # Collectives
 
-    def all_reduce_flag(self, flag: bool) -> bool:
+    def all_reduce_max(self, value: int) -> int:
         # On the CPU even where gradients are on GPUs: no rank has to synchronise with a device for this.
-        both = torch.tensor([int(flag), self.requested_signal])
+        both = torch.tensor([value, self.requested_signal])
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
-        any_flag, self._agreed_signal = both.tolist()
-        return bool(any_flag)
+        highest, self._agreed_signal = both.tolist()
+        return int(highest)
+
+    def start_all_reduce(self, flat: Tensor) -> Any:
+        return dist.all_reduce(flat, async_op=True)
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         pending: deque[tuple[list[Tensor], Tensor, Any]] = deque()
         for bucket in buckets(tensors, BUCKET_BYTES):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+            flat = self.flat(bucket)
+            pending.append((bucket, flat, self.start_all_reduce(flat)))
             if len(pending) > 1:
-                _copy_result(*pending.popleft())
+                copy_result(*pending.popleft())
         for message in pending:
-            _copy_result(*message)
+            copy_result(*message)
 
     def all_reduce_numbers(self, *values: float) -> list[float]:
         sums = torch.tensor(values, dtype=torch.float64)
@@ -171,8 +199,8 @@ class MultiProcess(Distributed):
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         for bucket in buckets(tensors, BUCKET_BYTES):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            _copy_result(bucket, flat, dist.broadcast(flat, 0, async_op=True))
+            flat = self.flat(bucket)
+            copy_result(bucket, flat, dist.broadcast(flat, 0, async_op=True))
 
     # JSON values through the store
 
@@ -287,7 +315,7 @@ def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
             yield bucket
 
 
-def _copy_result(bucket: list[Tensor], flat: Tensor, message: Any) -> None:
+def copy_result(bucket: list[Tensor], flat: Tensor, message: Any) -> None:
     """Wait for a collective and copy its result back into the tensors of the bucket."""
     message.wait()
     pieces = flat.split([tensor.numel() for tensor in bucket])
@@ -327,7 +355,9 @@ def _join_process_group() -> MultiProcess:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"trmt/{attempt}/{next(_groups)}", shared)
         # Numbers on the CPU go by gloo even where gradients go by NCCL.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if gpu_count() and has_nccl() else "gloo"
+        if gpu_count() and not has_nccl() and not rank:
+            console.warn("this build of PyTorch has no NCCL: gradients of GPUs are summed on the CPU, slower")
         dist.init_process_group(
             backend,
             store=PrefixStore("group", store),

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG, MODELS
 from trmt.config import Options, Tree, build, select, to_tree
+from trmt.devices.choice import named_device
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import describe_changes
@@ -121,10 +120,10 @@ def _default_recipe(options: TrainOptions, data: PreparedSet) -> str:
         console.say(f"recipe: {options.run / CONFIG}")
         return str(options.run / CONFIG)
     if options.pretrain:
-        name = "bert-base" if torch.cuda.is_available() and pairs >= 1_000_000 else "bert-tiny"
+        name = "bert-base" if named_device("auto").type == "cuda" and pairs >= 1_000_000 else "bert-tiny"
         console.say(f"recipe: {name} (fits {pairs:,} sentences)")
         return name
-    name = fitting_recipe(pairs, gpu=torch.cuda.is_available())
+    name = fitting_recipe(pairs, gpu=named_device("auto").type == "cuda")
     if options.run or run_folder(options, data, name).exists():
         former = None
     else:

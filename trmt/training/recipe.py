@@ -30,7 +30,7 @@ class TrainingConfig:
     seed: int = 1  # of initial weights, dropout and the order of the data
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fastest on the device
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for the network; auto is on for a GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU, where it pays
     deterministic: bool = False  # identical results on a GPU in each run, at some cost in speed
     on_spike: Literal["skip", "rollback", "stop", "ignore"] = "skip"  # reaction to spikes of gradient or loss
     shard: bool = False  # split weights and optimiser over the processes (FSDP), for large networks

@@ -23,7 +23,8 @@ from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG, Checkpoint
 from trmt.config import build, to_toml, to_tree
-from trmt.devices.memory import is_out_of_memory
+from trmt.devices.abilities import first_line
+from trmt.devices.memory import is_device_error, is_out_of_memory
 from trmt.errors import ConfigError, TrmtError
 from trmt.nets.base import Seq2Seq
 from trmt.objectives.base import Specials
@@ -86,6 +87,11 @@ def train(options: TrainOptions, translate: TranslateDevSet | None = None) -> Pa
             run.checkpointer.save_halvings()
             raise
         except (MemoryError, RuntimeError) as error:
+            if is_device_error(error):
+                raise TrmtError(
+                    f"{run.state.device} failed ({first_line(error)}); the same command goes on from "
+                    "the last checkpoint, and trmt env shows what works on this device"
+                ) from error
             if not is_out_of_memory(error):
                 raise
             raise TrmtError(
@@ -265,6 +271,10 @@ class TrainingRun:
         with self.signals.handled(), shown as self.reporter.display:
             if progress.validation_pending:  # the run was ended between saving and validating
                 self.validate()
+            if self.state.compiled:
+                console.say(
+                    'compiling the network, which can take minutes (training.compile = "off" does without)'
+                )
             rehearse(self.state, self.batches)
             clock.skip()
             while not self.ending():

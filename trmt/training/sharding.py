@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trmt.bundles.slices import TensorSlice, row_range
+from trmt.devices.hardware import has_nccl
 from trmt.errors import ConfigError
 from trmt.nets.base import Network
 from trmt.training.distributed import Distributed
@@ -30,6 +31,10 @@ def shard(net: Network, distributed: Distributed, device: torch.device) -> None:
         raise ConfigError(
             f"training.shard does not work with {type(net).__name__}, whose layers are not each called once; "
             "leave it out, or choose another architecture"
+        )
+    if device.type == "cuda" and not has_nccl():
+        raise ConfigError(
+            "training.shard needs NCCL on GPUs, which this build of PyTorch does not have; leave it out"
         )
     # The warning is about in-place operations on a module's output; the gradient tests would show one.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")

@@ -20,10 +20,12 @@ from torch import Tensor
 from trmt import console
 from trmt.bundles import bundles, init_from
 from trmt.config import build
-from trmt.devices.choice import be_deterministic, choose_device, choose_precision, compile_network
+from trmt.devices import hardware, varlen
+from trmt.devices.abilities import abilities
+from trmt.devices.choice import be_deterministic, choose_precision, compile_network
 from trmt.errors import ConfigError
 from trmt.nets.base import Network
-from trmt.nets.layers import load_varlen
+from trmt.nets.transformer import TransformerEncoder
 from trmt.objectives.base import Objective, Specials
 from trmt.registry import OBJECTIVES, resolve
 from trmt.sets.batches import BatchShape
@@ -32,6 +34,7 @@ from trmt.training import optim, sharding, word_vectors
 from trmt.training.distributed import Distributed
 from trmt.training.guard import GradientGuard
 from trmt.training.micro_batches import MicroBatchSplitter
+from trmt.training.overlap import OverlappedSums
 from trmt.training.recipe import Recipe
 
 DEFAULT_SPECIALS = Specials(bos=BOS, eos=EOS)  # of the tokenizers that trmt trains
@@ -78,7 +81,9 @@ class TrainState:
         self.recipe, self.distributed = recipe, distributed or Distributed()
         if recipe.training.deterministic:
             be_deterministic()
-        self.device = self.distributed.device(choose_device(recipe.training.device))
+        self.device = self.distributed.device(recipe.training.device)
+        if recipe.training.precision == "auto":
+            self._agree("bf16")
         self.precision = choose_precision(recipe.training.precision, self.device)
         self.sharded = recipe.training.shard and self.distributed.world_size > 1
         self.net = self._build_network()
@@ -95,18 +100,63 @@ class TrainState:
         self.micro_batches = MicroBatchSplitter(
             self.distributed, sharded=self.sharded, indivisible=self.net.couples_batch
         )
-        wanted = {"on": True, "auto": self.device.type == "cuda"}.get(recipe.training.compile, False)
-        self.compiled = wanted and not self.sharded  # gathering weights cannot be compiled
+        self.overlap: OverlappedSums | None = None
+        if self.device.type == "cuda" and self.distributed.world_size > 1 and not self.sharded:
+            self.overlap = OverlappedSums(self.net, self.distributed)
+        if self.precision != "fp32" and isinstance(self.net, TransformerEncoder):
+            self._agree("varlen")
+            if hardware.is_gpu(self.device):
+                varlen.usable(self.device)  # proven before anything is traced
+        self.compiled = self._is_to_be_compiled()
         self.forward: Any = compile_network(self.net) if self.compiled else self.net
         self.batch_shape: BatchShape | None = None  # the shape that every batch fits into, if there is one
         self.progress = TrainProgress()
+
+    # What the device can do
+
+    def _agree(self, ability: str) -> None:
+        """Use an ability of GPUs only if all ranks have it."""
+        if hardware.is_gpu(self.device):
+            self.distributed.agree(self.device, ability)
+
+    def _is_to_be_compiled(self) -> bool:
+        """Whether torch.compile is wanted, possible and proven."""
+        auto = hardware.is_gpu(self.device) and self.net.pays_to_compile
+        wanted = {"on": True, "auto": auto}.get(self.recipe.training.compile, False)
+        if not wanted or self.sharded:  # gathering weights cannot be compiled
+            return False
+        self._agree("compile")
+        return abilities(self.device).use("compile")
+
+    @property
+    def fills_batches(self) -> bool:
+        """Whether a compiled network gets batches of one shape.
+
+        On a GPU only where attention computes no padding: in grids, each sentence would be as long as the
+        longest of the data.
+        """
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        packed = self.precision != "fp32" and self.net.packs_attention(self.device, dtype)
+        return self.compiled and (packed or not hardware.is_gpu(self.device))
+
+    @property
+    def can_fall_back(self) -> bool:
+        """Whether the step can be computed in a simpler way if it fails."""
+        packed = hardware.is_gpu(self.device) and self.precision != "fp32" and self._uses_varlen()
+        return not self.sharded and (self.compiled or packed)
+
+    def _uses_varlen(self) -> bool:
+        return isinstance(self.net, TransformerEncoder) and abilities(self.device).has("varlen")
+
+    def fall_back(self, why: str) -> None:
+        """Compute in a simpler way from now on: without torch.compile, then without packed attention."""
+        abilities(self.device).lose("compile" if self.compiled else "varlen", why)
+        self.forward, self.compiled = self.net, False
 
     # Build
 
     def _build_network(self) -> Network:
         """The network with fresh weights, the same for the same seed, on the device and in training mode."""
-        if self.device.type == "cuda":
-            load_varlen()
         torch.manual_seed(self.recipe.training.seed)
         net = bundles.build_network(self.recipe.architecture, self.recipe.network, trust_code=True)
         word_vectors.check_and_freeze(net, self.recipe)

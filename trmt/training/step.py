@@ -14,12 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trmt.devices.abilities import first_line
 from trmt.devices.choice import autocast
 from trmt.devices.memory import is_out_of_memory
+from trmt.errors import TrmtError
 from trmt.sets.batches import PROBE_SEED, Batches, BatchShape, RaggedBatch
 from trmt.training import optim, sharding
+from trmt.training.distributed import is_connection_error
 from trmt.training.micro_batches import MicroBatch
 from trmt.training.state import TrainState
+
+# How the gradients of a step came out; of several ranks the highest counts.
+FINE, OUT_OF_MEMORY, FAILED = range(3)
 
 
 @dataclass
@@ -45,27 +51,47 @@ def train_step(state: TrainState, batches: list[RaggedBatch]) -> StepResult:
 def compute_gradients(state: TrainState, batches: list[RaggedBatch]) -> StepResult:
     """The gradients of the mean loss over the batches of all ranks, left in the parameters' `grad`.
 
-    Where memory runs out, all ranks halve their micro-batches and compute the gradients again.
+    Where memory runs out, all ranks halve their micro-batches and compute the gradients again. Where
+    something fails that a step can do without, all ranks do without it and compute them again.
     """
     tokens = sum(state.objective.tokens(batch) for batch in batches)
     while True:
         state.optimizer.zero_grad(set_to_none=True)
         nll: Any = None
+        outcome, why = FINE, "it failed on another rank"
         try:
             nll = forward_backward(state, state.micro_batches.split(batches), tokens)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
+        except TrmtError:
+            raise
+        except Exception as error:  # whatever compilers, drivers and PyTorch raise
+            outcome, why = _outcome(error, state), first_line(error)
         # Outside of the handler, because the error keeps the tensors of the failed attempt alive.
         largest_share = max(-(-len(batch) // state.distributed.world_size) for batch in batches)
-        if nll is None and state.sharded:
+        if outcome == OUT_OF_MEMORY and state.sharded:
             state.micro_batches.raise_out_of_memory(largest_share)
-        if not state.distributed.all_reduce_flag(nll is None):
+        if state.overlap:
+            state.overlap.finish()
+        outcome = state.distributed.all_reduce_max(outcome)
+        if outcome == FINE:
             return StepResult(_sum_over_ranks(state, nll), tokens)
+        nll = None
         state.optimizer.zero_grad(set_to_none=True)
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
-        state.micro_batches.halve(largest_share)
+        if outcome == FAILED:
+            state.fall_back(why)
+        else:
+            state.micro_batches.halve(largest_share)
+
+
+def _outcome(error: Exception, state: TrainState) -> int:
+    """What an error means for the step: OUT_OF_MEMORY or FAILED; any other error is raised again."""
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    connection = isinstance(error, RuntimeError) and is_connection_error(error)
+    if connection or not state.can_fall_back:
+        raise error
+    return FAILED
 
 
 def forward_backward(state: TrainState, micro_batches: list[MicroBatch], tokens: int) -> Any:
@@ -78,6 +104,8 @@ def forward_backward(state: TrainState, micro_batches: list[MicroBatch], tokens:
         with autocast(state.precision, state.device):
             loss = state.objective.loss(state.forward, batch)
         total = loss.total * 0 if is_dummy else loss.total
+        if state.overlap and number == len(micro_batches) - 1:
+            state.overlap.start()
         state.guard.scale_loss(total / tokens).backward()
         nll = nll + (loss.nll * 0 if is_dummy else loss.nll)
     return nll
@@ -126,7 +154,7 @@ def _sum_over_ranks(state: TrainState, nll: Any) -> Any:
         return nll
     total = torch.zeros(1, device=state.device) + nll
     grads: list[Tensor] = []
-    if not state.sharded:  # FSDP has summed those of sharded parameters already
+    if not state.sharded and not state.overlap:  # otherwise they have been summed already
         for parameter in filter(lambda p: p.requires_grad, state.net.parameters()):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -137,7 +165,7 @@ def _sum_over_ranks(state: TrainState, nll: Any) -> Any:
 
 def _micro_batch_shape(state: TrainState) -> BatchShape | None:
     """The shape that micro-batches are padded to for a compiled network; None where none are padded."""
-    if state.net.counts_tokens or not state.compiled or not state.batch_shape:
+    if state.net.counts_tokens or not state.batch_shape or not state.fills_batches:
         return None  # a network that counts tokens would count the padding
     return state.batch_shape.micro_batch(state.distributed.world_size * 2**state.micro_batches.halvings)
 

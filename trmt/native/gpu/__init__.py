@@ -9,46 +9,38 @@ Axes: S sentence, K hypothesis, J slots of a KV cache, T target position, H head
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from trmt import console
+from trmt.devices import hardware
+from trmt.devices.abilities import abilities
+from trmt.devices.memory import is_out_of_memory
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)  # that the kernel of attention is made for
 MAX_CANDIDATES = 16  # each is a pass over what a program holds
 MAX_VOCABULARY = 1 << 20  # the maxima of its chunks are held by one program
 
-_failed = False
-
 
 def available(like: Tensor) -> bool:
-    """Whether kernels may be tried on the device of this tensor."""
-    return like.is_cuda and not _failed and _installed()
-
-
-@functools.cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+    """Whether kernels are to be used on the device of this tensor; the first time they are tried there."""
+    return hardware.is_gpu(like.device) and abilities(like.device).use("triton")
 
 
 def launched(launch: Callable[[], None], like: Tensor) -> bool:
     """Whether a kernel could be launched on the device of `like`; after one failure none is tried again."""
-    global _failed
     try:
         # Triton launches on the current device, wherever the tensors are.
         with torch.cuda.device_of(like):
             launch()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever Triton, its C compiler and the driver raise
-        _failed = True
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        console.warn(f"Triton cannot build trmt's kernels ({why[0]}); it goes on without them, slower")
+        if is_out_of_memory(error):
+            raise
+        abilities(like.device).lose("triton", error)
         return False
     return True
 
@@ -105,3 +97,41 @@ def top(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
         top_kernel.launch(scores_RV, best_RC, ids_RC, log_sum_R1)
 
     return (best_RC, ids_RC, log_sum_R1) if launched(launch, scores_RV) else None
+
+
+def probe(device: torch.device) -> str:
+    """Run both kernels on a device: why they cannot be run, or nothing; what fails is raised."""
+    if not find_spec("triton"):
+        return "Triton is not installed"
+    from trmt.native.gpu import attention_kernel, top_kernel
+
+    scores_RV = (torch.arange(2 * 300, device=device) * 7 % 601 / 50).view(2, 300)
+    best_RC, ids_RC = scores_RV.new_empty(2, 4), scores_RV.new_empty(2, 4, dtype=torch.long)
+    log_sum_R1 = scores_RV.new_empty(2, 1)
+    top_kernel.launch(scores_RV, best_RC, ids_RC, log_sum_R1)
+    expected = scores_RV.topk(4)
+    found = torch.cat([best_RC, scores_RV.gather(1, ids_RC), log_sum_R1], 1)
+    wanted = torch.cat([expected.values, expected.values, scores_RV.logsumexp(1, keepdim=True)], 1)
+
+    # A sentence, a head, two hypotheses, of which the second descends from the first; two columns, 16 wide.
+    cached_2SHJP = (torch.arange(2 * 4 * 16, device=device) % 11 / 10).view(2, 1, 1, 4, 16)
+    query_SHKP, *new = (torch.arange(3 * 2 * 16, device=device) % 7 / 5).view(3, 1, 1, 2, 16)
+    out_SKHP = query_SHKP.new_empty(1, 2, 1, 16)
+    own_K = torch.arange(2, device=device)
+    ancestors_SKC = torch.stack([torch.zeros_like(own_K), own_K], 1)[None]
+    attention_kernel.launch(
+        *(out_SKHP, query_SHKP, torch.stack(new), cached_2SHJP),
+        ancestors_SKC=ancestors_SKC,
+        position_S=torch.ones(1, dtype=torch.long, device=device),
+        columns=2,
+    )
+    both = [
+        torch.stack([before[0, 0, :1].expand(2, -1), now[0, 0]], 1)  # [K, C, P]
+        for before, now in zip(cached_2SHJP, new, strict=True)
+    ]
+    query_K1P, (key_KCP, value_KCP) = query_SHKP[0, 0][:, None], both
+    attended = F.scaled_dot_product_attention(query_K1P, key_KCP, value_KCP)
+    for one, other in ((found, wanted), (out_SKHP.flatten(), attended.flatten())):
+        if not torch.allclose(one, other, atol=1e-3, rtol=1e-3):
+            raise RuntimeError("a kernel computed a wrong result")
+    return ""

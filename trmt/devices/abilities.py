@@ -1,0 +1,160 @@
+"""What a device is able to do: each ability is proven by a tiny run on the device when it is first asked for.
+
+Versions and data sheets say too little: drivers, compilers and builds of PyTorch differ from machine to
+machine. So everything that has a choice asks here. What is not proven is not used, which is said in one line;
+what fails later, in use, is not used again in this process, which is said in one warning. An environment
+variable switches each ability off (0) or takes it for granted (1). `trmt env` prints all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trmt import console
+from trmt.devices import hardware, probes
+from trmt.devices.memory import is_out_of_memory
+from trmt.devices.probes import Unsupported
+from trmt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Something that a device may be able to do."""
+
+    title: str  # what messages call it
+    variable: str  # the environment variable that switches it off (0) or takes it for granted (1)
+    without: str  # what is done instead
+    probe: Callable[[torch.device], None]  # a tiny run; it raises Unsupported, or whatever fails
+
+
+ABILITIES: dict[str, Ability] = {
+    "architecture": Ability(
+        "computing", "TRMT_ARCHITECTURE", "another device is used", probes.probe_architecture
+    ),
+    "bf16": Ability("bf16", "TRMT_BF16", "fp16 or fp32 is used", probes.probe_bf16),
+    "readout": Ability(
+        "a product of 16-bit matrices in fp32",
+        "TRMT_READOUT",
+        "the readout uses a copy of its matrix in fp32",
+        probes.probe_readout,
+    ),
+    "varlen": Ability(
+        "attention without padding",
+        "TRMT_VARLEN",
+        "attention is computed with padding",
+        probes.probe_varlen,
+    ),
+    "compile": Ability(
+        "torch.compile", "TRMT_COMPILE", "PyTorch computes without it, slower", probes.probe_compile
+    ),
+    "triton": Ability(
+        "trmt's Triton kernels", "TRMT_TRITON", "PyTorch computes the same, slower", probes.probe_triton
+    ),
+    "graphs": Ability(
+        "CUDA graphs", "TRMT_GRAPHS", "decoding steps run one by one, slower", probes.probe_graphs
+    ),
+}
+
+_lock = threading.RLock()
+_known: dict[tuple[str, int], Abilities] = {}
+
+
+class Abilities:
+    """The abilities of one device, each proven when it is first asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._lacks: dict[str, str] = {}  # why an ability is missing; empty if it is there
+        self._failed: set[str] = set()  # those whose probe failed where it should have passed
+        self._told: set[str] = set()  # those of which a line has said that they are missing
+
+    def has(self, name: str) -> bool:
+        """Whether the device has an ability."""
+        return not self.lacks(name)
+
+    def lacks(self, name: str) -> str:
+        """Why the device does not have an ability; empty if it has."""
+        with _lock:
+            if name not in self._lacks:
+                self._lacks[name] = self._prove(name)
+            return self._lacks[name]
+
+    def use(self, name: str) -> bool:
+        """Whether the device has an ability that is to be used; if not, one line says so, once."""
+        why = self.lacks(name)
+        if why and name not in self._told:
+            self._told.add(name)
+            message = f"{self._missing(name)}: {why}; {ABILITIES[name].without}"
+            (console.warn if name in self._failed else console.say)(message)
+        return not why
+
+    def lose(self, name: str, error: BaseException | str) -> None:
+        """Never use an ability again that has failed in use; one warning says so."""
+        with _lock:
+            why = error if isinstance(error, str) else first_line(error)
+            if name in self._told:
+                return
+            self._told.add(name)
+            self._lacks[name] = why
+        console.warn(f"{self._missing(name)}: {why}; {ABILITIES[name].without}")
+
+    def withdraw(self, name: str, why: str) -> None:
+        """Do without an ability that another process of the run does not have."""
+        with _lock:
+            self._lacks[name] = self.lacks(name) or why
+
+    def _missing(self, name: str) -> str:
+        return f"{ABILITIES[name].title} cannot be used on {self.device}"
+
+    def _prove(self, name: str) -> str:
+        ability = ABILITIES[name]
+        override = os.environ.get(ability.variable, "")
+        if override not in ("", "0", "1"):
+            raise ConfigError(
+                f"{ability.variable} = {override!r} is not a choice; set it to 0 (never used) or 1 (used "
+                "without a test), or leave it out"
+            )
+        if override:
+            self._told |= {name} if override == "0" else set()  # who switches it off knows
+            return f"{ability.variable}=0" if override == "0" else ""
+        try:
+            with probes.undisturbed(self.device), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ability.probe(self.device)
+        except Unsupported as error:
+            return str(error)
+        except Exception as error:  # whatever compilers, drivers and PyTorch raise
+            if is_out_of_memory(error):
+                raise  # which says nothing about the ability
+            self._failed.add(name)
+            return first_line(error)
+        return ""
+
+
+def abilities(device: torch.device) -> Abilities:
+    """The abilities of a device, the same object at each call of this process."""
+    numbered = ":" in str(device)
+    current = torch.cuda.current_device if torch.cuda.is_initialized() and device.type == "cuda" else int
+    with _lock:
+        key = device.type, device.index if numbered else current()
+        if key not in _known:
+            _known[key] = Abilities(torch.device(*key) if device.type == "cuda" else device)
+        return _known[key]
+
+
+def all_devices() -> list[torch.device]:
+    """The CPU and all GPUs that PyTorch can use."""
+    gpus = [torch.device("cuda", number) for number in range(hardware.gpu_count())]
+    return [torch.device("cpu"), *gpus, *([torch.device("mps")] if hardware.has_mps() else [])]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:;")
