@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def quantize(model: Path | None, out: Path, *, trust_code: bool = False) -> Quan
     return result
 
 
-def _translations(bundle: Bundle, golden: Sequence[dict[str, Any]], precision: Any) -> list[str]:
+def _translations(bundle: Bundle, golden: Sequence[Mapping[str, Any]], precision: Any) -> list[str]:
     if not golden:
         return []
     translator = Translator(

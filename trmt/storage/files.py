@@ -14,13 +14,14 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from trmt.errors import TrmtError
 from trmt.storage.urls import filesystem, is_url, read_errors, upload
+from trmt.trees import with_checksum
 
 PARTIAL = ".partial-"
 REPLACED = f"{PARTIAL}old-"  # a folder that was being replaced
@@ -119,6 +120,11 @@ def write_json(path: Path, value: Any) -> None:
         stream.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
+def write_verified_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write an object as JSON with a checksum of its values, which `trmt.trees.verified` compares."""
+    write_json(path, with_checksum(tree))
+
+
 # What killed writers left behind
 
 
@@ -188,7 +194,8 @@ def join(folder: str, name: str) -> str:
 def is_file(location: str) -> bool:
     """Whether there is a file at this location."""
     if not is_url(location):
-        return Path(location).is_file()
+        with read_errors(location):
+            return Path(location).is_file()
     store, path = filesystem(location)
     with read_errors(location):
         return bool(store.isfile(path))

@@ -178,6 +178,13 @@ def read_recipe(path: Path) -> Recipe:
     return build(Recipe, upgrade_recipe(read_toml(path)), where=str(path))
 
 
+def recipe_from(tree: Any, *, where: str) -> Recipe:
+    """The recipe in a checkpoint."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} has a checkpoint without a recipe; name another run folder")
+    return build(Recipe, upgrade_recipe(tree), where=where)
+
+
 def fitting_recipe(pairs: int, *, gpu: bool) -> str:
     """The name of the recipe for a set of so many pairs; large ones need much data and a GPU."""
     if pairs < 100_000:
