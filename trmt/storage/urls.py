@@ -26,7 +26,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     try:
         return cast(tuple[Any, str], url_to_fs(url))
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # each file system has its own exceptions
         raise ConfigError(
             f"cannot reach {url}: {_reason(error)}; install what fsspec needs for it, or use a path"
         ) from error

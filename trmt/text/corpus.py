@@ -15,6 +15,7 @@ from trmt.errors import ConfigError, DataError
 from trmt.storage.files import is_file
 from trmt.text.lines import STDIN
 from trmt.text.ranges import FileSlice
+from trmt.trees import shown
 
 CorpusFormat = Literal["two files", "tsv", "jsonl", "parquet", "dataset"]
 TextPair = tuple[str, str]
@@ -168,11 +169,11 @@ def _parse_columns(format: CorpusFormat, source: str | None, target: str | None)
         return None
     if format == "tsv" and not (_is_index(source) and _is_index(target)):
         raise ConfigError(
-            f"a TSV file has numbered columns, so --source-column {source} --target-column {target} "
-            "cannot be found; count from 0"
+            f"a TSV file has numbered columns, so --source-column {shown(source)} --target-column "
+            f"{shown(target)} cannot be found; count from 0, up to 999999"
         )
     return source, target
 
 
 def _is_index(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return re.fullmatch(r"[0-9]{1,6}", text) is not None
