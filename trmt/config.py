@@ -126,15 +126,23 @@ def build(cls: type[T], tree: Tree, *, where: str) -> T:
 
 
 def build_stored(
-    cls: type[T], tree: Any, *, where: str, advice: str, error: type[TrmtError] = BundleError
+    cls: type[T],
+    tree: Any,
+    *,
+    where: str,
+    advice: str,
+    error: type[TrmtError] = BundleError,
+    exact: bool = False,
 ) -> T:
-    """As `build`, for a file that trmt wrote: unknown keys are ignored, and `advice` ends the errors."""
+    """As `build`, for a file that trmt wrote: `advice` ends its errors; unknown keys are one if `exact`."""
     try:
         check_limits(tree)
         if not isinstance(tree, dict):
             raise ConfigError(f"{where} does not hold a JSON object")
-        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        return build(cls, {key: value for key, value in tree.items() if key in known}, where=where)
+        if not exact:
+            known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            tree = {key: value for key, value in tree.items() if key in known}
+        return build(cls, tree, where=where)
     except TreeError as reason:
         raise error(f"{where} {reason}; {advice}") from reason
     except ConfigError as reason:

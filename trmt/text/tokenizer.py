@@ -318,7 +318,7 @@ class Tokenizer:
         fingerprint, joint = tree.pop("fingerprint", None), tree.pop("joint", None)
         lists = tree.pop("lists", 0)
         advice = "copy or train the tokenizer again"
-        settings = build_stored(TokenizerSettings, tree, where=str(path), advice=advice)
+        settings = build_stored(TokenizerSettings, tree, where=str(path), advice=advice, exact=True)
         try:
             models = [read_bytes(folder / name) for name in _model_names(1 if joint else 2)]
             vocabularies = [_read_vocabulary(folder / name) for name in _vocabulary_names(lists)]
