@@ -10,6 +10,7 @@ of it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import tomllib
@@ -39,6 +40,8 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
 
 def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a file that has no more than `max_bytes`."""
+    if "\0" in str(path):  # for which Python raises a ValueError
+        raise FileNotFoundError(errno.ENOENT, "no file has such a name", str(path))
     with path.open("rb") as stream:
         raw = stream.read(max_bytes + 1)
     if len(raw) > max_bytes:

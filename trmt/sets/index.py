@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 from trmt.config import Count, Within, build_table
 from trmt.errors import ConfigError, DataError
@@ -77,7 +77,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], bytes]:
             raise DataError(
                 f"{path} is not of format {FORMAT}; run `trmt prepare` again with this version of trmt"
             )
-        index: Any = build_table(SetIndex, tree, where="index")
+        index = check_index(tree)
     except FileNotFoundError as error:
         raise DataError(f"{folder} is not a prepared set; make one with `trmt prepare {folder}`") from error
     except OSError as error:
@@ -92,6 +92,11 @@ def read_index(folder: Path) -> tuple[dict[str, Any], bytes]:
     for name, split in index["splits"].items():
         _check_sizes(path, name, split, index["files"])
     return index, raw
+
+
+def check_index(tree: Any) -> dict[str, Any]:
+    """The values of an index, if they have the right types; else a ConfigError."""
+    return cast(dict[str, Any], build_table(SetIndex, tree, where="index"))
 
 
 def verify_index(folder: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trmt.sets.index import INDEX
+from trmt import console
+from trmt.errors import ConfigError
+from trmt.sets.index import INDEX, check_index
 from trmt.sets.shards import PreparedSet
 from trmt.storage.files import write_json
-from trmt.trees import CHECKSUM, TreeError, read_json
+from trmt.trees import CHECKSUM, TreeError, read_json, verified
 
 RECORD = "data.json"  # in a run folder: the index of the prepared set when the run was started
 
@@ -16,6 +18,20 @@ RECORD = "data.json"  # in a run folder: the index of the prepared set when the 
 def write_record(run: Path, data: PreparedSet) -> None:
     """Store the index of the prepared set in the run folder."""
     write_json(run / RECORD, data.index)
+
+
+def read_record(run: Path) -> dict[str, Any] | None:
+    """The index in the record of a run; None without one, and with a warning if it is damaged."""
+    path = run / RECORD
+    try:
+        tree = read_json(path)
+        verified(tree)
+        return check_index(tree)
+    except FileNotFoundError:
+        return None
+    except (OSError, TreeError, ConfigError) as error:
+        console.warn(f"{path} cannot be used ({error}), so that the data of this run remains unknown")
+        return None
 
 
 def describe_changes(run: Path, data: Path) -> str:

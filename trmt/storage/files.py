@@ -130,8 +130,12 @@ def write_verified_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 def recover_folder(path: Path) -> None:
     """Put the old folder back at `path` if a writer was killed while it replaced it."""
-    old = path.with_name(f"{REPLACED}{path.name}")
-    if old.exists():
+    try:
+        old = path.with_name(f"{REPLACED}{path.name}")
+        left = old.exists()
+    except (OSError, ValueError):  # no folder can have such a name
+        return
+    if left:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
