@@ -169,7 +169,10 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
 
 def is_bundle(folder: Path) -> bool:
     """Whether the folder has a manifest."""
-    return (folder / MANIFEST).is_file()
+    try:
+        return (folder / MANIFEST).is_file()
+    except OSError:  # the name is too long, or the folder may not be read
+        return False
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -142,7 +142,10 @@ def step_folder(run: Path, step: int) -> Path:
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
-    if not run.is_dir():
+    try:
+        if not run.is_dir():
+            return []
+    except OSError:  # the name is too long
         return []
     found = [
         Checkpoint(folder, int(match[1]))

@@ -100,7 +100,7 @@ _add_commands()
 
 
 def main() -> None:
-    """Run the command line; a TrmtError becomes one line on standard error and exit code 1."""
+    """Run the command line; what trmt/errors.py names becomes one line on standard error and exit code 1."""
     # Must be set before torch is loaded. OpenMP threads that wait spin only briefly, because a spinning
     # thread takes a busy core from the one that it waits for.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -110,6 +110,11 @@ def main() -> None:
         except TrmtError as error:
             console.fail(str(error))
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            console.fail(f"cannot use {error.filename}: {error.strerror}; check the path and its permissions")
+            sys.exit(TrmtError.exit_code)
     except SystemExit as end:
         if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(end.code, int | None):
             # In a distributed run, threads of torch that are still running sometimes abort the interpreter at

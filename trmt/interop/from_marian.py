@@ -159,9 +159,7 @@ def _check_positions(weights: Mapping[str, Tensor], config: TransformerConfig, f
     for side in ("encoder", "decoder"):
         stored = weights.get(f"model.{side}.embed_positions.weight")
         if stored is not None and stored.shape != (config.max_positions, config.d_model):
-            raise BundleError(
-                f"{folder} has positions of another shape than it declares; copy the model again"
-            )
+            raise BundleError(f"{folder} has positions of a shape it does not declare; copy the model again")
     if config.d_model > max(map(torch.numel, weights.values())):
         raise BundleError(f"{folder} declares a d_model larger than its tensors; copy the model again")
     expected = sinusoids(config.max_positions, config.d_model)[:, columns_to_marian(config.d_model)]

@@ -80,8 +80,8 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             declared = sum(entry.file_size for entry in archive.infolist())
         if declared > size:
             raise BundleError(
-                f"{path} would expand to {declared:,} bytes, but its own size of {size:,} is the limit, because "
-                "PyTorch does not compress weights; copy the model again"
+                f"{path} would expand to {declared:,} bytes, but its own size of {size:,} is the limit, "
+                "because PyTorch does not compress weights; copy the model again"
             )
     loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
@@ -89,8 +89,8 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     for name, tensor in loaded.items():
         if tensor.numel() * tensor.element_size() > size:  # a view that repeats what is stored
             raise BundleError(
-                f"{path} has {shown(str(name))} of shape {list(tensor.shape)}, but the size of the file is the "
-                "limit; copy the model again"
+                f"{path} has {shown(str(name))} of shape {list(tensor.shape)}, but the size of the file is "
+                "the limit; copy the model again"
             )
     return {str(name): tensor for name, tensor in loaded.items()}
 
@@ -100,8 +100,8 @@ def check_size(folder: Path, weights: Mapping[str, Tensor], *, layers: int, posi
     most = min(MAX_LAYERS, len(weights))
     if not 0 <= layers <= most:
         raise BundleError(
-            f"{folder} declares {layers:,} layers, but with its {len(weights):,} tensors {most:,} is the limit; "
-            "copy the model again"
+            f"{folder} declares {layers:,} layers, but with its {len(weights):,} tensors {most:,} is the "
+            "limit; copy the model again"
         )
     if positions > MAX_POSITIONS:
         raise BundleError(

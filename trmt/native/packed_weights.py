@@ -2,8 +2,8 @@
 
 A file is named by the checksum of the weights it was packed from, their precision and the layout. Only the
 weights that products read are in it, and they are pages of the file: workers share one copy. A file that is
-damaged, holds something else, or can be written by another user, is written again. When the files together grow
-beyond LIMIT, those that were not used for longest go.
+damaged, holds something else, or can be written by another user, is written again. When the files together
+grow beyond LIMIT, those that were not used for longest go.
 
 Axes: N outputs, K inputs.
 """

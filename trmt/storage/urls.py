@@ -26,10 +26,12 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     try:
         return cast(tuple[Any, str], url_to_fs(url))
-    except Exception as error:  # each file system has its own exceptions
+    except (ImportError, ValueError) as error:
         raise ConfigError(
             f"cannot reach {url}: {_reason(error)}; install what fsspec needs for it, or use a path"
         ) from error
+    except Exception as error:  # each file system has its own exceptions
+        raise ConfigError(f"cannot reach {url}: {_reason(error)}; check the URL, or use a path") from error
 
 
 def upload(local: Path, url: str, *, partial_name: str) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from trmt.errors import ConfigError, DataError
 from trmt.storage.files import is_file
+from trmt.storage.urls import read_errors
 from trmt.text.lines import STDIN
 from trmt.text.ranges import FileSlice
 from trmt.trees import shown
@@ -151,11 +152,12 @@ def _split_dataset(name: str) -> tuple[str, str | None, str]:
         raise ConfigError(
             f"{name!r} names no dataset; write hf:NAME or hf:NAME/CONFIG, then :SPLIT if not train"
         )
-    if Path(rest).is_dir():
-        return rest, None, split
     parent, _, last = rest.rpartition("/")
-    if parent and Path(parent).is_dir():
-        return parent, last, split
+    with read_errors(rest):
+        if Path(rest).is_dir():
+            return rest, None, split
+        if parent and Path(parent).is_dir():
+            return parent, last, split
     if rest.count("/") > 1:
         owner, dataset, config = rest.split("/", 2)
         return f"{owner}/{dataset}", config, split

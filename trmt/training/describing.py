@@ -26,7 +26,10 @@ Facts = dict[str, Any]
 
 def is_run(folder: Path) -> bool:
     """Whether the folder is a run folder; it may have no checkpoint yet."""
-    return (folder / CONFIG).is_file()
+    try:
+        return (folder / CONFIG).is_file()
+    except OSError:  # the name is too long, or the folder may not be read
+        return False
 
 
 def run_of(bundle: Path) -> Path | None:
