@@ -13,9 +13,11 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests import toy
@@ -114,7 +116,7 @@ def use_set(folder: Path) -> Any:
         for column in split.columns:
             if column.ragged:
                 digest.update(split.lengths(column.name).tobytes())
-                digest.update(split.gather(column.name, list(range(len(split)))).values.tobytes())
+                digest.update(split.gather(column.name, np.arange(len(split))).values.tobytes())
     texts = data.dev_text() if "dev" in data.splits else None
     tokenizer = use_tokenizer(folder)
     return digest.hexdigest(), texts, data.kind, data.languages, list(data.corpus_weights), tokenizer
@@ -144,7 +146,8 @@ def use_log(folder: Path) -> Any:
         with suppress(TrmtError):  # for an entry without a value that the axis needs
             panels({"run": history}, "steps")
         summary({"run": history})
-    return [dict(entry) for entry in history.entries]
+    samples = [(entry["step"], entry.get("scores"), entry.get("samples")) for entry in history.entries]
+    return history._curves, samples
 
 
 def use_record(folder: Path) -> Any:
@@ -188,22 +191,32 @@ def damaged(path: Path) -> Iterator[Callable[[], bytes]]:
     """What makes the mutants of a JSON, JSON lines or TOML file."""
     if path.suffix == ".toml":
         for _, make in mutants(tomllib.loads(path.read_text("utf-8"))):
-            yield lambda make=make: to_toml(make()).encode()
+            yield partial(_toml, make)
     elif path.suffix == ".jsonl":
         lines = path.read_bytes().splitlines()
         for number, line in enumerate(lines):
             entry = json.loads(line)
             del entry["crc"]
             for _, make in mutants(entry):
-                yield lambda make=make, before=lines[:number], after=lines[number + 1 :]: b"".join(
-                    each + b"\n" for each in [*before, as_json(make(), signed=False), *after]
-                )
+                yield partial(_log, lines, number, make)
     else:
         tree = json.loads(path.read_bytes())
-        signed = CHECKSUM in tree
         for keys, make in mutants(without_checksum(tree)):
             if keys[:1] != ("network",):  # sizes are compared with the weights elsewhere
-                yield lambda make=make: as_json(make(), signed=signed)
+                yield partial(_json, make, signed=CHECKSUM in tree)
+
+
+def _toml(make: Callable[[], Any]) -> bytes:
+    return to_toml(make()).encode()
+
+
+def _log(lines: list[bytes], number: int, make: Callable[[], Any]) -> bytes:
+    changed = [*lines[:number], as_json(make(), signed=False), *lines[number + 1 :]]
+    return b"\n".join(changed) + b"\n"
+
+
+def _json(make: Callable[[], Any], *, signed: bool) -> bytes:
+    return as_json(make(), signed=signed)
 
 
 def attempt(use: Use, folder: Path) -> Any:

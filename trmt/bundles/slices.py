@@ -113,10 +113,11 @@ class SlicedTensors(Mapping[str, Tensor]):
             raise BundleError(f"{folder} is of format {index.format}, not {FORMAT}; use a newer trmt")
         self.files, self.tensors = index.files, index.tensors
         used = {file for entry in self.tensors.values() for file, _, _ in entry["slices"]}
-        if foreign := next((name for name in {*self.files, *used} if not _is_slice(name)), None):
-            raise TreeError(f"names {shown(foreign)}, which is not a file of slices")
-        if missing := next(iter(used - self.files.keys()), None):
-            raise TreeError(f"has no checksum of {missing}")
+        for name in {*self.files, *used}:
+            if not _is_slice(name):
+                raise TreeError(f"names {shown(name)}, which is not a file of slices")
+        if not used <= self.files.keys():
+            raise TreeError("names files of which it has no checksum")
         self._open: dict[str, Any] = {}
 
     def shape(self, name: str) -> list[int]:

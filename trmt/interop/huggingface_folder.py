@@ -66,8 +66,11 @@ def _shard_names(path: Path) -> list[str]:
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise BundleError(f"{path} has no map from weights to files; copy the model again")
     names = sorted(set(files.values()))
-    if outside := next((name for name in names if not name or Path(name).name != name), None):
-        raise BundleError(f"{path} names {shown(outside)}, which is outside its folder; copy the model again")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise BundleError(
+                f"{path} names {shown(name)}, which is no file of weights in its folder; copy the model again"
+            )
     if len(names) > MAX_FILES:
         raise BundleError(f"{path} names more than {MAX_FILES:,} files, which is the limit")
     return names

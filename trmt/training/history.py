@@ -91,7 +91,8 @@ class History:
             except (TreeError, ConfigError):
                 history.damaged += 1
         if history.damaged:
-            console.warn(f"{path}: {history.damaged:,} damaged lines are left out")
+            lines = "1 damaged line is" if history.damaged == 1 else f"{history.damaged:,} damaged lines are"
+            console.warn(f"{path}: {lines} left out")
         return history
 
     def add(self, entry: Mapping[str, Any]) -> None:
