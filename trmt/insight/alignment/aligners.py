@@ -152,7 +152,7 @@ class AttentionAligner:
         chosen = AttentionHead(layer_index(-2, layers))
         if self._guided:
             layer, head = self._guided["layer"], self._guided["head"]
-            if not -layers <= layer < layers or head >= heads:
+            if layer >= layers or head >= heads:
                 raise BundleError(
                     f"the manifest names head {head + 1} of layer {layer + 1} for alignment, which the "
                     "network does not have; copy the bundle again"
