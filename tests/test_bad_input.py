@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.edited import edit
 from tests.scripted import random_bundle, small_tokenizer
 
 WAYS = [(), pytest.param(("--workers", "2"), marks=pytest.mark.slow)]
@@ -47,8 +47,7 @@ def test_a_line_of_many_megabytes_is_one_line(bundle: Path, options: tuple[str, 
 
 
 def change(bundle: Path, **fields: object) -> None:
-    path = bundle / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **fields}))
+    edit(bundle / "manifest.json", **fields)
 
 
 def cut(bundle: Path) -> None:

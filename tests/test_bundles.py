@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.edited import edit
 from tests.fakes import small_network
 from trmt.bundles import bundles
 from trmt.bundles.bundles import load_bundle, make_manifest, read_manifest, read_weights, save_bundle
@@ -115,9 +115,7 @@ def test_a_bundle_cannot_run_code(
 
 
 def change(folder: Path, **changes: Any) -> None:
-    path = folder / "manifest.json"
-    tree = json.loads(path.read_bytes()) | changes
-    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+    edit(folder / "manifest.json", **changes)
 
 
 def flip(path: Path, index: int) -> None:
@@ -200,6 +198,6 @@ def test_sizes_that_no_machine_could_hold_are_an_error_of_one_sentence(
     architecture: str, max_positions: int
 ) -> None:
     options = {"source_vocabulary": 9, "target_vocabulary": 9, "max_positions": max_positions}
-    with pytest.raises(ConfigError, match="choose smaller ones") as caught:
+    with pytest.raises(ConfigError, match=r"choose (a smaller number|smaller ones)") as caught:
         bundles.build_network(architecture, options)
     assert "\n" not in str(caught.value)

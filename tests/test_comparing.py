@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import toy
+from tests.edited import edit
 from trmt import cli, scoring
 from trmt.averaging import AverageOptions, average
 from trmt.bundles import bundles, checkpoints
@@ -112,13 +113,10 @@ def test_without_weights_of_the_first_run_nothing_is_compared(runs: dict[str, Pa
 def test_a_dev_set_that_was_changed_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(runs["base"], copy)
-    origin = json.loads((copy / "origin.json").read_bytes())
-    gone = {**origin, "data": str(tmp_path / "gone")}
-    (copy / "origin.json").write_text(json.dumps(gone))
+    edit(copy / "origin.json", data=str(tmp_path / "gone"))
     with pytest.raises(DataError, match=r"cannot be read.*--log-only"):
         compare(options(copy, runs["long"]))
-    changed = {**origin, "data": str(runs["base"].parent / "other" / "set")}
-    (copy / "origin.json").write_text(json.dumps(changed))
+    edit(copy / "origin.json", data=str(runs["base"].parent / "other" / "set"))
     with pytest.raises(DataError, match=r"dev set in .* has changed.*--log-only"):
         compare(options(copy, runs["long"]))
 

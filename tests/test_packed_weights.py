@@ -123,3 +123,17 @@ def test_processes_share_the_pages(home: Path) -> None:
         pytest.skip("this system does not say what is mapped")
     ranges = [line.split()[0].split("-") for line in maps.read_text().splitlines() if str(file) in line]
     assert any(int(low, 16) <= address < int(high, 16) for low, high in ranges)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes do not say who may write")
+def test_weights_that_others_may_write_to_are_packed_again(home: Path) -> None:
+    made("a", "fp32")
+    (file,) = home.iterdir()
+    assert not file.stat().st_mode & 0o077
+    assert made("a", "fp32")[1]
+    file.chmod(0o620)
+    assert not made("a", "fp32")[1]
+    assert made("a", "fp32")[1] and not file.stat().st_mode & 0o022
+    home.chmod(0o777)
+    before = file.stat().st_mtime_ns
+    assert not made("a", "fp32")[1] and file.stat().st_mtime_ns == before

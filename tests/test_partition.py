@@ -128,7 +128,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, names: list[str]) 
 def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, names: list[str], damage: bytes) -> None:
     start(tmp_path / "out", names)
     (tmp_path / "out" / MANIFEST).write_bytes(damage)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"manifest\.json (cannot be read|needs a value|does not hold)"):
         start(tmp_path / "out", names)
 
 

@@ -193,7 +193,7 @@ def test_all_ranks_roll_back(toy_set: Path, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", toy.recipe(tmp_path, OFTEN)
     policy = ("--set", "training.on_spike=rollback", "--set", "training.steps=20")
     finish(torchrun(run, toy_set, recipe, *policy, size=2, nan=[1, 7]))
-    [rollback] = json.loads((run / "rollbacks.json").read_bytes())
+    [rollback] = json.loads((run / "rollbacks.json").read_bytes())["rollbacks"]
     assert (rollback["to"], rollback["at"], rollback["left_out"]) == (5, 8, [8])
     assert newest(run) == 20
     assert len(log(run, "rollback")) == len(log(run, "left out")) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import pytest
 
 from tests import texts
 from tests.commands import Command
+from tests.edited import edit
 from tests.scripted import random_bundle, small_tokenizer
 from trmt.cli import main
 
@@ -64,8 +64,7 @@ def spoil_manifest(folder: Path) -> None:
 
 
 def spoil_longest(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "longest": {}}))
+    edit(folder / "manifest.json", longest={})
 
 
 def spoil_weights(folder: Path) -> None:

@@ -1,6 +1,8 @@
-"""Recipes: TOML files and `--set key=value` as dataclasses, which are defined beside the code they configure.
+"""Trees of values as dataclasses: recipes with `--set key=value`, and the JSON files that trmt writes.
 
-An unknown key or a value of the wrong type is an error that names the key and the closest known one.
+The dataclass of a file is its schema, and is defined beside the code that uses it. An unknown key of a recipe
+or a value of the wrong type is an error that names the key and the closest known one. Integers have at most
+64 bits, and `Within` limits numbers further.
 """
 
 from __future__ import annotations
@@ -9,18 +11,41 @@ import copy
 import dataclasses
 import json
 import re
-import tomllib
 import types
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
-from trmt.errors import ConfigError
+from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.registry import suggestion
+from trmt.trees import MAX_INT, MAX_SHOWN, TreeError, check_limits, parse_toml, read_bytes, shown
 
 T = TypeVar("T")
 Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """The smallest and the largest value of a number: `Annotated[int, Within(1, 100)]`."""
+
+    low: float
+    high: float
+
+
+Count = Annotated[int, Within(0, 2**53)]  # of steps, tokens, bytes and other things
 
 # Old keys of a config class and their present names: recipes, run folders and bundles may still have them.
 RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
@@ -35,7 +60,7 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(cast(Hashable, type(self))).items():
+        for name, hint in _field_types(cast(Hashable, type(self))).items():
             value = getattr(self, name)
             taken = _taken(hint, value, name=name)
             if taken is not value:
@@ -43,7 +68,7 @@ class Options:
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _field_types(cls: Any) -> dict[str, Any]:
     """The annotation of each field, without None."""
     hints = get_type_hints(cls)
     found = {}
@@ -77,20 +102,22 @@ def refuse_string(value: Any, name: str) -> None:
 def read_toml(path: Path) -> Tree:
     """The tables and values of a TOML file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(read_bytes(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no recipe {path}; check the path") from error
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}; check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except TreeError as error:
+        raise ConfigError(f"{path} {error}; correct it") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}; correct it") from error
 
 
 def parse_value(text: str) -> Any:
     """The TOML value of `text`; text that is no TOML value is a string (`--set network.norm=post`)."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except TreeError:
         return text
 
 
@@ -143,11 +170,11 @@ def rename_keys(cls: type, tree: Tree) -> Tree:
 def build(cls: type[T], tree: Tree, *, where: str) -> T:
     """An instance of the dataclass `cls` from a tree; error messages name the source as `where`."""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    hints = get_type_hints(cls)
+    hints = _hints(cast(Any, cls))
     values = {}
     for key, value in rename_keys(cls, tree).items():
         if key not in fields:
-            raise ConfigError(f"{where} has an unknown key {key!r}; {suggestion(key, list(fields))}")
+            raise ConfigError(f"{where} has an unknown key {shown(key)}; {suggestion(key, list(fields))}")
         values[key] = _convert(hints[key], value, where=f"{where}.{key}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -156,37 +183,109 @@ def build(cls: type[T], tree: Tree, *, where: str) -> T:
     return cls(**values)
 
 
+def build_stored(
+    cls: type[T],
+    tree: Any,
+    *,
+    where: str,
+    advice: str,
+    error: type[TrmtError] = BundleError,
+    exact: bool = False,
+) -> T:
+    """As `build`, for a file that trmt wrote: `advice` ends its errors; unknown keys are one if `exact`."""
+    try:
+        check_limits(tree)
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{where} does not hold a JSON object")
+        if not exact:
+            known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            tree = {key: value for key, value in tree.items() if key in known}
+        return build(cls, tree, where=where)
+    except TreeError as reason:
+        raise error(f"{where} {reason}; {advice}") from reason
+    except ConfigError as reason:
+        what = str(reason).partition(";")[0]  # the rest is advice about recipes
+        raise error(f"{what}; {advice}") from reason
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def build_table(hint: type[T], tree: Any, *, where: str) -> T:
+    """The table that a TypedDict describes; keys that it does not have stay as they are."""
+    return cast(T, _convert(hint, tree, where=where))
+
+
 def _convert(hint: Any, value: Any, *, where: str) -> Any:
     """`value` converted to the annotated type `hint`, or an error with the expected type."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
+    if origin is Annotated:
+        return _within(_convert(args[0], value, where=where), args[1], where=where)
+    if is_typeddict(hint):
+        return _convert_typed_dict(hint, value, where=where)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
-            raise ConfigError(f"{where} is a table, not {value!r}")
+            raise ConfigError(f"{where} is a table, not {shown(value)}")
         return build(hint, value, where=where)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{where} = {value!r}: choose one of {', '.join(map(repr, args))}")
+            raise ConfigError(f"{where} = {shown(value)}: choose one of {', '.join(map(repr, args))}")
         return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, where=where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} is a list, not {value!r}")
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise ConfigError(f"{where} = {value!r}: expected {len(args)} values")
-        return tuple(_convert(args[0], item, where=where) for item in value)
+    if origin in (tuple, list):
+        return _convert_sequence(origin, args, value, where=where)
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where} is a table, not {value!r}")
-        return {key: _convert(args[1], item, where=f"{where}.{key}") for key, item in value.items()}
+            raise ConfigError(f"{where} is a table, not {shown(value)}")
+        return {
+            key: _convert(args[1], item, where=f"{where}.{key[:MAX_SHOWN]}") for key, item in value.items()
+        }
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        raise ConfigError(f"{where} = {shown(value)}: choose a smaller number")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where} = {value!r}: expected a value of type {hint.__name__}")
+        raise ConfigError(f"{where} = {shown(value)}: expected a value of type {hint.__name__}")
+    return value
+
+
+def _convert_sequence(kind: type, args: tuple[Any, ...], value: Any, *, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where} is a list, not {shown(value)}")
+    if kind is tuple and args[-1] is not Ellipsis and len(value) != len(args):
+        raise ConfigError(f"{where} = {shown(value)}: expected {len(args)} values")
+    hints = [args[0]] * len(value) if kind is list or args[-1] is Ellipsis else args
+    return kind(_convert(hint, item, where=where) for hint, item in zip(hints, value, strict=True))
+
+
+def _convert_typed_dict(hint: Any, value: Any, *, where: str) -> Tree:
+    """A table with the keys of a TypedDict, and maybe others, which stay as they are."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is a table, not {shown(value)}")
+    hints = _hints(hint)
+    for name, each in hints.items():
+        if hint.__total__ and get_origin(each) is not NotRequired and name not in value:
+            raise ConfigError(f"{where} has no {name!r}")
+    return {
+        key: _convert(_unwrapped(hints[key]), item, where=f"{where}.{key}") if key in hints else item
+        for key, item in value.items()
+    }
+
+
+def _unwrapped(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is NotRequired else hint
+
+
+def _within(value: Any, limits: Within, *, where: str) -> Any:
+    if value is not None and not limits.low <= value <= limits.high:  # a NaN is not within limits
+        raise ConfigError(f"{where} = {shown(value)}: choose a number from {limits.low:,} to {limits.high:,}")
     return value
 
 

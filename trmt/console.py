@@ -7,6 +7,7 @@ terminal.py and training/display.py import Rich.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 PLAIN_INTERVAL = 30.0  # seconds between progress lines where there is no terminal
 
 _quiet = False
@@ -74,12 +76,17 @@ def log(message: str) -> None:
 def warn(message: str) -> None:
     """Print one line about something that is probably not what the user wants."""
     if _main_process:
-        stderr().print(f"warning: {message}", style="yellow")
+        stderr().print(f"warning: {_printable(message)}", style="yellow")
 
 
 def fail(message: str) -> None:
     """Print the one line of an error."""
-    stderr().print(f"error: {message}", style="red")
+    stderr().print(f"error: {_printable(message)}", style="red")
+
+
+def _printable(message: str) -> str:
+    """A message without control characters, which names in damaged files may have."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], message)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

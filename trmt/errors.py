@@ -5,8 +5,9 @@
       DataError        text, shards or prepared sets
       BundleError      checkpoints, run folders and bundles
 
-The command line prints any of them as one line on standard error and exits with code 1. Any other exception
-that gets there is a bug of trmt and shows its traceback.
+The command line prints any of them as one line on standard error and exits with code 1, and so it does with
+an error of the operating system that names a file. Any other exception that gets there is a bug of trmt and
+shows its traceback.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def quantize(model: Path | str | None, out: Path | str, *, trust_code: bool = Fa
     return result
 
 
-def _translations(bundle: Bundle, golden: Sequence[dict[str, Any]], precision: Any) -> list[str]:
+def _translations(bundle: Bundle, golden: Sequence[Mapping[str, Any]], precision: Any) -> list[str]:
     if not golden:
         return []
     translator = Translator(

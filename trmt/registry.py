@@ -101,6 +101,9 @@ FORMATS: Mapping[str, str] = {
 }
 
 
+MAX_NAME = 80  # characters of a name in a message
+
+
 def suggestion(name: str, known: list[str]) -> str:
     """The end of an error message about an unknown name: the closest known name, or all of them."""
     close = get_close_matches(name, known, n=1)
@@ -117,10 +120,10 @@ def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) ->
         classes = [_load(path, name) for path in paths]
         return classes[0] if len(classes) == 1 else _load(COMBINED, name)(*classes)
     if ":" not in name:
-        raise ConfigError(f"unknown name {name!r}; {suggestion(name, list(table))}")
+        raise ConfigError(f"unknown name {name[:MAX_NAME]!r}; {suggestion(name, list(table))}")
     if not trust_code:
         raise ConfigError(
-            f"{name!r} names code outside trmt; pass --trust-code if you trust where it came from"
+            f"{name[:MAX_NAME]!r} names code outside trmt; pass --trust-code if you trust where it came from"
         )
     return _load(name, name)
 

@@ -39,11 +39,12 @@ from trmt.training.planning import ORIGIN, TrainOptions
 from trmt.training.run import TrainingRun
 from trmt.training.spikes import ROLLBACKS
 from trmt.training.stopping import Interrupted
+from trmt.trees import CHECKSUM
 from trmt.validating import validate
 
 ORDER = "order.jsonl"  # in a copy: a hash of the batches of each step
 # Values in the log that depend on the machine's speed.
-TIMINGS = ("time", "seconds", "elapsed", "tokens_per_second", "waited", "memory")
+TIMINGS = ("time", "seconds", "elapsed", "tokens_per_second", "waited", "memory", "crc")
 PROCESS_EVENTS = (
     "begin",
     "resume",
@@ -225,6 +226,7 @@ def differences(one: Path, two: Path, *, step: int) -> Iterator[str]:
     for each in values:
         each["progress"].pop("seconds")
         each.pop("sha256")  # of the tensors, which have been compared
+        each.pop(CHECKSUM)
     keys = sorted(values[0].keys() | values[1].keys())
     missing = object()
     yield from (

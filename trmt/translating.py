@@ -18,6 +18,7 @@ import torch
 from trmt import console
 from trmt.bundles import bundles, checkpoints, quantised
 from trmt.bundles.bundles import Bundle
+from trmt.bundles.schema import MAX_LENGTH
 from trmt.config import refuse_string
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.engine import Engine, Runs
@@ -62,8 +63,8 @@ class TranslateOptions:
                 f"there is no precision {self.precision!r} to translate in; choose one of "
                 f"{', '.join(get_args(Precision))}"
             )
-        if self.batch < 0 or self.max_length < 0:
-            raise ConfigError("--batch and --max-length are at least 0")
+        if not (0 <= self.batch <= MAX_LENGTH and 0 <= self.max_length <= MAX_LENGTH):
+            raise ConfigError(f"--batch and --max-length are from 0 to {MAX_LENGTH:,}")
         if self.n_best > 1 and self.search == "greedy":
             raise ConfigError("--n-best needs --beam or --sample; greedy search has one translation")
         self.build_search()  # which refuses what it cannot do, before a network is loaded

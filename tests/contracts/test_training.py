@@ -31,6 +31,7 @@ def final(run: Path, step: int = 10) -> tuple[bytes, bytes, dict[str, Any]]:
     folder = run / f"step-{step:08d}"
     state = json.loads((folder / "training/state.json").read_bytes())
     state["progress"].pop("seconds")
+    state.pop("checksum")
     return (
         (folder / "weights.safetensors").read_bytes(),
         (folder / "training/state.safetensors").read_bytes(),
@@ -108,4 +109,6 @@ def ranking(run: Path) -> list[int]:
 
 def log(run: Path, event: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+    for line in lines:
+        line.pop("crc", None)
     return [line for line in lines if line["event"] == event]

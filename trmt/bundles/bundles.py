@@ -1,6 +1,6 @@
 """Bundles: a folder that holds a trained network and everything needed to translate with it.
 
-    manifest.json         architecture, origin, scores, and the checksum of the weights
+    manifest.json         architecture, origin, scores, the checksum of the weights, and one of all this
     weights.safetensors   each tensor once; the manifest lists the names that share one, and whether matrices
                           are int8 with scales (trmt/bundles/quantised.py)
     tokenizer/            text to ids and back
@@ -11,12 +11,11 @@ that a copied model cannot run code. To use a bundle elsewhere, copy its folder.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,12 +24,14 @@ from torch import Tensor
 
 import trmt
 from trmt.bundles import consistency, quantised, upgrade
-from trmt.config import build, to_tree
+from trmt.bundles.schema import MAX_LENGTH, GoldenSentence, StoredScore, TrainingFacts, WeightsFile
+from trmt.config import Within, build, build_stored, to_tree
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Network, Seq2Seq
 from trmt.registry import NETWORKS, resolve
-from trmt.storage.files import atomic_folder, checksum, write_json
+from trmt.storage.files import atomic_folder, checksum, write_verified_json
 from trmt.text.tokenizer import Tokenizer
+from trmt.trees import TreeError, read_json, verified
 
 # By precision, so that a trmt which knows only fp32 refuses int8. Formats 1 and 2 are the same in the words
 # of before (trmt/bundles/upgrade.py).
@@ -46,17 +47,21 @@ class Manifest:
     network: dict[str, Any]  # the fields of the architecture's config
     languages: tuple[str, str]  # source and target
     tokenizer: str  # fingerprint of the tokenizer
-    longest: dict[str, int]  # length in pieces of the longest source and target in training
+    longest: dict[
+        str, Annotated[int, Within(0, MAX_LENGTH)]
+    ]  # length in pieces of the longest source and target in training
     tied: dict[str, str] = field(default_factory=dict)  # name of a tensor -> the name it is stored under
-    special: dict[str, int] = field(default_factory=dict)  # ids of pad, unk, bos and eos
+    special: dict[str, Annotated[int, Within(0, MAX_LENGTH)]] = field(
+        default_factory=dict
+    )  # ids of pad, unk, bos and eos
     normalisation: dict[str, str] = field(default_factory=dict)  # Unicode normalisation of each side
     data: dict[str, Any] = field(default_factory=dict)  # the prepared set it was trained on
-    training: dict[str, Any] = field(default_factory=dict)  # step, epoch and whatever else describes the run
-    scores: tuple[dict[str, Any], ...] = ()  # metric, value and signature of each score
-    golden: tuple[dict[str, Any], ...] = ()  # sentences and their translations with these weights
+    training: TrainingFacts = field(default_factory=TrainingFacts)  # whatever describes the run
+    scores: tuple[StoredScore, ...] = ()  # the first is what the run selects checkpoints by
+    golden: tuple[GoldenSentence, ...] = ()  # sentences and their translations with these weights
     licences: tuple[str, ...] = ()  # of the training data
     versions: dict[str, str] = field(default_factory=dict)  # of trmt, torch and Python, when it was written
-    weights: dict[str, Any] = field(default_factory=dict)  # size and checksum of the weights file
+    weights: WeightsFile = field(default_factory=WeightsFile)  # size and checksum of the weights' file
     precision: Literal["fp32", "int8"] = "fp32"  # of the stored matrices
 
 
@@ -135,7 +140,7 @@ def finish_bundle(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> Man
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_json(folder / MANIFEST, {"format": FORMATS[manifest.precision], **to_tree(manifest)})
+    write_verified_json(folder / MANIFEST, {"format": FORMATS[manifest.precision], **to_tree(manifest)})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -163,31 +168,30 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
 
 def is_bundle(folder: Path) -> bool:
     """Whether the folder has a manifest."""
-    return (folder / MANIFEST).is_file()
+    try:
+        return (folder / MANIFEST).is_file()
+    except OSError:  # the name is too long, or the folder may not be read
+        return False
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the bundle in `folder`."""
     path = folder / MANIFEST
     try:
-        tree = json.loads(path.read_bytes())
+        tree = read_json(path)
+        if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
+            raise BundleError(f"{path} is not a trmt manifest; name a folder that trmt train wrote")
+        if tree["format"] > max(FORMATS.values()):
+            raise BundleError(f"{folder} was written by a newer trmt; upgrade trmt to use it")
+        manifest = build_stored(Manifest, tree, where=str(path), advice="copy the bundle again")
+        verified(tree)
     except OSError as error:
         raise BundleError(
             f"{folder} is not a bundle: cannot read {path} ({error.strerror}); "
             "name a folder that trmt train or trmt average wrote"
         ) from error
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON; copy the bundle again") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
-        raise BundleError(f"{path} is not a trmt manifest; name a folder that trmt train wrote")
-    if tree.pop("format") > max(FORMATS.values()):
-        raise BundleError(f"{folder} was written by a newer trmt; upgrade trmt to use it")
-    known = {f.name for f in fields(Manifest)}
-    try:
-        manifest = build(Manifest, {k: v for k, v in tree.items() if k in known}, where=str(path))
-    except TrmtError as error:
-        what = str(error).partition(";")[0]  # the rest is advice about recipes
-        raise BundleError(f"{what}; copy the bundle again") from error
+    except TreeError as error:
+        raise BundleError(f"{path} {error}; copy the bundle again") from error
     try:
         architecture, network = upgrade.upgrade_network(manifest.architecture, manifest.network)
     except TrmtError as error:

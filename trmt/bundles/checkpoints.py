@@ -12,12 +12,12 @@ best checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trmt import console
-from trmt.bundles import bundles
+from trmt.bundles import bundles, slices
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.slices import SlicedTensors
 from trmt.errors import BundleError
-from trmt.storage.files import PARTIAL, atomic_folder, checksum, recover_folder, write_json
+from trmt.storage.files import PARTIAL, atomic_folder, checksum, recover_folder, write_verified_json
 from trmt.text.tokenizer import Tokenizer
+from trmt.trees import TreeError, read_json, verified
 
 STEP = re.compile(r"step-(\d+)")
 TRAINING, STATE, TENSORS = "training", "state.json", "state.safetensors"
 CONFIG, AVERAGE = "config.toml", "average"
 MODELS = Path("models")
-FORMAT = 2  # of the training state
+FORMAT = 3  # of the training state
 
 SavedState = tuple[Mapping[str, Any], Mapping[str, Tensor]]  # the JSON part and the tensors
 
@@ -68,9 +69,8 @@ class Checkpoint:
         """The training state; an error if any part of it is missing or altered."""
         folder = self.folder / TRAINING
         try:
-            state = json.loads((folder / STATE).read_bytes())
-            _check_format(self.folder.parent, state["format"])
-            path = folder / state.get("tensors", TENSORS)
+            state = self.load_values()
+            path = folder / state["tensors"]
             if checksum(path) != state["sha256"]:
                 raise DamagedState(f"{path} is not as it was written: its checksum differs")
             if path.name == TENSORS:
@@ -79,23 +79,44 @@ class Checkpoint:
             if altered := tensors.altered_file():
                 raise DamagedState(f"{altered} is not as it was written: its checksum differs")
             return state, tensors
-        except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (FileNotFoundError, TreeError, SafetensorError) as error:
             raise DamagedState(f"{folder} is damaged: {error}") from error
         except OSError as error:
             raise BundleError(f"cannot read {folder}: {error.strerror}; check the disk") from error
 
+    def load_values(self) -> dict[str, Any]:
+        """The training state without its tensors; an error if it is missing or altered."""
+        path = self.folder / TRAINING / STATE
+        try:
+            tree = read_json(path)
+            _check_format(self.folder.parent, tree.get("format") if isinstance(tree, dict) else None)
+            state = verified(tree, required=True)
+        except (FileNotFoundError, TreeError) as error:
+            raise DamagedState(f"{path} {_what_is_wrong(error)}") from error
+        except OSError as error:
+            raise BundleError(f"cannot read {path}: {error.strerror}; check the disk") from error
+        if state.get("tensors") not in (TENSORS, slices.INDEX) or not isinstance(state.get("sha256"), str):
+            raise DamagedState(f"{path} does not name the file of its tensors")
+        return state
+
     def add_results(self, state: Mapping[str, Any], **manifest: Any) -> None:
         """Write validation results into the manifest, and after that into the training state."""
+        values = self.load_values()
         bundles.rewrite_manifest(self.folder, **manifest)
-        path = self.folder / TRAINING / STATE
-        write_json(path, {**json.loads(path.read_bytes()), **state})
+        write_verified_json(self.folder / TRAINING / STATE, {**values, **state})
 
     def resumable(self) -> bool:
         """Whether it still has its training state; only the newest checkpoints keep it."""
         return (self.folder / TRAINING / STATE).is_file()
 
 
-def _check_format(run: Path, found: int) -> None:
+def _what_is_wrong(error: Exception) -> str:
+    return "is missing" if isinstance(error, FileNotFoundError) else str(error)
+
+
+def _check_format(run: Path, found: Any) -> None:
+    if not isinstance(found, int):
+        raise TreeError("has no number of a format")
     if found < FORMAT:
         raise BundleError(
             f"{run} was begun by an older version of trmt and cannot be resumed by this one; finish it with "
@@ -109,10 +130,9 @@ def check_format(run: Path) -> None:
     """Refuse a run folder whose training states another version of trmt has written."""
     for checkpoint in list_checkpoints(run):
         try:
-            found = json.loads((checkpoint.folder / TRAINING / STATE).read_bytes())["format"]
-        except (OSError, ValueError, KeyError, TypeError):  # pruned or damaged, see newest_state
+            _check_format(run, read_json(checkpoint.folder / TRAINING / STATE)["format"])
+        except (OSError, TreeError, KeyError, TypeError):  # pruned or damaged, see newest_state
             continue
-        _check_format(run, found)
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -122,7 +142,10 @@ def step_folder(run: Path, step: int) -> Path:
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
-    if not run.is_dir():
+    try:
+        if not run.is_dir():
+            return []
+    except OSError:  # the name is too long
         return []
     found = [
         Checkpoint(folder, int(match[1]))
@@ -160,7 +183,15 @@ def save_checkpoint(
 def write_state(folder: Path, values: Mapping[str, Any], *, tensors: str) -> None:
     """Write the JSON part of a training state, with the name and the checksum of the file of its tensors."""
     header = {"format": FORMAT, "tensors": tensors, "sha256": checksum(folder / tensors)}
-    write_json(folder / STATE, {**header, **values})
+    write_verified_json(folder / STATE, {**header, **values})
+
+
+def newest_values(run: Path) -> dict[str, Any] | None:
+    """What `newest_state` returns, but without tensors, and with damaged checkpoints left where they are."""
+    for checkpoint in reversed(resumable_checkpoints(run)):
+        with suppress(DamagedState):
+            return checkpoint.load_values()
+    return None
 
 
 def newest_state(run: Path) -> SavedState | None:

@@ -10,18 +10,21 @@ into one file, or reading them on another number of processes, needs no more mem
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trmt.config import Count, build_stored
 from trmt.errors import BundleError
 from trmt.storage.files import checksum, write_json
+from trmt.trees import TreeError, read_json, shown
 
 INDEX = "slices.json"
 FORMAT = 1
@@ -79,17 +82,47 @@ def write_index(folder: Path, written: Sequence[Mapping[str, Any]]) -> None:
     write_json(folder / INDEX, {"format": FORMAT, "files": files, "tensors": tensors})
 
 
+class SlicedTensor(TypedDict):
+    """What the index has of a tensor."""
+
+    shape: list[Count]
+    slices: list[tuple[str, int, int]]  # file, first row, row after the last
+
+
+@dataclass(frozen=True)
+class SlicesIndex:
+    """What INDEX holds."""
+
+    format: Count
+    files: dict[str, str]  # name -> SHA-256
+    tensors: dict[str, SlicedTensor]
+
+
+def _is_slice(name: str) -> bool:
+    return re.fullmatch(r"slices-\d+-of-\d+\.safetensors", name) is not None
+
+
 class SlicedTensors(Mapping[str, Tensor]):
     """The tensors of a folder with an index, each read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = json.loads((folder / INDEX).read_bytes())
-        if index["format"] != FORMAT:
-            raise BundleError(f"{folder} is of format {index['format']}, not {FORMAT}; use a newer trmt")
-        self.files: dict[str, str] = index["files"]
-        self.tensors: dict[str, Any] = index["tensors"]
+        tree = read_json(folder / INDEX)
+        index = build_stored(SlicesIndex, tree, where=str(folder / INDEX), advice="use another checkpoint")
+        if index.format != FORMAT:
+            raise BundleError(f"{folder} is of format {index.format}, not {FORMAT}; use a newer trmt")
+        self.files, self.tensors = index.files, index.tensors
+        used = {file for entry in self.tensors.values() for file, _, _ in entry["slices"]}
+        for name in {*self.files, *used}:
+            if not _is_slice(name):
+                raise TreeError(f"names {shown(name)}, which is not a file of slices")
+        if not used <= self.files.keys():
+            raise TreeError("names files of which it has no checksum")
         self._open: dict[str, Any] = {}
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a whole tensor."""
+        return self.tensors[name]["shape"]
 
     def altered_file(self) -> Path | None:
         """A file that is missing or whose checksum differs, if there is one."""
@@ -122,7 +155,7 @@ class SlicedTensors(Mapping[str, Tensor]):
 
     def _ranges(self, name: str) -> list[tuple[str, int, int]]:
         """The slices of a tensor in order: file, first row, row after the last."""
-        return sorted((tuple(entry) for entry in self.tensors[name]["slices"]), key=lambda entry: entry[1])
+        return sorted(self.tensors[name]["slices"], key=lambda entry: entry[1])
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -156,6 +189,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file, with offsets counted from the beginning of the file."""
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        if length > path.stat().st_size:
+            raise BundleError(f"{path} declares a header longer than the file; save the checkpoint again")
         header: dict[str, Any] = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     for entry in header.values():

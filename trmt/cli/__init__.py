@@ -85,7 +85,7 @@ _add_commands()
 
 
 def main() -> None:
-    """Run the command line; a TrmtError becomes one line on standard error and exit code 1."""
+    """Run the command line; what trmt/errors.py names becomes one line on standard error and exit code 1."""
     # Must be set before torch is loaded. OpenMP threads that wait spin only briefly, because a spinning
     # thread takes a busy core from the one that it waits for.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -107,6 +107,13 @@ def _run() -> str | int | None:
         except TrmtError as error:
             console.fail(str(error))
             return error.exit_code
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if error.filename is None:
+                raise
+            console.fail(f"cannot use {error.filename}: {error.strerror}; check the path and its permissions")
+            return TrmtError.exit_code
         except SystemExit as end:
             # Readers that have gone are noticed here, and not when Python exits.
             for stream in (sys.stdout, sys.stderr):

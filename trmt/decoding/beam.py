@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trmt.acceleration import accelerated
+from trmt.bundles.schema import MAX_BEAM
 from trmt.decoding.base import Hypothesis, Search, SearchRequest, SearchState
 from trmt.decoding.top import top
 from trmt.devices.transfer import to_device
@@ -50,6 +51,8 @@ class Beam(Search):
     n_best: int = 1
 
     def __post_init__(self) -> None:
+        if self.size > MAX_BEAM:
+            raise ConfigError(f"a beam has a size of at most {MAX_BEAM:,}; choose a smaller --beam")
         if self.size < 1 or self.n_best < 1 or not 0 <= self.length_penalty <= MAX_PENALTY:
             raise ConfigError(
                 f"a beam needs a size of at least 1, a length penalty from 0 to {MAX_PENALTY}, "

@@ -20,6 +20,9 @@ from trmt.decoding.greedy import LineState
 from trmt.decoding.top import top
 from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
+from trmt.trees import MAX_INT
+
+MAX_SAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Sampling(Search):
             raise ConfigError(
                 "sampling needs a temperature of at least 0, a top-p above 0 and up to 1, "
                 "a top-k of at least 0 and at least one sample"
+            )
+        if self.samples > MAX_SAMPLES or max(self.top_k, abs(self.seed)) > MAX_INT:
+            raise ConfigError(
+                f"sampling draws at most {MAX_SAMPLES:,} samples, and takes a top-k and a seed of 64 bits; "
+                "choose smaller numbers"
             )
 
     @property

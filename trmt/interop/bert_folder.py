@@ -17,12 +17,21 @@ from torch import Tensor
 from trmt import console
 from trmt.bundles import bundles
 from trmt.bundles.bundles import write_tensors
+from trmt.config import build
 from trmt.errors import BundleError, ConfigError
-from trmt.interop.huggingface_folder import WEIGHTS, read_json, read_weights, refuse_bundle
+from trmt.interop.huggingface_folder import (
+    WEIGHTS,
+    check_shapes,
+    check_size,
+    read_object,
+    read_weights,
+    refuse_bundle,
+)
 from trmt.nets.base import Network
 from trmt.registry import NETWORKS, resolve
 from trmt.storage.files import atomic_folder, write_json
 from trmt.text.tokenizer import Side, Tokenizer
+from trmt.trees import TreeError, read_bytes
 
 CONFIG, VOCABULARY = "config.json", "vocab.txt"
 ARCHITECTURE = "masked-encoder"
@@ -149,7 +158,7 @@ def to_our_names(layers: int, theirs: Mapping[str, Tensor], *, where: Path) -> d
 
 def read_bert(folder: Path) -> BertFolder:
     """The contents of a folder that `save_pretrained` or `write_bert` wrote."""
-    options = read_json(folder / CONFIG, model="BERT")
+    options = read_object(folder / CONFIG, model="BERT")
     missing = [name for name in OPTIONS if name not in options]
     if options.get("model_type") != "bert" or missing:
         raise BundleError(
@@ -161,14 +170,22 @@ def read_bert(folder: Path) -> BertFolder:
             raise ConfigError(
                 f"{folder} is a BERT with {name} = {options[name]!r}; only {supported!r} can be imported"
             )
-    config = masked_encoder().config_class(**{ours: options[name] for name, ours in OPTIONS.items()}, **FIXED)
+    network = {**{ours: options[name] for name, ours in OPTIONS.items()}, **FIXED}
+    config = build(masked_encoder().config_class, network, where=str(folder / CONFIG))
     path = folder / VOCABULARY
-    tokens = tuple(path.read_text(encoding="utf-8").split("\n")[:-1]) if path.is_file() else ()
+    try:
+        tokens = tuple(read_bytes(path).decode().split("\n")[:-1]) if path.is_file() else ()
+    except (TreeError, UnicodeDecodeError) as error:
+        reason = error if isinstance(error, TreeError) else "is not valid UTF-8"
+        raise BundleError(f"{path} {reason}; copy it again") from error
     if tokens and len(tokens) != config.source_vocabulary:
         raise BundleError(
             f"{path} has {len(tokens):,} tokens, {CONFIG} says {config.source_vocabulary:,}; copy it again"
         )
-    weights = to_our_names(config.encoder_layers, read_weights(folder), where=folder)
+    theirs = read_weights(folder)
+    check_size(folder, theirs, layers=config.encoder_layers, positions=config.max_positions)
+    weights = to_our_names(config.encoder_layers, theirs, where=folder)
+    check_shapes(lambda: masked_encoder()(config), weights, where=str(folder))
     return BertFolder(config, weights, tokens)
 
 

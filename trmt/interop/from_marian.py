@@ -11,12 +11,13 @@ from torch import Tensor
 
 from trmt.config import build
 from trmt.errors import BundleError, ConfigError
-from trmt.interop.huggingface_folder import Json, read_json, read_weights
+from trmt.interop.huggingface_folder import Json, check_shapes, check_size, read_object, read_weights
 from trmt.interop.marian import columns_from_marian, columns_to_marian, layers_from_marian
 from trmt.interop.sentencepiece_files import SOURCE, TARGET
 from trmt.nets.layers import sinusoids
 from trmt.nets.transformer import Transformer, TransformerConfig
 from trmt.text.tokenizer import Tokenizer, TokenizerSettings
+from trmt.trees import TreeError, read_bytes
 
 ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",
@@ -49,10 +50,12 @@ def read_marian(folder: Path) -> MarianModel:
     weights = read_weights(folder)
     try:
         config = _config(options, weights, tokenizer, folder)
+        ours = _our_weights(weights, config, options, tokenizer)
+        check_shapes(lambda: Transformer(config), ours, where=str(folder))
         net = Transformer(config)
-        net.load_state_dict(_our_weights(weights, config, options, tokenizer))
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        net.load_state_dict(ours)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleError(
             f"{folder} does not hold a complete Marian model ({reason}); copy it again"
         ) from error
@@ -60,7 +63,7 @@ def read_marian(folder: Path) -> MarianModel:
 
 
 def _read_json(path: Path) -> Json:
-    return read_json(path, model="Marian")
+    return read_object(path, model="Marian")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -71,7 +74,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if settings.get("separate_vocabs"):
         lists.append(_vocabulary(folder / "target_vocab.json"))
     try:
-        models = [(folder / name).read_bytes() for name in (SOURCE, TARGET)]
+        models = [read_bytes(folder / name) for name in (SOURCE, TARGET)]
+    except TreeError as error:
+        raise BundleError(f"a sentencepiece model in {folder} {error}; copy the model again") from error
     except OSError as error:
         raise BundleError(f"cannot read {error.filename}: {error.strerror}; copy the model again") from error
     if models[0] == models[1]:
@@ -93,6 +98,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def _vocabulary(path: Path) -> tuple[str, ...]:
     """The tokens of a vocab.json in the order of their ids."""
     ids = _read_json(path)
+    if not all(type(number) is int for number in ids.values()):
+        raise BundleError(f"{path} does not have a number for each token; copy the model again")
     tokens = tuple(sorted(ids, key=lambda token: ids[token]))
     if [ids[token] for token in tokens] != list(range(len(tokens))):
         raise BundleError(f"the ids in {path} are not 0 to {len(tokens) - 1}; copy the model again")
@@ -113,7 +120,7 @@ def _config(
             raise ConfigError(
                 f"encoder_{name} and decoder_{name} of {folder} differ; they have to be the same"
             )
-    activation = ACTIVATIONS.get(options.get("activation_function", "gelu"))
+    activation = ACTIVATIONS.get(str(options.get("activation_function", "gelu")))
     if activation is None:
         raise ConfigError(
             f"{folder} has activation_function = {options['activation_function']!r}; known are "
@@ -138,6 +145,8 @@ def _config(
         "max_positions": options.get("max_position_embeddings", 512),
     }
     config = build(TransformerConfig, network, where=str(folder / "config.json"))
+    layers = max(config.encoder_layers, config.decoder_layers)
+    check_size(folder, weights, layers=layers, positions=config.max_positions)
     _check_positions(weights, config, folder)
     return config
 
@@ -147,6 +156,12 @@ def _check_positions(weights: Mapping[str, Tensor], config: TransformerConfig, f
         raise ConfigError(
             f"{folder} has an odd d_model, with which positions differ from ours; it cannot be imported"
         )
+    for side in ("encoder", "decoder"):
+        stored = weights.get(f"model.{side}.embed_positions.weight")
+        if stored is not None and stored.shape != (config.max_positions, config.d_model):
+            raise BundleError(f"{folder} has positions of a shape it does not declare; copy the model again")
+    if config.d_model > max(map(torch.numel, weights.values())):
+        raise BundleError(f"{folder} declares a d_model larger than its tensors; copy the model again")
     expected = sinusoids(config.max_positions, config.d_model)[:, columns_to_marian(config.d_model)]
     for side in ("encoder", "decoder"):
         stored = weights.get(f"model.{side}.embed_positions.weight")

@@ -1,8 +1,13 @@
-"""Reads the files of a Hugging Face folder: JSON, and weights in any of their formats."""
+"""Reads the files of a Hugging Face folder: JSON, and weights in any of their formats.
+
+Such folders come from anywhere. No file outside the folder is read, no code is run, and nothing is allocated
+that is larger than the files themselves.
+"""
 
 from __future__ import annotations
 
-import json
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trmt.bundles import bundles, checkpoints
+from trmt.bundles.bundles import check_weights
 from trmt.errors import BundleError
+from trmt.nets.base import Network
+from trmt.trees import TreeError, read_json, shown
 
 Json = dict[str, Any]
 SHARDS, WEIGHTS, PICKLED = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
+MAX_FILES = 10_000  # of weights
+MAX_LAYERS = 1000
+MAX_POSITIONS = 1 << 16
 
 
 def refuse_bundle(folder: Path) -> None:
@@ -23,16 +34,16 @@ def refuse_bundle(folder: Path) -> None:
         raise BundleError(f"{folder} is a model of trmt already, which needs no import; use it as it is")
 
 
-def read_json(path: Path, *, model: str) -> Json:
+def read_object(path: Path, *, model: str) -> Json:
     """The object in a JSON file of such a folder; `model` names what the folder should contain."""
     try:
-        tree = json.loads(path.read_bytes())
+        tree = read_json(path)
     except OSError as error:
         raise BundleError(
             f"cannot read {path}: {error.strerror}; name a Hugging Face folder with a {model} model"
         ) from error
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON; copy the model again") from error
+    except TreeError as error:
+        raise BundleError(f"{path} {error}; copy the model again") from error
     if not isinstance(tree, dict):
         raise BundleError(f"{path} does not hold a JSON object; copy the model again")
     return tree
@@ -42,14 +53,74 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder by name; pickled files cannot run code."""
     try:
         if (folder / SHARDS).is_file():
-            files = sorted(set(json.loads((folder / SHARDS).read_bytes())["weight_map"].values()))
-            return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+            names = _shard_names(folder / SHARDS)
+            return {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
         if (folder / WEIGHTS).is_file():
             return load_file(folder / WEIGHTS)
-        loaded: dict[str, Tensor] = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
+        return _read_pickled(folder / PICKLED)
     except FileNotFoundError as error:
         raise BundleError(f"there are no weights in {folder}; it needs {WEIGHTS} or {PICKLED}") from error
+    except BundleError:
+        raise
     except Exception as error:  # torch.load fails in as many ways as a file can be damaged
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleError(f"cannot read the weights in {folder}: {reason}; copy the model again") from error
-    return loaded
+
+
+def _shard_names(path: Path) -> list[str]:
+    """The files that an index names."""
+    files = read_object(path, model="sharded").get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise BundleError(f"{path} has no map from weights to files; copy the model again")
+    names = sorted(set(files.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise BundleError(
+                f"{path} names {shown(name)}, which is no file of weights in its folder; copy the model again"
+            )
+    if len(names) > MAX_FILES:
+        raise BundleError(f"{path} names more than {MAX_FILES:,} files, which is the limit")
+    return names
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):  # older versions of PyTorch wrote no archives
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(entry.file_size for entry in archive.infolist())
+        if declared > size:
+            raise BundleError(
+                f"{path} would expand to {declared:,} bytes, but its own size of {size:,} is the limit, "
+                "because PyTorch does not compress weights; copy the model again"
+            )
+    loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise BundleError(f"{path} does not hold tensors by name; copy the model again")
+    for name, tensor in loaded.items():
+        if tensor.numel() * tensor.element_size() > size:  # a view that repeats what is stored
+            raise BundleError(
+                f"{path} has {shown(str(name))} of shape {list(tensor.shape)}, but the size of the file is "
+                "the limit; copy the model again"
+            )
+    return {str(name): tensor for name, tensor in loaded.items()}
+
+
+def check_size(folder: Path, weights: Mapping[str, Tensor], *, layers: int, positions: int) -> None:
+    """Refuse more layers or positions than a network with these weights can have."""
+    most = min(MAX_LAYERS, len(weights))
+    if not 0 <= layers <= most:
+        raise BundleError(
+            f"{folder} declares {layers:,} layers, but with its {len(weights):,} tensors {most:,} is the "
+            "limit; copy the model again"
+        )
+    if positions > MAX_POSITIONS:
+        raise BundleError(
+            f"{folder} declares {positions:,} positions, but {MAX_POSITIONS:,} is the limit; copy the model "
+            "again"
+        )
+
+
+def check_shapes(make: Callable[[], Network], weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Compare weights with the network that `make` makes, which is not allocated."""
+    with torch.device("meta"):
+        check_weights(make(), weights, where=where)

@@ -22,6 +22,8 @@ from trmt.storage.files import atomic_folder
 from trmt.text.tokenizer import Tokenizer
 from trmt.verifying import record
 
+CARD = 1 << 20  # characters of a model card that are read
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions(Options):
@@ -78,7 +80,10 @@ def _manifest(model: MarianModel, folder: Path) -> Manifest:
 
 def _licences(card: Path) -> tuple[str, ...]:
     """The licence that a model card names."""
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if not card.is_file():
+        return ()
+    with card.open(encoding="utf-8", errors="replace") as stream:
+        text = stream.read(CARD)
     match = re.search(r"^license: *(\S+) *$", text.partition("\n---\n")[0], re.MULTILINE)
     return (match[1],) if match else ()
 

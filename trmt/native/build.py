@@ -2,7 +2,8 @@
 
 Those for training are built for the processor they run on (AVX-512, AVX2 or neither), those for inference
 hold the code for every processor and choose when they run. They are kept in the user's cache under a name
-made of everything that went into them, and called through ctypes.
+made of everything that went into them, and called through ctypes. Nothing is loaded from there that somebody
+else could have written: then the kernels are built anew, in a private folder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -85,15 +87,21 @@ def _built(name: str, compiler: str, flags: tuple[str, ...]) -> Path:
         _run([compiler, "-shared", str(parts[0]), "-o", str(parts[1]), "-lm"])
         ctypes.CDLL(str(parts[1]))  # what cannot be loaded is not kept
         parts[0].write_text(_digest(parts[1]), encoding="ascii")
+        for part in parts:
+            part.chmod(0o700)  # whatever the umask is
         parts[0].replace(checksum)
         parts[1].replace(library)
     return library
 
 
 def _intact(library: Path, checksum: Path) -> bool:
-    """Whether the file is as it was built: loading one that was cut short can kill the process."""
+    """Whether the file is as we built it: loading one that was cut short can kill the process."""
     with suppress(OSError, ValueError):
-        return checksum.read_text(encoding="ascii") == _digest(library)
+        return (
+            is_private(library)
+            and is_private(checksum)
+            and checksum.read_text(encoding="ascii") == _digest(library)
+        )
     return False
 
 
@@ -105,16 +113,43 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=60 * MINUTES)
 
 
+def is_private(path: Path) -> bool:
+    """Whether a file or folder belongs to this user, and nobody else may write to it."""
+    if not hasattr(os, "geteuid"):  # on Windows, where modes do not say who may write
+        return True
+    found = path.stat() if path.is_dir() else path.lstat()  # the user's own links to folders are welcome
+    right_kind = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
+    return right_kind and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 def cache_folder() -> Path:
     """A folder that belongs to this user alone: what lies in it is going to be run.
 
-    Where there is no home to write to, as in many containers, it is a temporary one of this process.
+    Where there is no home to write to, as in many containers, or where others may write to the cache, it is a
+    temporary one of this process.
     """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(base) / "trmt"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if is_private(folder):
+            return folder
     except (OSError, RuntimeError):  # RuntimeError: the user is not known to the system
-        folder = Path(tempfile.mkdtemp(prefix="trmt-kernels-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return _temporary_folder()
+    _warn_of(folder)
+    return _temporary_folder()
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="trmt-kernels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+@functools.cache
+def _warn_of(folder: Path) -> None:
+    console.warn(
+        f"{folder} belongs to another user, or others may write to it, so that kernels are built anew for "
+        f"this process; make it yours alone, with chmod 700 {folder}"
+    )

@@ -2,8 +2,8 @@
 
 A file is named by the checksum of the weights it was packed from, their precision and the layout. Only the
 weights that products read are in it, and they are pages of the file: workers share one copy. A file that is
-damaged, or holds something else, is written again. When the files together grow beyond LIMIT, those that were
-not used for longest go.
+damaged, holds something else, or can be written by another user, is written again. When the files together
+grow beyond LIMIT, those that were not used for longest go.
 
 Axes: N outputs, K inputs.
 """
@@ -73,7 +73,11 @@ class PackedWeightCache:
             if self._complete and len(self._used) == len(self._found):
                 os.utime(self.path)  # for the order in which files go
                 return
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not build.is_private(self.path.parent):  # nothing is read from there either
+                return
             _write(self.path, self._used)
+            self.path.chmod(0o600)  # whatever the umask is
             _evict(self.path.parent, keep=self.path)
 
 
@@ -121,6 +125,8 @@ def _write(path: Path, taken: Sequence[tuple[str, Packed]]) -> None:
 def _read(path: Path) -> list[tuple[str, Packed]]:
     """What is in a file, mapped; nothing if it is not there, damaged or not one of ours."""
     try:
+        if not (build.is_private(path.parent) and build.is_private(path)):
+            return []
         # Copied on write, which never happens, since torch does not want memory that cannot be written.
         whole = np.memmap(path, np.uint8, mode="c")
         if hashlib.sha256(whole[HEADER:].data).hexdigest().encode() != whole[:HEADER].tobytes():

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from trmt import console
+from trmt.config import Count, build_stored
 from trmt.errors import ConfigError, DataError
 from trmt.storage import files
 from trmt.storage.files import PARTIAL
 from trmt.storage.locks import LOCK
 from trmt.text.ranges import LineRange
+from trmt.trees import TreeError, parse_json, verified, with_checksum
 
 MANIFEST = "manifest.json"
 RESERVED = (MANIFEST, LOCK)  # names that an input must not have
@@ -42,6 +44,25 @@ class Partition:
     job: str
     options: Mapping[str, Any]
     inputs: tuple[InputFile, ...]
+
+
+class StoredInput(TypedDict):
+    """An input file in the manifest; a range is its four numbers and its digest as one string."""
+
+    name: str
+    bytes: Count
+    stamp: str
+    ranges: list[str]
+
+
+@dataclass(frozen=True)
+class StoredPartition:
+    """What the manifest holds."""
+
+    format: Count
+    job: str
+    options: dict[str, Any]
+    inputs: tuple[StoredInput, ...]
 
 
 def part_name(number: int, count: int) -> str:
@@ -111,24 +132,32 @@ def _read(path: str) -> Partition | None:
         return None
     with files.open_file(path) as stream:
         raw = stream.read()
+    advice = "choose another folder"
     try:
-        tree = json.loads(raw)
-        if tree["format"] != FORMAT:
-            raise ValueError("of another format")
+        tree = parse_json(raw)
+        stored = build_stored(StoredPartition, tree, where=path, advice=advice, error=DataError)
+        verified(tree)
+        if stored.format != FORMAT:
+            raise TreeError("is of another format")
         inputs = (
-            InputFile(**{**each, "ranges": tuple(map(_parse_range, each["ranges"]))})
-            for each in tree["inputs"]
+            InputFile(each["name"], each["bytes"], each["stamp"], tuple(map(_parse_range, each["ranges"])))
+            for each in stored.inputs
         )
-        return Partition(tree["job"], tree["options"], tuple(inputs))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); choose another folder") from error
+        return Partition(stored.job, stored.options, tuple(inputs))
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read ({error}); {advice}") from error
 
 
 def _write(path: str, made: Partition) -> None:
     inputs = [{**asdict(each), "ranges": list(map(_format_range, each.ranges))} for each in made.inputs]
-    tree = {"format": FORMAT, "job": made.job, "options": dict(made.options), "inputs": inputs}
+    tree: dict[str, Any] = {
+        "format": FORMAT,
+        "job": made.job,
+        "options": dict(made.options),
+        "inputs": inputs,
+    }
     with files.atomic_file(path) as stream:
-        stream.write(json.dumps(tree, indent=2).encode() + b"\n")
+        stream.write(json.dumps(with_checksum(tree), indent=2).encode() + b"\n")
 
 
 def _format_range(one: LineRange) -> str:

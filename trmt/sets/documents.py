@@ -18,6 +18,7 @@ from trmt.config import Options
 from trmt.errors import ConfigError, DataError
 from trmt.sets import shards
 from trmt.sets.building import id_dtype
+from trmt.sets.index import FORMAT
 from trmt.sets.preparing import check_replaceable, is_up_to_date
 from trmt.sets.shards import ColumnSpec, PreparedSet, RaggedArray, ShardWriter, describe_file
 from trmt.storage.files import atomic_folder, checksum, remove_stale_partials
@@ -88,7 +89,7 @@ def _made_from(options: DocumentOptions, tokenizer: Tokenizer, side: str) -> dic
         if not Path(name).is_file():
             raise DataError(f"there is no file {name}; check the path")
     return {
-        "format": shards.FORMAT,
+        "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
         "side": side,
         "max_length": options.max_length,

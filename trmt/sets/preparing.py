@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 from trmt import console
 from trmt.config import Options
 from trmt.errors import ConfigError, DataError
-from trmt.sets import shards
 from trmt.sets.building import EncodeCorpora, EncodedCorpora, PrepareJob, build_set
 from trmt.sets.encoding import BlockEncoder, available_cores, encode_blocks, read_blocks
+from trmt.sets.index import FORMAT, INDEX
 from trmt.sets.shards import PreparedSet
 from trmt.storage.files import atomic_folder, checksum, remove_stale_partials
 from trmt.text.corpus import Corpus, parse_corpus
@@ -21,6 +20,7 @@ from trmt.text.filters import LengthLimits
 from trmt.text.lines import STDIN
 from trmt.text.pairs import corpus_fingerprint, count_pairs
 from trmt.text.tokenizer import Tokenizer
+from trmt.trees import TreeError, read_json
 
 PAIRS_PER_WORKER = 50_000  # at least: a worker process takes a second to start
 
@@ -143,7 +143,7 @@ def _made_from(job: PrepareJob) -> dict[str, Any] | None:
             return None
         inputs.append({"name": corpus.name, "weight": corpus.weight, "content": content})
     return {
-        "format": shards.FORMAT,
+        "format": FORMAT,
         "tokenizer": job.tokenizer.fingerprint,
         "languages": list(job.languages),
         "columns": list(job.columns),
@@ -197,8 +197,8 @@ def check_replaceable(out: Path) -> None:
     if not out.is_dir():
         raise ConfigError(f"{out} is a file; choose another name for the prepared set")
     try:
-        known = set(json.loads((out / shards.INDEX).read_bytes())["files"]) | {shards.INDEX}
-    except (OSError, ValueError, KeyError, TypeError):
+        known = set(read_json(out / INDEX)["files"]) | {INDEX}
+    except (OSError, TreeError, KeyError, TypeError):
         known = set()
     found = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
     other = next((name for name in found if name not in known), None)

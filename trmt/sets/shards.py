@@ -15,7 +15,6 @@ Columns are raw little-endian arrays.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -29,19 +28,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trmt.errors import DataError
-from trmt.storage.files import checksum, recover_folder, write_json
+from trmt.sets.index import (
+    ADVICE,
+    FORMAT,
+    INDEX,
+    OFFSET_BYTES,
+    SplitEntry,
+    read_index,
+    verify_index,
+)
+from trmt.storage.files import checksum, recover_folder, write_verified_json
+from trmt.trees import read_bytes
 
 Array = NDArray[Any]
 
-FORMAT = 1
-INDEX = "index.json"
 TOKENIZER = "tokenizer"
-KEYS = {"languages", "corpora", "splits", "files"}
 SIDES = ("source", "target")
 PAIRS, DOCUMENTS = "pairs", "documents"  # kinds of sets; an index without a kind is of pairs
 SHARD_PAIRS = 1 << 20
 SHARD_BYTES = 256 << 20
-OFFSETS = np.dtype("<u8")
+OFFSETS = np.dtype(f"<u{OFFSET_BYTES}")
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """Write the index, last of all: a folder with an index is a prepared set."""
-    write_json(folder / INDEX, {"format": FORMAT, **index})
+    write_verified_json(folder / INDEX, {"format": FORMAT, **index})
 
 
 # Reading
@@ -242,14 +248,20 @@ class _Shard:
     def offsets(self, column: ColumnSpec) -> Array:
         name = _offsets_name(_file_name(self.split, self.number, column))
         if name not in self._maps:
-            self._maps[name] = _map_file(self.folder / name, OFFSETS, self.pairs + 1)
+            offsets = _map_file(self.folder / name, OFFSETS, self.pairs + 1)
+            # Whatever reads values relies on it that each sentence ends where the next one begins.
+            if offsets[0] or offsets[-1] != len(self.values(column)) or (offsets[1:] < offsets[:-1]).any():
+                raise DataError(
+                    f"{self.folder / name} was altered or damaged: it does not fit the values; {ADVICE}"
+                )
+            self._maps[name] = offsets
         return self._maps[name]
 
 
 class Split:
     """The pairs of one split, numbered across its shards."""
 
-    def __init__(self, folder: Path, name: str, *, entry: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, *, entry: SplitEntry | Mapping[str, Any]) -> None:
         self.name = name
         self._folder = folder
         self._columns = {column["name"]: ColumnSpec(**column) for column in entry["columns"]}
@@ -351,7 +363,7 @@ class PreparedSet:
         """Open the set in `folder`, after a check that each of its files exists and has its size."""
         folder = Path(folder)
         recover_folder(folder)
-        index, raw = _read_index(folder)
+        index, raw = read_index(folder)
         for name, entry in index["files"].items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
@@ -379,7 +391,7 @@ class PreparedSet:
     @cached_property
     def corpus_weights(self) -> NDArray[np.float64]:
         """The weight of each corpus, by its number in the column `corpus`."""
-        return np.array([corpus["weight"] for corpus in self.index["corpora"]], np.float64)
+        return np.array([corpus.get("weight", 1.0) for corpus in self.index["corpora"]], np.float64)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -395,11 +407,20 @@ class PreparedSet:
     def dev_text(self) -> tuple[list[str], list[str]]:
         """Source and target text of the dev set, not normalised."""
         count = len(self.split("dev"))
-        source, target = (_read_text(self.folder / dev_file(side), count) for side in SIDES)
+        source, target = (self._dev_lines(dev_file(side), count) for side in SIDES)
         return source, target
+
+    def _dev_lines(self, name: str, count: int) -> list[str]:
+        path = self.folder / name
+        entry = self.index["files"].get(name)
+        raw = read_bytes(path) if entry else b""
+        if not entry or hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+            raise DataError(f"{path} was altered or damaged: it is not what {INDEX} says; {ADVICE}")
+        return _read_text(path, raw, count)
 
     def verify(self) -> None:
         """Compare every file with its checksum; the first one that differs is a DataError."""
+        verify_index(self.folder)
         files = self.index["files"]
         with ThreadPoolExecutor() as threads:
             found = threads.map(checksum, [self.folder / name for name in files])
@@ -411,37 +432,9 @@ class PreparedSet:
                     )
 
 
-def _read_text(path: Path, count: int) -> list[str]:
+def _read_text(path: Path, raw: bytes, count: int) -> list[str]:
     # Only `\n` ends a line: str.splitlines would also split at U+2028 and others.
-    texts = path.read_bytes().decode().split("\n")[:-1]
+    texts = raw.decode(errors="replace").split("\n")[:-1]
     if len(texts) != count:
         raise DataError(f"{path} has {len(texts):,} lines, not {count:,}; run `trmt prepare` again")
     return texts
-
-
-def _advice(folder: Path) -> str:
-    """What to do about a folder that is no prepared set; what else it holds must not be overwritten."""
-    if not folder.exists():
-        return f"make one with `trmt prepare -o {folder} --train CORPUS`, or check the path"
-    return "name a folder that `trmt prepare` wrote, or prepare the text into a folder of its own"
-
-
-def _read_index(folder: Path) -> tuple[dict[str, Any], bytes]:
-    path = folder / INDEX
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} is not a prepared set; {_advice(folder)}") from error
-    except NotADirectoryError as error:
-        raise DataError(f"{folder} is a file and not a prepared set; {_advice(folder)}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-    try:
-        index = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON; remove {folder} and run `trmt prepare` again") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT or not index.keys() >= KEYS:
-        raise DataError(
-            f"{path} is not of format {FORMAT}; run `trmt prepare` again with this version of trmt"
-        )
-    return index, raw

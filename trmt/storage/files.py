@@ -16,13 +16,14 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from trmt.errors import TrmtError
 from trmt.storage.urls import filesystem, is_url, read_errors, upload
+from trmt.trees import with_checksum
 
 PARTIAL = ".partial-"
 REPLACED = f"{PARTIAL}old-"  # a folder that was being replaced
@@ -139,13 +140,22 @@ def write_json(path: Path, value: Any) -> None:
         stream.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
+def write_verified_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write an object as JSON with a checksum of its values, which `trmt.trees.verified` compares."""
+    write_json(path, with_checksum(tree))
+
+
 # What killed writers left behind
 
 
 def recover_folder(path: Path) -> None:
     """Put the old folder back at `path` if a writer was killed while it replaced it."""
-    old = path.with_name(f"{REPLACED}{path.name}")
-    if old.exists():
+    try:
+        old = path.with_name(f"{REPLACED}{path.name}")
+        left = old.exists()
+    except (OSError, ValueError):  # no folder can have such a name
+        return
+    if left:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:

@@ -30,6 +30,8 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise ConfigError(
             f"cannot reach {url}: {_reason(error)}; install what fsspec needs for it, or use a path"
         ) from error
+    except Exception as error:  # each file system has its own exceptions
+        raise ConfigError(f"cannot reach {url}: {_reason(error)}; check the URL, or use a path") from error
 
 
 def upload(local: Path, url: str, *, partial_name: str) -> None:

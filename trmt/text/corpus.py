@@ -14,8 +14,10 @@ from typing import Literal
 from trmt.errors import ConfigError, DataError
 from trmt.storage.compression import SUFFIXES, without_suffix
 from trmt.storage.files import is_file
+from trmt.storage.urls import read_errors
 from trmt.text.lines import STDIN
 from trmt.text.ranges import FileSlice
+from trmt.trees import shown
 
 CorpusFormat = Literal["two files", "tsv", "jsonl", "parquet", "dataset"]
 TextPair = tuple[str, str]
@@ -156,11 +158,12 @@ def _split_dataset(name: str) -> tuple[str, str | None, str]:
         raise ConfigError(
             f"{name!r} names no dataset; write hf:NAME or hf:NAME/CONFIG, then :SPLIT if not train"
         )
-    if Path(rest).is_dir():
-        return rest, None, split
     parent, _, last = rest.rpartition("/")
-    if parent and Path(parent).is_dir():
-        return parent, last, split
+    with read_errors(rest):
+        if Path(rest).is_dir():
+            return rest, None, split
+        if parent and Path(parent).is_dir():
+            return parent, last, split
     if rest.count("/") > 1:
         owner, dataset, config = rest.split("/", 2)
         return f"{owner}/{dataset}", config, split
@@ -174,11 +177,11 @@ def _parse_columns(format: CorpusFormat, source: str | None, target: str | None)
         return None
     if format == "tsv" and not (_is_index(source) and _is_index(target)):
         raise ConfigError(
-            f"a TSV file has numbered columns, so --source-column {source} --target-column {target} "
-            "cannot be found; count from 0"
+            f"a TSV file has numbered columns, so --source-column {shown(source)} --target-column "
+            f"{shown(target)} cannot be found; count from 0, up to 999999"
         )
     return source, target
 
 
 def _is_index(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return re.fullmatch(r"[0-9]{1,6}", text) is not None

@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 from trmt.errors import DataError
 from trmt.storage.compression import DamagedText, Decompressed
-from trmt.storage.files import open_file
+from trmt.storage.files import open_file, size_and_version
+from trmt.text.limits import bounded_lines
 from trmt.text.ranges import FileSlice, open_slice
 
 STDIN = "-"
@@ -32,7 +33,8 @@ def read_lines(file: TextFile) -> Iterator[str]:
     with ExitStack() as stack:
         stream = open_text(file, stack)
         try:
-            for number, raw in enumerate(stream, start=before + 1):
+            lines = bounded_lines(stream, name, first=before + 1, size=_size(file))
+            for number, raw in enumerate(lines, start=before + 1):
                 if number == 1:
                     raw = raw.removeprefix(BOM)
                     if not raw:  # the file holds a byte order mark and nothing else
@@ -67,6 +69,13 @@ def open_text(file: TextFile, stack: ExitStack) -> BinaryIO:
 
 def _decompressed(stream: BinaryIO, name: str) -> BinaryIO:
     return io.BufferedReader(Decompressed(stream, name), BUFFER)
+
+
+def _size(file: TextFile) -> int | None:
+    """The size of a file as it is stored; None for standard input, and for a slice of plain text."""
+    if str(file) == STDIN or (isinstance(file, FileSlice) and not file.compressed):
+        return None
+    return size_and_version(file.path if isinstance(file, FileSlice) else str(file))[0]
 
 
 def lines_before(file: TextFile) -> int:

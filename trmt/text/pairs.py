@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from trmt.errors import DataError
 from trmt.storage.files import checksum, open_file
 from trmt.storage.urls import is_url, read_errors
 from trmt.text.corpus import Corpus, TextPair
+from trmt.text.limits import check_row_groups
 from trmt.text.lines import STDIN, display_name, lines_before, open_text, read_lines
 from trmt.text.ranges import FileSlice
 
+MAX_FILES = 10_000  # of a dataset in a folder
 DEFAULT_COLUMNS = ("source", "target")
 
 Row = tuple[str, Mapping[str, Any]]  # where it is, for error messages, and its values
@@ -167,6 +169,8 @@ def _open_dataset(corpus: Corpus) -> Any:
     datasets.disable_progress_bars()
     (path,) = corpus.paths
     if corpus.format == "parquet":
+        with open_file(path) as stream:
+            check_row_groups(path, stream)
         # A glob character in the name of the file is no pattern.
         name = path if is_url(path) else str(Path(path).resolve())
         escaped = re.sub(r"([\[\]*?])", r"[\1]", name)
@@ -226,8 +230,14 @@ def corpus_fingerprint(corpus: Corpus) -> list[str] | None:
     folder = Path(corpus.paths[0])
     if not folder.is_dir():
         return [f"{corpus.paths[0]} {corpus.config} {corpus.split}"]
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [f"{file.relative_to(folder).as_posix()} {_checksum(str(file))}" for file in files]
+    with read_errors(str(folder)):
+        files = list(islice((file for file in folder.rglob("*") if file.is_file()), MAX_FILES + 1))
+    if len(files) > MAX_FILES:
+        raise DataError(
+            f"{folder} has more than {MAX_FILES:,} files, which is the limit of a dataset; name its "
+            "own folder"
+        )
+    return [f"{file.relative_to(folder).as_posix()} {_checksum(str(file))}" for file in sorted(files)]
 
 
 def _checksum(path: str) -> str:

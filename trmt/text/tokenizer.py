@@ -21,11 +21,12 @@ from typing import Any, Literal, get_args
 
 import sentencepiece
 
-from trmt.config import build
-from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.config import build_stored
+from trmt.errors import BundleError, ConfigError
 from trmt.registry import suggestion
 from trmt.storage.files import atomic_folder, write_json
 from trmt.text.subwords import WORD_MARK, Sampler
+from trmt.trees import TreeError, read_bytes, read_json
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 
@@ -318,12 +319,13 @@ class Tokenizer:
         tree = _read_settings(path)
         fingerprint, joint = tree.pop("fingerprint", None), tree.pop("joint", None)
         lists = tree.pop("lists", 0)
+        advice = "copy or train the tokenizer again"
+        settings = build_stored(TokenizerSettings, tree, where=str(path), advice=advice, exact=True)
         try:
-            settings = build(TokenizerSettings, tree, where=str(path))
-            models = [(folder / name).read_bytes() for name in _model_names(1 if joint else 2)]
+            models = [read_bytes(folder / name) for name in _model_names(1 if joint else 2)]
             vocabularies = [_read_vocabulary(folder / name) for name in _vocabulary_names(lists)]
-        except TrmtError as error:
-            raise BundleError(str(error)) from error
+        except TreeError as error:
+            raise BundleError(f"a file of the tokenizer in {folder} {error}; {advice}") from error
         except OSError as error:
             raise BundleError(
                 f"cannot read {error.filename}: {error.strerror}; copy or train the tokenizer again"
@@ -355,9 +357,9 @@ def _vocabulary_names(count: int) -> tuple[str, ...]:
 
 def _read_vocabulary(path: Path) -> tuple[str, ...]:
     try:
-        pieces = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON; copy or import the tokenizer again") from error
+        pieces = read_json(path)
+    except TreeError as error:
+        raise BundleError(f"{path} {error}; copy or import the tokenizer again") from error
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         raise BundleError(f"{path} is not a list of pieces; copy or import the tokenizer again")
     return tuple(pieces)
@@ -365,7 +367,7 @@ def _read_vocabulary(path: Path) -> tuple[str, ...]:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_bytes())
+        tree = read_json(path)
     except FileNotFoundError as error:
         raise BundleError(
             f"there is no tokenizer in {path.parent}; train one with `trmt tokenizer`"
@@ -374,8 +376,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise BundleError(
             f"cannot read {path}: {error.strerror}; check the path and its permissions"
         ) from error
-    except ValueError as error:
-        raise BundleError(f"{path} is not valid JSON; copy or train the tokenizer again") from error
+    except TreeError as error:
+        raise BundleError(f"{path} {error}; copy or train the tokenizer again") from error
     if not isinstance(tree, dict) or tree.pop("format", None) not in (FORMAT, VOCABULARY_FORMAT):
         raise BundleError(
             f"{path} has a format that this version of trmt does not know; upgrade trmt, or train the "

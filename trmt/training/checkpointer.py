@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,25 @@ from trmt.bundles import bundles, checkpoints, slices
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import TRAINING, Checkpoint, SavedState
 from trmt.bundles.slices import SlicedTensors, TensorSlice
+from trmt.config import build_stored
+from trmt.devices.memory import is_out_of_memory
 from trmt.errors import BundleError, DataError
 from trmt.sets.batches import Batches
-from trmt.storage.files import atomic_folder, remove_partials, write_advice, write_json
+from trmt.storage.files import atomic_folder, remove_partials, write_advice, write_verified_json
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import sharding
-from trmt.training.state import TrainState
+from trmt.training.state import Halvings, SavedValues, TrainState
 from trmt.training.validation import ValidationResult
+from trmt.trees import TreeError, read_json, verified
 
 HALVINGS = "halvings.json"  # in a run folder: for the next attempt, from one that could not save
+
+
+@dataclass(frozen=True)
+class SavedHalvings:
+    """What HALVINGS holds."""
+
+    halvings: Halvings
 
 
 class Checkpointer:
@@ -40,23 +50,40 @@ class Checkpointer:
 
     def restore(self, saved: SavedState) -> None:
         """Restore weights, optimiser, progress and everything else that was saved."""
-        values, tensors = saved
-        if values["data"] != self.data.fingerprint:
+        tree, tensors = saved
+        where, advice = str(self.folder), "name another run folder"
+        values = build_stored(SavedValues, tree, where=where, advice=advice)
+        if values.data != self.data.fingerprint:
             raise DataError(
                 f"{self.data.folder} is not the data that {self.folder} was trained on; prepare it as "
                 "before, or name another run folder to start a new run"
             )
-        self.state.restore(values, tensors)
+        try:
+            self.state.restore(values, tensors)
+        except (KeyError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise BundleError(
+                f"the training state in {where} is not of this network ({reason}); {advice}"
+            ) from error
 
     def save_halvings(self) -> None:
         """Let the next attempt use smaller micro-batches, where no checkpoint can be saved any more."""
-        write_json(self.folder / HALVINGS, self.state.micro_batches.halvings + 1)
+        write_verified_json(self.folder / HALVINGS, {"halvings": self.state.micro_batches.halvings + 1})
 
     def restore_halvings(self) -> None:
         """Use what `save_halvings` of an earlier attempt wrote."""
-        with suppress(FileNotFoundError, ValueError):
-            saved = int((self.folder / HALVINGS).read_bytes())
-            self.state.micro_batches.halvings = max(self.state.micro_batches.halvings, saved)
+        path, advice = self.folder / HALVINGS, "remove it, or name another run folder"
+        try:
+            saved = build_stored(SavedHalvings, verified(read_json(path)), where=str(path), advice=advice)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise BundleError(f"cannot read {path}: {error.strerror}; {advice}") from error
+        except TreeError as error:
+            raise BundleError(f"{path} {error}; {advice}") from error
+        self.state.micro_batches.halvings = max(self.state.micro_batches.halvings, saved.halvings)
 
     # Save
 

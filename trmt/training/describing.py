@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from trmt.bundles.checkpoints import CONFIG
 from trmt.config import build, to_tree
 from trmt.errors import TrmtError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
-from trmt.sets.record import RECORD
+from trmt.sets.record import read_record
 from trmt.sets.shards import dev_file
 from trmt.training import planning
 from trmt.training.history import LOG, TRAIN, VALIDATE, History, Point, best
@@ -27,7 +26,10 @@ Facts = dict[str, Any]
 
 def is_run(folder: Path) -> bool:
     """Whether the folder is a run folder; it may have no checkpoint yet."""
-    return (folder / CONFIG).is_file()
+    try:
+        return (folder / CONFIG).is_file()
+    except OSError:  # the name is too long, or the folder may not be read
+        return False
 
 
 def run_of(bundle: Path) -> Path | None:
@@ -68,13 +70,12 @@ def origin(run: Path) -> Facts:
 
 def data(run: Path) -> Facts:
     """The prepared set of a run, as it was when the run was started."""
-    try:
-        index = json.loads((run / RECORD).read_bytes())
-        splits, files = index["splits"], index["files"]
-        languages = list(index.get("languages", ()))
-        corpora = [{"name": each["name"], "pairs": each["kept"]} for each in index["corpora"]]
-    except (OSError, ValueError, KeyError, TypeError):  # the run has no record of its data
+    index = read_record(run)
+    if index is None:
         return {}
+    splits, files = index["splits"], index["files"]
+    languages = list(index["languages"])
+    corpora = [{"name": each.get("name", ""), "pairs": each.get("kept", 0)} for each in index["corpora"]]
     texts = [files.get(dev_file(side), {}).get("sha256") for side in ("source", "target")]
     found = origin(run)
     return {

@@ -147,7 +147,11 @@ class GradientGuard:
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Load what `tensors` returned; without a saved scale, as from another precision, it starts anew."""
         self._pending = []
-        for name in self.tensors().keys() & saved.keys():
+        for name, tensor in self.tensors().items():
+            if name not in saved:
+                continue
+            if saved[name].shape != tensor.shape:
+                raise RuntimeError(f"'guard:{name}' is of another shape")
             setattr(self, name, saved[name].to(self.recent.device, copy=True))
 
 

@@ -7,14 +7,19 @@ entries that led to the current weights count: resuming or rolling back removes 
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
-from trmt.errors import DataError
+from trmt import console
+from trmt.bundles.schema import GoldenSentence, StoredScore
+from trmt.config import Count, build_table
+from trmt.errors import ConfigError, DataError
+from trmt.trees import TreeError, parse_json
 
 LOG = "log.jsonl"  # in a run folder
 TRAIN, VALIDATE = "train", "validate"
@@ -23,6 +28,25 @@ RESTORING = ("resume", "rollback")  # events after which a run is at their step,
 # How the metrics are written for people.
 LABELS = {"loss": "loss", "chrf": "chrF", "bleu": "BLEU", "right": "answers right (%)"}
 NOT_PLOTTED = ("time", "elapsed", "seconds")  # when an entry was written, and how long validating took
+
+
+CRC = re.compile(rb', "crc": "([0-9a-f]{8})"\}$')
+
+
+class LogEntry(TypedDict):
+    """A line of the log; there may be more keys."""
+
+    event: str
+    step: Count
+    to: NotRequired[Count]  # the step that a rollback restored
+    scores: NotRequired[list[StoredScore]]
+    samples: NotRequired[list[GoldenSentence]]
+    loss: NotRequired[float | None]
+    lr: NotRequired[float]
+    tokens: NotRequired[Count]  # target tokens trained on
+    tokens_per_second: NotRequired[float]
+    elapsed: NotRequired[float]  # seconds spent in training steps
+    crc: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -63,10 +87,12 @@ class History:
             ) from error
         for line in text[: text.rfind(b"\n") + 1].splitlines():
             try:
-                entry = json.loads(line)
-                history.add({**entry, "step": int(entry["step"]), "event": str(entry["event"])})
-            except (ValueError, KeyError, TypeError, AttributeError):
+                history.add(cast(Mapping[str, Any], _parse_entry(line)))
+            except (TreeError, ConfigError):
                 history.damaged += 1
+        if history.damaged:
+            lines = "1 damaged line is" if history.damaged == 1 else f"{history.damaged:,} damaged lines are"
+            console.warn(f"{path}: {lines} left out")
         return history
 
     def add(self, entry: Mapping[str, Any]) -> None:
@@ -119,6 +145,21 @@ class History:
         latest = [score["metric"] for score in last.get("scores", ())] if last else []
         known = [name for event, name in self._curves if event == VALIDATE]
         return list(dict.fromkeys(latest + known))
+
+
+def _parse_entry(line: bytes) -> LogEntry:
+    """The entry in a line; an altered line is an error, and so is one with values of wrong types."""
+    match = CRC.search(line)
+    if match and int(match[1], 16) != zlib.crc32(line[: match.start()] + b"}"):
+        raise TreeError("is not as it was written: its checksum differs")
+    entry = build_table(LogEntry, parse_json(line), where="entry")
+    entry.pop("crc", None)
+    return entry
+
+
+def with_crc(line: bytes) -> bytes:
+    """The JSON of an entry with a checksum as its last value."""
+    return b'%s, "crc": "%08x"}' % (line[:-1], zlib.crc32(line))
 
 
 def _hours(entry: Mapping[str, Any]) -> float | None:

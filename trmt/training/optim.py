@@ -134,6 +134,8 @@ def load_moments(
             if f"{key}:{name}" not in saved:
                 continue
             if key == "step":
+                if sharding.saved_shape(saved, f"step:{name}") != torch.Size():
+                    raise RuntimeError(f"'step:{name}' is not one number")
                 device = parameter.device if fused else torch.device("cpu")
                 optimizer.state[parameter][key] = saved[f"{key}:{name}"].to(device)
             else:

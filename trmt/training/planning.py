@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +9,13 @@ from pathlib import Path
 from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG, MODELS
-from trmt.config import Options, Tree, build, select, to_tree
+from trmt.config import Options, Tree, build_stored, select, to_tree
 from trmt.devices.choice import named_device
 from trmt.errors import BundleError, ConfigError, DataError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
+from trmt.sets.index import INDEX
 from trmt.sets.record import describe_changes
-from trmt.sets.shards import DOCUMENTS, INDEX, PAIRS, PreparedSet
+from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.storage.locks import LOCK
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import fine_tuning
@@ -26,11 +26,14 @@ from trmt.training.recipe import (
     Recipe,
     differences,
     fitting_recipe,
+    flat,
     is_file,
     load_recipe,
     read_recipe,
+    recipe_from,
     safe_name,
 )
+from trmt.trees import TreeError, read_json, shown, verified
 
 DATA = Path("data")
 SCHEDULES_WITH_END = ("linear", "cosine")  # whose learning rate depends on the last step
@@ -78,12 +81,18 @@ def with_origin(options: TrainOptions) -> TrainOptions:
 def read_origin(folder: Path) -> Origin | None:
     """What the run in `folder` was started with; None where there is no run yet."""
     path = folder / ORIGIN
+    advice = "restore the file, or name another run folder"
     try:
-        return build(Origin, json.loads(path.read_bytes()), where=str(path))
+        tree = read_json(path)
+        found = build_stored(Origin, tree, where=str(path), advice=advice)
+        verified(tree)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {path}: {error}; name another run folder") from error
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}; {advice}") from error
+    except TreeError as error:
+        raise BundleError(f"{path} {error}; {advice}") from error
+    return found
 
 
 def origin_of(options: TrainOptions, data: PreparedSet) -> Origin:
@@ -108,7 +117,7 @@ def default_data(*, kind: str = PAIRS) -> Path:
 
 def _kind(index: Path) -> str:
     try:
-        return str(json.loads(index.read_bytes()).get("kind", PAIRS))
+        return str(read_json(index).get("kind", PAIRS))
     except (OSError, ValueError, AttributeError):
         return PAIRS  # opening the set will raise an error that explains
 
@@ -299,18 +308,34 @@ def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
             f"{folder} was started with --init-from {started.init_from} and cannot go on from the weights of "
             f"{origin.init_from}; name another run folder"
         )
-    before = read_recipe(folder / CONFIG)
-    changed = differences(before, recipe)
+    changed = differences(_recipe_so_far(folder), recipe)
     for key, (old, new) in changed.items():
         if key not in MAY_CHANGE:
             raise ConfigError(
-                f"{folder} was started with {key} = {old!r} and cannot go on with {new!r}; "
-                "set it back, or name another run folder"
+                f"{folder} was started with {key} = {shown(old)} and cannot go on with {shown(new)}; "
+                f"set it back{_where_set(folder, key, new)}, or name another run folder"
             )
     for key, (old, new) in changed.items():
-        console.say(f"{key}: {old!r} -> {new!r}")
+        console.say(f"{key}: {shown(old)} -> {shown(new)}")
     if {"training.steps", "training.epochs"} & changed.keys() and recipe.optim.schedule in SCHEDULES_WITH_END:
         console.warn(
             f'optim.schedule = "{recipe.optim.schedule}" depends on the last step, which has changed: the '
             "learning rate of the steps so far was another than in a run with this last step"
         )
+
+
+def _recipe_so_far(folder: Path) -> Recipe:
+    """The recipe of the run up to its newest checkpoint, whatever was done to its config.toml since."""
+    values = checkpoints.newest_values(folder)
+    if values is None:  # there is a checkpoint, but none to resume from, of which restoring tells
+        return read_recipe(folder / CONFIG)
+    return recipe_from(values.get("recipe"), where=str(folder))
+
+
+def _where_set(folder: Path, key: str, value: object) -> str:
+    """Where a value is set, if that is in the config.toml of the run."""
+    try:
+        edited = flat(to_tree(read_recipe(folder / CONFIG))).get(key) == value
+    except ConfigError:
+        return ""
+    return f" in {folder / CONFIG}" if edited else ""

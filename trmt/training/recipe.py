@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from trmt.bundles.schema import MAX_BEAM
 from trmt.bundles.upgrade import upgrade_recipe
-from trmt.config import Tree, apply_settings, build, merge, read_toml, to_tree
+from trmt.config import Tree, Within, apply_settings, build, merge, read_toml, to_tree
 from trmt.errors import ConfigError
 from trmt.registry import join_variants, split_variants, suggestion
 from trmt.sets.batches import BatchConfig
@@ -55,7 +56,7 @@ class ValidationConfig:
     every: int = 1000  # steps between validations
     metric: Literal["chrf", "bleu", "loss"] = "chrf"  # selects the best checkpoints and counts for patience
     sentences: int = 500  # of the dev set that are translated, at most; 0 computes the loss only
-    beam: int = 1  # beam size of these translations; 1 is greedy search
+    beam: Annotated[int, Within(1, MAX_BEAM)] = 1  # beam size of these translations; 1 is greedy search
     samples: int = 3  # translations that are displayed and stored as golden sentences
 
     def __post_init__(self) -> None:
@@ -194,6 +195,13 @@ def read_recipe(path: Path) -> Recipe:
 def is_file(name: str) -> bool:
     """Whether the name of a recipe is the path of a file, and not one of those that come with trmt."""
     return name.endswith(".toml")
+
+
+def recipe_from(tree: Any, *, where: str) -> Recipe:
+    """The recipe in a checkpoint."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} has a checkpoint without a recipe; name another run folder")
+    return build(Recipe, upgrade_recipe(tree), where=where)
 
 
 def fitting_recipe(pairs: int, *, gpu: bool) -> str:

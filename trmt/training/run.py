@@ -33,7 +33,7 @@ from trmt.sets import record
 from trmt.sets.batches import DataPosition, RaggedBatch
 from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.sets.subword_sampling import subword_resampler
-from trmt.storage.files import atomic_file, write_json
+from trmt.storage.files import atomic_file, write_verified_json
 from trmt.storage.locks import exclusive
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import word_vectors
@@ -226,7 +226,7 @@ class TrainingRun:
             with atomic_file(self.folder / CONFIG) as stream:
                 stream.write(to_toml(to_tree(self.recipe)).encode())
             if not saved:
-                write_json(self.folder / ORIGIN, to_tree(origin_of(self.options, self.data)))
+                write_verified_json(self.folder / ORIGIN, to_tree(origin_of(self.options, self.data)))
                 record.write_record(self.folder, self.data)
         self.reporter.log(
             "resume" if saved else "begin",

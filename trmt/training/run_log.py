@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from trmt import clock
 from trmt.errors import TrmtError
 from trmt.storage.files import write_advice
-from trmt.training.history import TRAIN, VALIDATE, numeric_values
+from trmt.training.history import TRAIN, VALIDATE, numeric_values, with_crc
 
 T = TypeVar("T")
 
@@ -36,8 +36,8 @@ class RunLog:
         """Append an event that happened after `step`; returns the entry."""
         entry = {"event": event, "step": step, "time": round(time.time(), 3), **values}
         try:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            with self.path.open("ab") as stream:
+                stream.write(with_crc(json.dumps(entry, ensure_ascii=False).encode()) + b"\n")
             if self.tensorboard is not None and event in (TRAIN, VALIDATE):
                 for name, number in numeric_values(entry).items():
                     self.tensorboard.add_scalar(f"{event}/{name}", number, step)

@@ -104,9 +104,17 @@ def slices_to_save(tensors: Mapping[str, Tensor], distributed: Distributed) -> d
     return found
 
 
+def saved_shape(saved: Mapping[str, Tensor], name: str) -> torch.Size:
+    """The shape of a saved tensor, without reading it where it is saved in slices."""
+    shape = getattr(saved, "shape", None)
+    return torch.Size(shape(name)) if shape else saved[name].shape
+
+
 @torch.no_grad()
 def load_tensor(target: Tensor, saved: Mapping[str, Tensor], name: str, distributed: Distributed) -> None:
     """Copy the tensor saved under `name` into `target`, or the rows of it that this rank holds."""
+    if saved_shape(saved, name) != target.shape:  # copying would repeat the rows of some other shapes
+        raise RuntimeError(f"{name!r} is of another shape")
     if not is_sharded(target):
         target.copy_(saved[name])
         return

@@ -13,21 +13,20 @@ batches and the learning rate do not change.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trmt import console
 from trmt.bundles import checkpoints
 from trmt.bundles.checkpoints import Checkpoint
-from trmt.config import Tree, build, to_tree
+from trmt.config import Count, Tree, build, build_stored, to_tree
 from trmt.errors import BundleError, TrmtError
-from trmt.storage.files import write_json
+from trmt.storage.files import write_verified_json
 from trmt.training.distributed import Distributed
 from trmt.training.guard import StepReport
 from trmt.training.state import TrainProgress
+from trmt.trees import TreeError, read_json, verified
 
 ROLLBACKS = "rollbacks.json"  # in a run folder
 MAX_SKIPPED_IN_A_ROW = 20  # steps, after which training has failed
@@ -40,10 +39,17 @@ ADVICE = "start a new run with a lower optim.lr or with optim.clip=1.0"
 class Rollback:
     """A rollback that a run has made."""
 
-    to: int  # the step of the checkpoint that was restored
-    at: int  # the bad step
+    to: Count  # the step of the checkpoint that was restored
+    at: Count  # the bad step
     why: str  # what was bad about it
-    left_out: tuple[int, ...]  # the steps that are skipped from then on
+    left_out: tuple[Count, ...]  # the steps that are skipped from then on
+
+
+@dataclass(frozen=True)
+class Rollbacks:
+    """What ROLLBACKS holds."""
+
+    rollbacks: tuple[Rollback, ...]
 
 
 class SpikePolicy:
@@ -131,7 +137,7 @@ class SpikePolicy:
         steps = tuple(range(max(first_suspect, target.step + 1), report.step + 1))
         rollbacks = [*self.rollbacks, Rollback(target.step, report.step, why, steps)]
         trees = [to_tree(rollback) for rollback in rollbacks]
-        write_json(self.folder / ROLLBACKS, trees)
+        write_verified_json(self.folder / ROLLBACKS, {"rollbacks": trees})
         console.warn(
             f"step {report.step:,}: {why}; rolling back to step {target.step:,} and skipping "
             + (f"steps {steps[0]:,} to {steps[-1]:,}" if len(steps) > 1 else f"step {steps[0]:,}")
@@ -151,13 +157,14 @@ def describe(report: StepReport) -> str:
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
     """The rollbacks of the run in `folder`, oldest first."""
-    path = folder / ROLLBACKS
+    path, advice = folder / ROLLBACKS, "restore the file, or name another run folder"
     try:
-        entries: Any = json.loads(path.read_bytes())
-        return [build(Rollback, entry, where=str(path)) for entry in entries]
+        tree = read_json(path)
+        tree = {"rollbacks": tree} if isinstance(tree, list) else verified(tree)  # a list in older versions
+        return list(build_stored(Rollbacks, tree, where=str(path), advice=advice).rollbacks)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BundleError(
-            f"cannot read {path}: {error}; restore the file, or name another run folder"
-        ) from error
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}; {advice}") from error
+    except TreeError as error:
+        raise BundleError(f"{path} {error}; {advice}") from error

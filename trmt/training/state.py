@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trmt import console
 from trmt.bundles import bundles, init_from
-from trmt.config import build
+from trmt.config import Count, Within, build, to_tree
 from trmt.devices import hardware, varlen
 from trmt.devices.abilities import abilities
 from trmt.devices.choice import be_deterministic, choose_precision, compile_network
@@ -37,6 +37,7 @@ from trmt.training.micro_batches import MicroBatchSplitter
 from trmt.training.overlap import OverlappedSums
 from trmt.training.recipe import Recipe
 
+Halvings = Annotated[int, Within(0, 40)]
 DEFAULT_SPECIALS = Specials(bos=BOS, eos=EOS)  # of the tokenizers that trmt trains
 
 
@@ -44,14 +45,14 @@ DEFAULT_SPECIALS = Specials(bos=BOS, eos=EOS)  # of the tokenizers that trmt tra
 class TrainProgress:
     """How far training has come, in numbers."""
 
-    step: int = 0  # steps taken so far
-    epoch: int = 0  # epoch of the next step
-    epoch_step: int = 0  # index of the next step in its epoch
-    target_tokens: int = 0  # target tokens trained on
+    step: Count = 0  # steps taken so far
+    epoch: Count = 0  # epoch of the next step
+    epoch_step: Count = 0  # index of the next step in its epoch
+    target_tokens: Count = 0  # target tokens trained on
     seconds: float = 0.0  # time spent in steps
-    skipped_in_a_row: int = 0  # steps up to this one that the guard has skipped
+    skipped_in_a_row: Count = 0  # steps up to this one that the guard has skipped
     best: float | None = None  # best validation score
-    validations_since_best: int = 0  # what patience counts
+    validations_since_best: Count = 0  # what patience counts
     validation_pending: bool = False  # whether this step has been saved, but not validated yet
 
     def add_score(self, value: float, *, lower_is_better: bool, warmup: int) -> None:
@@ -61,6 +62,17 @@ class TrainProgress:
             self.best, self.validations_since_best = value, 0
         elif self.step >= warmup:
             self.validations_since_best += 1
+
+
+@dataclass(frozen=True)
+class SavedValues:
+    """All that resuming needs besides tensors."""
+
+    data: str  # fingerprint of the prepared set
+    progress: TrainProgress
+    halvings: Halvings  # of micro-batches
+    environment: dict[str, Any]  # what has to stay the same for a run that is the same to the last bit
+    recipe: dict[str, Any]
 
 
 class TrainState:
@@ -253,6 +265,7 @@ class TrainState:
             "progress": asdict(self.progress),
             "halvings": self.micro_batches.halvings,
             "environment": self.environment(),
+            "recipe": to_tree(self.recipe),
         }
 
     def environment(self) -> dict[str, Any]:
@@ -267,10 +280,10 @@ class TrainState:
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
 
-    def restore(self, values: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+    def restore(self, values: SavedValues, saved: Mapping[str, Tensor]) -> None:
         """Restore what `values` and `tensors` returned, on any number of processes."""
         for key, current in self.environment().items():
-            if (before := values["environment"].get(key, current)) != current:
+            if (before := values.environment.get(key, current)) != current:
                 console.warn(
                     f"this run was saved with {key} {before} and goes on with {current}: the data comes in "
                     "the same order, but results will not be the same to the last bit"
@@ -282,8 +295,8 @@ class TrainState:
             if name.startswith(("weights:", "buffer:", "ema:")) and name in saved:
                 sharding.load_tensor(tensor, saved, name, self.distributed)
         sharding.reshard(self.net)
-        self.micro_batches.halvings = values["halvings"]
-        self.progress = TrainProgress(**values["progress"])
+        self.micro_batches.halvings = values.halvings
+        self.progress = replace(values.progress)
 
     # Evaluate
 

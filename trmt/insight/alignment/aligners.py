@@ -10,17 +10,17 @@ Axes: A layers, H heads, T target position, L source position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from trmt.bundles import bundles
 from trmt.bundles.bundles import Manifest
 from trmt.devices.choice import choose_device
-from trmt.errors import ConfigError
+from trmt.errors import BundleError, ConfigError
 from trmt.insight.alignment.ibm_model1 import Model1
 from trmt.insight.alignment.symmetrisation import METHODS
 from trmt.insight.heatmaps.weights import attention_weights, max_positions
@@ -31,7 +31,6 @@ from trmt.text.words import NO_WORD, word_indices
 from trmt.translating import find_model
 
 MAX_PIECES = 1024  # of a side; the words of further pieces get no links
-GUIDED = "alignment"  # key of a manifest's training: the head that was trained with guided alignment
 
 TextPair = tuple[str, str]  # source, target
 
@@ -106,7 +105,7 @@ class AttentionAligner:
     ) -> None:
         self.net, self.tokenizer = net, tokenizer
         self.truncated = 0
-        self._guided: Mapping[str, Any] = manifest.training.get(GUIDED) or {}
+        self._guided = manifest.training.get("alignment")
         self._options = options
         self._head: AttentionHead | None = None
 
@@ -152,8 +151,13 @@ class AttentionAligner:
         # The penultimate layer had a lower error rate than the last in both directions (docs/aligning.md).
         chosen = AttentionHead(layer_index(-2, layers))
         if self._guided:
-            layer, head = int(self._guided["layer"]), self._guided["head"]
-            chosen = AttentionHead(layer_index(layer, layers), head, int(self._guided["shift"]))
+            layer, head = self._guided["layer"], self._guided["head"]
+            if layer >= layers or head >= heads:
+                raise BundleError(
+                    f"the manifest names head {head + 1} of layer {layer + 1} for alignment, which the "
+                    "network does not have; copy the bundle again"
+                )
+            chosen = AttentionHead(layer_index(layer, layers), head, self._guided["shift"])
         for name, number, count in (("layer", options.layer, layers), ("head", options.head, heads)):
             if number is not None and not 1 <= number <= count:
                 raise ConfigError(
