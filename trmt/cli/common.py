@@ -10,7 +10,9 @@ import typer
 
 Model = Annotated[
     Path | None,
-    typer.Argument(help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]"),
+    typer.Argument(
+        help="Bundle, run folder, or name of one in models/. [default: $TRMT_MODEL, else the newest finished]"
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")]

@@ -38,6 +38,7 @@ from trmt.training.budget import PlannedRun, print_plan, print_requirements
 from trmt.training.checkpointer import Checkpointer
 from trmt.training.display import open_display
 from trmt.training.distributed import Distributed, init_distributed
+from trmt.training.history import END
 from trmt.training.micro_batches import ShardedOutOfMemory
 from trmt.training.planning import (
     ORIGIN,
@@ -267,7 +268,7 @@ class TrainingRun:
                 if checkpoint := self._train_until_rollback(clock):
                     self._roll_back(checkpoint, clock)
         progress = self.state.progress
-        self.reporter.log("end", seconds=round(progress.seconds, 1))
+        self.reporter.log(END, seconds=round(progress.seconds, 1))
         console.say(f"done: {progress.step:,} steps in {console.duration(progress.seconds)} -> {self.folder}")
 
     def _train_until_rollback(self, clock: StepClock) -> Checkpoint | None:

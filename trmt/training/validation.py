@@ -24,7 +24,7 @@ from trmt.training import sharding
 from trmt.training.recipe import Recipe
 from trmt.training.state import TrainState
 
-OUT_OF_MEMORY = "not even one sentence of the dev set fits into memory; training goes on without validating"
+OUT_OF_MEMORY = "not even one sentence of the dev set fits into memory; these weights are not validated"
 ACCURACY_SIGNATURE = "percent of texts for which it was predicted rightly whether they continue, dev set"
 
 
