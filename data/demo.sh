@@ -11,5 +11,5 @@ python data/phrasebook.py data/phrasebook
 trmt tokenizer data/tokenizer --train data/phrasebook/train --from en --to de --size 2400
 trmt prepare data/phrasebook-en-de --train data/phrasebook/train --dev data/phrasebook/dev
 trmt train "$run" --data data/phrasebook-en-de --recipe phrasebook
-trmt average "$run" --best 3
+trmt average "$run"
 python data/demo_report.py "$run"

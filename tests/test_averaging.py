@@ -59,7 +59,7 @@ def test_the_mean_is_numpys_in_double_precision(run: Path, tmp_path: Path) -> No
     assert has_weights(out, mean(folders))
     loaded = load_bundle(out)
     assert loaded.manifest.training["averaged"] == [folder.name for folder in folders]
-    assert loaded.manifest.scores == ()
+    assert loaded.manifest.scores != bundles.read_manifest(folders[0]).scores
 
 
 def test_the_average_of_one_is_that_one(run: Path, tmp_path: Path) -> None:
@@ -79,13 +79,6 @@ def test_tied_weights_stay_tied(run: Path) -> None:
         assert alias not in weights(out)
 
 
-def test_the_best_five_are_averaged_by_default(run: Path) -> None:
-    best = [checkpoint.folder for checkpoint in checkpoints.ranked(checkpoints.list_checkpoints(run))]
-    assert len(best) == 6
-    assert has_weights(average(AverageOptions(paths=(run,))), mean(tuple(best[:5])))
-    assert checkpoints.find_bundle(run) == run / "average"
-
-
 def test_best_and_last_select_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = [checkpoint.folder for checkpoint in checkpoints.ranked(checkpoints.list_checkpoints(run))]
     assert has_weights(average(AverageOptions(paths=(run,), best=2)), mean(tuple(best[:2])))
@@ -95,10 +88,13 @@ def test_best_and_last_select_checkpoints(run: Path, capsys: pytest.CaptureFixtu
     assert "has 6 such checkpoints, not 50" in capsys.readouterr().err
 
 
-def test_of_a_run_without_scores_all_checkpoints_are_averaged(run: Path) -> None:
+def test_of_a_run_without_scores_only_neighbours_of_the_last_checkpoint_are_averaged(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for checkpoint in checkpoints.list_checkpoints(run):
         bundles.rewrite_manifest(checkpoint.folder, scores=())
-    assert has_weights(average(AverageOptions(paths=(run,))), mean(folders_of(run, 6, 5, 4, 3, 2, 1)))
+    assert has_weights(average(AverageOptions(paths=(run,))), mean(folders_of(run, 6, 5)))
+    assert "last fifth" in (err := capsys.readouterr().err) and "2 of 6" in err
     with pytest.raises(BundleError, match="use --last"):
         average(AverageOptions(paths=(run,), best=2))
 

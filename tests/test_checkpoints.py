@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import torch
 from tests.fakes import small_network
 from trmt.averaging import average_bundles
 from trmt.bundles import bundles, checkpoints
+from trmt.bundles.bundles import AverageRecord, DevScore, is_worse
 from trmt.bundles.checkpoints import (
     DamagedState,
     check_format,
-    default_bundle,
     find_bundle,
     list_checkpoints,
     prune,
@@ -159,35 +158,64 @@ def test_a_run_folder_stands_for_its_average_else_its_best_else_its_last(
     assert find_bundle(run) == run / "average"
 
 
-def test_the_default_bundle_is_the_named_or_the_newest_one(
-    run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = run.parent
-    monkeypatch.delenv("TRMT_MODEL", raising=False)
-    with pytest.raises(BundleError, match="TRMT_MODEL"):
-        default_bundle(models)
-    add(run, tokenizer, 1)
-    add(models / "other", tokenizer, 1)
-    add(models / ".partial-killed", tokenizer, 1)
-    (models / "empty").mkdir()
-    (models / "README").write_text("not a model")
-    for age, name in enumerate((".partial-killed", "other", "run")):
-        os.utime(models / name / "step-00000001/manifest.json", (1e9 - age, 1e9 - age))
-    assert default_bundle(models) == models / "other/step-00000001"
-    monkeypatch.setenv("TRMT_MODEL", str(run))
-    assert default_bundle(models) == run / "step-00000001"
-    monkeypatch.setenv("TRMT_MODEL", str(run / "nothing"))
-    with pytest.raises(BundleError, match="nothing"):
-        default_bundle(models)
-
-
 def test_an_average_older_than_its_run_is_warned_of(
     run: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = [add(run, tokenizer, step, 1.0) for step in (1, 2)]
     average_bundles([checkpoint.folder for checkpoint in found[::-1]], run / "average")
     assert find_bundle(run) == run / "average"
+    assert "was not scored on the dev set" in capsys.readouterr().err
+    bundles.rewrite_manifest(run / "average", scores=({"metric": "chrf", "value": 9.0},))
+    assert find_bundle(run) == run / "average"
     assert not capsys.readouterr().err
     add(run, tokenizer, 3, 9.0)
     assert find_bundle(run) == run / "average"
     assert "run trmt average" in capsys.readouterr().err
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint_if_the_average_is_worse(
+    run: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best, _ = (add(run, tokenizer, step, value).folder for step, value in ((1, 5.0), (2, 4.0)))
+    average_bundles([best], run / "average")
+    for value, expected in ((5.0, run / "average"), (4.9, best), (float("nan"), best)):
+        scores = ({"metric": "chrf", "value": value, "signature": "s"},)
+        record = AverageRecord(newest="step-00000002", best=best.name, best_scores=best_scores(5.0))
+        bundles.rewrite_manifest(run / "average", scores=scores, average=record)
+        assert find_bundle(run) == expected
+        said = capsys.readouterr().err
+        assert ("is worse on the dev set than" in said) == (expected == best) and said.count("\n") <= 1
+
+
+def best_scores(value: float) -> tuple[dict[str, str | float], ...]:
+    return ({"metric": "chrf", "value": value, "signature": "s"},)
+
+
+def test_scores_found_in_one_session_count_and_not_those_of_training_on_another_device(
+    run: Path, tokenizer: Tokenizer
+) -> None:
+    best = add(run, tokenizer, 1, 5.0).folder
+    average_bundles([best], run / "average")
+    record = AverageRecord(newest=best.name, best=best.name, best_scores=best_scores(4.98))
+    bundles.rewrite_manifest(run / "average", scores=best_scores(4.99), average=record)
+    assert find_bundle(run) == run / "average"
+    newer = add(run, tokenizer, 2, 5.1).folder
+    assert find_bundle(run) == newer
+
+
+def test_the_loss_of_broken_weights_is_worse_than_any_score() -> None:
+    broken, good = DevScore("loss", float("nan")), DevScore("chrf", 1.0)
+    assert is_worse(broken, good) and not is_worse(good, broken) and not is_worse(broken, broken)
+    assert is_worse(DevScore("loss", 2.0), DevScore("loss", 1.0)) and is_worse(good, DevScore("chrf", 2.0))
+    assert not is_worse(good, DevScore("bleu", 2.0)), "other metrics cannot be compared"
+
+
+@pytest.mark.parametrize(
+    "scores", [({},), ({"metric": 3, "value": 1.0},), ({"metric": "chrf", "value": "x"},)]
+)
+def test_scores_that_say_nothing_are_no_scores(
+    run: Path, tokenizer: Tokenizer, scores: tuple[dict[str, object], ...]
+) -> None:
+    folder = add(run, tokenizer, 1).folder
+    bundles.rewrite_manifest(folder, scores=scores)
+    assert list_checkpoints(run)[0].score() is None and find_bundle(run) == folder

@@ -16,6 +16,7 @@ import pytest
 import trmt
 from tests import toy
 from trmt import cli
+from trmt.bundles import checkpoints
 from trmt.cli import app
 
 ROOT = Path(trmt.__file__).parent
@@ -30,6 +31,7 @@ COMMANDS = [
     "translate",
     "quantize",
     "inspect",
+    "models",
     "verify",
     "export",
     "import",
@@ -259,6 +261,7 @@ def test_a_mistake_is_one_sentence_and_ends_with_1(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRMT_MODEL", raising=False)
+    monkeypatch.setattr(checkpoints, "SHIPPED", ())
     assert call(monkeypatch, *arguments) == 1
     output = capsys.readouterr()
     assert output.out == ""

@@ -262,7 +262,7 @@ def test_a_dev_set_that_does_not_fit_at_all_does_not_end_the_run(
         else:
             patch.setattr(BatchDecoder, "start", full)
         train(options(run, toy_set, recipe), validating.validate)
-    assert capsys.readouterr().err.count("training goes on without validating") == 2
+    assert capsys.readouterr().err.count("these weights are not validated") == 2
     found = checkpoints.list_checkpoints(run)
     assert found[-1].step == 6, "a validation without a score does not count for patience"
     assert not any(checkpoint.score() for checkpoint in found)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -94,6 +95,12 @@ def test_the_newest_run_is_drawn_if_none_is_named(
     histories, _ = plot(PlotOptions())
     assert list(histories) == ["mine"]
     assert "run: models/mine" in capsys.readouterr().err
+    assert list(read_runs([Path("mine")])) == ["mine"], "found by its name in models/"
+    newer = make_run(tmp_path / "models/newer") / "log.jsonl"
+    with newer.open("a") as log:
+        log.write('{"event": "resume", "step": 1, "time": 9e12}\n')
+    os.utime(newer, (1, 1))
+    assert list(plot(PlotOptions())[0]) == ["newer"], "by its entries, not by the time of the file"
 
 
 def test_runs_that_cannot_be_plotted_are_one_sentence(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests import texts
 from tests.commands import Command
 from tests.edited import edit
 from tests.scripted import random_bundle, small_tokenizer
+from trmt.bundles import bundles, checkpoints
 from trmt.cli import main
 
 
@@ -122,17 +123,21 @@ def test_the_default_model_is_printed_on_standard_error(
     assert expected[0] == 0 and expected[2] == ""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRMT_MODEL", raising=False)
+    monkeypatch.setattr(checkpoints, "SHIPPED", ())
     code, out, err = trmt("translate", stdin=b"It rains.\n")
     assert (code, out) == (1, b"") and "TRMT_MODEL" in err and err.count("\n") == 1
     for age, name in enumerate(["newest", "old", "oldest"]):
         shutil.copytree(bundle, tmp_path / "models" / name)
-        os.utime(tmp_path / "models" / name / "manifest.json", (10**9 - age, 10**9 - age))
+        bundles.rewrite_manifest(tmp_path / "models" / name, created=10.0**9 - age)
     code, out, err = trmt("translate", stdin=b"It rains.\n")
-    assert (code, out) == expected[:2] and err == f"model: {Path('models', 'newest')}\n"
+    newest = Path("models", "newest")
+    assert (code, out) == expected[:2] and err == f"model: {newest} (the newest finished one in models/)\n"
     monkeypatch.setenv("TRMT_MODEL", str(bundle))
     code, out, err = trmt("translate", stdin=b"It rains.\n")
-    assert (code, out) == expected[:2] and err == f"model: {bundle}\n"
+    assert (code, out) == expected[:2] and err == f"model: {bundle} ($TRMT_MODEL)\n"
     assert trmt("--quiet", "translate", stdin=b"It rains.\n") == expected
+    monkeypatch.setenv("TRMT_MODEL", "nowhere")
+    assert trmt("translate", "old", stdin=b"It rains.\n") == expected, "found by its name in models/"
 
 
 def test_split_and_undecodable_lines_are_named(trmt: Command, bundle: Path) -> None:

@@ -121,7 +121,7 @@ def test_runs_and_their_averages_can_be_verified(toy_set: Path, tmp_path: Path) 
     changes = {"validation": {"metric": "chrf", "sentences": 4, "beam": 2}}
     run = train(toy.options(tmp_path / "run", toy_set, toy.recipe(tmp_path, changes)), validate)
     assert verify(VerifyOptions(model=run)).sentences == 3
-    average(AverageOptions(paths=(run,)), record)
+    average(AverageOptions(paths=(run,)))
     golden = json.loads((run / "average" / "manifest.json").read_bytes())["golden"]
     assert [each["source"] for each in golden] == [
         each["source"] for each in bundles.read_manifest(run / "step-00000006").golden

@@ -63,14 +63,13 @@ def average(
     `paths` is a run folder or a list of checkpoints, by default the newest run; or it is all options.
     """
     from trmt import averaging
-    from trmt.verifying import record
 
     if isinstance(paths, AverageOptions):
         if best is not None or last is not None or out:
             raise ConfigError("AverageOptions hold all options; set them there and leave other arguments out")
-        return averaging.average(paths, record)
+        return averaging.average(paths)
     chosen = (Path(paths),) if isinstance(paths, Path | str) else tuple(map(Path, paths))
-    return averaging.average(AverageOptions(paths=chosen, best=best, last=last, out=_path(out)), record)
+    return averaging.average(AverageOptions(paths=chosen, best=best, last=last, out=_path(out)))
 
 
 def _path(location: Path | str | None) -> Path | None:

@@ -1,24 +1,41 @@
-"""Averaging the weights of checkpoints, which often gains BLEU ("Attention Is All You Need", section 6.1)."""
+"""Averaging the weights of checkpoints, which often gains BLEU ("Attention Is All You Need", section 6.1).
+
+Which checkpoints are averaged is chosen on the dev set, as in a greedy soup ("Model soups", Wortsman et al.,
+2022): from the best checkpoint on, the next best one is added if that makes the average better. Each of them
+costs one validation. So an average is never worse on the dev set than the best checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trmt import console
+import torch
+from torch import Tensor
+
+from trmt import clock, console
 from trmt.bundles import bundles, checkpoints
-from trmt.bundles.bundles import Manifest
-from trmt.bundles.checkpoints import AVERAGE, MODELS
+from trmt.bundles.bundles import AverageRecord, DevScore, Manifest, first_score
+from trmt.bundles.checkpoints import AVERAGE, CONFIG, Checkpoint
+from trmt.bundles.schema import StoredScore
 from trmt.config import Options
-from trmt.errors import BundleError, ConfigError
+from trmt.errors import BundleError, ConfigError, DataError
+from trmt.text.tokenizer import Tokenizer
+from trmt.training import describing
+from trmt.training.history import LABELS
+from trmt.training.models import newest_run
+from trmt.training.run_validator import RunValidator
+from trmt.validating import validate
+from trmt.verifying import record
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+MAX_CANDIDATES = 10  # checkpoints that are tried, the best ones
+MAX_NEIGHBOURS = 5  # checkpoints that are averaged where there is no dev set to choose on
+NEIGHBOUR_SHARE = 0.2  # of the steps of the run, at its end: where these must be
 
-BEST = 5
+Scores = tuple[StoredScore, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,63 +43,102 @@ class AverageOptions(Options):
     """What `trmt average` takes."""
 
     paths: Sequence[Path] = ()  # a run folder or several bundles; empty: the newest run
-    best: int | None = None  # average so many checkpoints with the best scores
-    last: int | None = None  # average so many of the newest checkpoints
+    best: int | None = None  # average exactly so many checkpoints with the best scores
+    last: int | None = None  # average exactly so many of the newest checkpoints
     out: Path | None = None  # the folder to write; None: average/ in the run folder
+    data: Path | None = None  # the prepared set of the run; None: where it was when the run was started
+    device: str = "auto"  # on which to validate
+    trust_code: bool = False  # allow the run folder to name code outside trmt
 
 
-RecordGolden = Callable[[Path, Sequence[Mapping[str, Any]]], None]  # (bundle, golden sentences)
+@dataclass(frozen=True)
+class _Chosen:
+    """Checkpoints to average, their average, and the scores of both if they were validated."""
+
+    folders: list[Path]
+    mean: _Mean
+    scores: Scores = ()
+    best_scores: Scores = ()  # of the best single checkpoint
+    rejected: list[Path] = field(default_factory=list)
+    rejected_score: DevScore | None = None  # of the best average that was not better
 
 
-def average(options: AverageOptions, record: RecordGolden | None = None) -> Path:
+def average(options: AverageOptions) -> Path:
     """Average checkpoints into a bundle and return its folder.
 
-    `record` translates the golden sentences of the checkpoints with the new bundle and stores them in it.
+    Of a run folder alone, the checkpoints are chosen on the dev set. The golden sentences of the checkpoints
+    are translated with the new bundle and stored in it.
     """
     if options.best is not None and options.last is not None:
         raise ConfigError("--best and --last exclude each other; choose one")
     if any(count is not None and count < 1 for count in (options.best, options.last)):
         raise ConfigError("--best and --last take a number of at least 1")
-    chosen, out = _inputs_and_output(options)
-    if out.exists() and not bundles.is_bundle(out):
-        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --output")
-    if out.resolve() in [path.resolve() for path in chosen] or (out / checkpoints.TRAINING).exists():
-        raise BundleError(f"{out} is a checkpoint, which would be lost; choose another folder with --output")
-    golden = [bundles.read_manifest(path).golden for path in chosen]
-    average_bundles(chosen, out)
-    if record:
-        record(out, next(filter(None, golden), ()))
-    console.say(f"average of {', '.join(path.name for path in chosen)} -> {out}")
-    return out
-
-
-def _inputs_and_output(options: AverageOptions) -> tuple[list[Path], Path]:
-    """The bundles to average and the folder to write."""
-    paths = options.paths or (_newest_run(),)
+    paths = [checkpoints.find_folder(path) for path in options.paths] or [newest_run()]
     if len(paths) == 1 and not bundles.is_bundle(paths[0]):
-        run = paths[0]
-        best = BEST if options.best is None and options.last is None else options.best
-        if options.best is None and not any(found.score() for found in checkpoints.list_checkpoints(run)):
-            best = None
-        return select_checkpoints(run, best=best, last=options.last), options.out or run / AVERAGE
+        return _average_run(paths[0], options)
     if options.best is not None or options.last is not None:
         raise ConfigError("--best and --last select checkpoints of one run folder; name that folder")
     if options.out is None:
         raise ConfigError("several checkpoints need --output, the folder in which to write their average")
-    return list(paths), options.out
+    _check_out(options.out, paths)
+    parents = {path.parent for path in paths}
+    is_one_run = len(parents) == 1 and describing.is_run(paths[0].parent)
+    _average_as_told(paths, paths[0].parent if is_one_run else None, options.out, options)
+    return options.out
 
 
-def _newest_run() -> Path:
-    runs = [folder for folder in checkpoints.list_runs(MODELS) if checkpoints.list_checkpoints(folder)]
-    if not runs:
-        raise BundleError(f"there is no run in {MODELS}/; name one, or train one with trmt train")
-    newest = max(runs, key=lambda folder: checkpoints.list_checkpoints(folder)[-1].folder.stat().st_mtime)
-    console.say(f"run: {newest}")
-    return newest
+def _check_out(out: Path, chosen: Sequence[Path]) -> None:
+    if out.exists() and not bundles.is_bundle(out):
+        raise BundleError(f"{out} exists and is not a bundle; choose another folder with --output")
+    if out.resolve() in [path.resolve() for path in chosen] or (out / checkpoints.TRAINING).exists():
+        raise BundleError(f"{out} is a checkpoint, which would be lost; choose another folder with --output")
+
+
+def _average_run(run: Path, options: AverageOptions) -> Path:
+    """Average checkpoints of a run: those that are asked for, or those that are best together."""
+    out = options.out or run / AVERAGE
+    if options.best is not None or options.last is not None:
+        told = select_checkpoints(run, best=options.best, last=options.last)
+        _check_out(out, told)
+        _average_as_told(told, run, out, options)
+        return out
+    found = checkpoints.list_checkpoints(run)
+    if not found:
+        raise BundleError(f"there are no checkpoints in {run}; train first, or name another run folder")
+    _check_out(out, [checkpoint.folder for checkpoint in found])
+    ranked = checkpoints.ranked(found)
+    validator = _open_validator(run, options) if ranked else ""
+    if isinstance(validator, RunValidator):
+        began = clock.now()
+        chosen = _choose_on_dev_set(ranked[:MAX_CANDIDATES], validator)
+        _write(chosen, found, out, best=ranked[0])
+        _report_choice(chosen, out, ranked, seconds=clock.now() - began)
+    elif ranked:
+        best, scores = [ranked[0].folder], ranked[0].manifest.scores
+        _write(_Chosen(best, _Mean.of(best), scores, scores), found, out, best=ranked[0])
+        console.warn(
+            f"{out} is the best checkpoint, {ranked[0].folder.name}, because no average can be scored "
+            f"({validator}); name the prepared set of the run with --data"
+        )
+    else:
+        last = [checkpoint.folder for checkpoint in neighbours(found)]
+        _write(_Chosen(last, _Mean.of(last)), found, out)
+        console.say(
+            f"{run} has no scores on a dev set to choose by: only checkpoints of the last fifth of its steps "
+            f"are averaged, because earlier ones may be worse ({len(last)} of {len(found)}: "
+            f"{_names(last)}) -> {out}"
+        )
+    return out
+
+
+def neighbours(found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The last checkpoint of a run and those that are close to it, newest first."""
+    begin = (1 - NEIGHBOUR_SHARE) * found[-1].step
+    return [checkpoint for checkpoint in reversed(found) if checkpoint.step >= begin][:MAX_NEIGHBOURS]
 
 
 def select_checkpoints(run: Path, *, best: int | None = None, last: int | None = None) -> list[Path]:
-    """The best or the last checkpoints of a run, or all; a warning if there are fewer."""
+    """The best or the last checkpoints of a run; a warning if there are fewer."""
     found = checkpoints.list_checkpoints(run)
     if not found:
         raise BundleError(f"there are no checkpoints in {run}; train first, or name another run folder")
@@ -95,45 +151,207 @@ def select_checkpoints(run: Path, *, best: int | None = None, last: int | None =
     return [checkpoint.folder for checkpoint in order[:wanted]]
 
 
-def average_bundles(paths: Sequence[Path], out: Path) -> Manifest:
-    """Write the mean of several bundles' weights as a new bundle.
+# Scores
 
-    All must have one architecture and one tokenizer. The mean is taken in double precision.
-    """
-    if not paths:
-        raise BundleError("there is nothing to average; name a run folder or checkpoints")
-    manifests = [bundles.read_manifest(path) for path in paths]
-    _check_compatible(paths, manifests)
-    first = manifests[0]
-    tokenizer = bundles.load_tokenizer(paths[0], first)
-    kinds: dict[str, tuple[torch.Size, bool]] = {}
-    total: dict[str, Tensor] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for path, manifest in zip(paths, manifests, strict=True):
-        weights = bundles.read_weights(path, manifest)
-        described = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in weights.items()}
-        if described != (kinds := kinds or described):
-            raise BundleError(f"{path} and {paths[0]} differ in weights; average checkpoints of one run")
-        for name, tensor in weights.items():
-            if name in first.tied:
+
+def _open_validator(run: Path, options: AverageOptions) -> RunValidator | str:
+    """What validates weights on the dev set of the run; or why it cannot, as the beginning of a sentence."""
+    try:
+        if not describing.is_run(run):
+            raise DataError(f"{run} has no {CONFIG}")
+        data = describing.dev_set(run, options.data)
+        if data is None:
+            return f"{run} has no dev set"
+        validator = RunValidator(run, data, validate, device=options.device, trust_code=options.trust_code)
+        if validator.tokenizer != checkpoints.list_checkpoints(run)[-1].manifest.tokenizer:
+            raise DataError(f"{data.folder} has another tokenizer than {run}")
+    except DataError as error:
+        if options.data:
+            raise
+        return str(error)
+    return validator
+
+
+def _choose_on_dev_set(ranked: Sequence[Checkpoint], validator: RunValidator) -> _Chosen:
+    """Start from the best checkpoint, and add each of the others that makes the average better."""
+    best, *others = ranked
+    with console.progress("validating averages", len(ranked), unit="averages") as progress:
+        mean = _Mean.of([best.folder])
+        found = validator.validate(mean.weights(), where=str(best.folder))
+        scores = best_scores = found or best.manifest.scores
+        progress.advance()
+        chosen, rejected, rejected_score = [best.folder], [], None
+        for checkpoint in others:
+            wider = mean.plus(checkpoint.folder)
+            found = validator.validate(wider.weights(), where=str(checkpoint.folder))
+            progress.advance()
+            if _is_better(found, scores):
+                mean, scores = wider, found
+                chosen.append(checkpoint.folder)
                 continue
-            dtypes.setdefault(name, tensor.dtype)
-            if tensor.is_floating_point():
-                total[name] = total[name].add_(tensor) if name in total else tensor.double()
-            else:
-                total.setdefault(name, tensor)
-    mean = {
-        name: (tensor / len(paths)).to(dtypes[name]) if tensor.is_floating_point() else tensor
-        for name, tensor in total.items()
-    }
-    averaged = replace(
-        first,
-        training={**first.training, "averaged": [path.name for path in paths]},
-        scores=(),  # those of the checkpoints do not hold for the average
+            rejected.append(checkpoint.folder)
+            score = first_score(found)
+            if score and (rejected_score is None or score.cost < rejected_score.cost):
+                rejected_score = score
+    return _Chosen(chosen, mean, scores, best_scores, rejected, rejected_score)
+
+
+def _is_better(scores: Scores, than: Scores) -> bool:
+    return bundles.is_worse(first_score(than), first_score(scores))
+
+
+def _report_choice(chosen: _Chosen, out: Path, ranked: Sequence[Checkpoint], *, seconds: float) -> None:
+    """Print what is averaged, both scores, and what choosing has cost."""
+    tried = len(chosen.folders) + len(chosen.rejected)
+    cost = f"{tried} validations in {console.duration(seconds)}"
+    best = ranked[0].folder.name
+    single = _shown(chosen.best_scores)
+    if len(chosen.folders) == 1:
+        if not chosen.rejected:
+            why = "there is no other validated checkpoint"
+        elif chosen.rejected_score:
+            why = f"no average is better on the dev set (best single {single}, best average "
+            why += f"{_format(chosen.rejected_score)}; {cost})"
+        else:
+            why = "averages could not be validated"
+        console.say(f"the best checkpoint alone, {best}: {why} -> {out}")
+        return
+    left_out = f", left out: {_names(chosen.rejected)}" if chosen.rejected else ""
+    console.say(f"average of {_names(chosen.folders)}{left_out} -> {out}")
+    console.say(f"dev set: average {_shown(chosen.scores)}, best single checkpoint ({best}) {single}; {cost}")
+
+
+def _average_as_told(paths: list[Path], run: Path | None, out: Path, options: AverageOptions) -> None:
+    """Average these checkpoints; where the dev set of their run is known, score the average and the best."""
+    chosen = _Chosen(paths, _Mean.of(paths))
+    found = checkpoints.list_checkpoints(run) if run else []
+    ranked = checkpoints.ranked(found)
+    why_not = "these are not checkpoints of one run"
+    if run:
+        validator = _open_validator(run, options)
+        if not isinstance(validator, RunValidator):
+            why_not = validator
+        elif not ranked:
+            why_not = f"no checkpoint in {run} was ever validated"
+        else:
+            best, why_not = ranked[0].folder, ""
+            best_scores = validator.validate(_Mean.of([best]).weights(), where=str(best))
+            scores = validator.validate(chosen.mean.weights(), where=str(out))
+            chosen = replace(chosen, scores=scores, best_scores=best_scores)
+    _write(chosen, found, out, best=ranked[0] if chosen.scores else None)
+    console.say(f"average of {_names(paths)} -> {out}")
+    if not chosen.scores:
+        console.say(f"it was not scored: {why_not or 'the dev set could not be validated'}")
+        return
+    name = ranked[0].folder.name
+    average_score, single = _shown(chosen.scores), _shown(chosen.best_scores)
+    console.say(f"dev set: average {average_score}, best single checkpoint ({name}) {single}")
+    if _is_better(chosen.best_scores, chosen.scores):
+        console.warn(
+            f"{out} is worse on the dev set than the best checkpoint and is not used by default; trmt "
+            f"average {run} chooses checkpoints that make it better"
+        )
+
+
+def _shown(scores: Scores) -> str:
+    score = first_score(scores)
+    return _format(score) if score else "unknown"
+
+
+def _format(score: DevScore) -> str:
+    return f"{LABELS.get(score.metric, score.metric)} {score.value:.5g}"
+
+
+def _names(folders: Iterable[Path]) -> str:
+    return ", ".join(folder.name for folder in folders)
+
+
+# Weights
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """The mean of the weights of some bundles, taken in double precision."""
+
+    paths: tuple[Path, ...]
+    manifest: Manifest  # of the first one
+    total: Mapping[str, Tensor]  # the sum, each tensor once
+    dtypes: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> _Mean:
+        """The mean of these bundles, which must have one architecture and one tokenizer."""
+        if not paths:
+            raise BundleError("there is nothing to average; name a run folder or checkpoints")
+        _check_compatible(paths, [bundles.read_manifest(path) for path in paths])
+        manifest = bundles.read_manifest(paths[0])
+        weights = _without_tied(paths[0], manifest)
+        total = {
+            name: tensor.double() if tensor.is_floating_point() else tensor
+            for name, tensor in weights.items()
+        }
+        mean = cls((paths[0],), manifest, total, {name: tensor.dtype for name, tensor in weights.items()})
+        for path in paths[1:]:
+            mean = mean.plus(path)
+        return mean
+
+    def plus(self, path: Path) -> _Mean:
+        """The mean with one more bundle."""
+        manifest = bundles.read_manifest(path)
+        _check_compatible([self.paths[0], path], [self.manifest, manifest])
+        weights = _without_tied(path, manifest)
+        total = {
+            name: tensor + weights[name] if tensor.is_floating_point() else tensor
+            for name, tensor in self.total.items()
+        }
+        return replace(self, paths=(*self.paths, path), total=total)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The mean in the original precision, each tensor once."""
+        return {
+            name: (tensor / len(self.paths)).to(self.dtypes[name]) if tensor.is_floating_point() else tensor
+            for name, tensor in self.total.items()
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """The mean with all names, those of tied tensors included."""
+        stored = self.stored()
+        return stored | {name: stored[first] for name, first in self.manifest.tied.items()}
+
+
+def _without_tied(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    weights = bundles.read_weights(path, manifest)
+    return {name: tensor for name, tensor in weights.items() if name not in manifest.tied}
+
+
+def _write(
+    chosen: _Chosen, found: Sequence[Checkpoint], out: Path, *, best: Checkpoint | None = None
+) -> None:
+    """Write an average as a bundle; `found` are all checkpoints of the run, `best` the best one if scored."""
+    newest = found[-1].folder.name if found else max(path.name for path in chosen.folders)
+    kept = AverageRecord(newest, best.folder.name if best else "", chosen.best_scores)
+    golden = [bundles.read_manifest(path).golden for path in chosen.folders]
+    write_mean(chosen.mean, out, scores=chosen.scores, average=kept)
+    record(out, next(filter(None, golden), ()))
+
+
+def write_mean(mean: _Mean, out: Path, **fields: Any) -> Manifest:
+    """Write a mean as a new bundle; `fields` are further ones of its manifest."""
+    manifest = replace(
+        mean.manifest,
+        training={**mean.manifest.training, "averaged": [path.name for path in mean.paths]},
+        **{"scores": (), **fields},  # the scores of the checkpoints do not hold for the average
         golden=(),
+        created=time.time(),
+        shipped=False,
     )
-    bundles.save_bundle(out, averaged, mean, tokenizer)
-    return averaged
+    bundles.save_bundle(out, manifest, mean.stored(), Tokenizer.load(mean.paths[0] / bundles.TOKENIZER))
+    return manifest
+
+
+def average_bundles(paths: Sequence[Path], out: Path) -> Manifest:
+    """Write the mean of several bundles' weights as a new bundle."""
+    return write_mean(_Mean.of(paths), out)
 
 
 def _check_compatible(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:

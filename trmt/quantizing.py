@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trmt import console
-from trmt.bundles import bundles, checkpoints, quantised
+from trmt.bundles import bundles, quantised
 from trmt.bundles.bundles import Bundle, Manifest
 from trmt.bundles.checkpoints import TRAINING
 from trmt.errors import BundleError
+from trmt.training.models import find_model
 from trmt.translating import TranslateOptions, Translator
 
 
@@ -27,9 +29,9 @@ class QuantizeResult:
 
 
 def quantize(model: Path | str | None, out: Path | str, *, trust_code: bool = False) -> QuantizeResult:
-    """Write a bundle or the best bundle of a run, by default the newest, to `out` with matrices in int8."""
+    """Write a bundle or what a run folder stands for to `out` with matrices in int8."""
     out = Path(out)
-    folder = checkpoints.find_bundle(Path(model)) if model else checkpoints.default_bundle()
+    folder = find_model(model)
     if out.exists() and not bundles.is_bundle(out):
         raise BundleError(f"{out} exists and is not a bundle; choose another folder with --output")
     if (out / TRAINING).exists() or out.resolve() == folder.resolve():
@@ -46,6 +48,8 @@ def quantize(model: Path | str | None, out: Path | str, *, trust_code: bool = Fa
         bundle.manifest,
         precision="int8",
         scores=(),  # those of the original do not hold for the rounded weights
+        created=time.time(),
+        shipped=False,
         golden=tuple(
             {**entry, "translation": text, "beam": TranslateOptions().beam}
             for entry, text in zip(golden, after, strict=True)

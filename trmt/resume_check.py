@@ -96,6 +96,7 @@ class _TrainJob:
 
 def check_resume(options: CheckOptions) -> list[str]:
     """The differences after a kill and a resume, one sentence each; the run itself is not changed."""
+    options = replace(options, run=checkpoints.find_folder(options.run))
     start = _newest_checkpoint(options.run)
     middle, end = start.step + options.steps // 2, start.step + options.steps
     console.say(f"{options.run}: from step {start.step:,} to {end:,}, and again with a kill after {middle:,}")

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 
 from trmt import console
-from trmt.bundles import bundles, checkpoints, quantised
+from trmt.bundles import bundles, quantised
 from trmt.bundles.bundles import Bundle
 from trmt.bundles.schema import MAX_LENGTH
 from trmt.config import refuse_string
@@ -31,6 +31,7 @@ from trmt.nets.base import Seq2Seq, to_half
 from trmt.registry import RANKERS, SEARCHES, resolve
 from trmt.text.splitting import joiner_for, split_text
 from trmt.text.tokenizer import Tokenizer
+from trmt.training.models import find_model
 
 EXTRA = 50  # tokens a translation may be longer than its source (Attention Is All You Need, 6.1)
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
@@ -282,15 +283,6 @@ class Translator:
 
     def _text(self, ids: Sequence[int]) -> str:
         return BREAKS.sub(" ", self.tokenizer.target.decode(ids)).strip()
-
-
-def find_model(folder: Path | str | None) -> Path:
-    """The bundle that a bundle or run folder stands for; without a name the default one, which is printed."""
-    if folder:
-        return checkpoints.find_bundle(Path(folder))
-    folder = checkpoints.default_bundle()
-    console.say(f"model: {folder}")
-    return folder
 
 
 def _precision(asked: Precision, bundle: Bundle, device: torch.device) -> Precision:

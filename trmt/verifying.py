@@ -16,10 +16,11 @@ import torch
 
 import trmt
 from trmt import console
-from trmt.bundles import bundles, checkpoints
+from trmt.bundles import bundles
 from trmt.config import Options
 from trmt.devices.choice import choose_device
 from trmt.errors import BundleError, TrmtError
+from trmt.training.models import find_model
 from trmt.translating import TranslateOptions, Translator
 
 GoldenSentences = Sequence[Mapping[str, Any]]  # source, translation and beam, maybe reference
@@ -29,7 +30,7 @@ GoldenSentences = Sequence[Mapping[str, Any]]  # source, translation and beam, m
 class VerifyOptions(Options):
     """What `trmt verify` takes."""
 
-    model: Path | None = None  # bundle or run folder; None: the newest one
+    model: Path | None = None  # bundle or run folder; None: the default one
     device: str = "auto"  # on which to translate
     trust_code: bool = False  # allow the bundle to name code outside trmt
 
@@ -65,7 +66,7 @@ class VerifyResult:
 
 def verify(options: VerifyOptions) -> VerifyResult:
     """Check a bundle's files and weights, and translate its golden sentences again."""
-    folder = checkpoints.find_bundle(options.model) if options.model else checkpoints.default_bundle()
+    folder = find_model(options.model)
     manifest = bundles.read_manifest(folder)
     weights = bundles.read_weights(folder, manifest)  # checks the checksum
     for name, tensor in weights.items():

@@ -11,11 +11,12 @@ that a copied model cannot run code. To use a bundle elsewhere, copy its folder.
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +38,49 @@ from trmt.trees import TreeError, read_json, verified
 # of before (trmt/bundles/upgrade.py).
 FORMATS = {"fp32": 3, "int8": 4}
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights.safetensors", "tokenizer"
+
+
+class DevScore(NamedTuple):
+    """A metric of the dev set and its value."""
+
+    metric: str
+    value: float
+
+    @property
+    def cost(self) -> float:
+        """A sort key: the lower, the better."""
+        if math.isnan(self.value):  # it would leave the order undefined
+            return math.inf
+        return self.value if self.metric == "loss" else -self.value
+
+
+def first_score(scores: Sequence[Mapping[str, Any]]) -> DevScore | None:
+    """The first of the scores in a manifest, which is the one that checkpoints are selected by."""
+    for each in scores[:1]:
+        metric, value = each.get("metric"), each.get("value")
+        if isinstance(metric, str) and isinstance(value, int | float):
+            return DevScore(metric, float(value))
+    return None
+
+
+def is_worse(score: DevScore | None, other: DevScore | None) -> bool:
+    """Whether a score is worse than another; False if they cannot be compared."""
+    if not (score and other):
+        return False
+    if math.isnan(score.value):  # the loss of broken weights, which are not translated with
+        return not math.isnan(other.value)
+    return score.metric == other.metric and score.cost > other.cost
+
+
+@dataclass(frozen=True)
+class AverageRecord:
+    """What the checkpoints of an average were chosen from, and how good the best single one is."""
+
+    newest: str = ""  # name of the newest checkpoint that there was
+    best: str = ""  # name of the best single checkpoint; empty if nothing was scored
+    best_scores: tuple[
+        StoredScore, ...
+    ] = ()  # of the best one, on the dev set that the average was scored on
 
 
 @dataclass(frozen=True)
@@ -63,6 +107,17 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)  # of trmt, torch and Python, when it was written
     weights: WeightsFile = field(default_factory=WeightsFile)  # size and checksum of the weights' file
     precision: Literal["fp32", "int8"] = "fp32"  # of the stored matrices
+    average: AverageRecord | None = None  # of an average of checkpoints
+    created: float = 0.0  # when it was written, in seconds since 1970; 0 for checkpoints, and if unknown
+    shipped: bool = False  # whether it comes with trmt
+
+    def score(self) -> DevScore | None:
+        """The metric that the run selects checkpoints by, and its value; None without scores."""
+        return first_score(self.scores)
+
+    def worse_than_best(self) -> bool:
+        """Whether this is an average that is worse on the dev set than the best single checkpoint."""
+        return self.average is not None and is_worse(self.score(), first_score(self.average.best_scores))
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,12 @@
       step-00001000/    a bundle; what resuming needs is in step-00001000/training/
       average/          a bundle, written by `trmt average`
 
-A run folder can be named where a bundle is expected: it stands for its average if it has one, else for its
-best checkpoint.
+A run folder can be named where a bundle is expected: it stands for its average or, if that is missing or
+worse on the dev set, for its best checkpoint. Models and runs in models/ are found by their names.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,9 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import trmt
 from trmt import console
 from trmt.bundles import bundles, slices
-from trmt.bundles.bundles import Manifest
+from trmt.bundles.bundles import DevScore, Manifest
 from trmt.bundles.slices import SlicedTensors
 from trmt.errors import BundleError
 from trmt.storage.files import PARTIAL, atomic_folder, checksum, recover_folder, write_verified_json
@@ -39,6 +38,9 @@ STEP = re.compile(r"step-(\d+)")
 TRAINING, STATE, TENSORS = "training", "state.json", "state.safetensors"
 CONFIG, AVERAGE = "config.toml", "average"
 MODELS = Path("models")
+# Where models that come with trmt are: in the installed package, or in the checkout around it.
+SHIPPED = (Path(trmt.__file__).parent / "models", Path(trmt.__file__).parent.parent / "models")
+SHIPPED_NAMES = ("en-de", "de-en")  # the first is used where no model is named and there is no other
 FORMAT = 3  # of the training state
 
 SavedState = tuple[Mapping[str, Any], Mapping[str, Tensor]]  # the JSON part and the tensors
@@ -60,10 +62,9 @@ class Checkpoint:
         """The manifest of the bundle."""
         return bundles.read_manifest(self.folder)
 
-    def score(self) -> tuple[str, float] | None:
+    def score(self) -> DevScore | None:
         """The metric that the run selects checkpoints by and its value, if this step was validated."""
-        scores = self.manifest.scores
-        return (str(scores[0]["metric"]), float(scores[0]["value"])) if scores else None
+        return self.manifest.score()
 
     def load_state(self) -> SavedState:
         """The training state; an error if any part of it is missing or altered."""
@@ -228,15 +229,8 @@ def set_aside(checkpoint: Checkpoint, prefix: str) -> Path:
 
 def ranked(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """The validated checkpoints, best first; of equal ones the older first."""
-    scored = [(checkpoint, score) for checkpoint in checkpoints if (score := checkpoint.score())]
-    return [checkpoint for checkpoint, (metric, value) in sorted(scored, key=lambda pair: _cost(*pair[1]))]
-
-
-def _cost(metric: str, value: float) -> float:
-    """A sort key: the lower, the better."""
-    if math.isnan(value):  # it would leave the order undefined
-        return math.inf
-    return value if metric == "loss" else -value
+    scored = [(score.cost, checkpoint) for checkpoint in checkpoints if (score := checkpoint.score())]
+    return [checkpoint for cost, checkpoint in sorted(scored, key=lambda pair: pair[0])]
 
 
 def prune(run: Path, *, best: int, last: int) -> None:
@@ -257,37 +251,85 @@ def prune(run: Path, *, best: int, last: int) -> None:
             shutil.rmtree(checkpoint.folder / TRAINING, ignore_errors=True)
 
 
-def find_bundle(path: Path) -> Path:
-    """The bundle that a path stands for: itself, or the average or best checkpoint of a run folder."""
-    if bundles.is_bundle(path):
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a bundle or a run folder, which may have no checkpoint yet."""
+    files = (folder / bundles.MANIFEST, folder / AVERAGE / bundles.MANIFEST, folder / CONFIG)
+    return any(file.is_file() for file in files) or bool(list_checkpoints(folder))
+
+
+def find_folder(path: Path) -> Path:
+    """The model or run that is meant: the one at this path, else the one of this name in models/.
+
+    The models that come with trmt are found by their names too.
+    """
+    if path.is_absolute() or ".." in path.parts or is_model(path):
         return path
-    recover_folder(path / AVERAGE)
-    found = list_checkpoints(path)
-    if bundles.is_bundle(path / AVERAGE):
-        averaged = bundles.read_manifest(path / AVERAGE).training.get("averaged", [])
-        if found and found[-1].folder.name > max(averaged, default=""):
-            console.warn(f"{path / AVERAGE} is older than {found[-1].folder}; run trmt average {path} again")
-        return path / AVERAGE
-    if not found:
-        raise BundleError(f"there is no model in {path}; name a bundle or a run folder that has one")
-    return (ranked(found) or found[::-1])[0].folder
+    if is_model(MODELS / path):
+        return MODELS / path
+    return next((folder for folder in shipped_models() if Path(folder.name) == path), path)
 
 
-def default_bundle(models: Path = MODELS) -> Path:
-    """The bundle to use when none is named: $TRMT_MODEL, else the newest one in models/."""
-    named = os.environ.get("TRMT_MODEL")
-    if named:
-        return find_bundle(Path(named))
-    found = [
-        find_bundle(folder)
-        for folder in list_runs(models)
-        if bundles.is_bundle(folder) or bundles.is_bundle(folder / AVERAGE) or list_checkpoints(folder)
+def shipped_models() -> list[Path]:
+    """The bundles that come with trmt, those of the first name first."""
+    folders = [folder / name for name in SHIPPED_NAMES for folder in SHIPPED]
+    return [
+        folder for folder in folders if bundles.is_bundle(folder) and bundles.read_manifest(folder).shipped
     ]
-    if not found:
-        raise BundleError(
-            f"there is no model in {models}/; name one, set TRMT_MODEL, or train one with trmt train"
-        )
-    return max(found, key=lambda folder: (folder / bundles.MANIFEST).stat().st_mtime)
+
+
+def find_bundle(path: Path) -> Path:
+    """The bundle that a path or a name stands for: itself, or what to use of a run folder."""
+    bundle, warning = bundle_of(find_folder(path))
+    if warning:
+        console.warn(warning)
+    return bundle
+
+
+def bundle_of(folder: Path) -> tuple[Path, str]:
+    """The bundle that a folder stands for, and what there is to say about the choice.
+
+    Of a run folder, that is the average, unless the best checkpoint is better on the dev set.
+    """
+    if bundles.is_bundle(folder):
+        return folder, ""
+    average = folder / AVERAGE
+    recover_folder(average)
+    found = list_checkpoints(folder)
+    best = (ranked(found) or found[::-1])[:1]
+    if not bundles.is_bundle(average):
+        if not best:
+            raise BundleError(
+                f"there is no model in {folder}; name a bundle or a run folder that has one, or one of those "
+                "that trmt models lists"
+            )
+        return best[0].folder, ""
+    manifest = bundles.read_manifest(average)
+    outdated = bool(found) and found[-1].folder.name > _newest_known(manifest)
+    again = f"run trmt average {folder} again"
+    if best and _is_better(best[0], manifest):
+        instead, advice = best[0].folder, f"; {again}" if outdated else ""
+        return instead, f"{average} is worse on the dev set than {instead}, which is used instead{advice}"
+    if outdated:
+        return average, f"{average} is older than {found[-1].folder}; {again}"
+    if best and best[0].score() and not manifest.score():
+        return average, f"{average} was not scored on the dev set and may be worse than a checkpoint; {again}"
+    return average, ""
+
+
+def _newest_known(average: Manifest) -> str:
+    """The name of the newest checkpoint that there was when an average was written."""
+    if average.average:
+        return average.average.newest
+    averaged = average.training.get("averaged")  # the record of older versions
+    return max(map(str, averaged), default="") if isinstance(averaged, list) else ""
+
+
+def _is_better(checkpoint: Checkpoint, average: Manifest) -> bool:
+    """Whether a checkpoint is better on the dev set than an average."""
+    record = average.average
+    if record and record.best == checkpoint.folder.name:
+        return average.worse_than_best()  # both scored in the same way
+    return bundles.is_worse(average.score(), checkpoint.score())
 
 
 def list_runs(models: Path = MODELS) -> list[Path]:

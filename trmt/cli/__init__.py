@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str | None]] = {
     "translate": ("translate:command", None),
     "quantize": ("quantize:command", None),
     "inspect": ("inspect:command", "trmt.insight"),
+    "models": ("models:command", None),
     "verify": ("verify:command", None),
     "export": ("interop:export_command", "trmt.interop"),
     "import": ("interop:import_command", "trmt.interop"),

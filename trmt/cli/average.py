@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trmt.cli import completion
+from trmt.cli.common import Device, Threads, TrustCode
 
 
 def command(
@@ -19,17 +20,43 @@ def command(
             autocompletion=completion.models,
         ),
     ] = None,
-    best: Annotated[int | None, typer.Option("--best", help="The best N checkpoints of the run.")] = None,
-    last: Annotated[int | None, typer.Option("--last", help="The last N checkpoints of the run.")] = None,
+    best: Annotated[
+        int | None,
+        typer.Option("--best", help="Average the best N checkpoints of the run, if that helps or not."),
+    ] = None,
+    last: Annotated[
+        int | None,
+        typer.Option("--last", help="Average the last N checkpoints of the run, if that helps or not."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", metavar="FOLDER", help="Bundle to write. [default: average/ in the run]"
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Prepared set with the dev set of the run. [default: that of the run]"),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+    trust_code: TrustCode = False,
 ) -> None:
-    """Average checkpoints into a bundle. Without --best or --last: the best five."""
-    from trmt.averaging import AverageOptions, average
-    from trmt.verifying import record
+    """Average checkpoints into a bundle. Those that make it better are chosen on the dev set."""
+    import torch
 
-    average(AverageOptions(paths=tuple(checkpoints or ()), best=best, last=last, out=out), record)
+    from trmt.averaging import AverageOptions, average
+
+    if threads:
+        torch.set_num_threads(threads)
+    average(
+        AverageOptions(
+            paths=tuple(checkpoints or ()),
+            best=best,
+            last=last,
+            out=out,
+            data=data,
+            device=device,
+            trust_code=trust_code,
+        )
+    )

@@ -16,7 +16,7 @@ Model = Annotated[
     Path | None,
     typer.Argument(
         metavar="MODEL",
-        help="Bundle or run folder. [default: $TRMT_MODEL, else the newest in models/]",
+        help="Bundle, run folder, or name of one in models/. [default: $TRMT_MODEL, else the newest]",
         autocompletion=completion.models,
     ),
 ]

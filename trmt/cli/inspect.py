@@ -46,6 +46,10 @@ def _bundle_lines(facts: dict[str, Any]) -> NamedLines:
         shown = ", ".join(f"{key} {value}" for key, value in facts[name].items() if _is_plain(value))
         lines += [(name, shown)] if shown else []
     lines += [_score_line(score) for score in facts["scores"]]
+    if best := facts["best_checkpoint"]:
+        lines += [
+            _score_line(score, name="best single", at=f" at {best['name']}") for score in best["scores"][:1]
+        ]
     lines += [("licences", ", ".join(facts["licences"]))] if facts["licences"] else []
     return lines
 
@@ -64,7 +68,7 @@ def _origins(known: dict[str, Any]) -> list[str]:
         "init_from": "initialised with the weights of {}",
     }
     return [
-        text.format(", ".join(found) if isinstance(found := known[name], list) else found)
+        text.format(", ".join(map(str, found)) if isinstance(found := known[name], list) else found)
         for name, text in templates.items()
         if name in known
     ]
@@ -101,8 +105,8 @@ def _progress(progress: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _score_line(score: dict[str, Any], *, at: str = "") -> tuple[str, str]:
-    name = f"best {score['metric']}" if at else str(score["metric"])
+def _score_line(score: dict[str, Any], *, name: str = "", at: str = "") -> tuple[str, str]:
+    name = name or (f"best {score['metric']}" if at else str(score["metric"]))
     return name, f"{score['value']:.4g}{at}  {score.get('signature', '')}".rstrip()
 
 

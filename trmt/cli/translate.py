@@ -191,7 +191,8 @@ def _make_translator(
 
     from trmt.devices.choice import choose_device
     from trmt.streaming import window_size
-    from trmt.translating import Translator, find_model
+    from trmt.training.models import find_model
+    from trmt.translating import Translator
 
     devices: tuple[str, ...]
     if workers is not None or options.device == "all" or "," in options.device:

@@ -18,7 +18,6 @@ from trmt.config import Options
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.insight.plotting import read_runs
 from trmt.scoring import MetricScore, ScoreOptions, bleu_tokenizer
-from trmt.sets.shards import PreparedSet
 from trmt.text.corpus import parse_corpus
 from trmt.text.pairs import read_corpus
 from trmt.training import describing
@@ -77,6 +76,8 @@ class Comparison:
 
 def compare(options: CompareOptions) -> Comparison:
     """Read the runs and, without `log_only`, translate the dev set and the test set with each."""
+    named = (path if path.is_file() else checkpoints.find_folder(path) for path in options.runs)
+    options = replace(options, runs=tuple(named))
     histories = read_runs(options.runs)
     folders = [path.parent if path.is_file() else path for path in options.runs]
     runs = {
@@ -165,22 +166,13 @@ def _not_translatable(run: RunFacts) -> str:
 
 def _dev_text(run: RunFacts) -> tuple[list[str], list[str]]:
     """The dev set of a run; an error if it has changed since the run was started."""
-    folder = Path(run.data["set"])
     try:
-        data = PreparedSet.open(folder)
-        texts = data.dev_text()
+        data = describing.dev_set(run.folder)
+        if data is None:
+            raise DataError(f"{run.folder} has no dev set")
+        return data.dev_text()
     except TrmtError as error:
-        raise DataError(
-            f"the dev set of {run.folder} cannot be read ({error}); restore {folder}, or "
-            "translate nothing with --log-only"
-        ) from error
-    checksums = [data.index["files"][f"dev.{side}.txt"]["sha256"] for side in ("source", "target")]
-    if "".join(checksums) != run.data["dev_text"]:
-        raise DataError(
-            f"the dev set in {folder} has changed since {run.folder} was started; restore it, or "
-            "translate nothing with --log-only"
-        )
-    return texts
+        raise DataError(f"{error}; restore it, or translate nothing with --log-only") from error
 
 
 def _test_text(corpus: str, run: RunFacts) -> tuple[list[str], list[str]]:

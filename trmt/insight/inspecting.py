@@ -13,6 +13,7 @@ from trmt.devices.abilities import abilities
 from trmt.devices.choice import choose_device
 from trmt.registry import optional
 from trmt.training import describing
+from trmt.training.models import find_model
 
 
 def inspect(path: Path | None = None) -> dict[str, Any]:
@@ -21,10 +22,11 @@ def inspect(path: Path | None = None) -> dict[str, Any]:
     For a run folder, these are the facts about its average or best checkpoint and about the run; before the
     first checkpoint, only about the run.
     """
+    path = checkpoints.find_folder(path) if path else None
     run = path if path and describing.is_run(path) and not bundles.is_bundle(path) else None
     if run and not (checkpoints.list_checkpoints(run) or bundles.is_bundle(run / checkpoints.AVERAGE)):
         return {"folder": str(run), "run": _run(run)}
-    folder = checkpoints.find_bundle(path) if path else checkpoints.default_bundle()
+    folder = find_model(path)
     run = run or describing.run_of(folder)
     return _bundle(folder) | ({"run": _run(run)} if run else {})
 
@@ -45,6 +47,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "bytes": (folder / bundles.WEIGHTS).stat().st_size,
         "precision": manifest.precision,
         "came_from": _came_from(folder, manifest),
+        "best_checkpoint": _best_checkpoint(manifest),
         **_runtime(),
         **{name: tree[name] for name in ("longest", "normalisation", "data", "training", "scores")},
         **{name: tree[name] for name in ("golden", "licences", "versions")},
@@ -63,6 +66,12 @@ def _came_from(folder: Path, manifest: bundles.Manifest) -> dict[str, Any]:
         "init_weights": origin.get("init_weights"),
     }
     return {name: value for name, value in known.items() if value}
+
+
+def _best_checkpoint(manifest: bundles.Manifest) -> dict[str, Any] | None:
+    """The best single checkpoint that an average was compared with on the dev set."""
+    record = manifest.average
+    return {"name": record.best, "scores": list(record.best_scores)} if record and record.best else None
 
 
 def _runtime() -> dict[str, Any]:

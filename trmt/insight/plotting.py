@@ -14,7 +14,7 @@ from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.storage.files import atomic_file
 from trmt.storage.locks import LOCK
 from trmt.training.display import remove_controls
-from trmt.training.history import LABELS, LOG, TRAIN, VALIDATE, History, Point, best
+from trmt.training.history import LABELS, LOG, TRAIN, VALIDATE, History, Point, best, read_times
 from trmt.training.textplot import MARKS, Curve, Segment, bounds, chart, short
 
 XAxisName = Literal["steps", "tokens", "hours"]
@@ -64,7 +64,7 @@ def plot(options: PlotOptions) -> tuple[dict[str, History], list[Panel]]:
 
 def read_runs(paths: Sequence[Path]) -> dict[str, History]:
     """The histories of runs, by folder name, or by path if folder names are not unique."""
-    logs = [path if path.is_file() else path / LOG for path in paths]
+    logs = [path if path.is_file() else _folder(path) / LOG for path in paths]
     names = [log.resolve().parent.name if log.name == LOG else log.stem for log in logs]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
@@ -87,13 +87,22 @@ def _advice(log: Path) -> str:
     return "the run has fewer steps than training.log_every, so train on"
 
 
+def _folder(path: Path) -> Path:
+    """A run folder by its path, or by its name in models/."""
+    if path.is_absolute() or (path / LOG).exists():
+        return path
+    from trmt.bundles.checkpoints import MODELS  # loads torch, which plotting does not need
+
+    return MODELS / path if (MODELS / path / LOG).is_file() else path
+
+
 def _newest_run() -> Path:
     from trmt.bundles.checkpoints import MODELS  # loads torch, which plotting does not need
 
     logs = [log for log in MODELS.glob(f"*/{LOG}") if log.is_file()]
     if not logs:
         raise DataError(f"there is no run in {MODELS}/; name one, or run trmt train first")
-    newest = max(logs, key=lambda log: log.stat().st_mtime).parent
+    newest = max(logs, key=lambda log: (read_times(log).last, log)).parent
     console.say(f"run: {newest}")
     return newest
 

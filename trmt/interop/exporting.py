@@ -15,6 +15,7 @@ from trmt.interop.base import Format, import_package
 from trmt.interop.checking import check_sentences, compare, reference
 from trmt.registry import FORMATS, resolve
 from trmt.storage.files import atomic_folder, write_json
+from trmt.training.models import find_model
 
 PROVENANCE = "trmt.json"  # in an exported folder: what it was made from
 
@@ -35,8 +36,8 @@ def export(options: ExportOptions) -> Path:
     With `check`, that program first loads it and scores and translates some sentences. The folder appears
     only if the results are those of trmt.
     """
-    model = options.model or checkpoints.default_bundle()
-    folder = checkpoints.find_bundle(model)
+    folder = find_model(options.model)
+    model = checkpoints.find_folder(options.model) if options.model else folder
     target: Format = resolve(FORMATS, options.to)()
     for package in target.packages:
         import_package(package)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +75,7 @@ def _manifest(model: MarianModel, folder: Path) -> Manifest:
         model.tokenizer,
         longest={"source": model.max_length, "target": model.max_length},
         training={"imported": folder.resolve().name},
+        created=time.time(),
         licences=_licences(folder / "README.md"),
     )
 

@@ -28,7 +28,8 @@ from trmt.storage.compression import Decompressed, is_compressed
 from trmt.storage.locks import exclusive
 from trmt.streaming import translate_stream, window_size
 from trmt.text.ranges import FileSlice, LineRange, open_slice, split_by_size, whole_file
-from trmt.translating import TranslateOptions, Translator, find_model
+from trmt.training.models import find_model
+from trmt.translating import TranslateOptions, Translator
 
 PART_MIB, GPU_PART_MIB = 1, 4  # of text, about ten thousand lines a MiB: what the death of a worker costs
 # Search options that change the speed and not the translation; of the device only the type matters.

@@ -44,6 +44,17 @@ def exclusive(folder: Path | str, *, job: str = "") -> Iterator[None]:
         stream.close()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether another process seems to be at work in a folder; that of another host is taken to be."""
+    try:
+        owner = (folder / LOCK).read_text(errors="replace").split()
+    except OSError:
+        return False
+    if len(owner) < 2 or not (owner[0].isdecimal() and len(owner[0]) < 10):
+        return False
+    return owner[1] != platform.node() or _is_running(int(owner[0]))
+
+
 def _acquire(lock: Path, job: str) -> BinaryIO:
     """The lock file, locked and emptied; a TrmtError if another process holds it."""
     while True:

@@ -13,10 +13,11 @@ from torch import Tensor
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import CONFIG
 from trmt.config import build, to_tree
-from trmt.errors import TrmtError
+from trmt.errors import DataError, TrmtError
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import read_record
-from trmt.sets.shards import dev_file
+from trmt.sets.shards import PAIRS, SIDES, PreparedSet, dev_file
+from trmt.storage.files import checksum
 from trmt.training import planning
 from trmt.training.history import LOG, TRAIN, VALIDATE, History, Point, best
 from trmt.training.recipe import Recipe, flat, read_recipe
@@ -86,6 +87,39 @@ def data(run: Path) -> Facts:
         **{name: split["pairs"] for name, split in splits.items()},
         "dev_text": "".join(texts) if all(texts) else "",
     }
+
+
+def dev_set(run: Path, folder: Path | None = None) -> PreparedSet | None:
+    """The prepared set of a run, or its copy in `folder`, to read the dev set of; None if it has none.
+
+    It is an error if the dev set cannot be read or is another one than when the run was started.
+    """
+    known = data(run)
+    if known and "dev" not in known:
+        return None
+    where = folder or _data_folder(run)
+    try:
+        found = PreparedSet.open(where)
+        if "dev" not in found.splits and not known:
+            return None
+        files = [dev_file(side) for side in SIDES] if found.kind == PAIRS else []
+        texts = "".join(str(found.index["files"][file]["sha256"]) for file in files)
+        damaged = any(checksum(where / file) != found.index["files"][file]["sha256"] for file in files)
+    except (TrmtError, OSError, KeyError, TypeError) as error:
+        raise DataError(f"the dev set of {run} cannot be read: {error}") from error
+    if damaged or (known and texts != known["dev_text"]):
+        raise DataError(f"the dev set in {where} has changed since {run} was started")
+    return found
+
+
+def _data_folder(run: Path) -> Path:
+    """The prepared set of a run; a relative path is also tried from the folder that has models/ in it."""
+    named = planning.read_origin(run)
+    if not named:
+        raise DataError(f"{run} has no {planning.ORIGIN}, which names its prepared set")
+    folder = Path(named.data)
+    beside = run.resolve().parent.parent / folder
+    return beside if not folder.exists() and beside.is_dir() else folder
 
 
 # Results

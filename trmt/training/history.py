@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 from trmt import console
 from trmt.bundles.schema import GoldenSentence, StoredScore
@@ -23,7 +23,7 @@ from trmt.trees import TreeError, parse_json
 
 LOG = "log.jsonl"  # in a run folder
 TRAIN, VALIDATE = "train", "validate"
-BEGIN = "begin"  # the event with which a run starts
+BEGIN, END = "begin", "end"  # the events with which a run starts and ends
 RESTORING = ("resume", "rollback")  # events after which a run is at their step, or at their `to`
 # How the metrics are written for people.
 LABELS = {"loss": "loss", "chrf": "chrF", "bleu": "BLEU", "right": "answers right (%)"}
@@ -65,6 +65,35 @@ def numeric_values(entry: Mapping[str, Any]) -> dict[str, float]:
         key: value for key, value in entry.items() if isinstance(value, float) and key not in NOT_PLOTTED
     }
     return plotted | {score["metric"]: float(score["value"]) for score in entry.get("scores", ())}
+
+
+class LogTimes(NamedTuple):
+    """When a log was last written, and when training last ended, by what its entries say."""
+
+    last: float = 0.0  # seconds since 1970; 0 if it is unknown
+    ended: float = 0.0
+    end_step: int | None = None  # the step at which training ended; None if it never did
+
+
+def read_times(path: Path) -> LogTimes:
+    """The times in a log; without one, all are unknown."""
+    times = LogTimes()
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return times
+    for line in reversed(lines):
+        if times.last and b'"end"' not in line:  # most entries need not be parsed
+            continue
+        try:
+            entry = parse_json(line)
+            written, event, step = float(entry["time"]), entry["event"], int(entry["step"])
+        except (TreeError, ValueError, KeyError, TypeError, OverflowError):
+            continue
+        times = times._replace(last=times.last or written)
+        if event == END:
+            return times._replace(ended=written, end_step=step)
+    return times
 
 
 class History:

@@ -68,12 +68,14 @@ def with_origin(options: TrainOptions) -> TrainOptions:
     """The options, completed with what the named run folder was started with."""
     if not options.run:
         return options
-    checkpoints.check_format(options.run)
-    origin = read_origin(options.run)
+    run = checkpoints.find_folder(options.run)
+    options = replace(options, run=run)
+    checkpoints.check_format(run)
+    origin = read_origin(run)
     if not origin:
         return options
     init_from = options.init_from
-    if init_from is None and origin.init_from and not checkpoints.list_checkpoints(options.run):
+    if init_from is None and origin.init_from and not checkpoints.list_checkpoints(run):
         init_from = Path(origin.init_from)
     return replace(options, data=options.data or Path(origin.data), init_from=init_from)
 

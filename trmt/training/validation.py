@@ -25,7 +25,7 @@ from trmt.training import sharding
 from trmt.training.recipe import Recipe
 from trmt.training.state import TrainState
 
-OUT_OF_MEMORY = "not even one sentence of the dev set fits into memory; training goes on without validating"
+OUT_OF_MEMORY = "not even one sentence of the dev set fits into memory; these weights are not validated"
 TIMED_BATCHES = 4  # of the dev set, at most, from which the time of a validation is estimated
 TIMED_SENTENCES = 64  # of them, as many as are decoded together
 ACCURACY_SIGNATURE = "percent of texts for which it was predicted rightly whether they continue, dev set"

@@ -28,7 +28,7 @@ from trmt.nets.base import Seq2Seq, layer_index
 from trmt.text.links import NO_LINKS, Links, reverse_links
 from trmt.text.tokenizer import Side, Tokenizer
 from trmt.text.words import NO_WORD, word_indices
-from trmt.translating import find_model
+from trmt.training.models import find_model
 
 MAX_PIECES = 1024  # of a side; the words of further pieces get no links
 

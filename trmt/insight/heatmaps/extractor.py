@@ -22,7 +22,8 @@ from trmt.insight.heatmaps.weights import (
     max_positions,
 )
 from trmt.streaming import decode_line
-from trmt.translating import TranslateOptions, Translator, find_model
+from trmt.training.models import find_model
+from trmt.translating import TranslateOptions, Translator
 
 FORMATS = ("html", *figure.FORMATS)
 BATCH_LINES = 64  # lines that are translated together
