@@ -129,7 +129,9 @@ def test_a_wheel_installs_and_runs_outside_the_checkout(tmp_path: Path) -> None:
     (packages / "others.pth").write_text(f"{here}\n")
     python = next((tmp_path / "venv").glob("[bS]*/python*"))
     code = "import trmt, trmt.training.recipe as recipe; print(trmt.__file__, recipe.names())"
-    done = subprocess.run([python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert str(packages) in done.stdout and "transformer-base" in done.stdout
     done = subprocess.run([python, "-I", "-m", "trmt", "env"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "torch" in done.stdout

@@ -63,15 +63,19 @@ def bert_import(
     folder: Annotated[Path, typer.Argument(help="Folder with config.json, vocab.txt and model.safetensors.")],
     out: Annotated[Path, typer.Argument(help="Bundle to write.")],
     tokenizer: Annotated[
-        Path,
-        typer.Option(help="Tokenizer of the new encoder; pieces that BERT also has keep their embeddings."),
-    ] = Path("data/tokenizer"),
+        Path | None,
+        typer.Option(
+            help="Tokenizer of the new encoder; pieces that BERT also has keep their embeddings. "
+            "[default: the one in data/]"
+        ),
+    ] = None,
 ) -> None:
     """Import a BERT as a bundle. For trmt train --init-from OUT:encoder."""
     from trmt.interop.bert_folder import import_bert
     from trmt.text.tokenizer import Tokenizer
+    from trmt.text.tokenizer_folders import find_tokenizer
 
-    import_bert(folder, out, Tokenizer.load(tokenizer))
+    import_bert(folder, out, Tokenizer.load(tokenizer or find_tokenizer(None)))
 
 
 @bert.command("export")

@@ -16,17 +16,22 @@ CORPUS = (
     "Training text, repeatable: train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix of two files; "
     "hf:NAME; - for TSV on standard input."
 )
+LANGUAGE = "language. [default: the file's ending: train.en,train.de, pairs.en-de.tsv]"
 RULE = "nfc, nfkc, nmt_nfkc, nmt_nfkc_cf or none; stored with the tokenizer."
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("data/tokenizer"),
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder to write. [default: data/tokenizer-SOURCE-TARGET]")
+    ] = None,
     train: Annotated[
         list[str] | None,
         typer.Option("--train", metavar="CORPUS", help=CORPUS),
     ] = None,
-    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="Source language.")] = "",
-    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="Target language.")] = "",
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="LANGUAGE", help=f"Source {LANGUAGE}")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help=f"Target {LANGUAGE}")] = None,
     size: Annotated[
         int, typer.Option(help="Vocabulary size of each model, with special ids and bytes.")
     ] = 8000,
@@ -63,11 +68,16 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 1,
 ) -> None:
     """Train a subword tokenizer with sentencepiece. Statistics of its tokens are printed."""
+    from trmt.text.corpus import find_languages, unknown_languages
+    from trmt.text.tokenizer_folders import tokenizer_folder
     from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
+    source, target = find_languages(train or (), source, target)
+    if train and not (source and target):
+        raise unknown_languages(train)
     options = TokenizerOptions(
         corpora=tuple(train or ()),
-        languages=(source, target),
+        languages=(source or "", target or ""),
         kind=kind,  # type: ignore[arg-type]
         joint=joint,
         size=size,
@@ -83,11 +93,14 @@ def command(
         sample=sample,
         seed=seed,
     )
+    out = out or tokenizer_folder(source or "", target or "")
     tokenizer, report = train_tokenizer(options, out=out)
     _show(report)
     sides = [tokenizer.source] if joint else [tokenizer.source, tokenizer.target]
     sizes = " and ".join(f"{side.vocabulary:,}" for side in sides)
-    console.say(f"wrote {out}: {'joint' if joint else 'separate'} {kind}, {sizes} pieces")
+    console.say(
+        f"wrote {out}: {source} to {target}, {'joint' if joint else 'separate'} {kind}, {sizes} pieces"
+    )
 
 
 def _show(report: TokenizerReport) -> None:

@@ -7,7 +7,7 @@ columns `text.ids` and `document`; sentences that are too long are dropped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from trmt.sets.shards import ColumnSpec, PreparedSet, RaggedArray, ShardWriter, 
 from trmt.storage.files import atomic_folder, checksum, remove_stale_partials
 from trmt.text.lines import STDIN, read_lines
 from trmt.text.tokenizer import Side, Tokenizer
+from trmt.text.tokenizer_folders import find_tokenizer
 
 BLOCK_SENTENCES = 4096  # encoded at a time
 
@@ -35,7 +36,7 @@ class DocumentOptions:
     train: tuple[str, ...]  # files of documents
     dev: str | None = None  # the file of the documents to validate on
     out: Path | None = None  # the folder to write; None: data/documents-LANGUAGE
-    tokenizer: Path = Path("data/tokenizer")  # the folder of the tokenizer
+    tokenizer: Path | None = None  # the folder of the tokenizer; None: the one in data/ for the language
     language: str | None = None  # of the documents; None: the source language of the tokenizer
     max_length: int = 250  # pieces of a sentence
     force: bool = False  # whether to prepare a set again that is up to date
@@ -43,6 +44,9 @@ class DocumentOptions:
 
 def prepare_documents(options: DocumentOptions) -> PreparedSet:
     """Prepare a set of documents unless it is up to date; it is replaced atomically."""
+    if options.tokenizer is None:
+        options = replace(options, tokenizer=find_tokenizer(options.language))
+    assert options.tokenizer is not None
     tokenizer = Tokenizer.load(options.tokenizer)
     side = _side(options, tokenizer)
     language = tokenizer.languages[side == "target"] or options.language or "text"
@@ -52,7 +56,7 @@ def prepare_documents(options: DocumentOptions) -> PreparedSet:
         existing = PreparedSet.open(out)
         console.say(f"{_summary(existing)}; up to date, --force prepares it again")
         return existing
-    check_replaceable(out)
+    check_replaceable(out, (language, language))
     remove_stale_partials(out)
     with atomic_folder(out) as folder:
         _build(options, tokenizer, side, language, folder=folder, made_from=made_from)

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import sentencepiece
 
 from trmt import console
 from trmt.errors import ConfigError, DataError
-from trmt.text.corpus import TextPair, parse_corpus
+from trmt.text.corpus import TextPair, find_languages, parse_corpus
 from trmt.text.pairs import count_pairs, read_corpus
 from trmt.text.tokenizer import (
     BOS,
@@ -47,7 +47,7 @@ class TokenizerOptions:
     """The options of `trmt tokenizer`."""
 
     corpora: tuple[str, ...]  # as `parse_corpus` takes them; weights are ignored
-    languages: tuple[str, str] = ("", "")  # of source and target
+    languages: tuple[str, str] = ("", "")  # of source and target; empty: those that files are named after
     kind: Literal["bpe", "unigram"] = "bpe"  # the type of the sentencepiece model
     joint: bool = True  # whether both sides share one model
     size: int = 8000  # pieces in each model, special ids, tags, placeholders and bytes included
@@ -157,8 +157,10 @@ def train_tokenizer(
     The same options and text give the same models. A model has fewer pieces than requested if the text does
     not have as many. At most `options.sample` sentences are in memory, besides the data of sentencepiece.
     """
+    source_language, target_language = find_languages(options.corpora, *options.languages)
+    options = replace(options, languages=(source_language or "", target_language or ""))
     if out is not None:
-        check_replaceable(out)
+        check_replaceable(out, options.languages)
     sources, targets = _sample_corpora(options)
     chooser = random.Random(options.seed)
     samples = [chooser.sample(side, min(REPORT_SAMPLE, len(side))) for side in (sources, targets)]
