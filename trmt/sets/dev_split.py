@@ -7,8 +7,7 @@ workers changes the choice.
 
 Hashes of all pairs are written to a file, 16 bytes a pair. In memory are only the components of candidates,
 the pairs with the smallest hashes: the file is read until these components grow no more. A component that
-becomes too large is given up, so memory does not grow with the corpus unless one sentence is in most of its
-pairs.
+becomes too large is given up, so memory does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -41,6 +40,8 @@ KEY = b"trmt dev split"
 HASHES = np.dtype([("source", "<u8"), ("target", "<u8")])
 CHUNK = 1 << 20  # hashes in memory while the file is read
 CANDIDATES = 4  # for each pair that is wanted, at first
+MAX_CANDIDATES = 1 << 17  # after so many, a smaller dev set is taken
+MANY_PAIRS = 1 << 18  # in memory, above which components that are too large already are given up
 MAX_ROUNDS = 64  # readings of the file, after which components that still grow are given up
 
 Hashes = NDArray[Any]  # of dtype HASHES
@@ -186,7 +187,7 @@ def choose(hashes: Hashes, wanted: int, *, candidates: int = CANDIDATES) -> Hash
     while True:
         pairs, components = _components(hashes, _lowest(hashes, count), limit)
         chosen = _fill(pairs, components, wanted)
-        if len(chosen) == wanted or count >= len(hashes):
+        if len(chosen) == wanted or count >= min(len(hashes), MAX_CANDIDATES):
             return chosen
         count *= 8
 
@@ -236,11 +237,10 @@ def _components(hashes: Hashes, seeds: Hashes, limit: int) -> tuple[Hashes, NDAr
     """The distinct pairs of the components of the seeds, but those above `limit`; and their components."""
     known = seeds
     for _ in range(MAX_ROUNDS):
-        pairs = _connected_to(hashes, known)
+        pairs = _connected_to(hashes, known, limit)
         components = _connect(pairs)
-        sizes = np.bincount(components)
         grew = np.bincount(components, weights=~np.isin(_ranks(pairs), _ranks(known))) > 0
-        small = (sizes <= limit)[components]
+        small = np.bincount(components)[components] <= limit
         if not grew[components[small]].any():
             return pairs[small], components[small]
         known = pairs[small]
@@ -248,14 +248,21 @@ def _components(hashes: Hashes, seeds: Hashes, limit: int) -> tuple[Hashes, NDAr
     return pairs[settled], components[settled]
 
 
-def _connected_to(hashes: Hashes, known: Hashes) -> Hashes:
-    """The distinct pairs with a source or a target of the known ones, in the order of their ranks."""
-    found = [known]
-    sources, targets = np.unique(known["source"]), np.unique(known["target"])
+def _connected_to(hashes: Hashes, known: Hashes, limit: int) -> Hashes:
+    """The distinct pairs with a source or a target of the known ones, in the order of their ranks.
+
+    Components above `limit` may be missing.
+    """
+    found = known
     for chunk in _chunks(hashes):
+        sources, targets = np.unique(known["source"]), np.unique(known["target"])
         wanted = _is_in(chunk["source"], sources) | _is_in(chunk["target"], targets)
-        found.append(_distinct(chunk[wanted]))
-    return _distinct(np.concatenate(found))
+        found = _distinct(np.concatenate([found, chunk[wanted]]))
+        if len(found) > MANY_PAIRS:
+            components = _connect(found)
+            found = found[np.bincount(components)[components] <= limit]
+            known = known[np.isin(_ranks(known), _ranks(found))]
+    return found
 
 
 def _is_in(values: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
