@@ -106,19 +106,14 @@ def command(
 def _show(report: TokenizerReport) -> None:
     sides = (("source", report.source), ("target", report.target))
     rows = [
-        [
-            name,
-            side.language,
-            f"{side.sentences:,}",
-            f"{side.tokens_per_word:.2f}",
-            f"{side.tokens_per_character:.2f}",
-            f"{side.unknown / max(side.tokens, 1):.2%}",
-            f"{side.bytes / max(side.tokens, 1):.2%}",
-        ]
-        for name, side in sides
+        ["language", *(side.language for _, side in sides)],
+        ["sentences", *(f"{side.sentences:,}" for _, side in sides)],
+        ["tokens/word", *(f"{side.tokens_per_word:.2f}" for _, side in sides)],
+        ["tokens/char", *(f"{side.tokens_per_character:.2f}" for _, side in sides)],
+        ["unknown", *(f"{side.unknown / max(side.tokens, 1):.2%}" for _, side in sides)],
+        ["bytes", *(f"{side.bytes / max(side.tokens, 1):.2%}" for _, side in sides)],
     ]
-    columns = ["side", "language", "sentences", "tokens/word", "tokens/char", "unknown", "bytes"]
-    console.table("Tokens in a sample of the training text", columns, rows)
+    console.table("Tokens in a sample of the training text", ["side", *(name for name, _ in sides)], rows)
     for name, side in sides:
         if side.lost:
             console.say(f"{name} characters that are lost: {'; '.join(map(str, side.lost))}")

@@ -17,7 +17,15 @@ from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import describe_changes
 from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.text.tokenizer import Tokenizer
-from trmt.training.recipe import MAY_CHANGE, Recipe, differences, fitting_recipe, load_recipe, read_recipe
+from trmt.training.recipe import (
+    MAY_CHANGE,
+    Recipe,
+    differences,
+    fitting_recipe,
+    load_recipe,
+    read_recipe,
+    with_defaults,
+)
 
 DATA = Path("data")
 SCHEDULES_WITH_END = ("linear", "cosine")  # whose learning rate depends on the last step
@@ -154,7 +162,7 @@ def resolved_recipe(
     _check_purpose(options, recipe, data)
     if not tokenizer.joint and recipe.network.get("tied", getattr(network.config_class, "tied", "")) == "all":
         recipe = replace(recipe, network={**recipe.network, "tied": "target"})
-    return recipe, Path(name).stem
+    return with_defaults(recipe, trust_code=trusted), Path(name).stem
 
 
 def _with_vocabularies(recipe: Recipe, config_class: type, tokenizer: Tokenizer) -> Recipe:
@@ -196,6 +204,9 @@ def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
             f"{origin.init_from}; name another run folder"
         )
     before = read_recipe(folder / CONFIG)
+    if (before.architecture, before.objective) == (recipe.architecture, recipe.objective):
+        # Older versions wrote no defaults. Both names have been resolved for `recipe`.
+        before = with_defaults(before, trust_code=True)
     changed = differences(before, recipe)
     for key, (old, new) in changed.items():
         if key not in MAY_CHANGE:

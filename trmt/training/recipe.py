@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from trmt.bundles.upgrade import upgrade_recipe
 from trmt.config import Tree, apply_settings, build, merge, read_toml, to_tree
 from trmt.errors import ConfigError
-from trmt.registry import join_variants, split_variants, suggestion
+from trmt.registry import NETWORKS, OBJECTIVES, join_variants, resolve, split_variants, suggestion
 from trmt.sets.batches import BatchConfig
 from trmt.training.optim import OptimConfig
 
@@ -176,6 +176,17 @@ def load_recipe(
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file."""
     return build(Recipe, upgrade_recipe(read_toml(path)), where=str(path))
+
+
+def with_defaults(recipe: Recipe, *, trust_code: bool = False) -> Recipe:
+    """The recipe with every option of its network and of its objective, defaults included."""
+    network = resolve(NETWORKS, recipe.architecture, trust_code=trust_code).config_class
+    loss = resolve(OBJECTIVES, recipe.objective, trust_code=trust_code).config_class
+    return replace(
+        recipe,
+        network=to_tree(build(network, recipe.network, where="network")),
+        loss=to_tree(build(loss, recipe.loss, where="loss")),
+    )
 
 
 def fitting_recipe(pairs: int, *, gpu: bool) -> str:

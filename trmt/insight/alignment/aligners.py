@@ -105,6 +105,7 @@ class AttentionAligner:
         self, net: Seq2Seq, tokenizer: Tokenizer, manifest: Manifest, options: HeadOptions = HeadOptions()
     ) -> None:
         self.net, self.tokenizer = net, tokenizer
+        self._languages = manifest.languages
         self.truncated = 0
         self._guided: Mapping[str, Any] = manifest.training.get(GUIDED) or {}
         self._options = options
@@ -126,7 +127,7 @@ class AttentionAligner:
 
     @property
     def languages(self) -> TextPair:
-        return self.tokenizer.languages
+        return self._languages
 
     def links(self, pairs: Sequence[TextPair]) -> list[Links]:
         found = [NO_LINKS] * len(pairs)
