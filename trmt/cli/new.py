@@ -205,11 +205,14 @@ def _open_record(
         raise DataError(f"{path} cannot be read ({error}); name another folder") from error
     for key, value in wanted.items():
         if record.get(key) != value:
-            what = (
-                "text that has changed" if key == "content" else f"{key} {record.get(key)!r}, not {value!r}"
-            )
+            what = f"{key} {_shown(record.get(key))}, not {_shown(value)}"
+            what = "text that has changed since" if key == "content" else what
             raise ConfigError(f"{folder} was begun with {what}; name another folder for another translator")
     return {**wanted, "done": done}
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _checksums(corpus: Corpus) -> list[str]:

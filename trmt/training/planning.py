@@ -162,7 +162,7 @@ def resolved_recipe(
     _check_purpose(options, recipe, data)
     if not tokenizer.joint and recipe.network.get("tied", getattr(network.config_class, "tied", "")) == "all":
         recipe = replace(recipe, network={**recipe.network, "tied": "target"})
-    return with_defaults(recipe, trust_code=trusted), Path(name).stem
+    return recipe, Path(name).stem
 
 
 def _with_vocabularies(recipe: Recipe, config_class: type, tokenizer: Tokenizer) -> Recipe:
@@ -205,8 +205,8 @@ def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
         )
     before = read_recipe(folder / CONFIG)
     if (before.architecture, before.objective) == (recipe.architecture, recipe.objective):
-        # Older versions wrote no defaults. Both names have been resolved for `recipe`.
-        before = with_defaults(before, trust_code=True)
+        # Older versions wrote no defaults. `resolved_recipe` has checked that both classes may be loaded.
+        before, recipe = (with_defaults(each, trust_code=True) for each in (before, recipe))
     changed = differences(before, recipe)
     for key, (old, new) in changed.items():
         if key not in MAY_CHANGE:

@@ -48,7 +48,7 @@ from trmt.training.planning import (
     resolved_recipe,
     with_origin,
 )
-from trmt.training.recipe import Recipe, safe_name
+from trmt.training.recipe import Recipe, safe_name, with_defaults
 from trmt.training.reporting import Reporter
 from trmt.training.run_log import StepClock
 from trmt.training.spikes import SpikePolicy
@@ -160,6 +160,7 @@ class TrainingRun:
         recipe, name = resolved_recipe(options, data, tokenizer, translates=translate is not None)
         folder = options.run or MODELS / safe_name(f"{data.folder.resolve().name}-{name}")
         check_same_run(folder, recipe, origin_of(options, data))
+        recipe = with_defaults(recipe, trust_code=True)  # as `resolved_recipe` has checked
         return cls(
             folder, recipe, data, tokenizer, options=options, translate=translate, distributed=distributed
         )
