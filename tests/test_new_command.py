@@ -177,6 +177,16 @@ def test_two_pairs_have_a_tokenizer_and_a_set_each(tmp_path: Path, monkeypatch: 
         run("prepare", "--train", "other.zz,other.xx")
 
 
+def test_what_is_replaced_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path, "train", 300)
+    for size, limit in (("300", "90"), ("300", "90"), ("280", "80")):
+        first = run("tokenizer", "--train", "train.xx,train.yy", "--size", size).stderr
+        second = run("prepare", "--train", "train.xx,train.yy", "--max-length", limit).stderr
+        assert ("replacing the tokenizer in data/tokenizer-xx-yy" in first) == (size == "280")
+        assert ("replacing data/xx-yy, which was made from other" in second) == (size == "280")
+
+
 def test_the_tokenizer_of_older_versions_is_still_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,8 +252,9 @@ def _run_all(folder: Path, steps: Sequence[Step], record: dict[str, Any], *, has
         _announce(step, number, len(steps), skipped=bool(known))
         if not known:
             _run(step)
-            write_json(folder / RECORD, {**record, "done": [*done, step.line]})
             record["done"] = [*done, step.line]
+            if step.makes:
+                write_json(folder / RECORD, record)
         done.append(step.line)
     console.say(f"translate with it: {shlex.join(['trmt', 'translate', str(folder)])} < FILE")
 

@@ -76,6 +76,8 @@ def prepare(options: PrepareOptions, *, encode: EncodeCorpora | None = None) -> 
         return existing
     check_replaceable(job.out, job.languages)
     remove_stale_partials(job.out)
+    if job.out.exists() and made_from is not None and not is_up_to_date(job.out, made_from):
+        console.say(f"replacing {job.out}, which was made from other text or with other options")
     with atomic_folder(job.out) as folder:
         build_set(job, folder, made_from=made_from, encode=encode or _encode_locally)
     prepared = PreparedSet.open(job.out)

@@ -349,6 +349,14 @@ def check_replaceable(folder: Path, languages: tuple[str, str] | None = None) ->
         )
 
 
+def read_fingerprint(folder: Path) -> str | None:
+    """What the settings of a tokenizer's folder say its fingerprint is; None without a tokenizer."""
+    try:
+        return str(json.loads((folder / SETTINGS_FILE).read_bytes())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_languages(folder: Path) -> tuple[str, str] | None:
     """The languages of the tokenizer in a folder, empty ones if it has none; None without a tokenizer."""
     try:

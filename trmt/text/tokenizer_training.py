@@ -31,6 +31,7 @@ from trmt.text.tokenizer import (
     TokenizerSettings,
     check_replaceable,
     normaliser,
+    read_fingerprint,
 )
 
 # Characters: sentencepiece skips longer lines, and cannot count more than 65,535 in a word.
@@ -176,6 +177,10 @@ def train_tokenizer(
     groups = [[source, target]] if options.joint else [[source], [target]]
     tokenizer = Tokenizer(settings, [_train_model(texts, options) for texts in groups])
     if out is not None:
+        if read_fingerprint(out) not in (None, tokenizer.fingerprint):
+            console.say(
+                f"replacing the tokenizer in {out}, which was trained on other text or with other options"
+            )
         tokenizer.save(out)
     report = TokenizerReport(
         measure_side(tokenizer.source, samples[0], language=options.languages[0]),
