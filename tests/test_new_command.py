@@ -177,6 +177,16 @@ def test_two_pairs_have_a_tokenizer_and_a_set_each(tmp_path: Path, monkeypatch: 
         run("prepare", "--train", "other.zz,other.xx")
 
 
+def test_documents_have_the_language_of_their_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path, "train", 300)
+    run("tokenizer", "--train", "train.xx,train.yy", "--size", "300")
+    run("prepare", "--documents", "train.yy")
+    assert json.loads((tmp_path / "data/documents-yy/index.json").read_bytes())["languages"] == ["yy", "yy"]
+    with pytest.raises(ConfigError, match="--dev-size is for pairs"):
+        run("prepare", "--documents", "train.yy", "--dev-size", "5")
+
+
 def test_what_is_replaced_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path, "train", 300)

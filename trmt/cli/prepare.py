@@ -68,7 +68,10 @@ def command(
     ] = None,
     language: Annotated[
         str | None,
-        typer.Option("--language", help="Language of the documents. [default: the tokenizer's source]"),
+        typer.Option(
+            "--language",
+            help="Language of the documents. [default: the files' ending, else the tokenizer's source]",
+        ),
     ] = None,
     tokenizer: Annotated[
         Path | None,

@@ -20,6 +20,7 @@ from trmt.sets.building import id_dtype
 from trmt.sets.preparing import check_replaceable, is_up_to_date
 from trmt.sets.shards import ColumnSpec, PreparedSet, RaggedArray, ShardWriter, describe_file
 from trmt.storage.files import atomic_folder, checksum, remove_stale_partials
+from trmt.text.corpus import named_language
 from trmt.text.lines import STDIN, read_lines
 from trmt.text.tokenizer import Side, Tokenizer
 from trmt.text.tokenizer_folders import find_tokenizer
@@ -37,17 +38,19 @@ class DocumentOptions:
     dev: str | None = None  # the file of the documents to validate on
     out: Path | None = None  # the folder to write; None: data/documents-LANGUAGE
     tokenizer: Path | None = None  # the folder of the tokenizer; None: the one in data/ for the language
-    language: str | None = None  # of the documents; None: the source language of the tokenizer
+    language: str | None = None  # of the documents; None: the files' ending, else the tokenizer's source
     max_length: int = 250  # pieces of a sentence
     force: bool = False  # whether to prepare a set again that is up to date
 
 
 def prepare_documents(options: DocumentOptions) -> PreparedSet:
     """Prepare a set of documents unless it is up to date; it is replaced atomically."""
-    if options.tokenizer is None:
-        options = replace(options, tokenizer=find_tokenizer(options.language))
-    assert options.tokenizer is not None
-    tokenizer = Tokenizer.load(options.tokenizer)
+    named = named_language(options.train)
+    folder = options.tokenizer or find_tokenizer(options.language or named)
+    tokenizer = Tokenizer.load(folder)
+    if options.language is None and named in tokenizer.languages:
+        options = replace(options, language=named)
+    options = replace(options, tokenizer=folder)
     side = _side(options, tokenizer)
     language = tokenizer.languages[side == "target"] or options.language or "text"
     out = options.out or Path("data", f"documents-{language}")

@@ -118,6 +118,12 @@ def named_languages(name: str) -> tuple[str, str] | None:
     return _language_pair(*(COMPRESSED.sub("", each).rpartition(".")[2] for each in (source, target)))
 
 
+def named_language(names: Sequence[str]) -> str | None:
+    """The language that files of text are all named after."""
+    endings = {COMPRESSED.sub("", name).rpartition("/")[2].rpartition(".")[2] for name in names}
+    return next(iter(endings)) if len(endings) == 1 and all(map(_is_code, endings)) else None
+
+
 def _language_pair(source: str, target: str) -> tuple[str, str] | None:
     return (source, target) if _is_code(source) and _is_code(target) and source != target else None
 
