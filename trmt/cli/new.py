@@ -225,9 +225,12 @@ def _checksums(corpus: Corpus) -> list[str]:
 
 
 def _check_empty(folder: Path) -> None:
+    from trmt.storage.files import PARTIAL
+
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; name a folder for the new translator")
-    other = next(iter(sorted(folder.iterdir())), None) if folder.is_dir() else None
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    other = next((path for path in found if not path.name.startswith(PARTIAL)), None)
     if other is not None:
         raise ConfigError(
             f"{folder} holds {other.name} and was not begun by trmt new; name an empty or a new folder"
