@@ -211,7 +211,8 @@ def test_spellings_that_are_normalised_alike_are_one_text_in_any_order(
     pairs = [(f"train {n}", f"fährt {n}") for n in range(300)]
     apart = [(source, target.replace("ä", "a\u0308")) for source, target in pairs]
     one = prepare(replace(options, train=(write_tsv(tmp_path / "one.tsv", pairs + apart),)))
-    other = prepare(replace(options, train=(write_tsv(tmp_path / "other.tsv", apart + pairs),)))
+    corpus = write_tsv(tmp_path / "other.tsv", apart + pairs)
+    other = prepare(replace(options, train=(corpus,), out=tmp_path / "other"))
     assert dev_pairs(one) == dev_pairs(other)
 
 
