@@ -418,7 +418,7 @@ def test_a_kill_during_preparation_leaves_the_old_set_and_no_processes(
     old = contents(prepare(options).folder)
     script = tmp_path / "killed.py"
     script.write_text(KILLED, encoding="utf-8")
-    root = Path(building.__file__).parent.parent
+    root = Path(building.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, script, str(options.out), options.tokenizer],
         stdin=subprocess.PIPE,
