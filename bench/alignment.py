@@ -97,7 +97,7 @@ def prepared(given: argparse.Namespace) -> dict[str, Path]:
         tokenizer = work / f"tokenizer-{name}"
         options = TokenizerOptions(corpora=(corpus[name],), languages=pair, size=SIZE)
         once(tokenizer, lambda path, options=options: train_tokenizer(options, out=path))
-        common = {"train": (corpus[name],), "tokenizer": tokenizer, "workers": 1}
+        common = {"train": (corpus[name],), "tokenizer": tokenizer, "dev_size": 0, "workers": 1}
         plain = prepare(PrepareOptions(out=work / f"plain-{name}", **common)).folder
         links = once(
             work / f"{name}.align",

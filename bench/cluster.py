@@ -194,6 +194,7 @@ def prepare(folder: Path, make_pool: Any, workers: int) -> None:
     with tempfile.TemporaryDirectory() as out:
         options = preparing.PrepareOptions(
             train=(str(folder / "train"),),
+            dev_size=0,
             out=Path(out, "set"),
             tokenizer=folder / "tokenizer",
             workers=workers,

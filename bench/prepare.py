@@ -106,7 +106,11 @@ def measure(folder: Path, count: int, workers: int) -> dict[str, object]:
     from trmt.sets.preparing import PrepareOptions, prepare
 
     options = PrepareOptions(
-        train=(str(folder / "train"),), out=folder / "set", tokenizer=folder / "tokenizer", workers=workers
+        train=(str(folder / "train"),),
+        dev_size=0,
+        out=folder / "set",
+        tokenizer=folder / "tokenizer",
+        workers=workers,
     )
     began = time.perf_counter()
     prepared = prepare(options)

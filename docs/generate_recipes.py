@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import io
-import re
 import sys
-import textwrap
-import tokenize
-import types
 from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from generate_commands import table
 
-from trmt.config import read_toml
+from trmt.config import read_toml, toml_value
 from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.training.recipe import Recipe
 from trmt.training.recipe import __file__ as RECIPE_FILE
 from trmt.training.recipe import names as recipe_names
+from trmt.training.recipe_keys import comments, is_key, is_table, table_class, tables, values
 
 HEAD = ("key", "values", "default", "meaning")
-IGNORED = re.compile(r"# *(type: ignore|noqa)\S*")  # comments for programs
 
 
 def recipes() -> str:
@@ -44,23 +38,6 @@ def config(name: str) -> str:
         fields = [each for each in dataclasses.fields(Recipe) if not is_table(each)]
         return table(HEAD, [row(Recipe, each) for each in fields])
     return keys_of(table_class(name), prefix=f"{name}.")
-
-
-def is_table(field: Any) -> bool:
-    """Whether a field of the recipe is a table of its own."""
-    return field.default_factory is not dataclasses.MISSING
-
-
-def tables() -> list[str]:
-    """The names of the tables whose keys are always the same."""
-    hints = get_type_hints(Recipe)
-    return [each.name for each in dataclasses.fields(Recipe) if dataclasses.is_dataclass(hints[each.name])]
-
-
-def table_class(name: str) -> type:
-    """The config class of one of these tables."""
-    found: type = get_type_hints(Recipe)[name]
-    return found
 
 
 def networks() -> str:
@@ -114,12 +91,6 @@ def keys_of(cls: type, *, prefix: str, than: type | None = None) -> str:
     return table(HEAD, [row(cls, each, prefix) for each in fields]) if fields else ""
 
 
-def is_key(field: Any) -> bool:
-    """Whether a recipe can set this field; those without a default are set from the tokenizer."""
-    missing = dataclasses.MISSING
-    return field.init and not (field.default is missing and field.default_factory is missing)
-
-
 def differs(field: Any, cls: type, than: type) -> bool:
     """Whether a field is new in `cls`, or has another type or default than in `than`."""
     known = {each.name: each for each in dataclasses.fields(than)}.get(field.name)
@@ -131,74 +102,17 @@ def row(cls: type, field: Any, prefix: str = "") -> tuple[str, ...]:
     """One key."""
     return (
         f"`{prefix}{field.name}`",
-        values(get_type_hints(cls)[field.name]),
+        values(get_type_hints(cls)[field.name], mark="`"),
         default(field),
         comments(cls).get(field.name, ""),
     )
 
 
-def values(hint: Any) -> str:
-    """What may be written, in the words of TOML."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return ", ".join(f"`{toml(each)}`" for each in args)
-    if origin in (Union, types.UnionType):
-        return " or ".join(values(each) for each in args if each is not type(None))
-    if origin in (tuple, list):
-        return f"list of {values(args[0])}"
-    names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
 def default(field: Any) -> str:
     """The default as TOML has it."""
-    if field.default is not dataclasses.MISSING:
-        return f"`{toml(field.default)}`" if field.default is not None else ""
-    return ""
-
-
-def toml(value: Any) -> str:
-    """A value in TOML."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(toml, value))}]"
-    return f'"{value}"' if isinstance(value, str) else f"{value}"
-
-
-def comments(cls: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass, its bases included; else the comment lines above it."""
-    found: dict[str, str] = {}
-    for each in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(each):
-            found |= {name: text for name, text in own_comments(each).items() if text or name not in found}
-    return found
-
-
-def own_comments(cls: type) -> dict[str, str]:
-    """The comments of the fields that a class itself defines."""
-    try:
-        source = textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError):  # a class that was made while running
-        return {}
-    lines = source.splitlines()
-    comment = {
-        token.start[0]: IGNORED.sub("", token.string).lstrip("# ").rstrip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        texts = [comment[line] for line in range(node.lineno, (node.end_lineno or 0) + 1) if line in comment]
-        if not texts:
-            above = node.lineno - 1
-            while above in comment and lines[above - 1].lstrip().startswith("#"):
-                texts.insert(0, comment[above])
-                above -= 1
-        found[node.target.id] = re.sub(r"\s+", " ", " ".join(texts))
-    return found
+    if field.default is dataclasses.MISSING or field.default is None:
+        return ""
+    return f"`{toml_value(field.default)}`"
 
 
 def fields_without_meaning() -> list[str]:

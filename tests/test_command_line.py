@@ -21,10 +21,12 @@ from trmt.cli import app
 
 ROOT = Path(trmt.__file__).parent
 COMMANDS = [
+    "new",
     "tokenizer",
     "prepare",
     "vectors",
     "train",
+    "recipes",
     "pretrain",
     "check-resume",
     "average",

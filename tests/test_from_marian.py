@@ -142,7 +142,11 @@ def test_a_tag_begins_every_segment_of_a_long_line(folder: Path) -> None:
 def test_an_imported_model_is_fine_tuned(folder: Path, tmp_path: Path) -> None:
     bundle = imported(folder)
     corpus = toy.write_tsv(tmp_path / "train.tsv", list(zip(ENGLISH, GERMAN, strict=True)))
-    prepare(PrepareOptions(train=(corpus,), out=tmp_path / "set", tokenizer=bundle / "tokenizer", workers=1))
+    prepare(
+        PrepareOptions(
+            train=(corpus,), out=tmp_path / "set", tokenizer=bundle / "tokenizer", dev_size=0, workers=1
+        )
+    )
     changes = {
         "training": {"steps": 30},
         "validation": {"every": 30},

@@ -120,7 +120,7 @@ WRITES = {
     "tokenizer", "prepare", "vectors", "average", "translate", "quantize", "export", "import", "attend",
     "plot", "compare", "bert import", "bert export",
 }  # fmt: skip
-COMPUTES = {"train", "pretrain", "translate", "verify", "align", "attend", "compare"}
+COMPUTES = {"average", "new", "train", "pretrain", "translate", "verify", "align", "attend", "compare"}
 
 
 def test_what_writes_has_output_and_what_computes_has_device_and_threads() -> None:

@@ -209,7 +209,7 @@ def test_a_set_without_pairs_is_an_error(options: PrepareOptions, tmp_path: Path
 
 
 def test_no_dev_set(options: PrepareOptions) -> None:
-    prepared = prepare(dataclasses.replace(options, dev=None))
+    prepared = prepare(dataclasses.replace(options, dev=None, dev_size=0))
     assert prepared.splits == ("train",)
     with pytest.raises(DataError, match="has no dev set"):
         prepared.dev_text()
@@ -407,7 +407,7 @@ from trmt.sets.preparing import PrepareOptions, prepare
 
 if __name__ == "__main__":
     out, tokenizer = map(Path, sys.argv[1:])
-    prepare(PrepareOptions(train=("-",), out=out, tokenizer=tokenizer, workers=2))
+    prepare(PrepareOptions(train=("-",), out=out, tokenizer=tokenizer, dev_size=0, workers=2))
 """
 
 
@@ -418,7 +418,7 @@ def test_a_kill_during_preparation_leaves_the_old_set_and_no_processes(
     old = contents(prepare(options).folder)
     script = tmp_path / "killed.py"
     script.write_text(KILLED, encoding="utf-8")
-    root = Path(building.__file__).parent.parent
+    root = Path(building.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, script, str(options.out), options.tokenizer],
         stdin=subprocess.PIPE,

@@ -75,14 +75,14 @@ def test_the_tree_lists_every_package_and_module() -> None:
 def shorter(command: str) -> str:
     """The same command with a tenth of the training steps."""
     command = re.sub(r"training\.steps=(\d+)0\b", r"training.steps=\1", command)
-    if command.startswith("trmt train") and "training.steps" not in command:
+    if command.startswith(("trmt train", "trmt new")) and "training.steps" not in command:
         command += " --set training.steps=40 --set validation.every=20"
     return command
 
 
 def shell_commands() -> Iterator[str]:
     """The commands to run; the first of README translates with the model of `make demo`, and comes last."""
-    lines = [line for page in COMMANDS for block in blocks(page, "sh") for line in block.splitlines()]
+    lines = [line for page in COMMANDS for block in blocks(page, "sh") for line in block.splitlines() if line]
     first, *others = [line for line in lines if line not in MAKE]
     assert first.endswith("trmt translate")
     yield from map(shorter, others)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,16 +25,20 @@ from tests.contracts.test_training import HARD, final, log, ranking
 from tests.toy import options
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.checkpoints import find_bundle
-from trmt.config import to_tree
+from trmt.config import read_toml, to_toml, to_tree
 from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.objectives.base import Loss
 from trmt.objectives.translation import TranslationObjective
 from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
+from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
 from trmt.storage.locks import exclusive
+from trmt.text.filters import LengthLimits
+from trmt.text.tokenizer import Tokenizer
 from trmt.training import run as run_module
 from trmt.training.planning import TrainOptions
 from trmt.training.recipe import load_recipe
+from trmt.training.recipe_keys import recipe_keys
 from trmt.training.run import TrainingRun, train
 from trmt.training.state import TrainState
 from trmt.training.step import train_step
@@ -863,6 +868,46 @@ def test_the_config_in_the_run_folder_is_complete(toy_set: Path, tmp_path: Path,
     again = load_recipe(str(run / "config.toml"))
     assert to_tree(again)["network"]["source_vocabulary"] == 60
     assert again.training.steps == 1
+    written = read_toml(run / "config.toml")
+    for table, keys in recipe_keys(again).items():
+        tree = written[table] if table else written
+        assert not [key.path for key in keys if key.default is not None and key.name not in tree]
+
+
+def test_a_config_with_other_bytes_of_the_same_meaning_can_be_resumed(
+    toy_set: Path, tmp_path: Path, run: Path
+) -> None:
+    train(options(run, toy_set, toy.recipe(tmp_path), "training.steps=1"))
+    complete = read_toml(run / "config.toml")
+    sparse = read_toml(Path(toy.recipe(tmp_path)))
+    sparse["training"]["steps"] = 1
+    sparse["network"] |= {key: complete["network"][key] for key in ("source_vocabulary", "target_vocabulary")}
+    reordered = {
+        key: dict(reversed(value.items())) if isinstance(value, dict) else value
+        for key, value in reversed(complete.items())
+    }
+    for tree in (reordered, sparse):  # older versions wrote no defaults of networks and objectives
+        text = "# a comment\n\n" + to_toml(tree).replace(" = ", "  =  ")
+        (run / "config.toml").write_text(text, encoding="utf-8")
+        train(TrainOptions(run=run, data=toy_set))
+        assert read_toml(run / "config.toml") == complete
+
+
+def test_a_tokenizer_without_languages_does_not_lose_those_of_the_set(
+    toy_set: Path, tmp_path: Path, run: Path
+) -> None:
+    loaded = Tokenizer.load(toy_set / "tokenizer")
+    Tokenizer(replace(loaded.settings, languages=("", "")), loaded.models).save(tmp_path / "tokenizer")
+    named = PrepareOptions(
+        train=(str(toy_set.parent / "half.tsv"),),
+        languages=("en", "zh"),
+        out=tmp_path / "set",
+        tokenizer=tmp_path / "tokenizer",
+        limits=LengthLimits(max_ratio=0),
+        workers=1,
+    )
+    train(options(run, prepare(named).folder, toy.recipe(tmp_path), "training.steps=1"))
+    assert checkpoints.list_checkpoints(run)[-1].manifest.languages == ("en", "zh")
 
 
 @pytest.mark.slow

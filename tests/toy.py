@@ -55,6 +55,7 @@ def make_set(
         PrepareOptions(
             train=(half + weight, rest),
             dev=held_out if dev else None,
+            dev_size=None if dev else 0,
             out=folder / "set",
             tokenizer=folder / "tokenizer",
             limits=LengthLimits(max_ratio=0),

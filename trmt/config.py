@@ -304,7 +304,9 @@ def _plain(value: Any) -> Any:
 
 def to_toml(tree: Tree) -> str:
     """A tree of scalars, lists and tables as TOML text that `read_toml` reads back."""
-    lines = [f"{_key(key)} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict)]
+    lines = [
+        f"{_key(key)} = {toml_value(value)}" for key, value in tree.items() if not isinstance(value, dict)
+    ]
     for key, value in tree.items():
         if isinstance(value, dict):
             lines += _table(_key(key), value)
@@ -313,7 +315,9 @@ def to_toml(tree: Tree) -> str:
 
 def _table(name: str, tree: Tree) -> list[str]:
     lines = ["", f"[{name}]"]
-    lines += [f"{_key(key)} = {_toml(value)}" for key, value in tree.items() if not isinstance(value, dict)]
+    lines += [
+        f"{_key(key)} = {toml_value(value)}" for key, value in tree.items() if not isinstance(value, dict)
+    ]
     for key, value in tree.items():
         if isinstance(value, dict):
             lines += _table(f"{name}.{_key(key)}", value)
@@ -329,11 +333,12 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value in TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return _quoted(value)
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     return repr(value)

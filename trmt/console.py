@@ -35,6 +35,11 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def is_quiet() -> bool:
+    """Whether only errors and warnings are printed."""
+    return _quiet
+
+
 def set_main_process(main: bool) -> None:
     """Silence everything but errors in this process unless it is the main one (rank 0)."""
     global _main_process

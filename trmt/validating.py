@@ -29,7 +29,9 @@ def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Reci
     scored = score(
         translations,
         [references],
-        options=ScoreOptions(metrics=METRICS, tokenize=bleu_tokenizer(tokenizer.languages[1])),
+        options=ScoreOptions(
+            metrics=METRICS, tokenize=bleu_tokenizer(tokenizer.languages[1] or data.languages[1])
+        ),
     )
     scores = tuple(
         {"metric": name, "value": scored[name].value, "signature": scored[name].signature, "set": "dev"}

@@ -37,6 +37,7 @@ def prepare(work: Path, seed: int, scale: Scale, corpus: Path | None) -> None:
         prepare(
             PrepareOptions(
                 train=(str(made / "text" / name),),
+                dev_size=0,
                 out=made / name,
                 tokenizer=made / "tokenizer",
                 keep_duplicates=True,

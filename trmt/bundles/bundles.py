@@ -146,12 +146,22 @@ def build_network(architecture: str, options: Mapping[str, Any], *, trust_code: 
         ) from error
 
 
-def make_manifest(net: Network, architecture: str, tokenizer: Tokenizer, **rest: Any) -> Manifest:
-    """The manifest of a network and its tokenizer; `rest` are further fields."""
+def make_manifest(
+    net: Network,
+    architecture: str,
+    tokenizer: Tokenizer,
+    *,
+    languages: tuple[str, str] = ("", ""),
+    **rest: Any,
+) -> Manifest:
+    """The manifest of a network and its tokenizer; `rest` are further fields.
+
+    `languages` are those of the data, for a tokenizer without languages.
+    """
     return Manifest(
         architecture=architecture,
         network=to_tree(net.config),
-        languages=tokenizer.languages,
+        languages=tokenizer.languages if all(tokenizer.languages) else languages,
         tokenizer=tokenizer.fingerprint,
         special={name: getattr(tokenizer.target, name) for name in ("pad", "unk", "bos", "eos")},
         normalisation={

@@ -17,10 +17,12 @@ from trmt.registry import is_installed
 
 # name -> (module of trmt.cli and the command in it, the optional package that it needs)
 COMMANDS: Mapping[str, tuple[str, str | None]] = {
+    "new": ("new:command", None),
     "tokenizer": ("tokenizer:command", None),
     "prepare": ("prepare:command", None),
     "vectors": ("vectors:command", None),
     "train": ("train:command", None),
+    "recipes": ("recipes:command", None),
     "pretrain": ("train:pretrain", "trmt.lab"),
     "check-resume": ("check_resume:command", None),
     "average": ("average:command", None),

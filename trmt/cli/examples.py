@@ -7,6 +7,24 @@ from collections.abc import Mapping
 Example = tuple[str, str]  # a command line, and what it does
 
 EXAMPLES: Mapping[str, tuple[Example, Example]] = {
+    "new": (
+        (
+            "trmt new models/en-de --train corpus.en,corpus.de",
+            "tokenizer, prepared set, training, averaging and a score; again: go on",
+        ),
+        (
+            "trmt new models/sw --train web.en-sw.tsv.gz --dev dev.en,dev.sw --dry-run",
+            "what would be done, and how long it would take",
+        ),
+    ),
+    "recipes": (
+        ("trmt recipes", "all recipes"),
+        ("trmt recipes transformer-tiny > my.toml", "a recipe of your own, with all keys"),
+    ),
+    "models": (
+        ("trmt models", "what is in models/, and which model is the default"),
+        ("trmt models --json", "the same for programs"),
+    ),
     "tokenizer": (
         (
             "trmt tokenizer --train data/train --from en --to de",

@@ -33,7 +33,7 @@ def _bundle_lines(facts: dict[str, Any]) -> NamedLines:
     sizes = ", ".join(f"{name} {value}" for name, value in facts["network"].items())
     lines = [
         ("bundle", facts["folder"]),
-        ("languages", " -> ".join(facts["languages"])),
+        ("languages", " -> ".join(facts["languages"]) if all(facts["languages"]) else "not known"),
         ("network", f"{facts['architecture']}: {sizes}"),
         ("parameters", f"{facts['parameters']:,} in {facts['bytes'] / 2**20:.1f} MiB"),
         _component_line(facts),

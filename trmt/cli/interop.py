@@ -74,9 +74,12 @@ def bert_import(
     folder: Annotated[Path, typer.Argument(help="Folder with config.json, vocab.txt and model.safetensors.")],
     to: OutputFolder = None,
     tokenizer: Annotated[
-        Path,
-        typer.Option(help="Tokenizer of the new encoder; pieces that BERT also has keep their embeddings."),
-    ] = Path("data/tokenizer"),
+        Path | None,
+        typer.Option(
+            help="Tokenizer of the new encoder; pieces that BERT also has keep their embeddings. "
+            "[default: the one in data/]"
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FOLDER", help="Bundle to write. [required]"),
@@ -85,8 +88,9 @@ def bert_import(
     """Import a BERT as a bundle. For trmt train --init-from BUNDLE:encoder."""
     from trmt.interop.bert_folder import import_bert
     from trmt.text.tokenizer import Tokenizer
+    from trmt.text.tokenizer_folders import find_tokenizer
 
-    import_bert(folder, required_output(to, output), Tokenizer.load(tokenizer))
+    import_bert(folder, required_output(to, output), Tokenizer.load(tokenizer or find_tokenizer(None)))
 
 
 @bert.command("export", cls=Command)

@@ -30,13 +30,30 @@ def command(
     dev: Annotated[
         str | None, typer.Option("--dev", metavar="CORPUS", help="Validation pairs, which are not filtered.")
     ] = None,
+    dev_size: Annotated[
+        int | None,
+        typer.Option(
+            "--dev-size",
+            metavar="N",
+            help="Without --dev: take N training pairs for validation; none of their sentences is left in "
+            "training. 0: none. [default: 5 %, at most 500]",
+        ),
+    ] = None,
     source: Annotated[
         str | None,
-        typer.Option("--from", metavar="LANGUAGE", help="Source language. [default: the tokenizer's]"),
+        typer.Option(
+            "--from",
+            metavar="LANGUAGE",
+            help="Source language. [default: the tokenizer's, else the file's ending]",
+        ),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--to", metavar="LANGUAGE", help="Target language. [default: the tokenizer's]"),
+        typer.Option(
+            "--to",
+            metavar="LANGUAGE",
+            help="Target language. [default: the tokenizer's, else the file's ending]",
+        ),
     ] = None,
     documents: Annotated[
         list[str] | None,
@@ -49,9 +66,15 @@ def command(
     ] = None,
     language: Annotated[
         str | None,
-        typer.Option("--language", help="Language of the documents. [default: the tokenizer's source]"),
+        typer.Option(
+            "--language",
+            help="Language of the documents. [default: the files' ending, else the tokenizer's source]",
+        ),
     ] = None,
-    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the tokenizer. [default: the one in data/ for the languages]"),
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Maximum number of subword pieces of each side.")] = 250,
     max_ratio: Annotated[
         float,
@@ -93,6 +116,7 @@ def command(
     out = chosen_output(folder, output)
     if documents or language:
         for_pairs = {"--train": train, "--from": source, "--to": target, "--workers": workers}
+        for_pairs["--dev-size"] = dev_size
         for name, value in {**for_pairs, "--alignments": alignments, "--ray": ray}.items():
             if value:
                 raise ConfigError(f"{name} is for pairs, --documents and --language are not; leave one out")
@@ -106,6 +130,7 @@ def command(
     options = PrepareOptions(
         train=tuple(train or ()),
         dev=dev,
+        dev_size=dev_size,
         out=out,
         tokenizer=tokenizer,
         languages=(source, target),
@@ -129,7 +154,7 @@ def _prepare_documents(
     documents: list[str] | None,
     dev: str | None,
     out: Path | None,
-    tokenizer: Path,
+    tokenizer: Path | None,
     language: str | None,
     max_length: int,
     force: bool,

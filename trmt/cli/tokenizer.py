@@ -17,6 +17,7 @@ CORPUS = (
     "Training text, repeatable: train.en,train.de; pairs.tsv, .jsonl or .parquet; a prefix of two files; "
     "hf:NAME; - for TSV on standard input."
 )
+LANGUAGE = "language. [default: the file's ending: train.en,train.de, pairs.en-de.tsv]"
 RULE = "nfc, nfkc, nmt_nfkc, nmt_nfkc_cf or none; stored with the tokenizer."
 
 
@@ -26,8 +27,10 @@ def command(
         list[str] | None,
         typer.Option("--train", metavar="CORPUS", help=CORPUS),
     ] = None,
-    source: Annotated[str, typer.Option("--from", metavar="LANGUAGE", help="Source language.")] = "",
-    target: Annotated[str, typer.Option("--to", metavar="LANGUAGE", help="Target language.")] = "",
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="LANGUAGE", help=f"Source {LANGUAGE}")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--to", metavar="LANGUAGE", help=f"Target {LANGUAGE}")] = None,
     size: Annotated[
         int | None,
         typer.Option(
@@ -73,17 +76,25 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Folder to write.", show_default="data/tokenizer"
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder to write.",
+            show_default="data/tokenizer-SOURCE-TARGET",
         ),
     ] = None,
 ) -> None:
     """Train a subword tokenizer with sentencepiece. Statistics of its tokens are printed."""
+    from trmt.text.corpus import find_languages, unknown_languages
+    from trmt.text.tokenizer_folders import tokenizer_folder
     from trmt.text.tokenizer_training import TokenizerOptions, train_tokenizer
 
-    out = chosen_output(folder, output) or Path("data/tokenizer")
+    source, target = find_languages(train or (), source, target)
+    if train and not (source and target):
+        raise unknown_languages(train)
     options = TokenizerOptions(
         corpora=tuple(train or ()),
-        languages=(source, target),
+        languages=(source or "", target or ""),
         kind=kind,  # type: ignore[arg-type]
         joint=joint,
         size=size,
@@ -99,29 +110,27 @@ def command(
         sample=sample,
         seed=seed,
     )
+    out = chosen_output(folder, output) or tokenizer_folder(source or "", target or "")
     tokenizer, report = train_tokenizer(options, out=out)
     _show(report)
     sides = [tokenizer.source] if joint else [tokenizer.source, tokenizer.target]
     sizes = " and ".join(f"{side.vocabulary:,}" for side in sides)
-    console.say(f"wrote {out}: {'joint' if joint else 'separate'} {kind}, {sizes} pieces")
+    console.say(
+        f"wrote {out}: {source} to {target}, {'joint' if joint else 'separate'} {kind}, {sizes} pieces"
+    )
 
 
 def _show(report: TokenizerReport) -> None:
     sides = (("source", report.source), ("target", report.target))
     rows = [
-        [
-            name,
-            side.language,
-            f"{side.sentences:,}",
-            f"{side.tokens_per_word:.2f}",
-            f"{side.tokens_per_character:.2f}",
-            f"{side.unknown / max(side.tokens, 1):.2%}",
-            f"{side.bytes / max(side.tokens, 1):.2%}",
-        ]
-        for name, side in sides
+        ["language", *(side.language for _, side in sides)],
+        ["sentences", *(f"{side.sentences:,}" for _, side in sides)],
+        ["tokens/word", *(f"{side.tokens_per_word:.2f}" for _, side in sides)],
+        ["tokens/char", *(f"{side.tokens_per_character:.2f}" for _, side in sides)],
+        ["unknown", *(f"{side.unknown / max(side.tokens, 1):.2%}" for _, side in sides)],
+        ["bytes", *(f"{side.bytes / max(side.tokens, 1):.2%}" for _, side in sides)],
     ]
-    columns = ["side", "language", "sentences", "tokens/word", "tokens/char", "unknown", "bytes"]
-    console.table("Tokens in a sample of the training text", columns, rows)
+    console.table("Tokens in a sample of the training text", ["side", *(name for name, _ in sides)], rows)
     for name, side in sides:
         if side.lost:
             console.say(f"{name} characters that are lost: {'; '.join(map(str, side.lost))}")

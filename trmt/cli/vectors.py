@@ -15,7 +15,9 @@ def command(
         list[str], typer.Option("--text", metavar="FILE", help="Text with one sentence per line; repeatable.")
     ],
     file: OutputFolder = None,
-    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer. [default: the one in data/]")
+    ] = None,
     width: Annotated[
         int, typer.Option(min=1, help="Dimension of the vectors; must be network.d_model.")
     ] = 512,
@@ -32,10 +34,11 @@ def command(
     """Train vectors of subword pieces. For --set vectors.source=FILE; needs pip install 'trmt[vectors]'."""
     from trmt import console
     from trmt.text.tokenizer import Tokenizer
+    from trmt.text.tokenizer_folders import find_tokenizer
     from trmt.training.word_vectors import TextPieces, train_vectors, write_vectors
 
     out = required_output(file, output)
-    loaded = Tokenizer.load(tokenizer)
+    loaded = Tokenizer.load(tokenizer or find_tokenizer(None))
     side = loaded.target if target else loaded.source
     vectors = train_vectors(TextPieces(text, side), size=width, seed=seed, epochs=epochs)
     write_vectors(out, vectors)

@@ -57,7 +57,9 @@ class HuggingFace(Format):
                 "another format, or train another network"
             )
         write_model(net, tokenizer, folder)
-        write_tokenizer(tokenizer, folder, max_length=net.config.max_positions)
+        write_tokenizer(
+            tokenizer, folder, languages=bundle.manifest.languages, max_length=net.config.max_positions
+        )
 
     def run(self, folder: Path, tokenizer: Tokenizer, inputs: CheckInputs) -> CheckResults:
         transformers = import_package("transformers")
@@ -144,7 +146,9 @@ def begin_with_padding(embedding_VD: Tensor, side: Side) -> Tensor:
     return embedding_VD
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, languages: tuple[str, str], max_length: int
+) -> None:
     """Write the files of a MarianTokenizer."""
     write_models(folder, tokenizer)
     source, target = tokenizer.source, tokenizer.target
@@ -154,8 +158,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
     unk, eos, pad = target.pieces([target.unk, target.eos, target.pad])
     settings = {
         "tokenizer_class": "MarianTokenizer",
-        "source_lang": tokenizer.languages[0],
-        "target_lang": tokenizer.languages[1],
+        "source_lang": languages[0],
+        "target_lang": languages[1],
         "separate_vocabs": not tokenizer.joint,
         "unk_token": unk,
         "eos_token": eos,

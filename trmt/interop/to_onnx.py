@@ -36,7 +36,7 @@ class ONNX(Format):
         max_length = net.config.max_positions
         encoder_graph(net, tokenizer).save(folder / ENCODER)
         decoder_graph(net, tokenizer).save(folder / DECODER)
-        write_tokenizer(tokenizer, folder, max_length=max_length)
+        write_tokenizer(tokenizer, folder, languages=bundle.manifest.languages, max_length=max_length)
         write_json(folder / "config.json", _config(net.config, tokenizer))
         write_json(folder / "generation_config.json", generation_options(tokenizer, max_length))
 

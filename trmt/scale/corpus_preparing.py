@@ -28,10 +28,12 @@ from trmt.sets.shards import PreparedSet, RaggedArray
 from trmt.storage import files
 from trmt.storage.compression import is_compressed
 from trmt.storage.locks import exclusive
-from trmt.text.corpus import Corpus
+from trmt.text.corpus import Corpus, is_stream
 from trmt.text.lines import STDIN
 from trmt.text.pairs import resolve_columns
 from trmt.text.ranges import FileSlice, LineRange, split_after_lines, split_by_size, whole_file
+
+_NOT_A_FILE = "{} is not a file that all workers can read; write it to a file, or leave --ray out"
 
 PART_BYTES = 32 << 20  # of source text: half a minute for a worker
 
@@ -62,6 +64,9 @@ def prepare_in_parts(
 ) -> PreparedSet:
     """Prepare the set that `prepare` makes, encoding pairs in parts; finished parts are reused."""
     folders: list[Path] = []
+    for text in options.train:
+        if text.partition("@")[0] == STDIN:
+            raise ConfigError(_NOT_A_FILE.format(text))
 
     def encode(job: PrepareJob, encoder: BlockEncoder) -> EncodedCorpora:
         folders.append(job.out.absolute().with_name(f"{job.out.name}.parts"))
@@ -119,10 +124,8 @@ def _identity(job: PrepareJob, encoder: BlockEncoder, part_bytes: int) -> dict[s
 
 def _check_files(corpus: Corpus) -> Corpus:
     """The corpus with absolute paths; an error if it is not in files."""
-    if corpus.paths == (STDIN,) or corpus.format == "dataset":
-        raise ConfigError(
-            f"{corpus.name} is not a file that all workers can read; write it to a file, or leave --ray out"
-        )
+    if corpus.format == "dataset" or any(map(is_stream, corpus.paths)):
+        raise ConfigError(_NOT_A_FILE.format(corpus.name))
     return resolve_columns(replace(corpus, paths=tuple(map(files.absolute, corpus.paths))))
 
 

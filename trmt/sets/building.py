@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from trmt import console
 from trmt.errors import DataError
 from trmt.sets import shards
+from trmt.sets.dev_split import take_dev_set
 from trmt.sets.encoding import BlockEncoder, EncodedBlock, read_blocks
 from trmt.sets.shards import ColumnSpec, RaggedArray, ShardWriter, Split, describe_file, dev_file
 from trmt.text.corpus import Corpus
@@ -47,6 +48,7 @@ class PrepareJob:
     tokenizer: Tokenizer
     train: tuple[Corpus, ...]
     dev: Corpus | None
+    dev_size: int | None  # pairs to take from the training pairs if there is no dev set; None: the default
     limits: LengthLimits
     keep_duplicates: bool
     alignments: tuple[str, ...]
@@ -73,6 +75,12 @@ def build_set(
     job: PrepareJob, folder: Path, *, made_from: dict[str, Any] | None, encode: EncodeCorpora
 ) -> None:
     """Write the set into an empty folder."""
+    work = folder / "dev-split"
+    taken = job.dev is None and job.dev_size != 0
+    if taken:
+        work.mkdir()
+        train, dev = take_dev_set(job.train, job.tokenizer, job.limits, size=job.dev_size, work=work)
+        job = replace(job, train=train, dev=dev)
     job.tokenizer.save(folder / shards.TOKENIZER)
     splits, files = {}, {}
     dev_hashes = np.zeros(0, np.uint64)
@@ -86,7 +94,9 @@ def build_set(
     writer, counts = _write_train(job, lambda: encode(job, encoder), folder)
     splits["train"], files = writer.entry(), files | writer.files
     entries = [_corpus_entry(corpus, row) for corpus, row in zip(job.train, counts.tolist(), strict=True)]
-    _print_report(entries, dev_entry)
+    _print_report(entries, dev_entry, taken=taken)
+    if taken:
+        shutil.rmtree(work)
     if not splits["train"]["pairs"]:
         raise DataError(
             f"no pair of {', '.join(corpus.name for corpus in job.train)} is left to train on; the table "
@@ -226,7 +236,7 @@ def _copy_without_duplicates(
 # The report
 
 
-def _print_report(train: Sequence[CorpusEntry], dev: CorpusEntry | None) -> None:
+def _print_report(train: Sequence[CorpusEntry], dev: CorpusEntry | None, *, taken: bool) -> None:
     names = [_short_name(entry["name"]) for entry in train]
     if len(set(names)) < len(names):
         names = [entry["name"] for entry in train]
@@ -239,7 +249,7 @@ def _print_report(train: Sequence[CorpusEntry], dev: CorpusEntry | None) -> None
     if len(rows) <= MAX_COLUMNS:
         heads, *rows = (list(column) for column in zip(heads, *rows, strict=True))
     console.table("Pairs dropped by each filter", heads, rows)
-    if dev is not None:
+    if dev is not None and not taken:
         console.say("only empty pairs of the dev set are dropped")
 
 

@@ -7,7 +7,7 @@ columns `text.ids` and `document`; sentences that are too long are dropped.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from trmt.sets.index import FORMAT
 from trmt.sets.preparing import check_replaceable, is_up_to_date
 from trmt.sets.shards import ColumnSpec, PreparedSet, RaggedArray, ShardWriter, describe_file
 from trmt.storage.files import atomic_folder, checksum, remove_stale_partials
+from trmt.text.corpus import named_language
 from trmt.text.lines import STDIN, read_lines
 from trmt.text.tokenizer import Side, Tokenizer
+from trmt.text.tokenizer_folders import find_tokenizer
 
 BLOCK_SENTENCES = 4096  # encoded at a time
 
@@ -37,15 +39,20 @@ class DocumentOptions(Options):
     train: tuple[str, ...]  # files of documents
     dev: str | None = None  # the file of the documents to validate on
     out: Path | None = None  # the folder to write; None: data/documents-LANGUAGE
-    tokenizer: Path = Path("data/tokenizer")  # the folder of the tokenizer
-    language: str | None = None  # of the documents; None: the source language of the tokenizer
+    tokenizer: Path | None = None  # the folder of the tokenizer; None: the one in data/ for the language
+    language: str | None = None  # of the documents; None: the files' ending, else the tokenizer's source
     max_length: int = 250  # pieces of a sentence
     force: bool = False  # whether to prepare a set again that is up to date
 
 
 def prepare_documents(options: DocumentOptions) -> PreparedSet:
     """Prepare a set of documents unless it is up to date; it is replaced atomically."""
-    tokenizer = Tokenizer.load(options.tokenizer)
+    named = named_language(options.train)
+    folder = options.tokenizer or find_tokenizer(options.language or named)
+    tokenizer = Tokenizer.load(folder)
+    if options.language is None and named in tokenizer.languages:
+        options = replace(options, language=named)
+    options = replace(options, tokenizer=folder)
     side = _side(options, tokenizer)
     language = tokenizer.languages[side == "target"] or options.language or "text"
     out = options.out or Path("data", f"documents-{language}")
@@ -54,7 +61,7 @@ def prepare_documents(options: DocumentOptions) -> PreparedSet:
         existing = PreparedSet.open(out)
         console.say(f"{_summary(existing)}; up to date, --force prepares it again")
         return existing
-    check_replaceable(out)
+    check_replaceable(out, (language, language))
     remove_stale_partials(out)
     with atomic_folder(out) as folder:
         _build(options, tokenizer, side, language, folder=folder, made_from=made_from)

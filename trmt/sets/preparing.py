@@ -15,11 +15,12 @@ from trmt.sets.encoding import BlockEncoder, available_cores, encode_blocks, rea
 from trmt.sets.index import FORMAT, INDEX
 from trmt.sets.shards import PreparedSet
 from trmt.storage.files import atomic_folder, checksum, remove_stale_partials
-from trmt.text.corpus import Corpus, parse_corpus
+from trmt.text.corpus import Corpus, find_languages, parse_corpus, unknown_languages
 from trmt.text.filters import LengthLimits
 from trmt.text.lines import STDIN
 from trmt.text.pairs import corpus_fingerprint, count_pairs
 from trmt.text.tokenizer import Tokenizer
+from trmt.text.tokenizer_folders import find_tokenizer
 from trmt.trees import TreeError, read_json
 
 PAIRS_PER_WORKER = 50_000  # at least: a worker process takes a second to start
@@ -32,7 +33,8 @@ class PrepareOptions(Options):
     train: Sequence[str]  # corpora of the training pairs, as `parse_corpus` takes them
     dev: str | None = None  # the corpus to validate on
     out: Path | None = None  # the folder to write; None: data/SOURCE-TARGET
-    tokenizer: Path = Path("data/tokenizer")  # the folder of the tokenizer
+    dev_size: int | None = None  # pairs to take for validation without `dev`; None: 5 %, at most 500
+    tokenizer: Path | None = None  # the folder of the tokenizer; None: the one in data/ for the languages
     languages: tuple[str | None, str | None] = (None, None)  # source and target; None: those of the tokenizer
     columns: tuple[str | None, str | None] = (
         None,
@@ -53,6 +55,12 @@ class PrepareOptions(Options):
                 f"there are {len(self.alignments)} files of --alignments and {len(self.train)} of --train; "
                 "name one for each, in the same order"
             )
+        if self.dev_size is not None and self.dev_size < 0:
+            raise ConfigError(f"--dev-size {self.dev_size} is no number of pairs; choose 0 or more")
+        if self.dev_size and self.dev is not None:
+            raise ConfigError(
+                "--dev names the dev set, and --dev-size takes one from --train; give one of them"
+            )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"--workers {self.workers} is not enough; choose at least 1")
 
@@ -66,17 +74,32 @@ def prepare(options: PrepareOptions, *, encode: EncodeCorpora | None = None) -> 
     """
     job = _resolve(options)
     made_from = _made_from(job)
-    if not options.force and is_up_to_date(job.out, made_from):
-        existing = PreparedSet.open(job.out)
-        console.say(f"{_summary(existing)}; up to date, --force prepares it again")
+    if not options.force and (existing := _existing(job, made_from)):
         return existing
-    check_replaceable(job.out)
+    check_replaceable(job.out, job.languages)
     remove_stale_partials(job.out)
+    if job.out.exists() and made_from is not None and not is_up_to_date(job.out, made_from):
+        console.say(f"replacing {job.out}, which was made from other text or with other options")
     with atomic_folder(job.out) as folder:
         build_set(job, folder, made_from=made_from, encode=encode or _encode_locally)
     prepared = PreparedSet.open(job.out)
     console.say(f"wrote {_summary(prepared)}")
     return prepared
+
+
+def _existing(job: PrepareJob, made_from: dict[str, Any] | None) -> PreparedSet | None:
+    """The set in the folder, if it is up to date."""
+    if made_from is None:
+        return None
+    without = {key: value for key, value in made_from.items() if key != "dev_size"}
+    by_default = job.dev is None and job.dev_size is None
+    if not (is_up_to_date(job.out, made_from) or (by_default and is_up_to_date(job.out, without))):
+        return None
+    found = PreparedSet.open(job.out)
+    # A run may have been started on a set without dev set, so the default does not replace it.
+    hint = ", with a dev set" if by_default and "dev" not in found.splits else ""
+    console.say(f"{_summary(found)}; up to date, --force prepares it again{hint}")
+    return found
 
 
 def _summary(prepared: PreparedSet) -> str:
@@ -94,8 +117,10 @@ def _summary(prepared: PreparedSet) -> str:
 
 
 def _resolve(options: PrepareOptions) -> PrepareJob:
-    tokenizer = Tokenizer.load(options.tokenizer)
-    languages = _languages(options, tokenizer)
+    named = find_languages(options.train, *options.languages)
+    folder = options.tokenizer or find_tokenizer(*named)
+    tokenizer = Tokenizer.load(folder)
+    languages = _languages(options, named, tokenizer, folder)
     source, target = options.columns
 
     def parse(text: str) -> Corpus:
@@ -108,6 +133,7 @@ def _resolve(options: PrepareOptions) -> PrepareJob:
         tokenizer=tokenizer,
         train=tuple(map(parse, options.train)),
         dev=parse(options.dev) if options.dev is not None else None,
+        dev_size=options.dev_size,
         limits=options.limits,
         keep_duplicates=options.keep_duplicates,
         alignments=tuple(options.alignments),
@@ -120,16 +146,25 @@ def _resolve(options: PrepareOptions) -> PrepareJob:
     return job
 
 
-def _languages(options: PrepareOptions, tokenizer: Tokenizer) -> tuple[str, str]:
+def _languages(
+    options: PrepareOptions, named: tuple[str | None, str | None], tokenizer: Tokenizer, folder: Path
+) -> tuple[str, str]:
+    """The languages: those given, else those of the tokenizer, else those that files are named after."""
     source, target = (
-        given or known for given, known in zip(options.languages, tokenizer.languages, strict=True)
+        given or known or name
+        for given, known, name in zip(options.languages, tokenizer.languages, named, strict=True)
     )
     if not source or not target:
-        raise ConfigError("the tokenizer has no languages; name them with --from and --to")
+        raise unknown_languages(options.train)
     if all(tokenizer.languages) and (source, target) != tokenizer.languages:
         raise ConfigError(
-            f"the tokenizer in {options.tokenizer} was trained for {' to '.join(tokenizer.languages)}, not "
+            f"the tokenizer in {folder} was trained for {' to '.join(tokenizer.languages)}, not "
             f"{source} to {target}; train one for this direction or change --from and --to"
+        )
+    if all(named) and named != (source, target):
+        console.warn(
+            f"the corpus is named {named[0]} to {named[1]}, but the tokenizer in {folder} is for {source} to "
+            f"{target}"
         )
     return source, target
 
@@ -153,6 +188,7 @@ def _made_from(job: PrepareJob) -> dict[str, Any] | None:
         "dev": job.dev is not None,
         "inputs": inputs,
         **_alignment_checksums(job.alignments),
+        **({"dev_size": job.dev_size or "default"} if job.dev is None and job.dev_size != 0 else {}),
     }
 
 
@@ -190,16 +226,22 @@ def is_up_to_date(out: Path, made_from: dict[str, Any] | None) -> bool:
         return False
 
 
-def check_replaceable(out: Path) -> None:
-    """Refuse to replace a folder with files that are not of a prepared set."""
+def check_replaceable(out: Path, languages: tuple[str, str]) -> None:
+    """Refuse to replace a folder with files that are not of a prepared set, or a set for other languages."""
     if not out.exists():
         return
     if not out.is_dir():
         raise ConfigError(f"{out} is a file; choose another name for the prepared set")
     try:
-        known = set(read_json(out / INDEX)["files"]) | {INDEX}
+        index = read_json(out / INDEX)
+        known, before = set(index["files"]) | {INDEX}, tuple(index["languages"])
     except (OSError, TreeError, KeyError, TypeError):
-        known = set()
+        known, before = set(), languages
+    if before != languages:
+        raise ConfigError(
+            f"{out} holds the prepared set for {' to '.join(before)}, which would be lost; choose another "
+            f"folder for {' to '.join(languages)}"
+        )
     found = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
     other = next((name for name in found if name not in known), None)
     if other is not None:

@@ -7,14 +7,16 @@ reads the pairs.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from trmt.errors import ConfigError, DataError
 from trmt.storage.compression import SUFFIXES, without_suffix
 from trmt.storage.files import is_file
-from trmt.storage.urls import read_errors
+from trmt.storage.urls import is_url, read_errors
 from trmt.text.lines import STDIN
 from trmt.text.ranges import FileSlice
 from trmt.trees import shown
@@ -23,6 +25,13 @@ CorpusFormat = Literal["two files", "tsv", "jsonl", "parquet", "dataset"]
 TextPair = tuple[str, str]
 
 DATASET_PREFIX = "hf:"
+
+# Endings of file names: a language code such as en, eng, zh-CN or eng_Latn, and compression.
+LANGUAGE_CODE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+NO_LANGUAGES = re.compile(
+    r"bpe|csv|dat|doc|hyp|lc|low|out|raw|ref|sgm|spm|src|tab|tc|tgt|tok|trg|tsv|txt|xml"
+)
+COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$", re.IGNORECASE)
 
 SYNTAX = (
     "a corpus is SOURCE,TARGET (two files), one .tsv, .jsonl or .parquet file, a prefix such as data/train "
@@ -74,6 +83,79 @@ def parse_corpus(
     )
 
 
+def find_languages(
+    texts: Sequence[str], source: str | None, target: str | None
+) -> tuple[str | None, str | None]:
+    """The languages of some corpora: those given, else those that the names of their files end in.
+
+    None stands for a language that is neither given nor named.
+    """
+    if source and target:
+        return source, target
+    named = {text: found for text in texts if (found := named_languages(_split_weight(text)[0]))}
+    if len({*named.values()}) > 1:
+        (one, first), (other, second) = next(
+            pair for pair in pairwise(named.items()) if pair[0][1] != pair[1][1]
+        )
+        raise ConfigError(
+            f"{one} is named {' to '.join(first)} but {other} is named {' to '.join(second)}; name the "
+            "languages with --from and --to, or give corpora of one direction"
+        )
+    for first_named, second_named in named.values():
+        return source or first_named, target or second_named
+    return source, target
+
+
+def named_languages(name: str) -> tuple[str, str] | None:
+    """The languages that the files of a corpus are named after: x.en,x.de; x.en-de.tsv; en-de.jsonl."""
+    if name == STDIN or name.startswith(DATASET_PREFIX):
+        return None
+    if _format_of_file(name) is not None:
+        words = COMPRESSED.sub("", name).rpartition("/")[2].split(".")[:-1]
+        source, _, target = words[-1].partition("-") if words else ("", "", "")
+        return _language_pair(source, target)
+    source, comma, target = name.partition(",")
+    if not comma:
+        return None
+    return _language_pair(*(COMPRESSED.sub("", each).rpartition(".")[2] for each in (source, target)))
+
+
+def named_language(names: Sequence[str]) -> str | None:
+    """The language that files of text are all named after."""
+    endings = {COMPRESSED.sub("", name).rpartition("/")[2].rpartition(".")[2] for name in names}
+    return next(iter(endings)) if len(endings) == 1 and all(map(_is_code, endings)) else None
+
+
+def _language_pair(source: str, target: str) -> tuple[str, str] | None:
+    return (source, target) if _is_code(source) and _is_code(target) and source != target else None
+
+
+def _is_code(ending: str) -> bool:
+    return bool(LANGUAGE_CODE.fullmatch(ending)) and not NO_LANGUAGES.fullmatch(ending)
+
+
+def languages_of_prefix(prefix: str) -> list[str]:
+    """The endings of the files that begin with a prefix and look like languages."""
+    path = Path(prefix)
+    if is_url(prefix) or not path.parent.is_dir():
+        return []
+    names = [COMPRESSED.sub("", each.name) for each in path.parent.iterdir()]
+    endings = {each.removeprefix(f"{path.name}.") for each in names if each.startswith(f"{path.name}.")}
+    return sorted(filter(_is_code, endings))
+
+
+def unknown_languages(texts: Sequence[str]) -> ConfigError:
+    """The error for corpora whose languages are neither given nor named."""
+    for text in texts:
+        known = languages_of_prefix(_split_weight(text)[0])
+        if len(known) > 1:
+            shown = f"{text} stands for {', '.join(f'{text}.{each}' for each in known[:4])}"
+            example = f"--from {known[0]} --to {known[1]}"
+            return ConfigError(f"{shown}, in no order; name the direction, for example {example}")
+    names = " ".join(texts) or "the text"
+    return ConfigError(f"the names of {names} do not tell the languages; name them with --from and --to")
+
+
 def _split_weight(text: str) -> tuple[str, float]:
     match = re.fullmatch(r"(.+)@(\d+\.?\d*|\.\d+)", text, re.DOTALL)
     if match is None:
@@ -93,7 +175,7 @@ def _find(name: str, languages: tuple[str, str]) -> tuple[CorpusFormat, tuple[st
     if format is not None:
         return format, (_existing(name),)
     if "," in name:
-        return "two files", _two_files(name)
+        return "two files", _two_files(name, languages)
     if is_file(name):
         raise DataError(f"{name} alone is one side of a corpus, or of an unknown format; {SYNTAX}")
     return "two files", _with_prefix(name, languages)
@@ -111,17 +193,28 @@ def _format_of_file(name: str) -> CorpusFormat | None:
     return "parquet" if name.lower().endswith(".parquet") else None
 
 
+def is_stream(path: str) -> bool:
+    """Whether a file can be read only once: standard input, or a pipe with a name."""
+    return path == STDIN or (not is_url(path) and Path(path).is_fifo())
+
+
 def _existing(name: str) -> str:
-    if not is_file(name):
+    if not is_file(name) and not is_stream(name):
         raise DataError(f"there is no file {name}; check the path")
     return name
 
 
-def _two_files(name: str) -> tuple[str, str]:
+def _two_files(name: str, languages: tuple[str, str]) -> tuple[str, str]:
     source, _, target = name.partition(",")
     if not source or not target or "," in target:
         raise ConfigError(
             f"cannot tell the two files in {name!r}; write SOURCE,TARGET with one comma between"
+        )
+    named = named_languages(name)
+    if named is not None and named == languages[::-1]:
+        raise ConfigError(
+            f"{name} names {named[0]} first, but the direction is {languages[0]} to {languages[1]}; write "
+            f"{target},{source}, or swap the languages"
         )
     return _existing(source), _existing(target)
 

@@ -19,9 +19,9 @@ from typing import Any
 from trmt.errors import DataError
 from trmt.storage.files import checksum, open_file
 from trmt.storage.urls import is_url, read_errors
-from trmt.text.corpus import Corpus, TextPair
+from trmt.text.corpus import Corpus, TextPair, is_stream
 from trmt.text.limits import check_row_groups
-from trmt.text.lines import STDIN, display_name, lines_before, open_text, read_lines
+from trmt.text.lines import display_name, lines_before, open_text, read_lines
 from trmt.text.ranges import FileSlice
 
 MAX_FILES = 10_000  # of a dataset in a folder
@@ -219,11 +219,11 @@ def resolve_columns(corpus: Corpus) -> Corpus:
 
 
 def corpus_fingerprint(corpus: Corpus) -> list[str] | None:
-    """The checksums of a corpus's files, which tell whether it has changed; None for standard input.
+    """The checksums of a corpus's files, which tell whether it has changed; None for streams.
 
     A dataset of the hub is considered unchanged while its name, configuration and split are the same.
     """
-    if corpus.paths == (STDIN,):
+    if any(map(is_stream, corpus.paths)):
         return None
     if corpus.format != "dataset":
         return [_checksum(path) for path in corpus.paths]
@@ -247,7 +247,7 @@ def _checksum(path: str) -> str:
 
 def count_pairs(corpus: Corpus) -> int | None:
     """The approximate number of pairs, as a total for progress bars; None where counting is slow."""
-    if corpus.format == "dataset" or corpus.paths == (STDIN,):
+    if corpus.format == "dataset" or any(map(is_stream, corpus.paths)):
         return None
     if corpus.format == "parquet":
         from pyarrow import ArrowException

@@ -338,13 +338,36 @@ class Tokenizer:
         return cls(settings, models, vocabularies)
 
 
-def check_replaceable(folder: Path) -> None:
-    """Refuse to write a tokenizer to a path that has something else."""
+def check_replaceable(folder: Path, languages: tuple[str, str] | None = None) -> None:
+    """Refuse to write a tokenizer to a path that has something else, or a tokenizer for other languages."""
     other = folder.exists() and not folder.is_dir()
     if folder.is_dir():
         other = any(folder.iterdir()) and not (folder / SETTINGS_FILE).is_file()
     if other:
         raise BundleError(f"{folder} exists and is no tokenizer; choose another path for this one")
+    before = read_languages(folder)
+    if languages is not None and before is not None and all(before) and before != languages:
+        raise BundleError(
+            f"{folder} is the tokenizer for {before[0]} to {before[1]}, which would be lost; name another "
+            "folder for this one"
+        )
+
+
+def read_fingerprint(folder: Path) -> str | None:
+    """What the settings of a tokenizer's folder say its fingerprint is; None without a tokenizer."""
+    try:
+        return str(json.loads((folder / SETTINGS_FILE).read_bytes())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_languages(folder: Path) -> tuple[str, str] | None:
+    """The languages of the tokenizer in a folder, empty ones if it has none; None without a tokenizer."""
+    try:
+        source, target = json.loads((folder / SETTINGS_FILE).read_bytes())["languages"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(source), str(target)
 
 
 def _model_names(count: int) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import sentencepiece
 from trmt import console
 from trmt.config import Options
 from trmt.errors import ConfigError, DataError
-from trmt.text.corpus import TextPair, parse_corpus
+from trmt.text.corpus import TextPair, find_languages, parse_corpus
 from trmt.text.pairs import count_pairs, read_corpus
 from trmt.text.tokenizer import (
     BOS,
@@ -32,6 +32,7 @@ from trmt.text.tokenizer import (
     TokenizerSettings,
     check_replaceable,
     normaliser,
+    read_fingerprint,
 )
 
 # Characters: sentencepiece skips longer lines, and cannot count more than 65,535 in a word.
@@ -54,7 +55,7 @@ class TokenizerOptions(Options):
     """The options of `trmt tokenizer`."""
 
     corpora: Sequence[str]  # as `parse_corpus` takes them; weights are ignored
-    languages: tuple[str, str] = ("", "")  # of source and target
+    languages: tuple[str, str] = ("", "")  # of source and target; empty: those that files are named after
     kind: Literal["bpe", "unigram"] = "bpe"  # the type of the sentencepiece model
     joint: bool = True  # whether both sides share one model
     # pieces in each model, with special ids, tags, placeholders and bytes; None: fits the number of pairs
@@ -166,8 +167,10 @@ def train_tokenizer(
     The same options and text give the same models. A model has fewer pieces than requested if the text does
     not have as many. At most `options.sample` sentences are in memory, besides the data of sentencepiece.
     """
+    source_language, target_language = find_languages(options.corpora, *options.languages)
+    options = replace(options, languages=(source_language or "", target_language or ""))
     if out is not None:
-        check_replaceable(Path(out))
+        check_replaceable(Path(out), options.languages)
     sources, targets = _sample_corpora(options)
     chooser = random.Random(options.seed)
     samples = [chooser.sample(side, min(REPORT_SAMPLE, len(side))) for side in (sources, targets)]
@@ -183,6 +186,10 @@ def train_tokenizer(
     groups = [[source, target]] if options.joint else [[source], [target]]
     tokenizer = Tokenizer(settings, [_train_model(texts, options) for texts in groups])
     if out is not None:
+        if read_fingerprint(Path(out)) not in (None, tokenizer.fingerprint):
+            console.say(
+                f"replacing the tokenizer in {out}, which was trained on other text or with other options"
+            )
         tokenizer.save(out)
     report = TokenizerReport(
         measure_side(tokenizer.source, samples[0], language=options.languages[0]),

@@ -94,6 +94,7 @@ class Checkpointer:
             state.net,
             state.recipe.architecture,
             self.tokenizer,
+            languages=self.data.languages,
             longest={
                 "source": int(self.batches.source_lengths.max()),
                 "target": int(self.batches.target_lengths.max()),

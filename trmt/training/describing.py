@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,15 +13,14 @@ from torch import Tensor
 
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import CONFIG
-from trmt.config import build, to_tree
+from trmt.config import to_tree
 from trmt.errors import DataError, TrmtError
-from trmt.registry import NETWORKS, OBJECTIVES, resolve
 from trmt.sets.record import read_record
 from trmt.sets.shards import PAIRS, SIDES, PreparedSet, dev_file
 from trmt.storage.files import checksum
 from trmt.training import planning
 from trmt.training.history import LOG, TRAIN, VALIDATE, History, Point, best
-from trmt.training.recipe import Recipe, flat, read_recipe
+from trmt.training.recipe import Recipe, flat, read_recipe, with_defaults
 
 Facts = dict[str, Any]
 
@@ -50,17 +50,9 @@ def recipe(run: Path) -> Recipe:
 def settings(run: Path) -> Facts:
     """Every setting of a run by dotted name, including defaults."""
     found = recipe(run)
-    tree = to_tree(found)
-    tree["network"] = _with_defaults(NETWORKS, found.architecture, found.network)
-    tree["loss"] = _with_defaults(OBJECTIVES, found.objective, found.loss)
-    return flat(tree)
-
-
-def _with_defaults(table: Mapping[str, str], name: str, options: Facts) -> Facts:
-    try:
-        return to_tree(build(resolve(table, name).config_class, options, where=name))
-    except TrmtError:  # code outside trmt or of another version, whose defaults are unknown
-        return options
+    with suppress(TrmtError):  # code outside trmt or of another version, whose defaults are unknown
+        found = with_defaults(found)
+    return flat(to_tree(found))
 
 
 def origin(run: Path) -> Facts:

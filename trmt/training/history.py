@@ -22,6 +22,7 @@ from trmt.errors import ConfigError, DataError
 from trmt.trees import TreeError, parse_json
 
 LOG = "log.jsonl"  # in a run folder
+NEW = "new.json"  # in one that `trmt new` made, which holds the tokenizer and the prepared set too
 TRAIN, VALIDATE = "train", "validate"
 BEGIN, END = "begin", "end"  # the events with which a run starts and ends
 RESTORING = ("resume", "rollback")  # events after which a run is at their step, or at their `to`

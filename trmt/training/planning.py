@@ -19,7 +19,7 @@ from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.storage.locks import LOCK
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import fine_tuning
-from trmt.training.history import LOG
+from trmt.training.history import LOG, NEW
 from trmt.training.recipe import (
     MAY_CHANGE,
     SELECTED,
@@ -32,6 +32,7 @@ from trmt.training.recipe import (
     read_recipe,
     recipe_from,
     safe_name,
+    with_defaults,
 )
 from trmt.trees import TreeError, read_json, shown, verified
 
@@ -283,6 +284,8 @@ def check_run_folder(folder: Path) -> None:
             f"{folder} is a bundle and not a run folder; start a new run from its weights with trmt train "
             f"--init-from {folder}"
         )
+    if (folder / NEW).is_file():
+        return
     ours = {LOG, LOCK, ORIGIN}
     others = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
     if foreign := next((name for name in others if name not in ours), None):
@@ -310,7 +313,11 @@ def check_same_run(folder: Path, recipe: Recipe, origin: Origin) -> None:
             f"{folder} was started with --init-from {started.init_from} and cannot go on from the weights of "
             f"{origin.init_from}; name another run folder"
         )
-    changed = differences(_recipe_so_far(folder), recipe)
+    before = _recipe_so_far(folder)
+    if (before.architecture, before.objective) == (recipe.architecture, recipe.objective):
+        # Older versions wrote no defaults. `resolved_recipe` has checked that both classes may be loaded.
+        before, recipe = (with_defaults(each, trust_code=True) for each in (before, recipe))
+    changed = differences(before, recipe)
     for key, (old, new) in changed.items():
         if key not in MAY_CHANGE:
             raise ConfigError(

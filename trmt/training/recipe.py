@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from trmt.bundles.schema import MAX_BEAM
 from trmt.bundles.upgrade import upgrade_recipe
 from trmt.config import Tree, Within, apply_settings, build, merge, read_toml, to_tree
 from trmt.errors import ConfigError
-from trmt.registry import join_variants, split_variants, suggestion
+from trmt.registry import NETWORKS, OBJECTIVES, join_variants, resolve, split_variants, suggestion
 from trmt.sets.batches import BatchConfig
 from trmt.training.optim import OptimConfig
 
@@ -202,6 +202,17 @@ def recipe_from(tree: Any, *, where: str) -> Recipe:
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} has a checkpoint without a recipe; name another run folder")
     return build(Recipe, upgrade_recipe(tree), where=where)
+
+
+def with_defaults(recipe: Recipe, *, trust_code: bool = False) -> Recipe:
+    """The recipe with every option of its network and of its objective, defaults included."""
+    network = resolve(NETWORKS, recipe.architecture, trust_code=trust_code).config_class
+    loss = resolve(OBJECTIVES, recipe.objective, trust_code=trust_code).config_class
+    return replace(
+        recipe,
+        network=to_tree(build(network, recipe.network, where="network")),
+        loss=to_tree(build(loss, recipe.loss, where="loss")),
+    )
 
 
 def fitting_recipe(pairs: int, *, gpu: bool) -> str:

@@ -52,7 +52,7 @@ from trmt.training.planning import (
     run_folder,
     with_origin,
 )
-from trmt.training.recipe import Recipe
+from trmt.training.recipe import Recipe, with_defaults
 from trmt.training.reporting import Reporter
 from trmt.training.run_log import StepClock
 from trmt.training.spikes import SpikePolicy
@@ -169,6 +169,7 @@ class TrainingRun:
         recipe, name = resolved_recipe(options, data, tokenizer, translates=translate is not None)
         folder = run_folder(options, data, name)
         check_same_run(folder, recipe, origin_of(options, data))
+        recipe = with_defaults(recipe, trust_code=True)  # as `resolved_recipe` has checked
         return cls(
             folder, recipe, data, tokenizer, options=options, translate=translate, distributed=distributed
         )

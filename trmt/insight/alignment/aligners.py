@@ -104,6 +104,7 @@ class AttentionAligner:
         self, net: Seq2Seq, tokenizer: Tokenizer, manifest: Manifest, options: HeadOptions = HeadOptions()
     ) -> None:
         self.net, self.tokenizer = net, tokenizer
+        self._languages = manifest.languages
         self.truncated = 0
         self._guided = manifest.training.get("alignment")
         self._options = options
@@ -125,7 +126,7 @@ class AttentionAligner:
 
     @property
     def languages(self) -> TextPair:
-        return self.tokenizer.languages
+        return self._languages
 
     def links(self, pairs: Sequence[TextPair]) -> list[Links]:
         found = [NO_LINKS] * len(pairs)
