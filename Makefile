@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# As many tests at once as there are cores; each keeps to one.
-CORE_TESTS := tests/contracts $(addprefix tests/test_, $(addsuffix .py, attention averaging batches bundles \
+CORE_TESTS := $(addprefix tests/test_, $(addsuffix .py, attention averaging batches bundles \
 	checkpoints config graphs layers memory quantizing recipe registry top training translate_command translating))
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+# As many tests at once as there are cores; each keeps to one.
+PYTEST := OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+# Tests in a copy of trmt without some packages: $(call IN_COPY,PACKAGES,TESTS)
+IN_COPY = copy=$$(mktemp -d) && cp -r trmt tests bench docs data models pyproject.toml *.md "$$copy" \
+	&& (cd "$$copy/trmt" && rm -r $(1)) \
+	&& (cd "$$copy" && PYTHONPATH="$$copy" $(PYTEST) -q -m 'not slow and not gpu' $(2)) && rm -r "$$copy"
 
 .PHONY: demo test check core slow clean
 
@@ -29,15 +33,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The core by itself: its tests in copies without some of the packages around it.
+# The core by itself: its tests in a copy without the packages around it that it uses, and in one without lab.
 core: $(INSTALLED)
-	for missing in "native lab" lab; do \
-		copy=$$(mktemp -d) && cp -r trmt tests bench docs data models pyproject.toml *.md "$$copy" \
-		&& (cd "$$copy/trmt" && rm -r $$missing) \
-		&& (cd "$$copy" && PYTHONPATH="$$copy" OMP_NUM_THREADS=1 "$(CURDIR)/$(BIN)/python" -m pytest \
-			--numprocesses auto --dist worksteal -q -m 'not slow and not gpu' $(CORE_TESTS)) \
-		&& rm -r "$$copy" || exit 1; \
-	done
+	$(call IN_COPY,native lab,tests/contracts $(CORE_TESTS))
+	$(call IN_COPY,lab,$(CORE_TESTS))
 
 # Everything that needs no GPU, the slow tests included.
 slow: $(INSTALLED)

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+from _pytest.mark import ParameterSet
+
 from trmt.registry import ARCHITECTURES, installed
 
 
@@ -29,6 +32,7 @@ def each(name: str, weights: str, *options: Mapping[str, Any]) -> list[Variant]:
     return [Variant(name, one, frozenset(weights.split())) for one in options]
 
 
+SLOW = [pytest.mark.slow]
 SELF = "cross encoder decoder"  # the weights of Transformers
 
 # The defaults first; every option occurs in some combination with the others.
@@ -173,3 +177,16 @@ def variants(*, defaults: bool = False) -> list[Variant]:
     """All registered networks with all their options, or with `defaults` each network once."""
     found = [TABLE.get(name, [Variant(name)]) for name in installed(ARCHITECTURES)]
     return [variant for several in found for variant in several[: 1 if defaults else None]]
+
+
+def parametrised() -> list[ParameterSet]:
+    """All variants; those of networks for study, other than the first of each, are slow tests."""
+    usual = variants(defaults=True)
+    return [
+        pytest.param(variant, id=str(variant), marks=[] if variant in usual or is_core(variant) else SLOW)
+        for variant in variants()
+    ]
+
+
+def is_core(variant: Variant) -> bool:
+    return ARCHITECTURES.get(variant.name, "").startswith("trmt.nets")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.fakes import VOCABULARY, random_sentences, small_network
-from tests.variants import Variant, variants
+from tests.variants import Variant, parametrised
 from trmt.decoding.engine import frozen
 from trmt.nets.base import Decoding, Seq2Seq, State, Stepper, WantedWeights
 from trmt.nets.linear import PlainProducts
@@ -56,7 +56,7 @@ WAYS = [*GROWING, Way("static", plainly, static=True)]
 growing = pytest.mark.parametrize("way", GROWING, ids=str)
 
 
-@pytest.fixture(params=variants(), ids=str)
+@pytest.fixture(params=parametrised())
 def variant(request: pytest.FixtureRequest) -> Variant:
     return request.param
 
