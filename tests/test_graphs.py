@@ -24,7 +24,7 @@ from tests.contracts.test_engine import (
     translated,
 )
 from tests.fakes import small_network
-from tests.variants import Variant, variants
+from tests.variants import Variant, parametrised, variants
 from trmt.decoding import beam, graphs
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.batch import Batch, BatchDecoder
@@ -178,7 +178,10 @@ def test_steps_never_ask_the_device_for_a_value(variant: Variant, search: Search
 @pytest.mark.parametrize(
     ("variant", "search"),
     [
-        *((variant, Beam(size=3, n_best=2)) for variant in variants(defaults=True)),
+        *(
+            pytest.param(*each.values, Beam(size=3, n_best=2), id=each.id, marks=each.marks)
+            for each in parametrised(defaults=True)
+        ),
         *((variants()[0], search) for search in (Greedy(), Sampling(samples=3))),
     ],
     ids=str,
@@ -202,7 +205,7 @@ def test_many_sentences_come_and_go(variant: Variant, search: Search) -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-@pytest.mark.parametrize("variant", variants(defaults=True), ids=str)
+@pytest.mark.parametrize("variant", parametrised(defaults=True))
 def test_sentences_move_to_the_front_when_none_is_waiting(variant: Variant) -> None:
     net = small_network(variant.name, **variant.options)
     # Nothing ends by itself: one sentence of sixteen goes on for long.
@@ -336,7 +339,7 @@ def test_static_caches_attend_by_a_kernel_where_there_is_one(
     assert {shape[2] for shape in calls} == ({search.hypotheses} if search.reorders else {1})
 
 
-@pytest.mark.parametrize("variant", variants(defaults=True), ids=str)
+@pytest.mark.parametrize("variant", parametrised(defaults=True))
 def test_finished_sentences_stay_within_the_networks_positions(variant: Variant) -> None:
     net = small_network(variant.name, **{**variant.options, **limited(variant)})
     # The second ends at once. When the first is done the third is not, and both go on until the next sync.

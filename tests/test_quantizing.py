@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.fakes import small_network
+from tests.variants import every_network
 from trmt.acceleration import accelerated
 from trmt.averaging import average_bundles
 from trmt.bundles import bundles, quantised
@@ -16,14 +17,13 @@ from trmt.bundles.bundles import make_manifest, read_manifest, read_weights, sav
 from trmt.errors import BundleError, ConfigError
 from trmt.insight.inspecting import inspect
 from trmt.quantizing import quantize
-from trmt.registry import ARCHITECTURES, installed
 from trmt.text.tokenizer import Tokenizer
 from trmt.translating import TranslateOptions, Translator
 
 TEXTS = ["one two three", "four", "", "three three two one", "five six seven eight nine"]
 
 
-@pytest.fixture(params=installed(ARCHITECTURES))
+@pytest.fixture(params=every_network())
 def bundle(request: pytest.FixtureRequest, toy_set: Path, tmp_path: Path) -> Path:
     """A bundle of random weights, large enough for its matrices to be most of it."""
     tokenizer = Tokenizer.load(toy_set / "tokenizer")

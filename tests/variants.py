@@ -5,7 +5,7 @@ A registered network that is not in the table is tested with its defaults.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,6 @@ def each(name: str, weights: str, *options: Mapping[str, Any]) -> list[Variant]:
     return [Variant(name, one, frozenset(weights.split())) for one in options]
 
 
-SLOW = [pytest.mark.slow]
 SELF = "cross encoder decoder"  # the weights of Transformers
 
 # The defaults first; every option occurs in some combination with the others.
@@ -179,14 +178,18 @@ def variants(*, defaults: bool = False) -> list[Variant]:
     return [variant for several in found for variant in several[: 1 if defaults else None]]
 
 
-def parametrised() -> list[ParameterSet]:
-    """All variants; those of networks for study, other than the first of each, are slow tests."""
-    usual = variants(defaults=True)
+def parametrised(*, defaults: bool = False) -> list[ParameterSet]:
+    """The variants as parameters of tests, which are slow tests for networks that are for study."""
     return [
-        pytest.param(variant, id=str(variant), marks=[] if variant in usual or is_core(variant) else SLOW)
-        for variant in variants()
+        pytest.param(variant, id=str(variant), marks=_marks(variant.name))
+        for variant in variants(defaults=defaults)
     ]
 
 
-def is_core(variant: Variant) -> bool:
-    return ARCHITECTURES.get(variant.name, "").startswith("trmt.nets")
+def every_network() -> list[ParameterSet]:
+    """The names of all registered networks as parameters of tests, slow ones for networks for study."""
+    return [pytest.param(name, marks=_marks(name)) for name in installed(ARCHITECTURES)]
+
+
+def _marks(name: str) -> Sequence[pytest.MarkDecorator]:
+    return () if ARCHITECTURES.get(name, "").startswith("trmt.nets") else (pytest.mark.slow,)

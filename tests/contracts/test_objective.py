@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from tests.derivatives import needs_kernels
 from tests.fakes import VOCABULARY, random_sentences, small_network
+from tests.variants import every_network
 from trmt.acceleration import accelerated
 from trmt.config import build
 from trmt.errors import ConfigError
@@ -53,7 +54,7 @@ def objective(request: pytest.FixtureRequest) -> Objective:
 
 
 @pytest.mark.parametrize("cuts", [[0, 3, 6], [0, 1, 2, 3, 4, 5, 6], [0, 5, 6]])
-@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every_network())
 def test_sums_add_up_over_any_split(objective: Objective, architecture: str, cuts: list[int]) -> None:
     net = small_network(architecture)
     whole = examples()
@@ -89,7 +90,7 @@ def test_the_target_is_shifted_by_one_and_the_source_ends_with_eos() -> None:
     assert batch.tokens == 6
 
 
-@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every_network())
 def test_every_column_of_the_logits_is_a_real_id(architecture: str) -> None:
     """So no padded id can take part in the normaliser or in the mass of smoothing."""
     net = small_network(architecture)

@@ -13,8 +13,8 @@ import torch
 
 from tests import toy
 from tests.toy import options
+from tests.variants import every_network
 from trmt.bundles import checkpoints
-from trmt.registry import ARCHITECTURES, installed
 from trmt.training.run import train
 
 # All features that resuming could get wrong, at once.
@@ -39,7 +39,7 @@ def final(run: Path, step: int = 10) -> tuple[bytes, bytes, dict[str, Any]]:
     )
 
 
-@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every_network())
 def test_resuming_is_exact(architecture: str, toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, HARD, architecture=architecture)
     uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
@@ -52,7 +52,7 @@ def test_resuming_is_exact(architecture: str, toy_set: Path, tmp_path: Path) -> 
     assert len(ranking(resumed)) == 5
 
 
-@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every_network())
 def test_validating_and_saving_do_not_change_the_run(
     architecture: str, toy_set: Path, tmp_path: Path
 ) -> None:
@@ -70,7 +70,7 @@ def _deterministic_only_here() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_deterministic_only_here")
-@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every_network())
 def test_every_network_supports_training_deterministic(
     architecture: str, toy_set: Path, tmp_path: Path
 ) -> None:
@@ -83,7 +83,7 @@ def test_every_network_supports_training_deterministic(
     assert log(tmp_path / "run", "begin")[0]["deterministic"] is True
 
 
-@pytest.mark.parametrize("architecture", installed(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", every_network())
 def test_the_loss_falls(architecture: str, toy_set: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(tmp_path, {"training": {"steps": 40}}, architecture=architecture)
     run = train(options(tmp_path / "run", toy_set, recipe, "validation.every=10", "optim.lr=0.01"))
