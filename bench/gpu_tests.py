@@ -76,6 +76,7 @@ def run(
         try:
             budget.run(command, log=log, cwd=ROOT, env=environment(), look=look)
         except SystemExit as error:
+            look()
             if not tests:
                 raise SystemExit(f"no test was run: {error}") from None
         finally:

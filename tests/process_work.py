@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trmt.bundles import checkpoints, slices
 from trmt.bundles.slices import SlicedTensors
-from trmt.config import build, read_toml
+from trmt.config import build, build_stored, read_toml
 from trmt.errors import TrmtError
 from trmt.nets.base import Seq2Seq
 from trmt.objectives.base import Loss
@@ -28,7 +28,7 @@ from trmt.sets.shards import PreparedSet
 from trmt.training import distributed, sharding
 from trmt.training.distributed import Distributed, DistributedError
 from trmt.training.recipe import Recipe
-from trmt.training.state import TrainState
+from trmt.training.state import SavedValues, TrainState
 from trmt.training.step import compute_gradients, train_step
 from trmt.training.validation import dev_loss, full_network
 
@@ -197,7 +197,8 @@ def files(folder: Path, processes: Distributed) -> dict[str, Any]:
         slices.write_index(path, written)
         SlicedTensors(path).merge(path / "merged", state.bundle_names())
         save_file({name: tensor.contiguous() for name, tensor in full.items()}, path / "full")
-    values, saved = checkpoints.Checkpoint(folder / "one" / "step-00000003", 3).load_state()
+    tree, saved = checkpoints.Checkpoint(folder / "one" / "step-00000003", 3).load_state()
+    values = build_stored(SavedValues, {"data": "", **tree}, where="the state", advice="")
     same = []
     for shard in (True, False):
         other = make_state(folder, processes, shard=shard)

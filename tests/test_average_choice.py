@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import toy
+from tests.edited import edit
 from tests.toy import options
 from trmt import averaging
 from trmt.averaging import AverageOptions, average, neighbours
@@ -267,7 +268,7 @@ def test_where_the_prepared_set_has_gone_the_best_checkpoint_is_written_and_data
     quick: Path, toy_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     origin = quick / "origin.json"
-    origin.write_text(origin.read_text().replace(str(toy_set), str(tmp_path / "gone")))
+    edit(origin, data=str(tmp_path / "gone"))
     out = average(AverageOptions(paths=(quick,)))
     assert averaged(out) == [best_of(quick).name]
     text = said(capsys)
@@ -286,7 +287,7 @@ def test_a_relative_prepared_set_is_found_from_another_folder(
 ) -> None:
     shutil.copytree(toy_set, tmp_path / "data/set")
     origin = quick / "origin.json"
-    origin.write_text(origin.read_text().replace(str(toy_set), "data/set"))
+    edit(origin, data="data/set")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert len(averaged(average(AverageOptions(paths=(quick,))))) > 1

@@ -30,7 +30,6 @@ from trmt.training.budget import (
     print_plan,
     state_bytes,
 )
-from trmt.training.planning import resolved_recipe
 from trmt.training.run import TrainingRun, train
 from trmt.training.state import TrainState
 from trmt.training.step import train_step
@@ -41,11 +40,7 @@ ARCHITECTURES = pytest.mark.parametrize("architecture", ["transformer", "rnn"]) 
 
 
 def make_run(folder: Path, data: Path, recipe_file: str, *settings: str) -> TrainingRun:
-    wanted = options(folder, data, recipe_file, *settings)
-    prepared = PreparedSet.open(data)
-    tokenizer = Tokenizer.load(prepared.tokenizer_folder)
-    recipe, _ = resolved_recipe(wanted, prepared, tokenizer, translates=False)
-    return TrainingRun(folder, recipe, prepared, tokenizer, options=wanted)
+    return TrainingRun.from_options(options(folder, data, recipe_file, *settings))
 
 
 def train_run(run: TrainingRun) -> None:

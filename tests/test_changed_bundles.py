@@ -110,7 +110,7 @@ REFUSED: list[tuple[Change, str]] = [
     (pad_beyond, "has 60 source tokens, its tokenizer has 67"),
     (option(max_positions=1), "max_positions = 1, but a token"),
     (option(max_positions=20_000_000), "max_positions = 20,000,000, and no weights of that size"),
-    (option(max_positions=10**30), "and no weights of that size"),
+    (option(max_positions=10**30), "has an integer of more than 64 bits"),
     (option(encoder_layers=100_000), "larger than the weights that are stored"),
     (option(feed_forward=200_000), "larger than the weights that are stored"),
     (option(heads=3), "cannot be divided into heads"),
@@ -143,8 +143,8 @@ def test_every_command_refuses_a_network_with_fewer_tokens_than_its_tokenizer(
     bundle = sound(tokenizer)
     rows("source", 30)(bundle)
     folder = write(tmp_path / "bundle", bundle)
-    more = {"quantize": ["--out", tmp_path / "out"], "average": ["--out", tmp_path / "out"]}
-    more["export"] = ["--to", "onnx", "--out", tmp_path / "out"]
+    more = {"quantize": ["--output", tmp_path / "out"], "average": ["--output", tmp_path / "out"]}
+    more["export"] = ["--to", "onnx", "--output", tmp_path / "out"]
     code, _, err = trmt(command, folder, *more.get(command, []))
     assert code == 1 and err.count("\n") == 1 and "has 30 source tokens" in err
     assert not (tmp_path / "out").exists()

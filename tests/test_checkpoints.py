@@ -208,14 +208,3 @@ def test_the_loss_of_broken_weights_is_worse_than_any_score() -> None:
     assert is_worse(broken, good) and not is_worse(good, broken) and not is_worse(broken, broken)
     assert is_worse(DevScore("loss", 2.0), DevScore("loss", 1.0)) and is_worse(good, DevScore("chrf", 2.0))
     assert not is_worse(good, DevScore("bleu", 2.0)), "other metrics cannot be compared"
-
-
-@pytest.mark.parametrize(
-    "scores", [({},), ({"metric": 3, "value": 1.0},), ({"metric": "chrf", "value": "x"},)]
-)
-def test_scores_that_say_nothing_are_no_scores(
-    run: Path, tokenizer: Tokenizer, scores: tuple[dict[str, object], ...]
-) -> None:
-    folder = add(run, tokenizer, 1).folder
-    bundles.rewrite_manifest(folder, scores=scores)
-    assert list_checkpoints(run)[0].score() is None and find_bundle(run) == folder

@@ -155,7 +155,7 @@ def test_what_to_write_may_still_be_an_argument(name: str) -> None:
 
 
 def test_two_outputs_are_one_too_many(trmt: Command) -> None:
-    code, _, err = trmt("tokenizer", "one", "-o", "two", "--train", "x")
+    code, _, err = trmt("tokenizer", "one", "-o", "two", "--train", "x.en,x.de")
     assert code == 1 and "one and --output two are two places to write to" in err
 
 
@@ -225,7 +225,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("trmt compare demo oth", ["other"]),
         (
             "trmt train --recipe transformer-",
-            [f"transformer-{size}" for size in ("base", "big", "small", "tiny")],
+            [f"transformer-{size}" for size in ("base", "big", "low-resource", "small", "tiny")],
         ),
         ("trmt train --recipe my", ["my.toml"]),
         ("trmt train --data data/", ["data/en-de"]),

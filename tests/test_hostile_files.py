@@ -39,7 +39,7 @@ from trmt.training.run import TrainingRun, train
 from trmt.translating import TranslateOptions, Translator
 from trmt.trees import CHECKSUM, with_checksum, without_checksum
 from trmt.validating import validate
-from trmt.verifying import VerifyOptions, record, verify
+from trmt.verifying import VerifyOptions, verify
 
 FEW = 5  # mutants and flips of each file in the fast tests
 FLIPS = 200  # in the slow ones
@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = toy.make_set(folder)
     recipe = toy.recipe(folder, {"validation": {"metric": "chrf", "sentences": 6}})
     run = train(toy.options(folder / "run", data, recipe), validate)
-    average(AverageOptions(paths=(run,), best=1), record)
+    average(AverageOptions(paths=(run,), best=1))
     return folder
 
 
@@ -94,7 +94,7 @@ def verify_bundle(folder: Path) -> Any:
 
 
 def average_again(folder: Path) -> Any:
-    average(AverageOptions(paths=(folder / "run/average",), out=folder / "again"), record)
+    average(AverageOptions(paths=(folder / "run/average",), out=folder / "again"))
 
 
 def rank(folder: Path) -> Any:

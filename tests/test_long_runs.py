@@ -101,7 +101,10 @@ def test_a_killed_validation_is_repeated(
 
     functions = {
         "after saving": (TrainingRun, "validate"),
-        "after scoring": (checkpoints, "write_json"),  # the manifest has the scores, the state has not
+        "after scoring": (
+            checkpoints,
+            "write_verified_json",
+        ),  # the manifest has the scores, the state has not
         "before pruning": (Checkpointer, "prune"),
     }
     save = checkpoints.save_checkpoint

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from tests import toy
 from trmt.bundles.bundles import read_manifest
 from trmt.cli import app
-from trmt.training.history import NEW as RECORD
 from trmt.errors import BundleError, ConfigError
+from trmt.training.history import NEW as RECORD
 
 SETTINGS = ("--set", "training.steps=4", "--set", "validation.every=2", "--device", "cpu")
 

@@ -55,8 +55,7 @@ def test_the_name_of_the_output_says_how_it_is_compressed(trmt: Command, bundle:
     (work / "packed").write_bytes(bz2.compress(TEXT))
     assert translated(trmt, bundle, "-i", "packed", "-o", "out.de.gz")[0] == 0
     assert gzip.decompress((work / "out.de.gz").read_bytes()) == expected
-    assert translated(trmt, bundle, "-i", "packed", "-o", "again.de.gz")[0] == 0
-    assert (work / "again.de.gz").read_bytes() == (work / "out.de.gz").read_bytes(), "no time stamps"
+    assert (work / "out.de.gz").read_bytes()[4:8] == bytes(4), "a time stamp"
 
 
 def test_files_behind_urls(trmt: Command, bundle: Path, work: Path) -> None:

@@ -23,7 +23,6 @@ from trmt.bundles.checkpoints import AVERAGE, CONFIG, Checkpoint
 from trmt.bundles.schema import StoredScore
 from trmt.config import Options
 from trmt.errors import BundleError, ConfigError, DataError
-from trmt.text.tokenizer import Tokenizer
 from trmt.training import describing
 from trmt.training.history import LABELS
 from trmt.training.models import newest_run
@@ -300,6 +299,8 @@ class _Mean:
         manifest = bundles.read_manifest(path)
         _check_compatible([self.paths[0], path], [self.manifest, manifest])
         weights = _without_tied(path, manifest)
+        if _shapes(weights) != _shapes(self.total):
+            raise BundleError(f"{path} and {self.paths[0]} differ in weights; average checkpoints of one run")
         total = {
             name: tensor + weights[name] if tensor.is_floating_point() else tensor
             for name, tensor in self.total.items()
@@ -345,13 +346,17 @@ def write_mean(mean: _Mean, out: Path, **fields: Any) -> Manifest:
         created=time.time(),
         shipped=False,
     )
-    bundles.save_bundle(out, manifest, mean.stored(), Tokenizer.load(mean.paths[0] / bundles.TOKENIZER))
+    bundles.save_bundle(out, manifest, mean.stored(), bundles.load_tokenizer(mean.paths[0], mean.manifest))
     return manifest
 
 
 def average_bundles(paths: Sequence[Path], out: Path) -> Manifest:
     """Write the mean of several bundles' weights as a new bundle."""
     return write_mean(_Mean.of(paths), out)
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, bool]]:
+    return {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in weights.items()}
 
 
 def _check_compatible(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:

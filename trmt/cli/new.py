@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trmt import console
+from trmt.cli.common import Threads
 from trmt.cli.prepare import CORPUS
+from trmt.cli.train import RecipeName, RecipeSettings, TrainDevice
 from trmt.errors import ConfigError, DataError
 from trmt.training.history import NEW
 
@@ -72,20 +74,10 @@ def command(
         str | None,
         typer.Option("--to", metavar="LANGUAGE", help="Target language. [default: the file's ending]"),
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", help="Recipe by name or path. [default: chosen by the size of the data]"),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change a setting: --set optim.lr=5e-4. Repeatable."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps. [default: the fastest available]")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all]")
-    ] = None,
+    recipe: RecipeName = None,
+    settings: RecipeSettings = None,
+    device: TrainDevice = None,
+    threads: Threads = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
 ) -> None:
     """Train a new translator from text. Prints and runs all commands; the same line goes on after a stop."""

@@ -18,6 +18,15 @@ RunFolder = Annotated[
         autocompletion=completion.models,
     ),
 ]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="Recipe by name or path. [default: chosen by the size of the data]",
+        autocompletion=completion.recipes,
+    ),
+]
 RecipeSettings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: --set optim.lr=5e-4. Repeatable."),
@@ -50,15 +59,7 @@ def command(
             autocompletion=completion.folders,
         ),
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            metavar="NAME",
-            help="Recipe by name or path. [default: chosen by the size of the data]",
-            autocompletion=completion.recipes,
-        ),
-    ] = None,
+    recipe: RecipeName = None,
     settings: RecipeSettings = None,
     init_from: Annotated[
         Path | None,

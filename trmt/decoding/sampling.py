@@ -22,7 +22,7 @@ from trmt.devices.transfer import to_device
 from trmt.errors import ConfigError
 from trmt.trees import MAX_INT
 
-MAX_SAMPLES = 10_000
+MAX_SAMPLES = 100_000
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from trmt.training.recipe import (
     safe_name,
     with_defaults,
 )
+from trmt.training.spikes import ROLLBACKS
 from trmt.trees import TreeError, read_json, shown, verified
 
 DATA = Path("data")
@@ -270,7 +271,7 @@ def _check_purpose(options: TrainOptions, recipe: Recipe, data: PreparedSet) -> 
 
 
 def check_run_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything but a run, which training would mix with it."""
+    """Refuse a folder with other files than those of a run, which training would mix with it."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; name another run folder")
     if not folder.is_dir() or (folder / CONFIG).is_file() or checkpoints.list_checkpoints(folder):
@@ -286,9 +287,9 @@ def check_run_folder(folder: Path) -> None:
         )
     if (folder / NEW).is_file():
         return
-    ours = {LOG, LOCK, ORIGIN}
-    others = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
-    if foreign := next((name for name in others if name not in ours), None):
+    ours = {LOG, LOCK, ORIGIN, ROLLBACKS}
+    files = sorted(each.name for each in folder.iterdir() if each.is_file() and each.name[0] != ".")
+    if foreign := next((name for name in files if name not in ours), None):
         raise ConfigError(
             f"{folder} holds {foreign}, which is not of a run; name a folder of its own for the run, and "
             "what to train on with --data"
