@@ -8,7 +8,7 @@ from typing import Any
 from trmt import console
 from trmt.errors import ConfigError
 from trmt.sets.index import INDEX, check_index
-from trmt.sets.shards import PreparedSet
+from trmt.sets.shards import DOCUMENTS, PreparedSet
 from trmt.storage.files import write_json
 from trmt.trees import CHECKSUM, TreeError, read_json, verified
 
@@ -32,6 +32,11 @@ def read_record(run: Path) -> dict[str, Any] | None:
     except (OSError, TreeError, ConfigError) as error:
         console.warn(f"{path} cannot be used ({error}), so that the data of this run remains unknown")
         return None
+
+
+def is_of_documents(run: Path) -> bool:
+    """Whether the record of a run says that it was pretrained on documents."""
+    return (read_record(run) or {}).get("kind") == DOCUMENTS
 
 
 def describe_changes(run: Path, data: Path) -> str:

@@ -8,13 +8,12 @@ every recipe for a model that was pretrained on documents, or of which only the 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from trmt.config import Tree
-from trmt.sets.record import RECORD
-from trmt.sets.shards import DOCUMENTS, SIDES, PreparedSet
+from trmt.sets.record import is_of_documents
+from trmt.sets.shards import SIDES, PreparedSet
 from trmt.training.optim import learning_rate
 from trmt.training.recipe import Recipe, flat
 
@@ -37,12 +36,7 @@ KEYS = (
 
 def is_pretrained(bundle: Path) -> bool:
     """Whether the run folder of a bundle records that it was trained on documents."""
-    for folder in (bundle, bundle.resolve().parent):
-        try:
-            return bool(json.loads((folder / RECORD).read_bytes())["kind"] == DOCUMENTS)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return False
+    return any(map(is_of_documents, (bundle, bundle.resolve().parent)))
 
 
 def schedule(recipe: Recipe, data: PreparedSet) -> Tree:

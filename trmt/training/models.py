@@ -5,7 +5,6 @@ No time of a file counts, because copies and checkouts change it: only times in 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ from trmt.bundles.bundles import Manifest
 from trmt.bundles.checkpoints import AVERAGE, CONFIG, MODELS
 from trmt.errors import BundleError, TrmtError
 from trmt.registry import ENCODERS, split_variants
-from trmt.sets.record import RECORD
-from trmt.sets.shards import DOCUMENTS, PAIRS
+from trmt.sets.record import is_of_documents
 from trmt.storage.locks import is_locked
 from trmt.training.history import LOG, read_times
 
@@ -171,12 +169,7 @@ def _run_state(folder: Path) -> ModelState:
 
 def _is_pretrained(folder: Path, manifest: Manifest) -> bool:
     """Whether a network was pretrained on documents, by its architecture or the record of its data."""
-    if split_variants(manifest.architecture)[0] in ENCODERS:
-        return True
-    try:
-        return bool(json.loads((folder / RECORD).read_bytes()).get("kind", PAIRS) == DOCUMENTS)
-    except (OSError, ValueError, AttributeError):
-        return False
+    return split_variants(manifest.architecture)[0] in ENCODERS or is_of_documents(folder)
 
 
 # For people
