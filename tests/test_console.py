@@ -91,6 +91,16 @@ def test_earlier_work_does_not_count_for_the_estimate(
     assert without_time(capsys.readouterr().err) == "training: 91 of 100 steps, 6 min 00 s left\n"
 
 
+def test_work_that_may_end_early_has_at_most_so_much_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = itertools.count(0, 40)
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    with console.progress("training", 10, unit="steps", at_most=True) as bar:
+        bar.advance()
+    assert without_time(capsys.readouterr().err) == "training: 1 of 10 steps, at most 6 min 00 s left\n"
+
+
 def test_suspended_time_does_not_count_for_the_estimate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

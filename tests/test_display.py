@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def test_it_shows_the_state_of_a_run() -> None:
     ):  # fmt: skip
         assert part in shown, f"{part}\n{shown}"
     assert "▁" in shown and "█" in shown
+
+
+def test_a_run_that_may_end_early_has_at_most_so_much_time_left() -> None:
+    shown = lines(display_of(history(samples=[]), replace(INFO, may_end_early=True)))
+    assert any("at most" in line and " left" in line for line in shown)
 
 
 def test_a_run_without_a_last_step_or_a_history_is_shown() -> None:

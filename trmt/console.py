@@ -140,8 +140,8 @@ class _NoProgress:
 class _ProgressLines:
     """Progress for log files: a line every half minute, none for work that takes less."""
 
-    def __init__(self, title: str, total: float | None, unit: str, done: int) -> None:
-        self.title, self.total, self.unit = title, total, unit
+    def __init__(self, title: str, total: float | None, unit: str, done: int, *, at_most: bool) -> None:
+        self.title, self.total, self.unit, self.at_most = title, total, unit, at_most
         self.done_before, self.done = done, float(done)
         self.started = self.printed = clock.now()
 
@@ -160,22 +160,28 @@ class _ProgressLines:
         if self.done <= self.done_before:  # after a rollback of a training run
             return ""
         left = (now - self.started) * (self.total - self.done) / (self.done - self.done_before)
-        return f", {duration(left)} left"
+        return f", {'at most ' if self.at_most else ''}{duration(left)} left"
 
 
 @contextmanager
 def progress(
-    title: str, total: float | None = None, *, unit: str = "lines", done: int = 0
+    title: str,
+    total: float | None = None,
+    *,
+    unit: str = "lines",
+    done: int = 0,
+    at_most: bool = False,
 ) -> Iterator[ProgressBar]:
     """Progress with an estimate of the time left: a bar on a terminal, plain lines elsewhere.
 
-    `done` is how much an earlier process did; it does not count for the estimate.
+    `done` is how much an earlier process did; it does not count for the estimate. `at_most` says that it may
+    end before the total is reached.
     """
     if _silent():
         yield _NoProgress()
         return
     if not is_terminal():
-        yield _ProgressLines(title, total, unit, done)
+        yield _ProgressLines(title, total, unit, done, at_most=at_most)
         return
     from trmt.terminal import open_bar
 

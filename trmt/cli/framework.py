@@ -18,9 +18,8 @@ from trmt.cli.examples import EXAMPLES
 
 # Former spellings of options and the present ones, for commands that have the present one.
 RENAMED: Mapping[str, str] = {"--out": "--output"}
-CLOSED_PIPE = (
-    141  # the exit code after the reader of standard output has gone, as of a process killed by SIGPIPE
-)
+# The exit code after the reader of standard output has gone, as of a process killed by SIGPIPE.
+CLOSED_PIPE = 141
 
 CONTEXT: Mapping[str, Any] = {
     "help_option_names": ["-h", "--help"],

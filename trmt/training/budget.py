@@ -70,6 +70,7 @@ class PlannedRun:
             network=f"{network}, {state.device.type} {state.precision}",
             steps_per_epoch=self.steps_per_epoch,
             last_step=self.last_step,
+            may_end_early=bool(self.patience),
             steps_done=state.progress.step,
             memory=memory.total(state.device),
         )

@@ -47,7 +47,8 @@ class RunInfo:
     name: str  # the run folder
     network: str  # architecture, size, device and precision
     steps_per_epoch: int
-    last_step: int | None  # where it ends, if that is known
+    last_step: int | None  # where it ends at the latest, if that is known
+    may_end_early: bool = False  # when validations bring no gain
     steps_done: int = 0  # before this process was started
     memory: int | None = None  # of the device, in bytes
 
@@ -70,7 +71,9 @@ def open_display(info: RunInfo, history: History) -> Iterator[TrainingDisplay]:
     """Show a run until the block ends."""
     if not console.is_terminal():
         done = info.steps_done
-        with console.progress("training", info.last_step, unit="steps", done=done) as progress:
+        with console.progress(
+            "training", info.last_step, unit="steps", done=done, at_most=info.may_end_early
+        ) as progress:
             yield LineDisplay(progress)
         return
     display = LiveDisplay(info, history)
@@ -151,8 +154,9 @@ class LiveDisplay:
         elapsed, taken = clock.now() - self.began, self.step - self.info.steps_done
         share = min(self.step / last, 1.0) if last else 0.0
         left = elapsed * max((last or 0) - self.step, 0) / taken if taken > 0 else 0.0
+        most = "at most " if self.info.may_end_early else ""
         optional = {  # the most important first
-            "left": Text(f"{console.duration(left)} left" if last and taken > 0 else "", "bold"),
+            "left": Text(f"{most}{console.duration(left)} left" if last and taken > 0 else "", "bold"),
             "epoch": Text(f"epoch {self.step / max(self.info.steps_per_epoch, 1):.1f}"),
             "share": Text(f"{share:4.0%}" if last else ""),
             "bar": bar(share, BAR if width >= NARROW - 1 else BAR // 2, plain=plain) if last else Text(),
