@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from provenance import RESULTS, record
+from trmt.devices.choice import choose_device
 from trmt.decoding.top import top
 from trmt.nets.base import Decoding
 from trmt.nets.kv_cache import SharedKVCache
@@ -48,7 +49,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-    figures = measure(torch.device("cpu" if given.smoke else given.device), smoke=given.smoke)
+    figures = measure(choose_device("cpu" if given.smoke else given.device), smoke=given.smoke)
     print(record("translate-kernels", figures, command="python bench/gpu_kernels.py", folder=given.out))
 
 

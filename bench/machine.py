@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from provenance import RESULTS, record
+from trmt.devices.choice import choose_device
 
 REPEATS = 10
 
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8192, help="of the square matrices")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    figures = measure(torch.device(given.device), given.size)
+    figures = measure(choose_device(given.device), given.size)
     print(
         record("machine", figures, command=f"python bench/machine.py --size {given.size}", folder=given.out)
     )

@@ -236,7 +236,7 @@ def v100(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first GPU is of a kind that this build of PyTorch has no kernels for."""
 
     def probe(device: torch.device) -> None:
-        if device.index in (None, 0):
+        if device.index == 0:
             raise Unsupported("it is a Tesla V100, sm_70, and this build of PyTorch (CUDA 13.0) is for sm_75")
 
     monkeypatch.setitem(module.ABILITIES, "architecture", replace(ABILITIES["architecture"], probe=probe))
@@ -257,9 +257,20 @@ def test_auto_takes_the_first_device_that_can_compute(
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
 def test_a_named_device_that_cannot_compute_is_an_error(name: str, gpus: Callable[[int], None]) -> None:
     gpus(2)
-    with pytest.raises(ConfigError, match=f"{name} cannot be used: it is a Tesla V100"):
+    with pytest.raises(ConfigError, match="cuda:0 cannot be used: it is a Tesla V100"):
         choice.choose_device(name)
     assert choice.choose_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_chosen_gpu_has_the_number_that_its_tensors_name(
+    name: str, gpus: Callable[[int], None], proven: Callable[..., None]
+) -> None:
+    gpus(2)
+    proven("architecture")
+    assert choice.choose_device(name).index == 0
+    assert abilities(torch.device("cuda")) is abilities(torch.device("cuda:0"))
+    assert abilities(torch.device("cuda")) is not abilities(torch.device("cuda:1"))
 
 
 @pytest.fixture
@@ -467,6 +478,22 @@ def test_a_traced_network_uses_what_was_proven_before(monkeypatch: pytest.Monkey
     torch._dynamo.reset()
     assert varlen.usable(CPU) and float(compiled(torch.zeros(1))) == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_what_was_proven_for_a_gpu_holds_for_its_tensors_while_they_are_traced(
+    name: str,
+    gpus: Callable[[int], None],
+    proven: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus(1)
+    proven("varlen")
+    monkeypatch.setattr(varlen, "load_varlen", lambda: stand_in([]))
+    assert varlen.usable(torch.device(name))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert varlen.serves(torch.device("cuda:0"), torch.bfloat16, 64)
+    assert not varlen.serves(torch.device("cuda:1"), torch.bfloat16, 64), "nothing was proven there"
 
 
 def test_importing_it_loads_neither_triton_nor_the_compiler() -> None:

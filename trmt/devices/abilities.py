@@ -62,7 +62,7 @@ ABILITIES: dict[str, Ability] = {
 }
 
 _lock = threading.RLock()
-_known: dict[tuple[str, int], Abilities] = {}
+_known: dict[torch.device, Abilities] = {}
 
 
 class Abilities:
@@ -139,13 +139,12 @@ class Abilities:
 
 def abilities(device: torch.device) -> Abilities:
     """The abilities of a device, the same object at each call of this process."""
-    numbered = ":" in str(device)
-    current = torch.cuda.current_device if torch.cuda.is_initialized() and device.type == "cuda" else int
-    with _lock:
-        key = device.type, device.index if numbered else current()
-        if key not in _known:
-            _known[key] = Abilities(torch.device(*key) if device.type == "cuda" else device)
-        return _known[key]
+    device = hardware.numbered(device)
+    known = _known.get(device)
+    if known is None:
+        with _lock:
+            known = _known.setdefault(device, Abilities(device))
+    return known
 
 
 def all_devices() -> list[torch.device]:

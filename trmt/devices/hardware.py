@@ -17,6 +17,15 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def numbered(device: torch.device) -> torch.device:
+    """A device as its tensors name it: "cuda" is the current GPU, and has a number."""
+    if device.type != "cuda":
+        return torch.device(device.type)
+    if device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+
+
 def gpu_count() -> int:
     """The number of GPUs (CUDA or ROCm) that PyTorch can use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 MULTIPLE, LARGEST = 8, 256  # head dimensions are a multiple of the first and at most the second
 
 varlen_attn: Any = None  # PyTorch's function, once it has been loaded
-_usable: dict[int | None, bool] = {}  # by the index of the GPU
+_usable: dict[int | None, bool] = {}  # by the number of the GPU; what was found out so far
 
 
 def serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -40,7 +40,7 @@ def usable(device: torch.device) -> bool:
         except Exception as error:  # where the ability is taken for granted by TRMT_VARLEN=1
             abilities(device).lose("varlen", error)
             found = False
-    _usable[device.index] = found
+    _usable[hardware.numbered(device).index] = found
     return found
 
 
