@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from provenance import RESULTS, record
-from trmt.devices.choice import choose_device
 from trmt.decoding.top import top
+from trmt.devices.choice import choose_device
 from trmt.nets.base import Decoding
 from trmt.nets.kv_cache import SharedKVCache
 

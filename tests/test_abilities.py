@@ -770,25 +770,11 @@ class TwoAlike(Distributed):
 
     def __init__(self) -> None:
         self.sent: list[int] = []
-        self.others = 0
 
-    def flat(self, tensors: Any) -> Tensor:
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-    def start_all_reduce(self, flat: Tensor) -> Any:
-        self.sent.append(len(flat))
-        flat.mul_(2)
-        return self
-
-    def wait(self) -> None:
-        pass
-
-    def all_reduce_max(self, value: int) -> int:
-        return max(value, self.others)
-
-    def all_reduce(self, tensors: Any) -> None:
-        for tensor in tensors:
-            tensor.mul_(2)
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        self.sent.append(len(tensor))
+        tensor.mul_(2)
+        return lambda: None
 
 
 def test_gradients_are_summed_while_the_backward_pass_runs() -> None:
@@ -800,21 +786,59 @@ def test_gradients_are_summed_while_the_backward_pass_runs() -> None:
     x = torch.ones(2, 4)
     net(x).sum().backward()
     assert not ranks.sent, "gradients are not final before the last micro-batch"
+    kept = [p.grad for p in net.parameters()]
     first = [p.grad.clone() for p in net.parameters() if p.grad is not None]
     overlap.start()
     net(x).sum().backward()
     assert not ranks.sent, "buckets are sent in order, and the first one has no gradients"
     overlap.finish()
     assert ranks.sent == [20] * 4
+    assert all(p.grad is grad for p, grad in zip(net.parameters(), kept, strict=True)), "nothing is copied"
+    overlap.zero_grad()
+    assert not any(flat.any() for flat in overlap.sums)
+    for parameter in both.parameters():
+        assert parameter.grad is not None
+        parameter.grad += 1
+    assert all(bool((flat == 1).all()) for flat in overlap.sums), "gradients are views"
+    overlap.zero_grad()
+    net(x).sum().backward()
+    overlap.start()
+    net(x).sum().backward()
+    overlap.finish()
+    ranks.sent.clear()
     for parameter, one in zip(net.parameters(), first, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, 4 * one)
+    net.zero_grad()
     used = OverlappedSums(net, ranks, bucket_bytes=80)
     ranks.sent.clear()
     used.start()
     net(x).sum().backward()
     assert ranks.sent == [20] * 3, "all are sent before the backward pass returns"
     used.finish()
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch's compiler, about torch
+@pytest.mark.parametrize(("bucket_bytes", "parts"), [(0, 1), (80, 3)])
+def test_a_compiled_network_gives_its_gradients_one_part_after_another(bucket_bytes: int, parts: int) -> None:
+    net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    torch._dynamo.reset()
+    compiled = choice.compile_network(net, bucket_bytes=bucket_bytes, backend="aot_eager")
+    x = torch.ones(2, 4)
+    loss = compiled(x).square().sum()
+    left, backward = [loss.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node.name().startswith("CompiledFunction"):
+            backward.add(node)
+        left += [each for each, _ in node.next_functions if each]
+    assert len(backward) == parts
+    loss.backward()
+    found = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    net(x).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in net.parameters()], found)
+    torch._dynamo.reset()
 
 
 def test_a_rank_whose_backward_pass_fails_still_sends_every_bucket(
@@ -827,7 +851,7 @@ def test_a_rank_whose_backward_pass_fails_still_sends_every_bucket(
     ranks = TwoAlike()
     run.state.overlap = OverlappedSums(run.state.net, ranks, bucket_bytes=1000)
     found = gradients_of(run)
-    assert len(ranks.sent) == 2 * len(run.state.overlap.buckets)
+    assert len(ranks.sent) == 2 * len(run.state.overlap.sums)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, 2 * other, atol=1e-5, rtol=1e-4)
 

@@ -101,10 +101,20 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def compile_network(net: torch.nn.Module) -> Any:
-    """The network under torch.compile; what cannot be compiled raises an error when it is first run."""
+def compile_network(net: torch.nn.Module, *, bucket_bytes: int = 0, backend: str = "inductor") -> Any:
+    """The network under torch.compile; what cannot be compiled raises an error when it is first run.
+
+    A graph gives all of its gradients at once, at the end of its backward pass. With `bucket_bytes`, the
+    network is divided into graphs whose gradients have about that size, so that they come one after another.
+    """
     import torch._dynamo
 
     # Otherwise each graph is tried again, with pages of messages, and a failing backward pass still raises.
     torch._dynamo.config.suppress_errors = False
-    return torch.compile(net)
+    if not bucket_bytes:
+        return torch.compile(net, backend=backend)
+    from torch._dynamo.backends.distributed import DDPOptimizer
+    from torch._dynamo.backends.registry import lookup_backend
+
+    divided = DDPOptimizer(bucket_bytes, lookup_backend(backend), first_bucket_cap=bucket_bytes)
+    return torch.compile(net, backend=divided.compile_fn)

@@ -21,7 +21,7 @@ def numbered(device: torch.device) -> torch.device:
     """A device as its tensors name it: "cuda" is the current GPU, and has a number."""
     if device.type != "cuda":
         return torch.device(device.type)
-    if device.index is not None:
+    if ":" in str(device):
         return device
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
 

@@ -30,7 +30,7 @@ from trmt.objectives.base import Objective, Specials
 from trmt.registry import OBJECTIVES, resolve
 from trmt.sets.batches import BatchShape
 from trmt.text.tokenizer import BOS, EOS
-from trmt.training import optim, sharding, word_vectors
+from trmt.training import optim, overlap, sharding, word_vectors
 from trmt.training.distributed import Distributed
 from trmt.training.guard import GradientGuard
 from trmt.training.micro_batches import MicroBatchSplitter
@@ -113,16 +113,25 @@ class TrainState:
             self.distributed, sharded=self.sharded, indivisible=self.net.couples_batch
         )
         self.overlap: OverlappedSums | None = None
-        if self.device.type == "cuda" and self.distributed.world_size > 1 and not self.sharded:
-            self.overlap = OverlappedSums(self.net, self.distributed)
+        if self.distributed.world_size > 1 and not self.sharded:
+            self.overlap = OverlappedSums(self.net, self.distributed, bucket_bytes=overlap.BUCKET_BYTES)
         if self.precision != "fp32" and isinstance(self.net, TransformerEncoder):
             self._agree("varlen")
             if hardware.is_gpu(self.device):
                 varlen.usable(self.device)  # proven before anything is traced
         self.compiled = self._is_to_be_compiled()
-        self.forward: Any = compile_network(self.net) if self.compiled else self.net
+        self.forward: Any = self.net
+        if self.compiled:
+            self.forward = compile_network(self.net, bucket_bytes=overlap.BUCKET_BYTES if self.overlap else 0)
         self.batch_shape: BatchShape | None = None  # the shape that every batch fits into, if there is one
         self.progress = TrainProgress()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        if self.overlap:
+            self.overlap.zero_grad()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     # What the device can do
 

@@ -2,7 +2,7 @@
 
 With several processes each knows all batches of the step and computes the gradients of its share. Gradients
 are sums over the tokens of a share, divided by the tokens of all shares; the ranks' gradients are added up
-once all have computed theirs.
+while the backward pass of the last micro-batch runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trmt.devices.abilities import first_line
 from trmt.devices.choice import autocast
@@ -56,7 +55,7 @@ def compute_gradients(state: TrainState, batches: list[RaggedBatch]) -> StepResu
     """
     tokens = sum(state.objective.tokens(batch) for batch in batches)
     while True:
-        state.optimizer.zero_grad(set_to_none=True)
+        state.zero_grad()
         nll: Any = None
         outcome, why = FINE, "it failed on another rank"
         try:
@@ -75,7 +74,7 @@ def compute_gradients(state: TrainState, batches: list[RaggedBatch]) -> StepResu
         if outcome == FINE:
             return StepResult(_sum_over_ranks(state, nll), tokens)
         nll = None
-        state.optimizer.zero_grad(set_to_none=True)
+        state.zero_grad()
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
         if outcome == FAILED:
@@ -142,24 +141,18 @@ def rehearse(state: TrainState, batches: Batches) -> None:
         # From the second batch of a step on, there are gradients besides the activations.
         compute_gradients(state, [batches.load(pairs, seed=PROBE_SEED)] * min(batches.config.accumulate, 2))
     del reserved
-    state.optimizer.zero_grad(set_to_none=True)
+    state.zero_grad()
     with torch.no_grad():
         for name, buffer in state.net.named_buffers():
             buffer.copy_(buffers[name])
 
 
 def _sum_over_ranks(state: TrainState, nll: Any) -> Any:
-    """Sum the gradients over all ranks, and return the sum of `nll`; a rank without pairs adds zeros."""
+    """The sum of `nll` over all ranks, of which one without pairs adds nothing."""
     if state.distributed.world_size == 1:
         return nll
     total = torch.zeros(1, device=state.device) + nll
-    grads: list[Tensor] = []
-    if not state.sharded and not state.overlap:  # otherwise they have been summed already
-        for parameter in filter(lambda p: p.requires_grad, state.net.parameters()):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            grads.append(parameter.grad)
-    state.distributed.all_reduce([*grads, total])
+    state.distributed.start_all_reduce(total)()
     return total[0]
 
 
