@@ -127,16 +127,59 @@ def test_a_probe_runs_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no"), MemoryError(), RuntimeError("CUDA error: out of memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("no"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=str,
 )
 def test_a_probe_that_runs_out_of_memory_says_nothing_about_an_ability(
-    error: Exception, proven: Callable[..., None]
+    error: Exception, proven: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     proven("graphs", error)
-    with pytest.raises(type(error)):
-        abilities(CPU).use("graphs")
+    assert not abilities(CPU).use("graphs") and not abilities(CPU).use("graphs")
+    assert capsys.readouterr().err == (
+        "CUDA graphs cannot be used on cpu: its memory is full now; decoding steps run one by one, slower\n"
+    )
     proven("graphs")
     assert abilities(CPU).use("graphs")
+    abilities(CPU).lose("graphs", RuntimeError("broken"))
+    assert len(warnings_in(capsys)) == 1, "what is said later is said although a line was printed before"
+
+
+FULL = torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda:0"])
+def test_a_gpu_whose_memory_is_full_is_an_error_of_one_sentence(
+    name: str, gpus: Callable[[int], None], proven: Callable[..., None]
+) -> None:
+    gpus(1)
+    proven("architecture", FULL)
+    with pytest.raises(ConfigError, match=r"^cuda:0 has no memory left for this process, .*--device$"):
+        choice.choose_device(name)
+    proven("architecture")
+    assert choice.choose_device(name) == torch.device("cuda:0")
+
+
+def test_env_prints_a_gpu_that_cannot_even_be_asked(
+    gpus: Callable[[int], None], trmt: Any, proven: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise FULL
+
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    monkeypatch.setattr(torch.cuda, "get_device_name", broken)
+    for name in ABILITIES:
+        proven(name, FULL)
+    code, out, _ = trmt("env")
+    assert code == 0
+    assert "cuda:0         cannot be asked (CUDA error: out of memory)" in out.decode()
+    assert "  architecture no: cuda:0 has no memory left for this process" in out.decode()
 
 
 @pytest.mark.parametrize("name", ABILITIES)

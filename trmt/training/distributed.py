@@ -158,7 +158,7 @@ class MultiProcess(Distributed):
         mine = abilities(device)
         for rank, why in enumerate(self.all_gather(mine.lacks(ability))):
             if why:
-                mine.withdraw(ability, f"rank {rank} has it not ({why})")
+                mine.lose(ability, f"rank {rank} has it not ({why})", warn=False)
 
     # Collectives
 
