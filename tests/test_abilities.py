@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +23,9 @@ from tests import toy
 from tests.fakes import random_sentences, small_network
 from trmt.devices import abilities as module
 from trmt.devices import choice, cuda_graphs, hardware, probes, varlen
-from trmt.devices.abilities import ABILITIES, abilities, first_line
+from trmt.devices.abilities import ABILITIES, abilities
 from trmt.devices.probes import Unsupported, WrongResult
-from trmt.errors import ConfigError
+from trmt.errors import ConfigError, first_line
 from trmt.nets import layers
 from trmt.nets.base import to_half
 from trmt.nets.ragged import Ragged, Source
@@ -228,6 +230,33 @@ def test_a_probe_is_not_disturbed_by_what_is_going_on() -> None:
         x = torch.ones(2, 2, requires_grad=True)
         (x @ x).sum().backward()
         assert x.grad is not None and (x @ x).dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_cannot_compile(tmp_path: Path) -> None:
+    """Where nothing that was compiled before lies in a cache."""
+    code = (
+        "import torch; from trmt.devices.abilities import abilities;"
+        "print(abilities(torch.device('cpu')).lacks('compile'))"
+    )
+    missing = {"CC": "/nonexistent", "CXX": "/nonexistent"}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "one"), "TRITON_CACHE_DIR": str(tmp_path / "other")}
+    for changed, has in ((missing, False), *([({}, True)] if shutil.which("g++") else [])):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | caches | changed,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert (done.stdout == "\n") == has
+        assert has or "nonexistent" in done.stdout, done.stdout
+
+
+def test_a_compilers_message_is_that_of_the_error_inside() -> None:
+    wrapped = torch._dynamo.exc.BackendCompilerFailed(lambda: None, FileNotFoundError("no g++.\nmore"))
+    assert first_line(wrapped) == "no g++"
+    assert first_line(RuntimeError("\n  one: \ntwo")) == "one" and first_line(KeyError()) == "KeyError"
 
 
 def test_a_probe_draws_no_random_numbers() -> None:

@@ -23,10 +23,10 @@ from trmt.config import refuse_string
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.engine import Engine, Runs
 from trmt.decoding.request import Batching, Request
-from trmt.devices.abilities import abilities, first_line
+from trmt.devices.abilities import abilities
 from trmt.devices.choice import choose_device
 from trmt.devices.memory import is_device_error, is_out_of_memory
-from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.errors import BundleError, ConfigError, TrmtError, first_line
 from trmt.nets.base import Seq2Seq, to_half
 from trmt.registry import RANKERS, SEARCHES, resolve
 from trmt.text.splitting import joiner_for, split_text

@@ -78,7 +78,7 @@ def _print_devices() -> list[str]:
 def _described(device: torch.device) -> str:
     """The name and the memory of a device, or why it does not tell them."""
     from trmt.devices import hardware, memory
-    from trmt.devices.abilities import first_line
+    from trmt.errors import first_line
 
     try:
         total = memory.total(device)

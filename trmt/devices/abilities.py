@@ -20,7 +20,7 @@ from trmt import console
 from trmt.devices import hardware, probes
 from trmt.devices.memory import is_out_of_memory
 from trmt.devices.probes import Unsupported
-from trmt.errors import ConfigError
+from trmt.errors import ConfigError, first_line
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,3 @@ def all_devices() -> list[torch.device]:
     """The CPU and all GPUs that PyTorch can use."""
     gpus = [torch.device("cuda", number) for number in range(hardware.gpu_count())]
     return [torch.device("cpu"), *gpus, *([torch.device("mps")] if hardware.has_mps() else [])]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:;")

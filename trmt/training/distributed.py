@@ -36,7 +36,7 @@ from trmt import console
 from trmt.devices.abilities import abilities
 from trmt.devices.choice import choose_device, named_device, prepared
 from trmt.devices.hardware import gpu_count, has_nccl
-from trmt.errors import ConfigError, TrmtError
+from trmt.errors import ConfigError, TrmtError, first_line
 from trmt.training.heartbeat import FAILED_KEY, RESUME_HINT, Heartbeat, report_failure
 
 T = TypeVar("T")
@@ -290,8 +290,7 @@ def is_connection_error(error: RuntimeError) -> bool:
 
 def short_reason(error: BaseException) -> str:
     """The first sentence of torch's message about a connection, without its position in torch's source."""
-    line = (str(error) or type(error).__name__).splitlines()[0]
-    return re.sub(r"^\[[^]]*:\d+\] ", "", line).partition(". ")[0]
+    return re.sub(r"^\[[^]]*:\d+\] ", "", first_line(error)).partition(". ")[0]
 
 
 @contextmanager

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trmt.devices.abilities import first_line
 from trmt.devices.choice import autocast
 from trmt.devices.memory import is_out_of_memory
-from trmt.errors import TrmtError
+from trmt.errors import TrmtError, first_line
 from trmt.sets.batches import PROBE_SEED, Batches, BatchShape, RaggedBatch
 from trmt.training import optim, sharding
 from trmt.training.distributed import is_connection_error
