@@ -254,7 +254,7 @@ def test_a_machine_without_a_compiler_cannot_compile(tmp_path: Path) -> None:
 
 
 def test_a_compilers_message_is_that_of_the_error_inside() -> None:
-    wrapped = torch._dynamo.exc.BackendCompilerFailed(lambda: None, FileNotFoundError("no g++.\nmore"))
+    wrapped = torch._dynamo.exc.BackendCompilerFailed(print, FileNotFoundError("no g++.\nmore"), None)
     assert first_line(wrapped) == "no g++"
     assert first_line(RuntimeError("\n  one: \ntwo")) == "one" and first_line(KeyError()) == "KeyError"
 
@@ -547,8 +547,9 @@ def test_a_traced_network_uses_what_was_proven_before(monkeypatch: pytest.Monkey
         fullgraph=True,
     )
     assert float(compiled(torch.zeros(1))) == 0, "nothing is run on the device while it is traced"
-    torch._dynamo.reset()
     assert varlen.usable(CPU) and float(compiled(torch.zeros(1))) == 1
+    abilities(CPU).lose("varlen", "it failed")
+    assert not varlen.usable(CPU) and float(compiled(torch.zeros(1))) == 0
     torch._dynamo.reset()
 
 
@@ -736,6 +737,64 @@ def test_a_network_that_cannot_be_compiled_learns_the_same(
         "warning: torch.compile cannot be used on cpu: the compiler is gone; "
         "PyTorch computes without it, slower"
     ]
+
+
+@pytest.mark.parametrize("where", ["device", "data"])
+def test_torch_compile_is_not_blamed_for_what_fails_elsewhere(
+    where: str,
+    toy_set: Path,
+    tmp_path: Path,
+    proven: Callable[..., None],
+    failing_compiler: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    proven("compile")
+    failing_compiler("never")
+    run = toy_run(toy_set, tmp_path, "training.compile=on")
+    errors = {"device": torch.AcceleratorError("CUDA error: misaligned address"), "data": KeyError("ids")}
+
+    def collate(*_: object, **__: object) -> None:
+        raise errors[where]
+
+    def loss(*_: object, **__: object) -> None:
+        raise errors[where]
+
+    fails = collate if where == "data" else loss
+    monkeypatch.setattr(run.state.objective, fails.__name__, fails)
+    with pytest.raises(type(errors[where])):
+        gradients_of(run)
+    assert run.state.compiled and not warnings_in(capsys)
+
+
+@pytest.mark.usefixtures("as_a_gpu")
+def test_packed_attention_that_fails_in_a_compiled_network_is_blamed_itself(
+    toy_set: Path,
+    tmp_path: Path,
+    failing_compiler: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(varlen, "load_varlen", lambda: stand_in([]))
+    failing_compiler("never")
+    run = toy_run(toy_set, tmp_path, "training.precision=bf16", "training.compile=on")
+    loss = run.state.objective.loss
+    operator: dict[str, Any] = {}
+    exec(
+        compile("def run(): raise RuntimeError('no kernel')", "torch/nn/attention/varlen.py", "exec"),
+        operator,
+    )
+
+    def fails(*given: Any) -> Any:
+        if abilities(CPU).has("varlen"):
+            operator["run"]()
+        return loss(*given)
+
+    monkeypatch.setattr(run.state.objective, "loss", fails)
+    gradients_of(run)
+    assert run.state.compiled and not abilities(CPU).has("varlen")
+    [warning] = warnings_in(capsys)
+    assert warning.startswith("warning: attention without padding cannot be used on cpu: no kernel; ")
 
 
 def test_a_compiler_that_fails_its_probe_is_not_used(

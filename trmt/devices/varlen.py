@@ -5,6 +5,8 @@ Axes: N tokens in a row, M tokens of the other side in a row, S sentence, H head
 
 from __future__ import annotations
 
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -69,3 +71,9 @@ def attend(
         abilities(query_NHP.device).lose("varlen", error)
         return None
     return out
+
+
+def is_to_blame(error: BaseException) -> bool:
+    """Whether an error comes from PyTorch's function or its gradient, compiled or not."""
+    files = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+    return "varlen_attn" in str(error) or any(Path(file).name == "varlen.py" for file in files)

@@ -169,10 +169,17 @@ class TrainState:
     def _uses_varlen(self) -> bool:
         return isinstance(self.net, TransformerEncoder) and abilities(self.device).has("varlen")
 
-    def fall_back(self, why: str) -> None:
-        """Compute in a simpler way from now on: without torch.compile, then without packed attention."""
-        abilities(self.device).lose("compile" if self.compiled else "varlen", why)
-        self.forward, self.compiled = self.net, False
+    def fall_back(self, why: str, *, varlen_failed: bool) -> None:
+        """Compute in a simpler way from now on: without what failed, as far as that is known.
+
+        If it is not, it is torch.compile first, then packed attention.
+        """
+        if varlen_failed or not self.compiled:
+            abilities(self.device).lose("varlen", why)
+            varlen.usable(self.device)  # so that what was traced is traced again
+        else:
+            abilities(self.device).lose("compile", why)
+            self.forward, self.compiled = self.net, False
 
     # Build
 

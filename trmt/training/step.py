@@ -8,13 +8,15 @@ while the backward pass of the last micro-batch runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
 import torch
 
+from trmt.devices import varlen
 from trmt.devices.choice import autocast
-from trmt.devices.memory import is_out_of_memory
+from trmt.devices.memory import is_device_error, is_out_of_memory
 from trmt.errors import TrmtError, first_line
 from trmt.sets.batches import PROBE_SEED, Batches, BatchShape, RaggedBatch
 from trmt.training import optim, sharding
@@ -23,7 +25,7 @@ from trmt.training.micro_batches import MicroBatch
 from trmt.training.state import TrainState
 
 # How the gradients of a step came out; of several ranks the highest counts.
-FINE, OUT_OF_MEMORY, FAILED = range(3)
+FINE, OUT_OF_MEMORY, FAILED, VARLEN_FAILED = range(4)
 
 
 @dataclass
@@ -76,20 +78,21 @@ def compute_gradients(state: TrainState, batches: list[RaggedBatch]) -> StepResu
         state.zero_grad()
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
-        if outcome == FAILED:
-            state.fall_back(why)
-        else:
+        if outcome == OUT_OF_MEMORY:
             state.micro_batches.halve(largest_share)
+        else:
+            state.fall_back(why, varlen_failed=outcome == VARLEN_FAILED)
 
 
 def _outcome(error: Exception, state: TrainState) -> int:
-    """What an error means for the step: OUT_OF_MEMORY or FAILED; any other error is raised again."""
+    """What an error means for the step; one that it cannot do without is raised again."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     connection = isinstance(error, RuntimeError) and is_connection_error(error)
-    if connection or not state.can_fall_back:
+    in_collate = any(frame.f_code.co_name == "collate" for frame, _ in walk_tb(error.__traceback__))
+    if connection or in_collate or is_device_error(error) or not state.can_fall_back:
         raise error
-    return FAILED
+    return VARLEN_FAILED if varlen.is_to_blame(error) else FAILED
 
 
 def forward_backward(state: TrainState, micro_batches: list[MicroBatch], tokens: int) -> Any:
