@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budget import die_together
 from provenance import RESULTS, record
 from trmt.decoding.top import top
 from trmt.devices.choice import choose_device
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="everything tiny, interpreted on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    die_together()
     if given.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     figures = measure(choose_device("cpu" if given.smoke else given.device), smoke=given.smoke)

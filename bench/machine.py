@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from budget import die_together
 from provenance import RESULTS, record
 from trmt.devices.choice import choose_device
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8192, help="of the square matrices")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    die_together()
     figures = measure(choose_device(given.device), given.size)
     print(
         record("machine", figures, command=f"python bench/machine.py --size {given.size}", folder=given.out)
