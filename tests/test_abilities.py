@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -374,6 +375,17 @@ def test_a_gpu_that_cannot_be_used_is_named_loudly(
         choice.choose_device("cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not hardware.why_no_gpu(), "it is hidden on purpose"
+
+
+def test_pytorchs_own_warning_of_an_old_driver_is_not_shown_beside_ours(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def is_available() -> bool:
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    assert hardware.gpu_count() == 0 and not recwarn.list
 
 
 def test_env_prints_every_ability_of_every_device(
@@ -1020,5 +1032,14 @@ def test_a_failed_capture_gives_its_pool_back_once(
 
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: calls.append("release"), raising=False)
+
+    class Generator:
+        def clone_state(self) -> str:
+            return "a copy"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            calls.append(state)
+
+    monkeypatch.setattr(torch.cuda, "default_generators", (Generator(),))
     cuda_graphs.release_failed_capture(torch.device("cuda:0"), (0, 1))
-    assert calls == (["end"] if closed_already else ["end", "release"])
+    assert calls == (["end"] if closed_already else ["end", "release", "a copy"])

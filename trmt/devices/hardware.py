@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,7 +29,9 @@ def numbered(device: torch.device) -> torch.device:
 
 def gpu_count() -> int:
     """The number of GPUs (CUDA or ROCm) that PyTorch can use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an old driver, about which `why_no_gpu` says what to do
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def has_mps() -> bool:

@@ -114,7 +114,7 @@ def _layer(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def probe_triton(device: torch.device) -> None:
-    """Both kernels of trmt.native, compiled and launched."""
+    """Both kernels of trmt.native, compiled and launched, in the precision that is usual on the device."""
     if device.type != "cuda":
         raise Unsupported(ONLY_GPUS)
     if os.environ.get("TRMT_KERNELS") == "0":
@@ -122,7 +122,7 @@ def probe_triton(device: torch.device) -> None:
     probe = optional(NATIVE["probe_triton"])
     if probe is None:
         raise Unsupported("this copy of trmt does not have trmt.native")
-    if why := probe(device):
+    if why := probe(device, torch.bfloat16 if _computes_bf16(device) else torch.float16):
         raise Unsupported(why)
 
 
