@@ -74,7 +74,7 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def as_a_gpu(monkeypatch: pytest.MonkeyPatch, proven: Callable[..., None]) -> None:
     """The CPU is treated as a GPU that can do everything."""
-    monkeypatch.setattr(hardware, "is_gpu", lambda device: True)
+    monkeypatch.setattr(hardware, "is_cuda", lambda device: True)
     monkeypatch.setenv("TRMT_KERNELS", "0")
     for name in ABILITIES:
         proven(name)
@@ -613,7 +613,7 @@ def test_attention_that_fails_is_computed_with_padding(
     sentences = Source.of(random_sentences(4)), Ragged.of(random_sentences(4))
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layers, "has_varlen", lambda *_: False)
+            patch.setattr(varlen, "serves", lambda *_: False)
             expected = net(*sentences).hidden
         monkeypatch.setattr(varlen, "load_varlen", load)
         assert torch.equal(net(*sentences).hidden, expected)
@@ -700,7 +700,7 @@ def test_a_loss_that_cannot_be_compiled_is_the_same(
     target = torch.randint(0, 20, (9,))
     failing_compiler("forward", works)
     found = [cross_entropy.smoothed_cross_entropy(hidden, weight, target, 0.1) for _ in range(4)]
-    monkeypatch.setattr(hardware, "is_gpu", lambda device: False)
+    monkeypatch.setattr(hardware, "is_cuda", lambda device: False)
     expected = cross_entropy.smoothed_cross_entropy(hidden, weight, target, 0.1)
     assert all(torch.equal(total, expected[0]) and torch.equal(nll, expected[1]) for total, nll in found)
     [warning] = warnings_in(capsys)
@@ -838,7 +838,7 @@ def test_attention_whose_gradients_fail_is_computed_with_padding(
     settings = ("training.precision=bf16", "training.compile=off")
     monkeypatch.setenv("TRMT_COMPILE", "0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "has_varlen", lambda *_: False)
+        patch.setattr(varlen, "serves", lambda *_: False)
         expected = gradients_of(toy_run(toy_set, tmp_path / "plain", *settings))
 
     class NoGradient(torch.autograd.Function):

@@ -118,7 +118,7 @@ def test_where_triton_fails_pytorch_serves_and_a_warning_is_printed_once(
 ) -> None:
     # Triton takes no tensor of the CPU, so its kernels really fail.
     monkeypatch.setattr("trmt.devices.abilities._known", {})
-    monkeypatch.setattr("trmt.devices.hardware.is_gpu", lambda device: True)
+    monkeypatch.setattr("trmt.devices.hardware.is_cuda", lambda device: True)
     monkeypatch.setenv("TRMT_TRITON", "1")
     scores = torch.randn(3, 700, dtype=torch.bfloat16)
     for _ in range(2):

@@ -50,7 +50,7 @@ class Engine:
         `runs` says how steps are run; "auto" takes CUDA graphs on a GPU.
         """
         device = next(net.parameters()).device
-        on_gpu = hardware.is_gpu(device)
+        on_gpu = hardware.is_cuda(device)
         graphs = runs == "graphs" or (runs == "auto" and on_gpu)
         if graphs and on_gpu:
             graphs = abilities(device).use("graphs")

@@ -86,11 +86,12 @@ class Abilities:
         A lack of memory says nothing about an ability: it is asked for again the next time. A device on which
         nothing can be computed for lack of memory is an error.
         """
+        if name in self._lacks:
+            return self._lacks[name]
         with _lock:
-            if name in self._lacks:
-                return self._lacks[name]
             try:
-                self._lacks[name] = self._prove(name)
+                if name not in self._lacks:
+                    self._lacks[name] = self._prove(name)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -149,9 +150,9 @@ class Abilities:
 
 def abilities(device: torch.device) -> Abilities:
     """The abilities of a device, the same object at each call of this process."""
-    device = hardware.numbered(device)
-    known = _known.get(device)
+    known = _known.get(device)  # attention asks here in each layer
     if known is None:
+        device = hardware.numbered(device)
         with _lock:
             known = _known.setdefault(device, Abilities(device))
     return known

@@ -13,7 +13,7 @@ WINDOWS_DRIVER = "System32/nvcuda.dll"
 INSTALL = "https://pytorch.org/get-started/locally"
 
 
-def is_gpu(device: torch.device) -> bool:
+def is_cuda(device: torch.device) -> bool:
     """Whether a device is a GPU for CUDA or ROCm, which PyTorch both calls cuda."""
     return device.type == "cuda"
 

@@ -27,7 +27,7 @@ _usable: dict[int | None, bool] = {}  # by the number of the GPU; what was found
 def serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether it serves tensors like these; where the device cannot do it, a line says so once."""
     fits = dtype in DTYPES and head_dim % MULTIPLE == 0 and head_dim <= LARGEST
-    return fits and hardware.is_gpu(device) and usable(device)
+    return fits and hardware.is_cuda(device) and usable(device)
 
 
 def usable(device: torch.device) -> bool:

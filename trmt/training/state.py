@@ -117,7 +117,7 @@ class TrainState:
             self.overlap = OverlappedSums(self.net, self.distributed, bucket_bytes=overlap.BUCKET_BYTES)
         if self.precision != "fp32" and isinstance(self.net, TransformerEncoder):
             self._agree("varlen")
-            if hardware.is_gpu(self.device):
+            if hardware.is_cuda(self.device):
                 varlen.usable(self.device)  # proven before anything is traced
         self.compiled = self._is_to_be_compiled()
         self.forward: Any = self.net
@@ -137,12 +137,12 @@ class TrainState:
 
     def _agree(self, ability: str) -> None:
         """Use an ability of GPUs only if all ranks have it."""
-        if hardware.is_gpu(self.device):
+        if hardware.is_cuda(self.device):
             self.distributed.agree(self.device, ability)
 
     def _is_to_be_compiled(self) -> bool:
         """Whether torch.compile is wanted, possible and proven."""
-        auto = hardware.is_gpu(self.device) and self.net.pays_to_compile
+        auto = hardware.is_cuda(self.device) and self.net.pays_to_compile
         wanted = {"on": True, "auto": auto}.get(self.recipe.training.compile, False)
         if not wanted or self.sharded:  # gathering weights cannot be compiled
             return False
@@ -158,12 +158,12 @@ class TrainState:
         """
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         packed = self.precision != "fp32" and self.net.packs_attention(self.device, dtype)
-        return self.compiled and (packed or not hardware.is_gpu(self.device))
+        return self.compiled and (packed or not hardware.is_cuda(self.device))
 
     @property
     def can_fall_back(self) -> bool:
         """Whether the step can be computed in a simpler way if it fails."""
-        packed = hardware.is_gpu(self.device) and self.precision != "fp32" and self._uses_varlen()
+        packed = hardware.is_cuda(self.device) and self.precision != "fp32" and self._uses_varlen()
         return not self.sharded and (self.compiled or packed)
 
     def _uses_varlen(self) -> bool:

@@ -28,7 +28,7 @@ MAX_VOCABULARY = 1 << 20  # the maxima of its chunks are held by one program
 
 def available(like: Tensor) -> bool:
     """Whether kernels are to be used on the device of this tensor; the first time they are tried there."""
-    return hardware.is_gpu(like.device) and abilities(like.device).use("triton")
+    return hardware.is_cuda(like.device) and abilities(like.device).use("triton")
 
 
 def launched(launch: Callable[[], None], like: Tensor) -> bool:
