@@ -166,6 +166,7 @@ HOSTILE_OPTIONS = [
     {"d_model": "32"},
     {"encoder_ffn_dim": 1 << 30, "decoder_ffn_dim": 1 << 30},
     {"max_position_embeddings": 1 << 40},
+    {"max_position_embeddings": 1 << 18, "d_model": 1 << 18},
     {"encoder_attention_heads": 0, "decoder_attention_heads": 0},
     {"activation_function": ["swish"]},
     {"dropout": {}},
@@ -250,7 +251,10 @@ def test_a_header_that_declares_more_than_the_file_is_refused(tmp_path: Path, si
         read_weights(tmp_path)
 
 
-HOSTILE_BERTS = [{"num_hidden_layers": 10**9}, {"hidden_size": "x"}, {"vocab_size": 1 << 40}]
+HOSTILE_BERTS = [
+    *({"num_hidden_layers": 10**9}, {"num_hidden_layers": 9}, {"hidden_size": "x"}, {"hidden_size": 1 << 18}),
+    *({"vocab_size": 1 << 40}, {"max_position_embeddings": 1 << 24}),
+]
 
 
 @pytest.mark.parametrize("options", HOSTILE_BERTS)

@@ -310,49 +310,36 @@ def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code:
     manifest = read_manifest(folder)
     tokenizer = load_tokenizer(folder, manifest)
     weights = read_weights(folder, manifest)
-    consistency.check_options(manifest, weights, where=str(folder))
-    try:
-        with consistency.Building(None if ":" in manifest.architecture else weights):
-            net = build_network(manifest.architecture, manifest.network, trust_code=trust_code)
-    except TrmtError as error:
-        raise BundleError(f"cannot build the network of {folder}: {error}") from error
+    net = _fitting_network(manifest, weights, trust_code=trust_code, where=str(folder))
     if not isinstance(net, Seq2Seq):
         raise BundleError(
             f"{folder} holds an encoder only, which cannot translate; train a translator that starts from it "
             f"with trmt train --init-from {folder}:encoder"
         )
-    check_weights(net, weights, where=str(folder))
     # Assigned, not copied: the tensors are the memory-mapped file, which processes share.
     net.load_state_dict(consistency.of_type(weights, net), assign=True)
     consistency.check_network(net, tokenizer, where=str(folder))
     return Bundle(folder, manifest, net.to(device).eval(), tokenizer)
 
 
+def _fitting_network(
+    manifest: Manifest, weights: Mapping[str, Tensor], *, trust_code: bool, where: str
+) -> Network:
+    """The network of a manifest, about to get these weights."""
+
+    def make() -> Network:
+        try:
+            return build_network(manifest.architecture, manifest.network, trust_code=trust_code)
+        except TrmtError as error:
+            raise BundleError(f"cannot build the network of {where}: {error}") from error
+
+    if ":" in manifest.architecture:  # which may compute anything while it is built
+        return consistency.build_empty(make, weights, where=where, device="cpu")
+    consistency.check_options(manifest.network, weights, where=where)
+    return consistency.build_empty(make, weights, where=where)
+
+
 def load_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
     """Load weights into a network; an error names the first difference in names or shapes."""
-    check_weights(net, weights, where=where)
+    consistency.check_weights(net, weights, where=where)
     net.load_state_dict(dict(weights))
-
-
-def check_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Raise an error if weights differ from a network's in names or shapes."""
-    expected = net.state_dict()
-    for name, tensor in expected.items():
-        if name not in weights:
-            raise BundleError(f"{where} has no weights {name!r}; it belongs to another architecture")
-        if weights[name].is_floating_point() != tensor.is_floating_point():
-            raise BundleError(
-                f"{where} has {name!r} of type {str(weights[name].dtype).removeprefix('torch.')}, but the "
-                f"network needs {str(tensor.dtype).removeprefix('torch.')}; it belongs to another network"
-            )
-        if weights[name].shape != tensor.shape:
-            raise BundleError(
-                f"{where} has {name!r} of shape {list(weights[name].shape)}, "
-                f"but the network needs {list(tensor.shape)}; it belongs to a network of another size"
-            )
-    extra = sorted(set(weights) - set(expected))
-    if extra:
-        raise BundleError(
-            f"{where} has weights {extra[0]!r}, which the network does not have; it belongs to another "
-            "architecture"
-        )
