@@ -22,6 +22,7 @@ from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.interop.bert_folder import read_bert
 from trmt.interop.from_marian import read_marian
 from trmt.interop.huggingface_folder import PICKLED, SHARDS, read_weights
+from trmt.storage import urls
 from trmt.text import limits, pairs, parquet
 from trmt.text.corpus import parse_corpus
 from trmt.text.lines import read_lines
@@ -171,6 +172,33 @@ def test_urls_that_cannot_be_opened_are_one_sentence(url: str) -> None:
     with pytest.raises(TrmtError) as caught:
         parse_corpus(url, "en", "de")
     assert "\n" not in str(caught.value)
+
+
+URLS = [
+    "ftp://",
+    "http://",
+    "https:///x",
+    "s3://",
+    "gs:///x.tsv",
+    "sftp://",
+    "ftp://:80/x.tsv",
+    "ftp://a@/x.tsv",
+]
+URLS += ["smb://", "simplecache::ftp:///x.tsv", "github://", "http://.tsv", "webhdfs:///x.tsv"]
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_url_without_a_host_is_refused_before_anything_is_opened(url: str) -> None:
+    with pytest.raises(TrmtError, match=r"names no (host|bucket|repository); write .*://.*/FILE"):
+        parse_corpus(url, "en", "de")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1]:80/x", "ftp://a:b@h/x", "s3://b@c/x", "hdfs:///x", "file:///x"]
+)
+def test_a_url_with_a_host_or_without_the_need_of_one_is_not_refused(url: str) -> None:
+    urls._check_host(url)
 
 
 @pytest.mark.parametrize("column", ["9" * 4400, "1000000", "²", "-1"])
