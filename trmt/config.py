@@ -31,7 +31,7 @@ from typing import (
 
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.registry import suggestion
-from trmt.trees import MAX_INT, MAX_SHOWN, TreeError, check_limits, parse_toml, read_bytes, shown
+from trmt.trees import MAX_INT, MAX_SHOWN, LimitError, TreeError, check_limits, parse_toml, read_bytes, shown
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -117,6 +117,8 @@ def parse_value(text: str) -> Any:
     """The TOML value of `text`; text that is no TOML value is a string (`--set network.norm=post`)."""
     try:
         return parse_toml(f"value = {text}")["value"]
+    except LimitError:
+        raise
     except TreeError:
         return text
 
@@ -134,7 +136,10 @@ def apply_settings(tree: Tree, settings: list[str]) -> Tree:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {setting}: {parent!r} is a value, not a table")
-        table[leaf] = parse_value(text.strip())
+        try:
+            table[leaf] = parse_value(text.strip())
+        except LimitError as error:
+            raise ConfigError(f"--set {shown(dotted)}: the value {error}; choose another") from error
     return changed
 
 
