@@ -22,7 +22,7 @@ from tests.mutations import Changed
 from trmt.averaging import average_bundles
 from trmt.bundles import bundles, consistency
 from trmt.bundles.bundles import load_bundle
-from trmt.config import to_tree
+from trmt.config import to_toml, to_tree
 from trmt.decoding.beam import Beam
 from trmt.decoding.engine import Engine, frozen
 from trmt.decoding.request import Request
@@ -213,6 +213,28 @@ def test_a_recipe_with_fewer_tokens_than_the_tokenizer_is_refused(toy_set: Path,
         train(options)
 
 
+@pytest.mark.parametrize("suffix", ["", ":encoder"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"encoder_layers": 20_000},
+        {"max_positions": 1 << 18, "d_model": 1 << 14},
+        {"feed_forward": 1 << 17, "d_model": 1 << 17},
+    ],
+)
+def test_training_starts_from_no_bundle_with_sizes_that_its_weights_have_not(
+    sizes: dict[str, int], suffix: str, tokenizer: Tokenizer, toy_set: Path, tmp_path: Path
+) -> None:
+    bundle = sound(tokenizer)
+    option(**sizes)(bundle)
+    folder = write(tmp_path / "bundle", bundle)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(toy.BASE))
+    options = toy.options(tmp_path / "run", toy_set, str(recipe), init_from=Path(f"{folder}{suffix}"))
+    with pytest.raises(BundleError, match=r"is the limit|the network needs|does not fit"):
+        train(options)
+
+
 class Silent:
     """The config of a network from outside trmt that does not say how many tokens it knows."""
 
@@ -348,10 +370,10 @@ def test_kernels_without_memory_raise_what_makes_batches_smaller() -> None:
 # Many of them
 
 
-def test_two_hundred_changed_bundles(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    problems, outcomes = mutations.run(tmp_path / "changed", tokenizer, range(200), seed=1)
+def test_a_hundred_changed_bundles(toy_set: Path, tmp_path: Path) -> None:
+    problems, outcomes = mutations.run(tmp_path / "changed", toy_set, range(100), seed=1, trained=4)
     assert not problems
-    assert min(outcomes["refused"], outcomes["translated"]) >= 30
+    assert min(outcomes["refused"], outcomes["translated"], outcomes["trained"]) >= 5
 
 
 def library_of(compiler: str, name: str) -> str:
@@ -371,7 +393,7 @@ def test_ten_thousand_changed_bundles_under_sanitizers(toy_set: Path, tmp_path: 
     flags = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     wrapper.write_text(f'#!/bin/sh\nexec {compiler} "$@" {flags}\n')
     wrapper.chmod(0o755)
-    shutil.copytree(toy_set / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(toy_set, tmp_path / "set")
     settings = {
         "CC": str(wrapper),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
@@ -385,4 +407,6 @@ def test_ten_thousand_changed_bundles_under_sanitizers(toy_set: Path, tmp_path: 
         command, env={**os.environ, **settings}, cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert "10000 bundles" in done.stdout and list((tmp_path / "cache/trmt").glob("inference-*.so"))
+    assert "10000 bundles" in done.stdout
+    for kernels in ("inference", "search", "training"):
+        assert list((tmp_path / "cache/trmt").glob(f"{kernels}-*.so"))

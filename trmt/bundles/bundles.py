@@ -11,6 +11,7 @@ that a copied model cannot run code. To use a bundle elsewhere, copy its folder.
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -326,17 +327,18 @@ def _fitting_network(
     manifest: Manifest, weights: Mapping[str, Tensor], *, trust_code: bool, where: str
 ) -> Network:
     """The network of a manifest, about to get these weights."""
-
-    def make() -> Network:
-        try:
-            return build_network(manifest.architecture, manifest.network, trust_code=trust_code)
-        except TrmtError as error:
-            raise BundleError(f"cannot build the network of {where}: {error}") from error
-
+    device = "meta"
     if ":" in manifest.architecture:  # which may compute anything while it is built
-        return consistency.build_empty(make, weights, where=where, device="cpu")
-    consistency.check_options(manifest.network, weights, where=where)
-    return consistency.build_empty(make, weights, where=where)
+        device = "cpu"
+    else:
+        consistency.check_options(manifest.network, weights, where=where)
+    make = functools.partial(build_network, manifest.architecture, manifest.network, trust_code=trust_code)
+    try:
+        net = consistency.build_empty(make, device=device)
+    except TrmtError as error:
+        raise BundleError(f"cannot build the network of {where}: {error}") from error
+    consistency.check_weights(net, weights, where=where)
+    return net
 
 
 def load_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:

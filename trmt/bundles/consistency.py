@@ -139,14 +139,10 @@ def of_type(weights: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     return {name: weights[name].to(tensor.dtype) for name, tensor in net.state_dict().items()}
 
 
-def build_empty(
-    make: Callable[[], N], weights: Mapping[str, Tensor], *, where: str, device: str = "meta"
-) -> N:
-    """A network for these weights; its own are not drawn at random, and on "meta" they take no memory."""
+def build_empty(make: Callable[[], N], *, device: str = "meta") -> N:
+    """A network that is to get other weights: its own are not drawn, and on "meta" take no memory."""
     with _Empty(device):
-        net = make()
-    check_weights(net, weights, where=where)
-    return net
+        return make()
 
 
 def check_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:

@@ -183,7 +183,8 @@ def read_bert(folder: Path) -> BertFolder:
     theirs = read_weights(folder)
     consistency.check_options(to_tree(config), theirs, where=str(folder))
     weights = to_our_names(config.encoder_layers, theirs, where=folder)
-    consistency.build_empty(lambda: masked_encoder()(config), weights, where=str(folder))
+    empty = consistency.build_empty(lambda: masked_encoder()(config))
+    consistency.check_weights(empty, weights, where=str(folder))
     return BertFolder(config, weights, tokens)
 
 

@@ -52,7 +52,8 @@ def read_marian(folder: Path) -> MarianModel:
     try:
         config = _config(options, weights, tokenizer, folder)
         ours = _our_weights(weights, config, options, tokenizer)
-        consistency.build_empty(lambda: Transformer(config), ours, where=str(folder))
+        empty = consistency.build_empty(lambda: Transformer(config))
+        consistency.check_weights(empty, ours, where=str(folder))
         net = Transformer(config)
         net.load_state_dict(ours)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
