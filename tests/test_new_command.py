@@ -14,6 +14,7 @@ from trmt.bundles.bundles import read_manifest
 from trmt.cli import app
 from trmt.errors import BundleError, ConfigError
 from trmt.training.history import NEW as RECORD
+from trmt.trees import with_checksum
 
 SETTINGS = ("--set", "training.steps=4", "--set", "validation.every=2", "--device", "cpu")
 
@@ -96,7 +97,7 @@ def test_a_kill_before_the_record_is_written_repeats_only_that_command(
     run(*new)
     path = tmp_path / "models/toy" / RECORD
     record = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**record, "done": record["done"][:2]}), encoding="utf-8")
+    path.write_text(json.dumps(with_checksum({**record, "done": record["done"][:2]})), encoding="utf-8")
     again = run(*new)
     assert [shlex.split(line)[1] for line in printed(again)] == ["train", "average", "translate", "score"]
     assert "has ended at step 4" in again.stderr

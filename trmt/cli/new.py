@@ -6,7 +6,6 @@ and the commands that have ended: the same command line goes on with the others.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -174,8 +173,9 @@ def _open_record(
     folder: Path, train: Sequence[str], dev: str | None, languages: tuple[str, str]
 ) -> dict[str, Any]:
     """The record of the folder, which is begun if there is none; another text or direction is refused."""
-    from trmt.storage.files import write_json
+    from trmt.storage.files import write_verified_json
     from trmt.text.corpus import parse_corpus
+    from trmt.trees import read_json, verified
 
     corpora = [parse_corpus(each, *languages) for each in (*train, *([dev] if dev else []))]
     wanted = {
@@ -187,14 +187,15 @@ def _open_record(
     }
     path = folder / NEW
     try:
-        record = json.loads(path.read_bytes())
+        record = verified(read_json(path))
         done = [str(each) for each in record.get("done", ())]
     except FileNotFoundError:
         _check_empty(folder)
-        write_json(path, {**wanted, "done": []})
+        write_verified_json(path, {**wanted, "done": []})
         return {**wanted, "done": []}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); name another folder") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} cannot be read: {reason}; restore it, or name another folder") from error
     for key, value in wanted.items():
         if record.get(key) != value:
             what = f"{key} {_shown(record.get(key))}, not {_shown(value)}"
@@ -234,7 +235,7 @@ def _check_empty(folder: Path) -> None:
 
 def _run_all(folder: Path, steps: Sequence[Step], record: dict[str, Any], *, has_test: bool) -> None:
     from trmt.sets.shards import PreparedSet
-    from trmt.storage.files import write_json
+    from trmt.storage.files import write_verified_json
 
     done: list[str] = []
     for number, step in enumerate(steps, start=1):
@@ -249,7 +250,7 @@ def _run_all(folder: Path, steps: Sequence[Step], record: dict[str, Any], *, has
             _run(step)
             record["done"] = [*done, step.line]
             if step.makes:
-                write_json(folder / NEW, record)
+                write_verified_json(folder / NEW, record)
         done.append(step.line)
     console.say(f"translate with it: {shlex.join(['trmt', 'translate', str(folder)])} < FILE")
 
