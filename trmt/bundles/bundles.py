@@ -26,8 +26,8 @@ from torch import Tensor
 
 import trmt
 from trmt.bundles import consistency, quantised, upgrade
-from trmt.bundles.schema import MAX_LENGTH, GoldenSentence, StoredScore, TrainingFacts, WeightsFile
-from trmt.config import Within, build, build_stored, to_tree
+from trmt.bundles.schema import GoldenSentence, StoredScore, TrainingFacts, WeightsFile
+from trmt.config import MAX_LENGTH, Within, build, build_stored, to_tree
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.nets.base import Network, Seq2Seq
 from trmt.registry import NETWORKS, resolve
