@@ -94,7 +94,7 @@ def option(**options: Any) -> Change:
     return lambda bundle: bundle.manifest["network"].update(options)
 
 
-def field(name: str, **values: int) -> Change:
+def field(name: str, **values: int | str) -> Change:
     return lambda bundle: bundle.manifest[name].update(values)
 
 
@@ -119,6 +119,8 @@ REFUSED: list[tuple[Change, str]] = [
     (option(heads=3), "cannot be divided into heads"),
     (option(d_model=32), "the network needs"),
     (field("special", pad=99_999), "99999 for the id of pad, the tokenizer has 0"),
+    (field("tied", **{NORM: "x"}), f"ties '{NORM}' to 'x', which is no tensor of weights.safetensors"),
+    (field("tied", **{NORM: NORM}), f"ties '{NORM}' to '{NORM}', which is no tensor"),
     (field("longest", source=-1), "longest.source = -1"),
     (tensor(NORM, Tensor.long), "of type int64, but the network needs float32"),
     (tensor(NORM, lambda x: x.to(torch.complex64)), "of type complex64"),
@@ -153,6 +155,15 @@ def test_every_command_refuses_a_network_with_fewer_tokens_than_its_tokenizer(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_average_of_a_bundle_whose_tied_names_are_damaged_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    bundle = sound(tokenizer)
+    bundle.manifest["tied"]["decoder.embedding.tokens.weight"] = ""
+    with pytest.raises(BundleError, match=r"ties 'decoder\..*' to '', which is no tensor"):
+        average_bundles([write(tmp_path / "bundle", bundle)], tmp_path / "out")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_precision_are_taken_in_fp32(
     dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
@@ -178,6 +189,7 @@ def write_raw(folder: Path, kind: str, numbers: bytes, count: int) -> None:
     file.write_bytes(len(raw).to_bytes(8, "little") + raw + b" " + numbers)
     manifest = json.loads((folder / "manifest.json").read_bytes())
     manifest["weights"]["sha256"] = checksum(file)
+    manifest["tied"] = {}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

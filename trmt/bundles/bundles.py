@@ -33,7 +33,7 @@ from trmt.nets.base import Network, Seq2Seq
 from trmt.registry import NETWORKS, resolve
 from trmt.storage.files import atomic_folder, checksum, write_verified_json
 from trmt.text.tokenizer import Tokenizer
-from trmt.trees import TreeError, read_json, verified
+from trmt.trees import TreeError, read_json, shown, verified
 
 # By precision, so that a trmt which knows only fp32 refuses int8. Formats 1 and 2 are the same in the words
 # of before (trmt/bundles/upgrade.py).
@@ -294,8 +294,12 @@ def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> di
             f"{path} has weights of other shapes than those of {manifest.architecture!r}; copy it again"
         ) from error
     for alias, name in manifest.tied.items():
-        if name in stored:
-            stored[alias] = stored[name]
+        if name not in stored or name in manifest.tied:
+            raise BundleError(
+                f"the manifest of {folder} ties {shown(alias)} to {shown(name)}, which is no tensor of "
+                f"{path.name}; copy the bundle again"
+            )
+        stored[alias] = stored[name]
     return stored
 
 
