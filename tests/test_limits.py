@@ -68,6 +68,18 @@ def test_toml_has_limits(tmp_path: Path, text: str) -> None:
     assert len(str(caught.value)) < 500
 
 
+# Messages
+
+
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    assert str(DataError("there is no file a\x1b[31m\nb\u2028c é 日\xa0d")) == (
+        "there is no file a\\x1b[31m\\nb\\u2028c é 日\xa0d"
+    )
+    path = "/".join(["folder"] * 100)
+    assert str(DataError(f"there is no file {path}; check")) == f"there is no file {path}; check"
+    assert len(str(DataError(f"there is no device {'9' * 4400}; choose"))) < 300
+
+
 # Text
 
 
