@@ -56,7 +56,7 @@ TYPES = (
     *(torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool),
 )
 NUMBERS = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e20, 1e-45, 0.0, -0.0, 1.0, -128.0)
-TRAINED = 8  # of so many bundles one is trained
+TRAINED = 50  # of so many bundles one is trained, which takes as long as ten translations
 TIE = 1e-3  # relative difference of scores below which rounding may choose
 BASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("transformer", {}),
