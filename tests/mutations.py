@@ -2,15 +2,16 @@
 
     python -m tests.mutations FOLDER COUNT SEED
 
-makes so many from tiny networks and the tokenizer FOLDER/tokenizer, translates with each by kernels and in
-plain PyTorch, and prints what should not have happened: anything but an error of one sentence or the same
-text. Nothing is trained and only manifests are written, so a bundle takes some milliseconds, in one process,
-which a sanitizer can watch.
+makes so many from tiny networks and the tokenizer of the prepared set FOLDER/set, translates with most and
+trains some, by kernels and in plain PyTorch, and prints what should not have happened: anything but an error
+of one sentence, or the same text and the same losses. Only manifests are written, so a bundle takes some
+milliseconds, in one process, which a sanitizer can watch.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,23 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from tests import toy
 from tests.fakes import small_network
 from trmt.bundles import bundles, quantised
 from trmt.bundles.bundles import make_manifest
-from trmt.config import to_tree
+from trmt.config import to_toml, to_tree
 from trmt.decoding import engine
 from trmt.errors import TrmtError
 from trmt.native import build, products
 from trmt.nets import layers
 from trmt.nets.base import Precision, Product
 from trmt.nets.linear import PlainProducts
+from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
+from trmt.training.planning import TrainOptions
+from trmt.training.run import TrainingRun
+from trmt.training.step import train_step
+from trmt.training.validation import dev_loss
 from trmt.translating import TranslateOptions, Translator
 
 ROWS = 300  # more than the tokenizer has ids, and enough for the kernels of search
@@ -49,6 +56,7 @@ TYPES = (
     *(torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool),
 )
 NUMBERS = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e20, 1e-45, 0.0, -0.0, 1.0, -128.0)
+TRAINED = 50  # of so many bundles one is trained, which takes as long as ten translations
 TIE = 1e-3  # relative difference of scores below which rounding may choose
 BASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("transformer", {}),
@@ -57,6 +65,7 @@ BASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ssru", {}),
     ("ssru", {"norm_position": "pre", "positions": "learned", "heads": 1}),
     ("transformer", {"activation": "gelu"}),
+    ("transformer", {"d_model": 32}),  # heads that the kernels of training take
     ("rnn", {}),
 )
 
@@ -248,35 +257,61 @@ class Outcome:
     bug: str = ""
     texts: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()
 
 
 @contextmanager
 def in_place_of_files(bundle: Changed, folder: Path) -> Iterator[None]:
     """The loading of `folder` finds this bundle, with a checksum that is right."""
     fingerprint = {"tokenizer": bundle.tokenizer.fingerprint}
+    load = Tokenizer.load
     (folder / bundles.MANIFEST).write_text(json.dumps({**bundle.manifest, **fingerprint}))
     with (
         mock.patch.object(bundles, "checksum", lambda path: ""),
         mock.patch.object(bundles, "load_file", lambda path: dict(bundle.weights)),
-        mock.patch.object(Tokenizer, "load", lambda path: bundle.tokenizer),
+        mock.patch.object(
+            Tokenizer, "load", lambda path: bundle.tokenizer if path.parent == folder else load(path)
+        ),
     ):
         yield
 
 
-def translate(folder: Path, options: TranslateOptions, prefixes: list[str] | None) -> Outcome:
-    """What becomes of the lines."""
+def outcome_of(use: Callable[[], Outcome]) -> Outcome:
+    """What a use comes to."""
     try:
-        found = Translator.load(folder, options=options).translate(LINES, prefixes=prefixes)
+        return use()
     except TrmtError as error:
         message = str(error)
         sound = message.strip() and "\n" not in message and len(message) < 500
         return Outcome(error=message) if sound else Outcome(bug=f"not one sentence: {message!r}")
     except Exception as error:  # whatever it is, nobody may see it
         return Outcome(bug=f"{type(error).__name__}: {error}")
+
+
+def translate(folder: Path, options: TranslateOptions, prefixes: list[str] | None) -> Outcome:
+    """What becomes of the lines."""
+    found = Translator.load(folder, options=options).translate(LINES, prefixes=prefixes)
     texts = tuple(each.text for each in found)
     return Outcome(
         texts=texts, scores=tuple(each.candidates[0].score if each.candidates else 0.0 for each in found)
     )
+
+
+def learn(folder: Path, data: Path) -> Outcome:
+    """The loss of the dev set at first and after two steps of a training that starts from the bundle."""
+    recipe = folder.parent / "recipe.toml"
+    recipe.write_text(to_toml(toy.BASE))
+    options = TrainOptions(run=folder.parent / "run", data=data, recipe=str(recipe), init_from=folder)
+    with redirect_stderr(io.StringIO()):
+        run = TrainingRun.from_options(options)
+        run._initialise_weights()
+        assert run.validator
+        examples = next(iter(run.batches.iterate_once()))
+        losses = [dev_loss(run.state, run.validator.batches).loss]
+        for _ in range(2):
+            result = train_step(run.state, [examples])
+            losses.append(float(result.nll) / result.tokens)
+    return Outcome(losses=tuple(losses))
 
 
 @dataclass(frozen=True)
@@ -291,9 +326,12 @@ class BetweenInDouble:
 
 
 def disagreement(native: Outcome, plain: Outcome) -> str:
-    """What is wrong with the kernels' outcome; nothing if it is an error or the same text."""
+    """What is wrong with the kernels' outcome; nothing if it is an error or the same text or loss."""
     if native.bug or plain.bug:
         return native.bug or f"in plain PyTorch: {plain.bug}"
+    for mine, theirs in zip(native.losses, plain.losses, strict=bool(native.losses and plain.losses)):
+        if math.isfinite(mine) and math.isfinite(theirs) and abs(mine - theirs) > TIE * max(1, abs(theirs)):
+            return f"kernels have losses {native.losses}, PyTorch {plain.losses}"
     if native.error or native.texts == plain.texts:
         return ""
     if plain.error:
@@ -305,41 +343,65 @@ def disagreement(native: Outcome, plain: Outcome) -> str:
 
 
 def run(
-    folder: Path, tokenizer: Tokenizer, which: Iterable[int], seed: int
+    folder: Path, data: Path, which: Iterable[int], seed: int, *, trained: int = TRAINED
 ) -> tuple[list[str], Counter[str]]:
-    """Translate with changed bundles, by their numbers; what went wrong, and how often each outcome came."""
-    bases, problems, outcomes = make_bases(tokenizer), [], Counter[str]()
+    """Use changed bundles, by their numbers; what went wrong, and how often each outcome came."""
+    problems, outcomes = [], Counter[str]()
+    bases = make_bases(Tokenizer.load(data / "tokenizer"))
     folder.mkdir(exist_ok=True)
-    for number in which:
-        draw = random.Random(seed * 1_000_003 + number)
-        bundle, what = changed(bases, draw)
-        search: dict[str, Any] = draw.choice(({"search": "greedy"}, {"beam": 2}, {"beam": 2, "n_best": 2}))
-        precision: Any = draw.choice(("auto", "auto", "int8", "fp32"))
-        options = TranslateOptions(max_length=3, device="cpu", precision=precision, **search)
-        prefixes = draw.choice((None, None, ["oka §", "", "olomo oti " * 9]))
-        processor = draw.choice(products.processors() or (None,))
-        with (
-            in_place_of_files(bundle, folder),
-            mock.patch.object(products, "best_processor", return_value=processor),
-            mock.patch.object(bundles, "load_bundle", functools.cache(bundles.load_bundle)),
-        ):
-            native, problem = translate(folder, options, prefixes), ""
-            if native.texts:
-                with mock.patch.dict(os.environ, {"TRMT_KERNELS": "0"}):
-                    plain = translate(folder, options, prefixes)
-                    problem = disagreement(native, plain)
-                    if problem and not plain.bug:
-                        # Kernels compute no padding, where there can be numbers that are none.
-                        with (
-                            mock.patch.object(engine, "PlainProducts", BetweenInDouble),
-                            mock.patch.object(layers, "KEY_MULTIPLE", 1),
-                        ):
-                            alone = translate(folder, replace(options, batch=1), prefixes)
-                        problem = disagreement(native, alone)
-        outcomes["translated" if native.texts else "refused"] += 1
-        if problem := native.bug or problem:
-            problems.append(f"{number} ({what}): {problem}")
+    with mock.patch.object(PreparedSet, "open", functools.cache(PreparedSet.open)):
+        for number in which:
+            draw = random.Random(seed * 1_000_003 + number)
+            bundle, what = changed(bases, draw)
+            with in_place_of_files(bundle, folder):
+                if number % trained:
+                    native, problem = compare_translations(folder, draw)
+                else:
+                    native, problem = compare_losses(folder, data, bundle)
+            used = "translated" if native.texts else "trained" if native.losses else "refused"
+            outcomes[used] += 1
+            if problem := native.bug or problem:
+                problems.append(f"{number} ({what}): {problem}")
     return problems, outcomes
+
+
+def compare_translations(folder: Path, draw: random.Random) -> tuple[Outcome, str]:
+    """What the kernels make of the lines, and how plain PyTorch disagrees."""
+    search: dict[str, Any] = draw.choice(({"search": "greedy"}, {"beam": 2}, {"beam": 2, "n_best": 2}))
+    precision: Any = draw.choice(("auto", "auto", "int8", "fp32"))
+    options = TranslateOptions(max_length=3, device="cpu", precision=precision, **search)
+    prefixes = draw.choice((None, None, ["oka §", "", "olomo oti " * 9]))
+    processor = draw.choice(products.processors() or (None,))
+    use = functools.partial(translate, folder, options, prefixes)
+    with (
+        mock.patch.object(products, "best_processor", return_value=processor),
+        mock.patch.object(bundles, "load_bundle", functools.cache(bundles.load_bundle)),
+    ):
+        native = outcome_of(use)
+        if not native.texts:
+            return native, ""
+        with mock.patch.dict(os.environ, {"TRMT_KERNELS": "0"}):
+            plain = outcome_of(use)
+            problem = disagreement(native, plain)
+            if problem and not plain.bug:
+                # Kernels compute no padding, where there can be numbers that are none.
+                with (
+                    mock.patch.object(engine, "PlainProducts", BetweenInDouble),
+                    mock.patch.object(layers, "KEY_MULTIPLE", 1),
+                ):
+                    alone = functools.partial(translate, folder, replace(options, batch=1), prefixes)
+                    problem = disagreement(native, outcome_of(alone))
+    return native, problem
+
+
+def compare_losses(folder: Path, data: Path, bundle: Changed) -> tuple[Outcome, str]:
+    """What a training by kernels comes to, and how plain PyTorch disagrees."""
+    native = outcome_of(lambda: learn(folder, data))
+    network = bundle.manifest["network"]
+    if not native.losses or network.get("dropout") or network.get("attention_dropout"):
+        return native, ""
+    with mock.patch.dict(os.environ, {"TRMT_KERNELS": "0"}):
+        return native, disagreement(native, outcome_of(lambda: learn(folder, data)))
 
 
 def main() -> None:
@@ -347,7 +409,7 @@ def main() -> None:
     folder, count, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     build.MINUTES = 30  # a sanitizer makes long work of compiling
-    problems, outcomes = run(folder / "changed", Tokenizer.load(folder / "tokenizer"), range(count), seed)
+    problems, outcomes = run(folder / "changed", folder / "set", range(count), seed)
     print(*problems, sep="\n")
     print(f"{count} bundles, {dict(outcomes)}, {len(problems)} problems")
     sys.exit(bool(problems))

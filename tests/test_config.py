@@ -143,6 +143,23 @@ def test_values_are_toml_or_text(text: str, value: Any) -> None:
     assert type(parse_value(text)) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("9223372036854775808", "has an integer of more than 64 bits"),
+        ("[1, -9223372036854775809]", "has an integer of more than 64 bits"),
+        ("9" * 4400, "a number has too many digits"),
+        ("[" * 40 + "]" * 40, "nested more than 32 deep"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("'\ud800'", "half of a surrogate pair"),
+    ],
+)
+def test_a_setting_beyond_a_limit_is_no_string(text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"--set 'validation.beam': the value .*{reason}") as caught:
+        apply_settings({}, [f"validation.beam={text}"])
+    assert len(str(caught.value)) < 300
+
+
 def test_settings_do_not_change_the_tree_itself() -> None:
     tree: dict[str, Any] = {"optim": {"lr": 1.0}, "name": "x"}
     changed = apply_settings(tree, ["optim.lr=5e-4", "network.depth = 3", "name=a=b"])

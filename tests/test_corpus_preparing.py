@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tests.pools import Accident, FakePool
 from tests.scripted import small_tokenizer
 from tests.texts import ENGLISH, GERMAN
+from tests.tree_mutations import flips
 from trmt.errors import ConfigError, DataError, TrmtError
 from trmt.scale import corpus_preparing
 from trmt.scale.corpus_preparing import prepare_in_parts
@@ -199,3 +201,23 @@ def test_a_corpus_in_a_store(options: PrepareOptions, tmp_path: Path) -> None:
     options = replace(options, train=(f"{url}/train.en,{url}/train.de", f"{url}/packed.tsv.gz"))
     assert len(in_parts(options)) > 3
     assert options.out and contents(options.out) == alone(options)
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_changed_byte_in_an_encoded_part_is_noticed(options: PrepareOptions, count: int) -> None:
+    assert options.out
+    expected, made = alone(options), options.out.with_name("set.parts")
+    with pytest.raises(TrmtError):
+        in_parts(options, accident=lambda part: "it fails" if part.name.startswith("part-00003") else None)
+    kept = made.rename(made.with_name("kept"))
+    for name in ("part-00000", MANIFEST):
+        (path,) = kept.glob(f"{name}*")
+        for content in flips(path, count):
+            shutil.copytree(kept, made, dirs_exist_ok=True)
+            (made / path.name).write_bytes(content)
+            try:
+                in_parts(options)
+            except TrmtError as error:
+                assert path.name in str(error) and "\n" not in str(error)
+            else:  # a space of the manifest that became another one
+                assert path.name == MANIFEST and contents(options.out) == expected

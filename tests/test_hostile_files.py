@@ -6,36 +6,49 @@ of every kind of file are changed.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import random
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import toy
+from tests.pools import FakePool
 from tests.tree_mutations import as_json, flips, mutants
 from trmt.averaging import AverageOptions, average
-from trmt.bundles import bundles, checkpoints
+from trmt.bundles import bundles, checkpoints, slices
+from trmt.bundles.slices import TensorSlice, row_range
 from trmt.cli import inspect as inspect_command
+from trmt.cli.new import _open_record
 from trmt.config import to_toml, to_tree
 from trmt.errors import TrmtError
 from trmt.insight.comparing import CompareOptions, compare
 from trmt.insight.inspecting import inspect
 from trmt.insight.plotting import panels, summary
+from trmt.native import build, packed_weights, products
+from trmt.native.products import PackedProducts
+from trmt.scale.corpus_translating import CorpusOptions, translate_corpus
 from trmt.sets.record import read_record
 from trmt.sets.shards import PreparedSet
+from trmt.storage.files import write_verified_json
 from trmt.text.tokenizer import Tokenizer
+from trmt.training.checkpointer import HALVINGS
 from trmt.training.history import History
 from trmt.training.planning import TrainOptions
 from trmt.training.run import TrainingRun, train
+from trmt.training.spikes import ROLLBACKS, Rollback
 from trmt.translating import TranslateOptions, Translator
 from trmt.trees import CHECKSUM, with_checksum, without_checksum
 from trmt.validating import validate
@@ -43,6 +56,7 @@ from trmt.verifying import VerifyOptions, verify
 
 FEW = 5  # mutants and flips of each file in the fast tests
 FLIPS = 200  # in the slow ones
+OF_SLICES = 300  # mutants of an index that has the same few values for every tensor
 Use = Callable[[Path], Any]
 
 
@@ -54,7 +68,33 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = toy.recipe(folder, {"validation": {"metric": "chrf", "sentences": 6}})
     run = train(toy.options(folder / "run", data, recipe), validate)
     average(AverageOptions(paths=(run,), best=1))
+    shutil.copytree(run, folder / "sharded")
+    shard(folder / SHARDED)
+    write_verified_json(folder / "sharded" / HALVINGS, {"halvings": 1})
+    rollback = to_tree(Rollback(to=3, at=5, why="the gradient is not finite", left_out=(4, 5)))
+    write_verified_json(folder / "sharded" / ROLLBACKS, {"rollbacks": [rollback]})
+    (folder / "text").mkdir()
+    (folder / "text/lines.x").write_text("ka lomo ti\nremi\n")
     return folder
+
+
+def shard(state: Path) -> None:
+    """Save the tensors of a training state again, as two processes do that have some rows each."""
+    values = json.loads((state / "state.json").read_bytes())
+    tensors = load_file(state / values["tensors"])
+    written = []
+    for rank in range(2):
+        own = {}
+        for name, tensor in tensors.items():
+            begin, end = row_range(len(tensor), rank, 2) if tensor.dim() else (0, 1 - rank)
+            if end > begin:
+                rows = tensor[begin:end] if tensor.dim() else tensor
+                own[name] = TensorSlice(rows, begin, tuple(tensor.shape))
+        written.append(slices.write_slices(state, own, rank=rank, world_size=2))
+    slices.write_index(state, written)
+    (state / values["tensors"]).unlink()
+    kept = {key: value for key, value in values.items() if key not in ("format", "tensors", "sha256")}
+    checkpoints.write_state(state, without_checksum(kept), tensors=slices.INDEX)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +102,14 @@ def folder(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy to damage, of which each test restores what it has damaged."""
     copy = tmp_path_factory.mktemp("copy") / "made"
     shutil.copytree(made, copy)
-    origin = copy / "run/origin.json"
-    tree = without_checksum(json.loads(origin.read_bytes())) | {"data": str(copy / "set")}
-    origin.write_text(json.dumps(with_checksum(tree)))
+    for origin in (copy / "run/origin.json", copy / "sharded/origin.json"):
+        tree = without_checksum(json.loads(origin.read_bytes())) | {"data": str(copy / "set")}
+        origin.write_text(json.dumps(with_checksum(tree)))
+    use_new(copy)
+    use_parts(copy)
+    if build._compiler() and products.best_processor():
+        use_kernel(copy)
+        use_packed(copy)
     return copy
 
 
@@ -127,9 +172,57 @@ def use_tokenizer(folder: Path) -> Any:
     return tokenizer.source.encode(["ka lomo"]), tokenizer.target.decode([5, 6, 7]), tokenizer.settings
 
 
-def resume(folder: Path) -> Any:
+@contextmanager
+def in_cache(folder: Path) -> Iterator[None]:
+    """Kernels and packed weights lie in a folder to damage."""
+    sources, cache = folder / "sources", folder / "cache"
+    for made in (sources, cache):
+        made.mkdir(exist_ok=True, mode=0o700)
+    (sources / "answer.c").write_text("int answer(void) { return 42; }\n")
+    with (
+        mock.patch.object(build, "SOURCES", sources),
+        mock.patch.object(build, "cache_folder", lambda: cache),
+        mock.patch.object(packed_weights, "WORTH", 0),
+    ):
+        yield
+
+
+def use_kernel(folder: Path) -> Any:
+    compiler = build._compiler()
+    assert compiler
+    with in_cache(folder):
+        return ctypes.CDLL(str(build._built("answer", compiler, ()))).answer()
+
+
+def use_packed(folder: Path) -> Any:
+    weight = torch.arange(70 * 33.0).reshape(70, 33) / 999
+    with in_cache(folder):
+        made = PackedProducts("fp32", checksum="a")
+        product = made(weight, None)
+        made.save()
+    return product(torch.ones(2, 33)).tolist()
+
+
+def use_new(folder: Path) -> Any:
+    return _open_record(folder / "new", [str(folder / "half.tsv")], None, ("x", "y"))
+
+
+def use_parts(folder: Path) -> Any:
+    search = TranslateOptions(search="greedy", max_length=3, device="cpu")
+    options = CorpusOptions(
+        source=str(folder / "text"), out=str(folder / "parts"), model=folder / "run/average", search=search
+    )
+    translate_corpus(options, FakePool)
+    return [path.read_bytes() for path in sorted((folder / "parts").glob("*/part-*"))]
+
+
+def resume_sharded(folder: Path) -> Any:
+    return resume(folder, "sharded")
+
+
+def resume(folder: Path, name: str = "run") -> Any:
     """What a resumed run would begin with."""
-    run = TrainingRun.from_options(TrainOptions(run=folder / "run"), validate)
+    run = TrainingRun.from_options(TrainOptions(run=folder / name), validate)
     saved = run.checkpointer.newest()
     assert saved, "the run has checkpoints"
     run.checkpointer.restore(saved)
@@ -137,7 +230,8 @@ def resume(folder: Path) -> Any:
     digest = hashlib.sha256()
     for tensor in run.state.tensors().values():
         digest.update(tensor.detach().numpy().tobytes())
-    return digest.hexdigest(), run.state.values(), run.data.fingerprint, run.spikes.skipped_steps
+    halvings = run.state.micro_batches.halvings
+    return digest.hexdigest(), run.state.values(), run.data.fingerprint, run.spikes.skipped_steps, halvings
 
 
 def use_log(folder: Path) -> Any:
@@ -155,6 +249,7 @@ def use_record(folder: Path) -> Any:
 
 
 STEP = "run/step-00000006"
+SHARDED = "sharded/step-00000006/training"
 MANIFEST = "run/average/manifest.json"
 TREES: dict[str, list[Use]] = {
     MANIFEST: [use_manifest, print_facts, verify_bundle, average_again, compare_runs],
@@ -166,13 +261,21 @@ TREES: dict[str, list[Use]] = {
     "run/log.jsonl": [use_log, print_facts],
     "set/index.json": [use_set],
     "set/tokenizer/tokenizer.json": [use_tokenizer],
+    f"{SHARDED}/slices.json": [resume_sharded],
+    f"sharded/{ROLLBACKS}": [resume_sharded],
+    f"sharded/{HALVINGS}": [resume_sharded],
+    "new/new.json": [use_new],
+    "parts/manifest.json": [use_parts],
 }
 FILES: dict[str, Use] = {
     "set/train-00000.source.ids": use_set,
+    "set/train-00000.target.ids": use_set,
+    "set/train-00000.source.ids.offsets": use_set,
     "set/train-00000.target.ids.offsets": use_set,
     "set/train-00000.corpus": use_set,
     "set/index.json": use_set,
     "set/dev.source.txt": use_set,
+    "set/dev.target.txt": use_set,
     "set/tokenizer/tokenizer.json": use_set,
     "set/tokenizer/joint.model": use_set,
     MANIFEST: use_bundle,
@@ -184,6 +287,17 @@ FILES: dict[str, Use] = {
     "run/origin.json": resume,
     "run/data.json": use_record,
     "run/log.jsonl": use_log,
+    f"{SHARDED}/state.json": resume_sharded,
+    f"{SHARDED}/slices.json": resume_sharded,
+    f"{SHARDED}/slices-00000-of-00002.safetensors": resume_sharded,
+    f"{SHARDED}/slices-00001-of-00002.safetensors": resume_sharded,
+    f"sharded/{ROLLBACKS}": resume_sharded,
+    f"sharded/{HALVINGS}": resume_sharded,
+    "new/new.json": use_new,
+    "parts/manifest.json": use_parts,
+    "cache/answer-*.so": use_kernel,
+    "cache/answer-*.sha256": use_kernel,
+    "cache/packed/*": use_packed,
 }
 
 
@@ -227,7 +341,7 @@ def attempt(use: Use, folder: Path) -> Any:
         assert "\n" not in str(error) and len(str(error)) < 2000
         return error
     finally:
-        for renamed in (folder / "run").glob("damaged-*"):
+        for renamed in folder.glob("*/damaged-*"):
             renamed.rename(renamed.with_name(renamed.name.removeprefix("damaged-")))
 
 
@@ -250,19 +364,33 @@ def check_mutants(folder: Path, name: str, count: int | None) -> None:
 
 
 def check_flips(folder: Path, name: str, count: int, said: Callable[[], str]) -> None:
-    path, use = folder / name, FILES[name]
+    path, use = next(folder.glob(name), None), FILES[name]
+    if path is None:
+        pytest.skip("no C compiler here")
     intact = path.read_bytes()
     expected = use(folder)
     usual = set(said().splitlines())
     try:
         for content in flips(path, count):
-            path.write_bytes(content)
+            replace(path, content)
             result = attempt(use, folder)
             new = set(said().splitlines()) - usual
             assert isinstance(result, TrmtError) or result == expected or new, name
     finally:
-        path.write_bytes(intact)
+        replace(path, intact)
     assert use(folder) == expected
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Another file of this name: one that is loaded may not change."""
+    other = path.with_name("other")
+    other.write_bytes(content)
+    other.chmod(path.stat().st_mode)
+    other.replace(path)
+
+
+def test_a_run_in_slices_resumes_as_the_whole_one(folder: Path) -> None:
+    assert resume_sharded(folder)[0] == resume(folder)[0]
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -273,7 +401,7 @@ def test_some_values_that_no_file_should_have_are_one_sentence(folder: Path, nam
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TREES)
 def test_no_value_in_a_file_gives_a_traceback(folder: Path, name: str) -> None:
-    check_mutants(folder, name, None)
+    check_mutants(folder, name, OF_SLICES if name.endswith(slices.INDEX) else None)
 
 
 @pytest.mark.parametrize("name", FILES)

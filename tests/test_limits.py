@@ -22,7 +22,8 @@ from trmt.errors import BundleError, ConfigError, DataError, TrmtError
 from trmt.interop.bert_folder import read_bert
 from trmt.interop.from_marian import read_marian
 from trmt.interop.huggingface_folder import PICKLED, SHARDS, read_weights
-from trmt.text import limits, pairs
+from trmt.storage import urls
+from trmt.text import limits, pairs, parquet
 from trmt.text.corpus import parse_corpus
 from trmt.text.lines import read_lines
 from trmt.text.pairs import corpus_fingerprint, read_corpus
@@ -67,6 +68,18 @@ def test_toml_has_limits(tmp_path: Path, text: str) -> None:
     assert len(str(caught.value)) < 500
 
 
+# Messages
+
+
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    assert str(DataError("there is no file a\x1b[31m\nb\u2028c é 日\xa0d")) == (
+        "there is no file a\\x1b[31m\\nb\\u2028c é 日\xa0d"
+    )
+    path = "/".join(["folder"] * 100)
+    assert str(DataError(f"there is no file {path}; check")) == f"there is no file {path}; check"
+    assert len(str(DataError(f"there is no device {'9' * 4400}; choose"))) < 300
+
+
 # Text
 
 
@@ -98,8 +111,63 @@ def test_row_groups_of_parquet_files_have_a_limit(tmp_path: Path, monkeypatch: p
     pyarrow.parquet.write_table(table, path)
     corpus = parse_corpus(str(path), "en", "de")
     assert len(list(read_corpus(corpus))) == 1000
-    monkeypatch.setattr(limits, "MAX_ROWS", 999)
+    monkeypatch.setattr(parquet, "MAX_ROWS", 999)
     with pytest.raises(DataError, match=r"row group of 1,000 rows .* 999 rows and .* are the limit"):
+        list(read_corpus(corpus))
+
+
+def repeated(text: str, count: int) -> pyarrow.DictionaryArray:
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), [text])
+
+
+@pytest.mark.parametrize("form", ["flat", "nested", "hf:"])
+def test_a_text_that_a_parquet_file_repeats_is_not_decoded_without_end(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set/train.parquet"
+
+    def write(text: str, count: int) -> None:
+        table = pyarrow.table({"en": repeated(text, count), "de": repeated(text, count)})
+        if form == "nested":
+            struct = pyarrow.StructArray.from_arrays([repeated(text, count)] * 2, ["en", "de"])
+            table = pyarrow.table({"translation": struct})
+        pyarrow.parquet.write_table(table, path, compression="zstd")
+
+    text = "x" * (1 << 20)
+    write(text, 1 << 13)  # of 8 GiB
+    corpus = parse_corpus(f"hf:{path.parent}" if form == "hf:" else str(path), "en", "de")
+    assert path.stat().st_size < 3000
+    with pytest.raises(DataError, match=r"train\.parquet expands to more than 200 times its size by row"):
+        list(read_corpus(corpus))
+    monkeypatch.setattr(limits, "ALWAYS", 1 << 40)
+    monkeypatch.setattr(parquet, "MAX_LINE", len(text))
+    assert next(read_corpus(corpus)) == (text, text)
+    monkeypatch.setattr(parquet, "MAX_LINE", len(text) - 1)
+    with pytest.raises(DataError, match=r"train\.parquet, row 1: more than .* which is the limit of a line"):
+        list(read_corpus(corpus))
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([["x"] * 1000], "holds a list"),
+        ([{"a": "x"}], "holds a dict"),
+        ([7], "holds a int"),
+        ([b"x"], "holds a bytes"),
+    ],
+)
+def test_a_column_of_a_parquet_file_that_is_no_text_is_named(
+    tmp_path: Path, column: list, message: str
+) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"en": column, "de": ["b"], "x": ["c"]}), tmp_path / "x.parquet"
+    )
+    corpus = parse_corpus(str(tmp_path / "x.parquet"), "en", "de")
+    with pytest.raises(DataError, match=f"row 1: column 'en' {message}, not text"):
+        list(read_corpus(corpus))
+    corpus = parse_corpus(str(tmp_path / "x.parquet"), "en", "de", source_column="y", target_column="x")
+    with pytest.raises(DataError, match="no column 'y'; there are 'en', 'de', 'x'"):
         list(read_corpus(corpus))
 
 
@@ -116,6 +184,33 @@ def test_urls_that_cannot_be_opened_are_one_sentence(url: str) -> None:
     with pytest.raises(TrmtError) as caught:
         parse_corpus(url, "en", "de")
     assert "\n" not in str(caught.value)
+
+
+URLS = [
+    "ftp://",
+    "http://",
+    "https:///x",
+    "s3://",
+    "gs:///x.tsv",
+    "sftp://",
+    "ftp://:80/x.tsv",
+    "ftp://a@/x.tsv",
+]
+URLS += ["smb://", "simplecache::ftp:///x.tsv", "github://", "http://.tsv", "webhdfs:///x.tsv"]
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_url_without_a_host_is_refused_before_anything_is_opened(url: str) -> None:
+    with pytest.raises(TrmtError, match=r"names no (host|bucket|repository); write .*://.*/FILE"):
+        parse_corpus(url, "en", "de")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1]:80/x", "ftp://a:b@h/x", "s3://b@c/x", "hdfs:///x", "file:///x"]
+)
+def test_a_url_with_a_host_or_without_the_need_of_one_is_not_refused(url: str) -> None:
+    urls._check_host(url)
 
 
 @pytest.mark.parametrize("column", ["9" * 4400, "1000000", "²", "-1"])
@@ -166,6 +261,7 @@ HOSTILE_OPTIONS = [
     {"d_model": "32"},
     {"encoder_ffn_dim": 1 << 30, "decoder_ffn_dim": 1 << 30},
     {"max_position_embeddings": 1 << 40},
+    {"max_position_embeddings": 1 << 18, "d_model": 1 << 18},
     {"encoder_attention_heads": 0, "decoder_attention_heads": 0},
     {"activation_function": ["swish"]},
     {"dropout": {}},
@@ -250,7 +346,10 @@ def test_a_header_that_declares_more_than_the_file_is_refused(tmp_path: Path, si
         read_weights(tmp_path)
 
 
-HOSTILE_BERTS = [{"num_hidden_layers": 10**9}, {"hidden_size": "x"}, {"vocab_size": 1 << 40}]
+HOSTILE_BERTS = [
+    *({"num_hidden_layers": 10**9}, {"num_hidden_layers": 9}, {"hidden_size": "x"}, {"hidden_size": 1 << 18}),
+    *({"vocab_size": 1 << 40}, {"max_position_embeddings": 1 << 24}),
+]
 
 
 @pytest.mark.parametrize("options", HOSTILE_BERTS)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import types
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import (
@@ -31,7 +31,7 @@ from typing import (
 
 from trmt.errors import BundleError, ConfigError, TrmtError
 from trmt.registry import suggestion
-from trmt.trees import MAX_INT, MAX_SHOWN, TreeError, check_limits, parse_toml, read_bytes, shown
+from trmt.trees import MAX_INT, MAX_SHOWN, LimitError, TreeError, check_limits, parse_toml, read_bytes, shown
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -46,6 +46,8 @@ class Within:
 
 
 Count = Annotated[int, Within(0, 2**53)]  # of steps, tokens, bytes and other things
+MAX_LENGTH = 2**31 - 1  # of a sentence in pieces, which also bounds ids
+MAX_BEAM = 1000
 
 # Old keys of a config class and their present names: recipes, run folders and bundles may still have them.
 RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
@@ -60,35 +62,23 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        for name, hint in _field_types(cast(Hashable, type(self))).items():
+        hints = _hints(cast(Any, type(self)))
+        for name in (field.name for field in dataclasses.fields(cast(Any, self))):
             value = getattr(self, name)
-            taken = _taken(hint, value, name=name)
+            taken = _taken(hints[name], value, name=name)
             if taken is not value:
                 object.__setattr__(self, name, taken)  # most are frozen
 
 
-@cache
-def _field_types(cls: Any) -> dict[str, Any]:
-    """The annotation of each field, without None."""
-    hints = get_type_hints(cls)
-    found = {}
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if get_origin(hint) in (Union, types.UnionType):
-            hint = next((arg for arg in get_args(hint) if arg is not type(None)), hint)
-        found[field.name] = hint
-    return found
-
-
 def _taken(hint: Any, value: Any, *, name: str) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next((arg for arg in get_args(hint) if arg is not type(None)), hint)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if get_origin(hint) not in (tuple, list, Sequence) or value is None:
         return value
-    if isinstance(value, str | bytes | Path):
-        refuse_string(value, name)
-    inner = get_args(hint)[0]
-    items = [_taken(inner, each, name=name) for each in value]
+    refuse_string(value, name)
+    items = [_taken(get_args(hint)[0], each, name=name) for each in value]
     return items if get_origin(hint) is list else tuple(items)
 
 
@@ -117,6 +107,8 @@ def parse_value(text: str) -> Any:
     """The TOML value of `text`; text that is no TOML value is a string (`--set network.norm=post`)."""
     try:
         return parse_toml(f"value = {text}")["value"]
+    except LimitError:
+        raise
     except TreeError:
         return text
 
@@ -134,7 +126,10 @@ def apply_settings(tree: Tree, settings: list[str]) -> Tree:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {setting}: {parent!r} is a value, not a table")
-        table[leaf] = parse_value(text.strip())
+        try:
+            table[leaf] = parse_value(text.strip())
+        except LimitError as error:
+            raise ConfigError(f"--set {shown(dotted)}: the value {error}; choose another") from error
     return changed
 
 

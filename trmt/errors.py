@@ -12,6 +12,11 @@ shows its traceback.
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
+LONGEST_WORD, SHORTENED = 1000, 200  # characters of a word, such as a path, and what is left of a longer one
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something; of a compiler's, that of the error inside."""
@@ -24,6 +29,17 @@ class TrmtError(Exception):
     """Something that the user can correct; the message says what, where and how."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message on one line, whatever it quotes: control characters are spelled, huge words are cut."""
+        text = "".join(map(_spelled, super().__str__()))
+        return re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:SHORTENED]}...", text)
+
+
+def _spelled(letter: str) -> str:
+    if letter.isprintable() or unicodedata.category(letter) not in ("Cc", "Zl", "Zp"):
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 class ConfigError(TrmtError):

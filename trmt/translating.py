@@ -18,8 +18,7 @@ import torch
 from trmt import console
 from trmt.bundles import bundles, quantised
 from trmt.bundles.bundles import Bundle
-from trmt.bundles.schema import MAX_LENGTH
-from trmt.config import refuse_string
+from trmt.config import MAX_LENGTH, refuse_string
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.engine import Engine, Runs
 from trmt.decoding.request import Batching, Request

@@ -22,11 +22,16 @@ MAX_BYTES = 256 << 20  # of a file
 MAX_DEPTH = 32  # of tables and lists in each other
 MAX_INT = 2**63 - 1  # and its negative are the largest numbers
 MAX_SHOWN = 80  # characters of a value in a message
+_DIGITS = "Exceeds the limit"  # of digits, in an error of Python
 CHECKSUM = "checksum"  # the key of a tree's own checksum
 
 
 class TreeError(ValueError):
     """A file that is not a tree within the limits; its message continues a sentence: "is not valid JSON"."""
+
+
+class LimitError(TreeError):
+    """A tree that is too large in some way; whatever else it might be, it cannot be used."""
 
 
 class AlteredTree(TreeError):
@@ -54,7 +59,7 @@ def parse_json(raw: bytes | str) -> Any:
     try:
         tree = json.loads(raw)
     except (ValueError, RecursionError) as error:  # Unicode errors are ValueErrors
-        raise TreeError(f"is not valid JSON ({_reason(error)})") from error
+        raise _kind(error)(f"is not valid JSON ({_reason(error)})") from error
     check_limits(tree)
     return tree
 
@@ -64,25 +69,30 @@ def parse_toml(text: str) -> dict[str, Any]:
     try:
         tree = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TreeError(f"is not valid TOML: {_reason(error)}") from error
+        raise _kind(error)(f"is not valid TOML: {_reason(error)}") from error
     check_limits(tree)
     return tree
+
+
+def _kind(error: Exception) -> type[TreeError]:
+    """Whether what cannot be parsed is beyond a limit of the parser."""
+    return LimitError if isinstance(error, RecursionError) or _DIGITS in str(error) else TreeError
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "tables and lists are nested too deeply"
-    if "Exceeds the limit" in str(error):  # of digits; Python's message continues with advice for programmers
+    if _DIGITS in str(error):  # Python's message continues with advice for programmers
         return "a number has too many digits"
     return " ".join(str(error).split())
 
 
 def check_limits(tree: Any) -> None:
-    """Raise a TreeError for a tree that is too deep, or has a number or a string that cannot be used."""
+    """Raise a LimitError for a tree that is too deep, or has a number or a string that cannot be used."""
     level, depth = [tree], 0
     while level:
         if depth > MAX_DEPTH:
-            raise TreeError(f"has tables and lists nested more than {MAX_DEPTH} deep, which is the limit")
+            raise LimitError(f"has tables and lists nested more than {MAX_DEPTH} deep, which is the limit")
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):
@@ -94,7 +104,7 @@ def check_limits(tree: Any) -> None:
             elif isinstance(value, str):
                 _check_text(value)
             elif isinstance(value, int) and abs(value) > MAX_INT:
-                raise TreeError("has an integer of more than 64 bits")
+                raise LimitError("has an integer of more than 64 bits")
         level, depth = below, depth + 1
 
 
@@ -103,7 +113,7 @@ def _check_text(text: str) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise TreeError("has text with half of a surrogate pair") from error
+            raise LimitError("has text with half of a surrogate pair") from error
 
 
 def shown(value: Any) -> str:

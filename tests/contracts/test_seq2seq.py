@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.fakes import VOCABULARY, random_sentences, small_network
 from tests.variants import Variant, parametrised
+from trmt.bundles import consistency
 from trmt.decoding.engine import frozen
 from trmt.nets.base import Decoding, Seq2Seq, State, Stepper, WantedWeights
 from trmt.nets.linear import PlainProducts
@@ -90,6 +91,16 @@ def test_a_batch_equals_its_sentences_one_by_one(net: Seq2Seq) -> None:
     together = teacher_forced(net, SOURCES, TARGETS)
     alone = [teacher_forced(net, [s], [t])[0] for s, t in zip(SOURCES, TARGETS, strict=True)]
     assert_same(together, alone)
+
+
+def test_a_network_gets_all_its_weights_from_a_file(variant: Variant, net: Seq2Seq) -> None:
+    weights = net.state_dict()
+    empty = consistency.build_empty(lambda: type(net)(net.config))
+    assert any(parameter.is_meta for parameter in empty.parameters())
+    empty.load_state_dict(weights, assign=True)
+    for (name, one), other in zip(net.named_buffers(), empty.buffers(), strict=True):
+        assert torch.equal(one, other), name
+    assert not any(parameter.is_meta for parameter in empty.parameters())
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ that a copied model cannot run code. To use a bundle elsewhere, copy its folder.
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -25,14 +26,14 @@ from torch import Tensor
 
 import trmt
 from trmt.bundles import consistency, quantised, upgrade
-from trmt.bundles.schema import MAX_LENGTH, GoldenSentence, StoredScore, TrainingFacts, WeightsFile
-from trmt.config import Within, build, build_stored, to_tree
+from trmt.bundles.schema import GoldenSentence, StoredScore, TrainingFacts, WeightsFile
+from trmt.config import MAX_LENGTH, Within, build, build_stored, to_tree
 from trmt.errors import BundleError, ConfigError, TrmtError, first_line
 from trmt.nets.base import Network, Seq2Seq
 from trmt.registry import NETWORKS, resolve
 from trmt.storage.files import atomic_folder, checksum, write_verified_json
 from trmt.text.tokenizer import Tokenizer
-from trmt.trees import TreeError, read_json, verified
+from trmt.trees import TreeError, read_json, shown, verified
 
 # By precision, so that a trmt which knows only fp32 refuses int8. Formats 1 and 2 are the same in the words
 # of before (trmt/bundles/upgrade.py).
@@ -291,8 +292,12 @@ def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> di
             f"{path} has weights of other shapes than those of {manifest.architecture!r}; copy it again"
         ) from error
     for alias, name in manifest.tied.items():
-        if name in stored:
-            stored[alias] = stored[name]
+        if name not in stored or name in manifest.tied:
+            raise BundleError(
+                f"the manifest of {folder} ties {shown(alias)} to {shown(name)}, which is no tensor of "
+                f"{path.name}; copy the bundle again"
+            )
+        stored[alias] = stored[name]
     return stored
 
 
@@ -308,49 +313,37 @@ def load_bundle(folder: Path, *, device: torch.device | str = "cpu", trust_code:
     manifest = read_manifest(folder)
     tokenizer = load_tokenizer(folder, manifest)
     weights = read_weights(folder, manifest)
-    consistency.check_options(manifest, weights, where=str(folder))
-    try:
-        with consistency.Building(None if ":" in manifest.architecture else weights):
-            net = build_network(manifest.architecture, manifest.network, trust_code=trust_code)
-    except TrmtError as error:
-        raise BundleError(f"cannot build the network of {folder}: {error}") from error
+    net = _fitting_network(manifest, weights, trust_code=trust_code, where=str(folder))
     if not isinstance(net, Seq2Seq):
         raise BundleError(
             f"{folder} holds an encoder only, which cannot translate; train a translator that starts from it "
             f"with trmt train --init-from {folder}:encoder"
         )
-    check_weights(net, weights, where=str(folder))
     # Assigned, not copied: the tensors are the memory-mapped file, which processes share.
     net.load_state_dict(consistency.of_type(weights, net), assign=True)
     consistency.check_network(net, tokenizer, where=str(folder))
     return Bundle(folder, manifest, net.to(device).eval(), tokenizer)
 
 
+def _fitting_network(
+    manifest: Manifest, weights: Mapping[str, Tensor], *, trust_code: bool, where: str
+) -> Network:
+    """The network of a manifest, about to get these weights."""
+    device = "meta"
+    if ":" in manifest.architecture:  # which may compute anything while it is built
+        device = "cpu"
+    else:
+        consistency.check_options(manifest.network, weights, where=where)
+    make = functools.partial(build_network, manifest.architecture, manifest.network, trust_code=trust_code)
+    try:
+        net = consistency.build_empty(make, device=device)
+    except TrmtError as error:
+        raise BundleError(f"cannot build the network of {where}: {error}") from error
+    consistency.check_weights(net, weights, where=where)
+    return net
+
+
 def load_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
     """Load weights into a network; an error names the first difference in names or shapes."""
-    check_weights(net, weights, where=where)
+    consistency.check_weights(net, weights, where=where)
     net.load_state_dict(dict(weights))
-
-
-def check_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Raise an error if weights differ from a network's in names or shapes."""
-    expected = net.state_dict()
-    for name, tensor in expected.items():
-        if name not in weights:
-            raise BundleError(f"{where} has no weights {name!r}; it belongs to another architecture")
-        if weights[name].is_floating_point() != tensor.is_floating_point():
-            raise BundleError(
-                f"{where} has {name!r} of type {str(weights[name].dtype).removeprefix('torch.')}, but the "
-                f"network needs {str(tensor.dtype).removeprefix('torch.')}; it belongs to another network"
-            )
-        if weights[name].shape != tensor.shape:
-            raise BundleError(
-                f"{where} has {name!r} of shape {list(weights[name].shape)}, "
-                f"but the network needs {list(tensor.shape)}; it belongs to a network of another size"
-            )
-    extra = sorted(set(weights) - set(expected))
-    if extra:
-        raise BundleError(
-            f"{where} has weights {extra[0]!r}, which the network does not have; it belongs to another "
-            "architecture"
-        )

@@ -2,32 +2,33 @@
 
 A bundle may come from anywhere, and its checksum says only that it was copied well. So sizes, ids and types
 are compared here once, when it is loaded, and sizes before a network is built from them. Whoever looks up a
-row later, in C or on a GPU, can rely on it. Names and shapes are compared in `bundles.check_weights`.
+row later, in C or on a GPU, can rely on it. Folders of other programs are checked in the same way.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trmt.errors import BundleError, ConfigError, first_line
-from trmt.nets.base import Decoding, Seq2Seq
+from trmt.errors import BundleError, first_line
+from trmt.nets.base import Decoding, Network, Seq2Seq
 from trmt.nets.ragged import Source
 from trmt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from trmt.bundles.bundles import Manifest
 
+N = TypeVar("N", bound=Network)
 SIDES = ("source", "target")
+MAX_LAYERS = 1000
 # Of an option that is the size of no weights, such as the positions of a table that is computed.
 LARGEST_OPTION = 1 << 18
-# So many times the numbers that are stored, and some more, may a network have while it is built.
-SPARE, LEAST_NUMBERS = 4, 1 << 20
+# A table of positions or tokens may have so many times the numbers that are stored, and some more.
+SPARE, LEAST_NUMBERS = 4, 1 << 24
 STORED_TYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -54,16 +55,29 @@ def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer, *, where: str) -> 
         _check_rows(side, manifest.network.get(f"{side}_vocabulary"), tokenizer, where=where)
 
 
-def check_options(manifest: Manifest, weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Raise an error for a size that nobody could have meant; networks from outside trmt say their own."""
-    if ":" in manifest.architecture:
-        return
+def check_options(options: Mapping[str, Any], weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise an error for sizes of a network that ask for far more than its weights have."""
     largest = max((size for tensor in weights.values() for size in tensor.shape), default=0)
-    for name, value in manifest.network.items():
-        if isinstance(value, int) and value > max(LARGEST_OPTION, largest):
+    layers = min(MAX_LAYERS, len(weights))
+    numbers = LEAST_NUMBERS + SPARE * sum(tensor.numel() for tensor in weights.values())
+    columns = max(options.get("d_model", 1), 1)
+    for name, value in options.items():
+        if not isinstance(value, int):
+            continue
+        if value > max(LARGEST_OPTION, largest):
             raise BundleError(
-                f"{where} has network.{name} = {value:,}, and no weights of that size; without these, up to "
+                f"{where} has {name} = {value:,}, and no weights of that size; without these, up to "
                 f"{LARGEST_OPTION:,} is allowed"
+            )
+        if name.endswith("_layers") and value > layers:
+            raise BundleError(
+                f"{where} has {name} = {value:,}, but with its {len(weights):,} tensors {layers:,} is the "
+                f"limit; {AS_STORED}"
+            )
+        if name.endswith(("_positions", "_steps", "_vocabulary")) and value * columns > numbers:
+            raise BundleError(
+                f"{where} has {name} = {value:,}, a table of {value * columns:,} numbers; with its weights "
+                f"{numbers:,} is the limit; {AS_STORED}"
             )
 
 
@@ -125,18 +139,42 @@ def of_type(weights: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     return {name: weights[name].to(tensor.dtype) for name, tensor in net.state_dict().items()}
 
 
-class Building(TorchFunctionMode):
-    """Builds a network whose weights are about to be replaced by stored ones.
+def build_empty(make: Callable[[], N], *, device: str = "meta") -> N:
+    """A network that is to get other weights: its own are not drawn, and on "meta" take no memory."""
+    with _Empty(device):
+        return make()
 
-    The random initialisation, which takes seconds, is skipped. A network that is much larger than what is
-    stored is refused before it takes the memory.
-    """
 
-    def __init__(self, stored: Mapping[str, Tensor] | None) -> None:
+def check_weights(net: Network, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise an error if weights differ from a network's in names or shapes."""
+    expected = net.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise BundleError(f"{where} has no weights {name!r}; it belongs to another architecture")
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise BundleError(
+                f"{where} has {name!r} of type {str(weights[name].dtype).removeprefix('torch.')}, but the "
+                f"network needs {str(tensor.dtype).removeprefix('torch.')}; it belongs to another network"
+            )
+        if weights[name].shape != tensor.shape:
+            raise BundleError(
+                f"{where} has {name!r} of shape {list(weights[name].shape)}, "
+                f"but the network needs {list(tensor.shape)}; it belongs to a network of another size"
+            )
+    extra = sorted(set(weights) - set(expected))
+    if extra:
+        raise BundleError(
+            f"{where} has weights {extra[0]!r}, which the network does not have; it belongs to another "
+            "architecture"
+        )
+
+
+class _Empty(TorchFunctionMode):
+    """Weights are made on a device and not drawn at random; tables of positions are computed on the CPU."""
+
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.left = math.inf
-        if stored is not None:
-            self.left = LEAST_NUMBERS + SPARE * sum(tensor.numel() for tensor in stored.values())
+        self.device = device
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -147,11 +185,5 @@ class Building(TorchFunctionMode):
         if kwargs and func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"]
         if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn):
-            self.left -= _numbers(kwargs.get("size", args))
-            if self.left < 0:
-                raise ConfigError("it would be several times larger than the weights that are stored")
+            kwargs = {**kwargs, "device": self.device}
         return func(*args, **kwargs)
-
-
-def _numbers(sizes: Any) -> int:
-    return math.prod(map(_numbers, sizes)) if isinstance(sizes, tuple | list | torch.Size) else int(sizes)

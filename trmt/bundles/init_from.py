@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trmt.bundles import bundles, consistency
 from trmt.bundles.bundles import Manifest
 from trmt.bundles.upgrade import POSITIONS, fold_segments, without_segments
 from trmt.config import Tree
@@ -83,6 +84,22 @@ def check_options(
             f"architecture = {architecture!r} does not fit the encoder of {where}, which is without "
             f"{min(others)!r}; choose another architecture, or train without --init-from"
         )
+
+
+def check_network(
+    architecture: str, network: Tree, bundle: Path, manifest: Manifest, encoder: EncoderOptions | None
+) -> None:
+    """Raise an error if a network does not fit the weights that it is to take over; it is not built yet."""
+    if ":" in architecture:  # a bundle cannot name it
+        return
+    where = str(bundle)
+    weights = bundles.read_weights(bundle, manifest, verify=False)
+    consistency.check_options(encoder.network if encoder else network, weights, where=where)
+    net = consistency.build_empty(lambda: bundles.build_network(architecture, network))
+    if encoder:
+        with_encoder(net.state_dict(), weights, where=where)
+    else:
+        consistency.check_weights(net, weights, where=where)
 
 
 def with_encoder(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, NotRequired, TypedDict
 
-from trmt.config import Count, Within
-
-MAX_LENGTH = 2**31 - 1  # of a sentence in pieces, which also bounds ids
-MAX_BEAM = 1000
+from trmt.config import MAX_BEAM, Count, Within
 
 
 class StoredScore(TypedDict):

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from trmt.config import Count, build_stored
 from trmt.errors import BundleError
-from trmt.storage.files import checksum, write_json
-from trmt.trees import TreeError, read_json, shown
+from trmt.storage.files import checksum, write_verified_json
+from trmt.trees import TreeError, read_json, shown, verified
 
 INDEX = "slices.json"
 FORMAT = 1
@@ -79,7 +79,7 @@ def write_index(folder: Path, written: Sequence[Mapping[str, Any]]) -> None:
             if entry["rows"]:
                 tensor["slices"].append([file["file"], entry["begin"], entry["begin"] + entry["rows"]])
     files = {file["file"]: file["sha256"] for file in written}
-    write_json(folder / INDEX, {"format": FORMAT, "files": files, "tensors": tensors})
+    write_verified_json(folder / INDEX, {"format": FORMAT, "files": files, "tensors": tensors})
 
 
 class SlicedTensor(TypedDict):
@@ -107,7 +107,7 @@ class SlicedTensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        tree = read_json(folder / INDEX)
+        tree = verified(read_json(folder / INDEX))
         index = build_stored(SlicesIndex, tree, where=str(folder / INDEX), advice="use another checkpoint")
         if index.format != FORMAT:
             raise BundleError(f"{folder} is of format {index.format}, not {FORMAT}; use a newer trmt")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trmt.acceleration import accelerated
-from trmt.bundles.schema import MAX_BEAM
+from trmt.config import MAX_BEAM
 from trmt.decoding.base import Hypothesis, Search, SearchRequest, SearchState
 from trmt.decoding.top import top
 from trmt.devices.transfer import to_device

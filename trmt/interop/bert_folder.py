@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from trmt import console
-from trmt.bundles import bundles
+from trmt.bundles import bundles, consistency
 from trmt.bundles.bundles import write_tensors
-from trmt.config import build
+from trmt.config import build, to_tree
 from trmt.errors import BundleError, ConfigError
 from trmt.interop.huggingface_folder import (
     WEIGHTS,
-    check_shapes,
-    check_size,
     read_object,
     read_weights,
     refuse_bundle,
@@ -183,9 +181,10 @@ def read_bert(folder: Path) -> BertFolder:
             f"{path} has {len(tokens):,} tokens, {CONFIG} says {config.source_vocabulary:,}; copy it again"
         )
     theirs = read_weights(folder)
-    check_size(folder, theirs, layers=config.encoder_layers, positions=config.max_positions)
+    consistency.check_options(to_tree(config), theirs, where=str(folder))
     weights = to_our_names(config.encoder_layers, theirs, where=folder)
-    check_shapes(lambda: masked_encoder()(config), weights, where=str(folder))
+    empty = consistency.build_empty(lambda: masked_encoder()(config))
+    consistency.check_weights(empty, weights, where=str(folder))
     return BertFolder(config, weights, tokens)
 
 

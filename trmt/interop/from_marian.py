@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trmt.config import build
+from trmt.bundles import consistency
+from trmt.config import build, to_tree
 from trmt.errors import BundleError, ConfigError, first_line
-from trmt.interop.huggingface_folder import Json, check_shapes, check_size, read_object, read_weights
+from trmt.interop.huggingface_folder import Json, read_object, read_weights
 from trmt.interop.marian import columns_from_marian, columns_to_marian, layers_from_marian
 from trmt.interop.sentencepiece_files import SOURCE, TARGET
 from trmt.nets.layers import sinusoids
@@ -51,7 +52,8 @@ def read_marian(folder: Path) -> MarianModel:
     try:
         config = _config(options, weights, tokenizer, folder)
         ours = _our_weights(weights, config, options, tokenizer)
-        check_shapes(lambda: Transformer(config), ours, where=str(folder))
+        empty = consistency.build_empty(lambda: Transformer(config))
+        consistency.check_weights(empty, ours, where=str(folder))
         net = Transformer(config)
         net.load_state_dict(ours)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -144,8 +146,7 @@ def _config(
         "max_positions": options.get("max_position_embeddings", 512),
     }
     config = build(TransformerConfig, network, where=str(folder / "config.json"))
-    layers = max(config.encoder_layers, config.decoder_layers)
-    check_size(folder, weights, layers=layers, positions=config.max_positions)
+    consistency.check_options(to_tree(config), weights, where=str(folder))
     _check_positions(weights, config, folder)
     return config
 
@@ -159,8 +160,6 @@ def _check_positions(weights: Mapping[str, Tensor], config: TransformerConfig, f
         stored = weights.get(f"model.{side}.embed_positions.weight")
         if stored is not None and stored.shape != (config.max_positions, config.d_model):
             raise BundleError(f"{folder} has positions of a shape it does not declare; copy the model again")
-    if config.d_model > max(map(torch.numel, weights.values())):
-        raise BundleError(f"{folder} declares a d_model larger than its tensors; copy the model again")
     expected = sinusoids(config.max_positions, config.d_model)[:, columns_to_marian(config.d_model)]
     for side in ("encoder", "decoder"):
         stored = weights.get(f"model.{side}.embed_positions.weight")

@@ -7,7 +7,7 @@ that is larger than the files themselves.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trmt.bundles import bundles, checkpoints
-from trmt.bundles.bundles import check_weights
 from trmt.errors import BundleError, first_line
-from trmt.nets.base import Network
 from trmt.trees import TreeError, read_json, shown
 
 Json = dict[str, Any]
 SHARDS, WEIGHTS, PICKLED = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
 MAX_FILES = 10_000  # of weights
-MAX_LAYERS = 1000
-MAX_POSITIONS = 1 << 16
 
 
 def refuse_bundle(folder: Path) -> None:
@@ -104,24 +100,3 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
                 "the limit; copy the model again"
             )
     return {str(name): tensor for name, tensor in loaded.items()}
-
-
-def check_size(folder: Path, weights: Mapping[str, Tensor], *, layers: int, positions: int) -> None:
-    """Refuse more layers or positions than a network with these weights can have."""
-    most = min(MAX_LAYERS, len(weights))
-    if not 0 <= layers <= most:
-        raise BundleError(
-            f"{folder} declares {layers:,} layers, but with its {len(weights):,} tensors {most:,} is the "
-            "limit; copy the model again"
-        )
-    if positions > MAX_POSITIONS:
-        raise BundleError(
-            f"{folder} declares {positions:,} positions, but {MAX_POSITIONS:,} is the limit; copy the model "
-            "again"
-        )
-
-
-def check_shapes(make: Callable[[], Network], weights: Mapping[str, Tensor], *, where: str) -> None:
-    """Compare weights with the network that `make` makes, which is not allocated."""
-    with torch.device("meta"):
-        check_weights(make(), weights, where=where)

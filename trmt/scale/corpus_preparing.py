@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +35,7 @@ from trmt.text.ranges import FileSlice, LineRange, split_after_lines, split_by_s
 
 _NOT_A_FILE = "{} is not a file that all workers can read; write it to a file, or leave --ray out"
 
+MARK = b"sha256"  # before the checksum of a part
 PART_BYTES = 32 << 20  # of source text: half a minute for a worker
 
 
@@ -176,12 +177,24 @@ def _parts(folder: str, corpora: Sequence[Corpus], inputs: Sequence[InputFile]) 
         yield PairPart(name, number, replace(corpora[number], slices=some), files.join(folder, name))
 
 
-# The file of a part: six arrays for each block of pairs, and an empty array at the end
+# The file of a part: six arrays for each block of pairs, an empty array at the end, and a checksum of all
+
+
+class _Hashed:
+    """A stream whose bytes are hashed as they are written."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.hash = stream, sha256()
+
+    def write(self, raw: bytes) -> int:
+        self.hash.update(raw)
+        return self.stream.write(raw)
 
 
 def _encode(encoder: BlockEncoder, part: PairPart) -> dict[str, Any]:
     started, cpu_started, lines = time.perf_counter(), time.process_time(), 0
-    with files.atomic_file(part.out) as stream:
+    with files.atomic_file(part.out) as out:
+        stream = _Hashed(out)
         for block in read_blocks([part.corpus]):
             result = encoder(block)
             lines += len(result.dropped_by)
@@ -191,6 +204,7 @@ def _encode(encoder: BlockEncoder, part: PairPart) -> dict[str, Any]:
                 np.save(stream, run.values.astype(id_dtype(getattr(encoder.tokenizer, side).vocabulary)))
                 np.save(stream, run.lengths.astype("<u4"))
         np.save(stream, np.zeros(0, np.uint8))
+        out.write(MARK + stream.hash.digest())
     return {
         "lines": lines,
         "seconds": time.perf_counter() - started,
@@ -203,11 +217,34 @@ def _read_parts(parts: Sequence[PairPart]) -> Iterator[EncodedBlock]:
     for part in parts:
         with files.open_file(part.out) as stream:
             try:
+                tail = _verified_tail(stream)
                 yield from _read_blocks(part.corpus_number, stream)
-            except (EOFError, OSError, ValueError) as error:
+                if stream.read() != tail:
+                    raise ValueError("something follows its end")
+            except (EOFError, MemoryError, OSError, ValueError) as error:
                 raise DataError(
                     f"{part.out} cannot be read ({error}); remove it and run the same command again"
                 ) from error
+
+
+def _verified_tail(stream: BinaryIO) -> bytes:
+    """What follows the arrays: a checksum, which has to be theirs; older versions wrote none."""
+    size = max(stream.seek(0, 2) - len(MARK) - 32, 0)
+    stream.seek(size)
+    tail = stream.read()
+    if not tail.startswith(MARK):
+        stream.seek(0)
+        return b""
+    stream.seek(0)
+    found = sha256()
+    while size:
+        block = stream.read(min(size, 1 << 20))
+        found.update(block)
+        size -= len(block)
+    if tail[len(MARK) :] != found.digest():
+        raise ValueError("its checksum differs")
+    stream.seek(0)
+    return tail
 
 
 def _read_blocks(corpus: int, stream: BinaryIO) -> Iterator[EncodedBlock]:

@@ -14,6 +14,10 @@ from typing import Any, cast
 
 from trmt.errors import ConfigError, DataError, TrmtError
 
+# What stands behind :// in the URLs of a protocol, without which some file systems fail half built.
+HOSTS = ("http", "https", "ftp", "sftp", "ssh", "smb", "webhdfs")
+BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "github")
+
 
 def is_url(location: Path | str) -> bool:
     """Whether a location is a URL, which fsspec opens, and no local path."""
@@ -24,6 +28,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     """The file system of fsspec that serves a URL, and the path of the file in it."""
     from fsspec.core import url_to_fs
 
+    _check_host(url)
     try:
         return cast(tuple[Any, str], url_to_fs(url))
     except (ImportError, ValueError) as error:
@@ -32,6 +37,17 @@ def filesystem(url: str) -> tuple[Any, str]:
         ) from error
     except Exception as error:  # each file system has its own exceptions
         raise ConfigError(f"cannot reach {url}: {_reason(error)}; check the URL, or use a path") from error
+
+
+def _check_host(url: str) -> None:
+    for part in url.split("::"):
+        protocol, separator, rest = part.partition("://")
+        name = rest.partition("/")[0]
+        if protocol in HOSTS:
+            name = name.rpartition("@")[2].partition(":")[0].partition(".")[0]
+        if separator and not name and protocol in (*HOSTS, *BUCKETS):
+            what = "host" if protocol in HOSTS else "bucket" if protocol != "github" else "repository"
+            raise ConfigError(f"{url} names no {what}; write {protocol}://{what.upper()}/FILE, or use a path")
 
 
 def upload(local: Path, url: str, *, partial_name: str) -> None:

@@ -13,8 +13,6 @@ from trmt.errors import DataError
 MAX_LINE = 64 << 20  # bytes of a line
 EXPANSION = 200  # times its size that a file may expand to; text compresses to a fifth or a tenth
 ALWAYS = 1 << 30  # bytes that a file may expand to in any case
-MAX_ROWS = 1 << 24  # of a row group of a Parquet file, which is read at once
-MAX_GROUP = 4 << 30  # bytes of a row group before it was compressed
 
 
 def bounded_lines(stream: BinaryIO, name: str, *, first: int, size: int | None) -> Iterator[bytes]:
@@ -22,21 +20,35 @@ def bounded_lines(stream: BinaryIO, name: str, *, first: int, size: int | None) 
 
     `first` is the number of the first line, and `size` that of the file, None if it is not known.
     """
-    most = math.inf if size is None else max(EXPANSION * size, ALWAYS)
+    most = math.inf if size is None else most_expanded(size)
     total, number = 0, first
     for number, line in enumerate(iter(partial(_buffered(stream).readline, MAX_LINE + 1), b""), first):
         if len(line) > MAX_LINE:
-            raise DataError(
-                f"{name}, line {number}: more than {MAX_LINE >> 20} MiB, which is the limit of a line; "
-                "correct the file"
-            )
+            raise too_long(f"{name}, line {number}")
         total += len(line)
         if total > most:
-            raise DataError(
-                f"{name} expands to more than {EXPANSION} times its size by line {number:,}, which is the "
-                "limit; check it, and decompress it yourself if it is right"
-            )
+            raise expanded_too_far(name, f"line {number:,}")
         yield line
+
+
+def most_expanded(size: int) -> int:
+    """The bytes that a file of this size may expand to."""
+    return max(EXPANSION * size, ALWAYS)
+
+
+def too_long(where: str) -> DataError:
+    """The error for a line, or a text of a row, that is too long."""
+    return DataError(
+        f"{where}: more than {MAX_LINE >> 20} MiB, which is the limit of a line; correct the file"
+    )
+
+
+def expanded_too_far(name: str, by: str) -> DataError:
+    """The error for a file that has expanded too far by a line or row."""
+    return DataError(
+        f"{name} expands to more than {EXPANSION} times its size by {by}, which is the limit; check it, and "
+        "decompress it yourself if it is right"
+    )
 
 
 def _buffered(stream: BinaryIO) -> BinaryIO:
@@ -46,21 +58,3 @@ def _buffered(stream: BinaryIO) -> BinaryIO:
     except TypeError:  # as those of fsspec's stores
         return io.BufferedReader(cast(Any, stream))
     return stream
-
-
-def check_row_groups(name: str, stream: BinaryIO) -> None:
-    """Refuse a Parquet file with a part that is read at once and is too large; a damaged one is passed."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_metadata
-
-    try:
-        metadata = read_metadata(stream)
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    except (ArrowException, OSError, ValueError):
-        return  # reading it will report the error
-    for group in groups:
-        if not 0 <= group.num_rows <= MAX_ROWS or not 0 <= group.total_byte_size <= MAX_GROUP:
-            raise DataError(
-                f"{name} has a row group of {group.num_rows:,} rows and {group.total_byte_size:,} bytes, but "
-                f"{MAX_ROWS:,} rows and {MAX_GROUP:,} bytes are the limit; write it with smaller row groups"
-            )

@@ -1,18 +1,17 @@
 """The sentence pairs of a corpus; its fingerprint and size.
 
-A tab splits a row of a TSV file, and quotes have no meaning. Parquet files and datasets of the Hugging Face
-hub are streamed through `datasets`. Nothing here knows tokenizers or filters. Text that cannot be read is an
+A tab splits a row of a TSV file, and quotes have no meaning. Datasets of the Hugging Face hub are streamed
+through `datasets`. Nothing here knows tokenizers or filters. Text that cannot be read is an
 error with the file and the line.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from trmt.errors import DataError
 from trmt.storage.files import checksum, open_file
 from trmt.storage.urls import is_url, read_errors
 from trmt.text.corpus import Corpus, TextPair, is_stream
-from trmt.text.limits import check_row_groups
 from trmt.text.lines import display_name, lines_before, open_text, read_lines
+from trmt.text.parquet import parquet_rows
 from trmt.text.ranges import FileSlice
 
 MAX_FILES = 10_000  # of a dataset in a folder
@@ -164,17 +163,13 @@ def _dataset_rows(corpus: Corpus) -> Iterator[Row]:
 
 
 def _open_dataset(corpus: Corpus) -> Any:
+    (path,) = corpus.paths
+    wanted = corpus.columns or (*corpus.languages, *DEFAULT_COLUMNS)
+    if corpus.format == "parquet":
+        return parquet_rows(path, wanted)
     import datasets
 
     datasets.disable_progress_bars()
-    (path,) = corpus.paths
-    if corpus.format == "parquet":
-        with open_file(path) as stream:
-            check_row_groups(path, stream)
-        # A glob character in the name of the file is no pattern.
-        name = path if is_url(path) else str(Path(path).resolve())
-        escaped = re.sub(r"([\[\]*?])", r"[\1]", name)
-        return datasets.load_dataset("parquet", data_files=escaped, split="train", streaming=True)
     if Path(path, "state.json").is_file() or Path(path, "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(path)
         return saved[corpus.split] if isinstance(saved, datasets.DatasetDict) else saved
@@ -185,6 +180,9 @@ def _open_dataset(corpus: Corpus) -> Any:
             f"{corpus.name} is stored as {builder.name}, which `datasets` does not read faithfully; "
             "download its files and name them as TSV or plain text"
         )
+    files = (builder.config.data_files or {}).get(corpus.split, []) if builder.name == "parquet" else []
+    if files and not any(map(is_url, files)):
+        return chain.from_iterable(parquet_rows(file, wanted) for file in files)
     return builder.as_streaming_dataset(split=corpus.split)
 
 

@@ -200,6 +200,8 @@ def resolved_recipe(
     _check_purpose(options, recipe, data)
     if not tokenizer.joint and recipe.network.get("tied", getattr(config_class, "tied", "")) == "all":
         recipe = replace(recipe, network={**recipe.network, "tied": "target"})
+    if options.init_from:
+        init_from.check_network(recipe.architecture, recipe.network, bundle, manifest, encoder)
     return recipe, Path(name).stem
 
 

@@ -12,9 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from trmt.bundles.schema import MAX_BEAM
 from trmt.bundles.upgrade import upgrade_recipe
-from trmt.config import Tree, Within, apply_settings, build, merge, read_toml, to_tree
+from trmt.config import MAX_BEAM, Tree, Within, apply_settings, build, merge, read_toml, to_tree
 from trmt.errors import ConfigError
 from trmt.registry import NETWORKS, OBJECTIVES, join_variants, resolve, split_variants, suggestion
 from trmt.sets.batches import BatchConfig

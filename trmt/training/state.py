@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trmt import console
-from trmt.bundles import bundles, init_from
+from trmt.bundles import bundles, consistency, init_from
 from trmt.config import Count, Within, build, to_tree
 from trmt.devices import hardware, varlen
 from trmt.devices.abilities import abilities
@@ -230,7 +230,7 @@ class TrainState:
                 )
             weights = init_from.with_encoder(self.net.state_dict(), weights, where=where)
         if self.sharded:
-            bundles.check_weights(self.net, weights, where=where)
+            consistency.check_weights(self.net, weights, where=where)
             for name, tensor in self.net.state_dict().items():
                 sharding.load_tensor(tensor, weights, name, self.distributed)
         else:
