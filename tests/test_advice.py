@@ -56,7 +56,7 @@ def test_a_run_is_not_mixed_with_other_files(
         (corpus, "text holds train.de, which is not of a run; name a folder of its own"),
         (toy_set, f"is a prepared set and not a run folder; train on it with trmt train --data {toy_set}"),
         (bundle, f"start a new run from its weights with trmt train --init-from {bundle}"),
-        (corpus / "train.en", "text/train.en is a file; name another run folder"),
+        (corpus / "train.en", "text/train.en is a file and not a run folder; train on text with trmt new DIR --train"),
     ):
         before = sorted(folder.parent.rglob("*"))
         assert words in error_of(trmt, "-q", "train", folder, "--data", toy_set, "--recipe", recipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO, NoReturn, cast
+from typing import Annotated, BinaryIO, NoReturn, TypeVar, cast
 
 import typer
 
@@ -33,10 +33,12 @@ Threads = Annotated[
     int, typer.Option("--threads", min=0, metavar="N", help="CPU threads. [default: all]", show_default=False)
 ]
 OutputFolder = Annotated[Path | None, typer.Argument(hidden=True)]  # the former place of --output
+OutputName = Annotated[str | None, typer.Argument(hidden=True)]
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Allow the model to load code from outside trmt.")
 ]
 
+Output = TypeVar("Output", Path, str)
 MAX_SHOWN = 5  # line numbers that a warning names
 
 
@@ -54,14 +56,14 @@ def input_stream() -> BinaryIO:
     return stream if stream.isatty() else cast(BinaryIO, Decompressed(stream, "standard input"))
 
 
-def chosen_output(argument: Path | None, option: Path | None) -> Path | None:
+def chosen_output(argument: Output | None, option: Output | None) -> Output | None:
     """What to write: --output, or the argument that it was before."""
     if argument and option:
         raise ConfigError(f"{argument} and --output {option} are two places to write to; leave one out")
     return option or argument
 
 
-def required_output(argument: Path | None, option: Path | None) -> Path:
+def required_output(argument: Output | None, option: Output | None) -> Output:
     """What to write; nothing is a wrong usage."""
     out = chosen_output(argument, option)
     if out is None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trmt.cli.common import Model, OutputFolder, required_output
+from trmt.cli.common import Model, OutputFolder, OutputName, required_output
 from trmt.cli.framework import Command
 
 bert = typer.Typer(
@@ -45,12 +45,12 @@ def import_command(
         Path, typer.Argument(help="Hugging Face folder with a Marian model, such as those of OPUS-MT.")
     ],
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output",
             "-o",
             metavar="FOLDER",
-            help="Bundle to write. [default: in models/, with the name of FOLDER]",
+            help="Bundle to write, or its name in models/. [default: in models/, with the name of FOLDER]",
         ),
     ] = None,
     source: Annotated[
@@ -64,15 +64,17 @@ def import_command(
     ] = True,
 ) -> None:
     """Import a Marian model as a bundle. It can be translated with and fine-tuned."""
+    from trmt.bundles.checkpoints import named_folder
     from trmt.interop.importing import ImportOptions, import_model
 
-    import_model(ImportOptions(folder=folder, out=out, languages=(source, target), check=check))
+    written = named_folder(out) if out else None
+    import_model(ImportOptions(folder=folder, out=written, languages=(source, target), check=check))
 
 
 @bert.command("import", cls=Command)
 def bert_import(
     folder: Annotated[Path, typer.Argument(help="Folder with config.json, vocab.txt and model.safetensors.")],
-    to: OutputFolder = None,
+    to: OutputName = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -81,16 +83,20 @@ def bert_import(
         ),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Bundle to write. [required]"),
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Bundle to write, or its name in models/. [required]"
+        ),
     ] = None,
 ) -> None:
     """Import a BERT as a bundle. For trmt train --init-from BUNDLE:encoder."""
+    from trmt.bundles.checkpoints import named_folder
     from trmt.interop.bert_folder import import_bert
     from trmt.text.tokenizer import Tokenizer
     from trmt.text.tokenizer_folders import find_tokenizer
 
-    import_bert(folder, required_output(to, output), Tokenizer.load(tokenizer or find_tokenizer(None)))
+    out = named_folder(required_output(to, output))
+    import_bert(folder, out, Tokenizer.load(tokenizer or find_tokenizer(None)))
 
 
 @bert.command("export", cls=Command)

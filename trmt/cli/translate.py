@@ -141,7 +141,6 @@ def command(
         sample=sample,
     )
     in_parts = paths.in_parts(input_path, output_path, ray=ray, part_size=part_size)
-    paths.check_model(model)
 
     from trmt.translating import TranslateOptions
 
