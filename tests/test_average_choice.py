@@ -19,7 +19,7 @@ from trmt import averaging
 from trmt.averaging import AverageOptions, average, neighbours
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.checkpoints import Checkpoint, find_bundle, list_checkpoints, ranked
-from trmt.errors import ConfigError, DataError
+from trmt.errors import BundleError, ConfigError, DataError
 from trmt.sets.documents import DocumentOptions, prepare_documents
 from trmt.sets.preparing import PrepareOptions, prepare
 from trmt.sets.shards import PreparedSet
@@ -369,3 +369,18 @@ def test_a_pretraining_run_is_averaged_by_its_loss(tmp_path: Path, toy_set: Path
     found = bundles.read_manifest(out).score()
     assert found and found.metric == "loss" and len(averaged(out)) >= 1
     assert not any(bundles.is_worse(found, each.score()) for each in list_checkpoints(run))
+
+
+def test_a_better_average_is_not_replaced(quick: Path, tmp_path: Path) -> None:
+    out = average(AverageOptions(paths=(quick,)))
+    first = list_checkpoints(quick)[0].folder
+    weights = checksum(out / bundles.WEIGHTS)
+    shutil.copytree(quick, tmp_path / "early")
+    for each in list_checkpoints(tmp_path / "early")[1:]:
+        shutil.rmtree(each.folder)
+    with pytest.raises(BundleError, match=r"is better on the dev set, .*; write this one elsewhere"):
+        average(AverageOptions(paths=(tmp_path / "early",), last=1))
+    assert checksum(tmp_path / "early/average" / bundles.WEIGHTS) == weights
+    elsewhere = tmp_path / "elsewhere"
+    average(AverageOptions(paths=(tmp_path / "early",), last=1, out=elsewhere))
+    assert averaged(elsewhere) == [first.name]

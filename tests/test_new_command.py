@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tests import toy
+from tests.edited import edit
 from trmt.bundles.bundles import read_manifest
 from trmt.cli import app
-from trmt.errors import BundleError, ConfigError
+from trmt.errors import BundleError, ConfigError, DataError
 from trmt.training.history import NEW as RECORD
 
 SETTINGS = ("--set", "training.steps=4", "--set", "validation.every=2", "--device", "cpu")
@@ -44,6 +47,11 @@ def new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 def printed(result: Result) -> list[str]:
     """The command lines that were printed before they were run."""
     return [line for line in result.stderr.splitlines() if line.startswith("trmt ")]
+
+
+def planned(result: Result) -> list[str]:
+    """The command lines of a dry run, whose standard output is a shell script."""
+    return [line for line in result.stdout.splitlines() if not line.startswith("# ")]
 
 
 def test_text_becomes_a_scored_translator_with_languages(new: tuple[str, ...], tmp_path: Path) -> None:
@@ -90,16 +98,82 @@ def test_a_stop_before_any_command_is_made_up_for_by_the_same_line(
     assert read_manifest(tmp_path / "models/toy/average").training["averaged"]
 
 
-def test_a_kill_before_the_record_is_written_repeats_only_that_command(
+def test_a_kill_before_the_record_is_written_repeats_that_command(
     new: tuple[str, ...], tmp_path: Path
 ) -> None:
     run(*new)
     path = tmp_path / "models/toy" / RECORD
     record = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**record, "done": record["done"][:2]}), encoding="utf-8")
+    edit(path, done={name: record["done"][name] for name in ("tokenizer", "prepare")})
     again = run(*new)
     assert [shlex.split(line)[1] for line in printed(again)] == ["train", "average", "translate", "score"]
     assert "has ended at step 4" in again.stderr
+
+
+def commands(result: Result) -> list[str]:
+    return [shlex.split(line)[1] for line in printed(result)]
+
+
+def test_what_was_changed_by_hand_is_made_again(new: tuple[str, ...], tmp_path: Path) -> None:
+    run(*new)
+    first = (tmp_path / "models/toy/average/weights.safetensors").read_bytes()
+    run("average", "models/toy", "--last", "1", "-o", "models/one")
+    shutil.rmtree(tmp_path / "models/toy/average")
+    shutil.copytree(tmp_path / "models/one", tmp_path / "models/toy/average")
+    assert commands(run(*new)) == ["average", "translate", "score"]
+    assert (tmp_path / "models/toy/average/weights.safetensors").read_bytes() == first
+    (tmp_path / "models/toy/hypotheses-dev.yy").write_text("x\n")
+    assert commands(run(*new)) == ["translate", "score"]
+    run("train", "models/toy", "--set", "training.steps=6")
+    assert commands(run(*new)) == ["train", "average", "translate", "score"]
+    assert commands(run(*new)) == ["score"]
+
+
+def test_another_test_set_is_translated_again(new: tuple[str, ...], tmp_path: Path) -> None:
+    tested = (*new, "--test", "test.xx,test.yy")
+    for count, expected in ((20, 6), (10, 2), (10, 1)):
+        write_corpus(tmp_path, "test", count, seed=count)
+        assert len(commands(run(*tested))) == expected
+
+
+@pytest.mark.parametrize("name", [".xx.gz", ".yy.gz"])
+def test_a_test_set_may_be_compressed(new: tuple[str, ...], tmp_path: Path, name: str) -> None:
+    write_corpus(tmp_path, "test", 20, seed=9)
+    files = {".xx.gz": "test.xx", ".yy.gz": "test.yy"}
+    (tmp_path / f"test{name}").write_bytes(gzip.compress((tmp_path / files[name]).read_bytes()))
+    test = ",".join(f"test{name}" if name == key else file for key, file in files.items())
+    assert "chrF2" in run(*new, "--test", test).stdout
+
+
+def test_what_fails_before_training_can_be_mended(new: tuple[str, ...], tmp_path: Path) -> None:
+    text = (tmp_path / "train.xx").read_bytes()
+    (tmp_path / "train.xx").write_bytes(b"\xff" + text)
+    with pytest.raises(DataError, match="not valid UTF-8"):
+        run(*new)
+    (tmp_path / "train.xx").write_bytes(text)
+    assert len(commands(run(*new))) == 6
+
+
+def test_the_same_text_may_be_named_otherwise(new: tuple[str, ...], tmp_path: Path) -> None:
+    run(*new)
+    corpus = f"{tmp_path}/train.xx,{tmp_path}/train.yy"
+    assert commands(run(*(corpus if each == "train.xx,train.yy" else each for each in new))) == ["score"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--recipe", "nonsense"), "there is no recipe 'nonsense'"),
+        (("--set", "training.stepz=4"), "stepz"),
+        (("--device", "gpu"), "there is no device 'gpu'"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_done(
+    new: tuple[str, ...], tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(*new, *options)
+    assert not (tmp_path / "models").exists()
 
 
 def test_more_steps_go_on_with_the_run(new: tuple[str, ...], tmp_path: Path) -> None:
@@ -110,7 +184,7 @@ def test_more_steps_go_on_with_the_run(new: tuple[str, ...], tmp_path: Path) -> 
 
 
 def test_each_printed_line_can_be_typed(new: tuple[str, ...], tmp_path: Path) -> None:
-    lines = printed(run(*new, "--dry-run"))
+    lines = planned(run(*new, "--dry-run"))
     assert len(lines) == 6 and not (tmp_path / "models").exists()
     for line in lines[:4]:
         run(*shlex.split(line)[1:])
@@ -119,8 +193,8 @@ def test_each_printed_line_can_be_typed(new: tuple[str, ...], tmp_path: Path) ->
 
 def test_a_test_set_is_what_is_scored(new: tuple[str, ...], tmp_path: Path) -> None:
     write_corpus(tmp_path, "test", 20, seed=9)
-    lines = printed(run(*new, "--test", "test.xx,test.yy", "--dry-run"))
-    assert lines[-2].endswith("< test.xx > models/toy/hypotheses-test.yy")
+    lines = planned(run(*new, "--test", "test.xx,test.yy", "--dry-run"))
+    assert "-i test.xx -o models/toy/hypotheses-test.yy" in lines[-2]
     assert lines[-1] == "trmt score models/toy/hypotheses-test.yy --ref test.yy --to yy"
 
 
@@ -132,18 +206,20 @@ def test_little_text_without_dev_set_ends_without_a_score(new: tuple[str, ...], 
 
 
 def test_other_text_or_another_direction_is_refused(new: tuple[str, ...], tmp_path: Path) -> None:
-    run(*new[:-2], "--dry-run")
     folder = tmp_path / "models" / "toy"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"holds notes\.txt and was not begun by trmt new"):
-        run(*new)
+    for more in ((), ("--dry-run",)):
+        with pytest.raises(ConfigError, match=r"holds notes\.txt and was not begun by trmt new"):
+            run(*new, *more)
     (folder / "notes.txt").unlink()
+    with pytest.raises(ConfigError, match=r"train\.xx is a file; name a folder"):
+        run("new", "train.xx", *new[2:])
     run(*new)
-    with pytest.raises(ConfigError, match="was begun with languages xx, yy, not xx, zz"):
+    with pytest.raises(ConfigError, match="was trained on other text"):
         run(*new, "--to", "zz")
     write_corpus(tmp_path, "train", 300, seed=2)
-    with pytest.raises(ConfigError, match="was begun with text that has changed since"):
+    with pytest.raises(ConfigError, match="was trained on other text"):
         run(*new)
 
 

@@ -60,6 +60,7 @@ class _Chosen:
     best_scores: Scores = ()  # of the best single checkpoint
     rejected: list[Path] = field(default_factory=list)
     rejected_score: DevScore | None = None  # of the best average that was not better
+    beam: int = 0  # of the translations that were scored; 0: none were
 
 
 def average(options: AverageOptions) -> Path:
@@ -192,7 +193,7 @@ def _choose_on_dev_set(ranked: Sequence[Checkpoint], validator: RunValidator) ->
             score = first_score(found)
             if score and (rejected_score is None or score.cost < rejected_score.cost):
                 rejected_score = score
-    return _Chosen(chosen, mean, scores, best_scores, rejected, rejected_score)
+    return _Chosen(chosen, mean, scores, best_scores, rejected, rejected_score, validator.beam)
 
 
 def _is_better(scores: Scores, than: Scores) -> bool:
@@ -217,7 +218,7 @@ def _report_choice(chosen: _Chosen, out: Path, ranked: Sequence[Checkpoint], *, 
         return
     left_out = f", left out: {_names(chosen.rejected)}" if chosen.rejected else ""
     console.say(f"average of {_names(chosen.folders)}{left_out} -> {out}")
-    console.say(f"dev set: average {_shown(chosen.scores)}, best single checkpoint ({best}) {single}; {cost}")
+    console.say(f"{_compared(chosen, best)}; {cost}")
 
 
 def _average_as_told(paths: list[Path], run: Path | None, out: Path, options: AverageOptions) -> None:
@@ -236,20 +237,36 @@ def _average_as_told(paths: list[Path], run: Path | None, out: Path, options: Av
             best, why_not = ranked[0].folder, ""
             best_scores = validator.validate(_Mean.of([best]).weights(), where=str(best))
             scores = validator.validate(chosen.mean.weights(), where=str(out))
-            chosen = replace(chosen, scores=scores, best_scores=best_scores)
+            chosen = replace(chosen, scores=scores, best_scores=best_scores, beam=validator.beam)
+            if out == run / AVERAGE:
+                _keep_better(out, scores)
     _write(chosen, found, out, best=ranked[0] if chosen.scores else None)
     console.say(f"average of {_names(paths)} -> {out}")
     if not chosen.scores:
         console.say(f"it was not scored: {why_not or 'the dev set could not be validated'}")
         return
-    name = ranked[0].folder.name
-    average_score, single = _shown(chosen.scores), _shown(chosen.best_scores)
-    console.say(f"dev set: average {average_score}, best single checkpoint ({name}) {single}")
+    console.say(_compared(chosen, ranked[0].folder.name))
     if _is_better(chosen.best_scores, chosen.scores):
         console.warn(
             f"{out} is worse on the dev set than the best checkpoint and is not used by default; trmt "
             f"average {run} chooses checkpoints that make it better"
         )
+
+
+def _keep_better(out: Path, scores: Scores) -> None:
+    """Refuse to replace an average that is better on the dev set."""
+    if bundles.is_bundle(out) and _is_better(before := bundles.read_manifest(out).scores, scores):
+        raise BundleError(
+            f"{out} is better on the dev set, {_shown(before)}, than this average, {_shown(scores)}; write "
+            "this one elsewhere with --output"
+        )
+
+
+def _compared(chosen: _Chosen, best: str) -> str:
+    """The scores of the average and of the best checkpoint."""
+    how = f"dev set with beam {chosen.beam}" if chosen.beam else "dev set"
+    single = _shown(chosen.best_scores)
+    return f"{how}: average {_shown(chosen.scores)}, best single checkpoint ({best}) {single}"
 
 
 def _shown(scores: Scores) -> str:

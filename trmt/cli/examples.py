@@ -14,7 +14,7 @@ EXAMPLES: Mapping[str, tuple[Example, Example]] = {
         ),
         (
             "trmt new models/sw --train web.en-sw.tsv.gz --dev dev.en,dev.sw --dry-run",
-            "what would be done, and how long it would take",
+            "the commands, as a shell script; nothing is run",
         ),
     ),
     "recipes": (

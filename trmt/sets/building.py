@@ -88,8 +88,6 @@ def build_set(
     if job.dev is not None:
         writer, dev_hashes, dev_entry = _write_dev(job.tokenizer, job.dev, folder)
         splits["dev"], files = writer.entry(), writer.files
-    else:
-        console.warn("there is no --dev set, so training cannot validate")
     encoder = BlockEncoder(job.tokenizer, job.limits, dev_hashes)
     writer, counts = _write_train(job, lambda: encode(job, encoder), folder)
     splits["train"], files = writer.entry(), files | writer.files

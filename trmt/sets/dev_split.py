@@ -63,14 +63,20 @@ def take_dev_set(
     corpora, hashes = _write_hashes(corpora, tokenizer, work)
     wanted = default_size(len(hashes)) if size is None else size
     if len(hashes) < MIN_PAIRS:
-        console.say(f"{len(hashes)} pairs are too few to take a dev set from, {MIN_PAIRS} are needed")
+        console.warn(
+            f"{len(hashes)} pairs are too few to take a dev set from, {MIN_PAIRS} are needed; training "
+            "cannot validate without --dev"
+        )
         return corpora, None
     if 2 * wanted > len(hashes):
         raise ConfigError(f"--dev-size {size} is more than half of the {len(hashes):,} pairs; choose fewer")
     pairs = list(_texts(corpora, tokenizer, hashes, choose(hashes, wanted)))
     pairs = _without_dropped(pairs, tokenizer, limits)
     if not pairs:
-        console.say("no dev set can be taken: too many pairs have the same source or target")
+        console.warn(
+            "no dev set can be taken, too many pairs have the same source or target; training cannot "
+            "validate without --dev"
+        )
         return corpora, None
     console.say(
         f"dev set: {len(pairs):,} of {len(hashes):,} training pairs (--dev-size); pairs with the same source "

@@ -68,7 +68,7 @@ class Reporter:
         """Report scores and samples of a validation that took so many seconds."""
         progress = self.state.progress
         scores = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in result.scores)
-        best = "  (best)" if result.has_metric and progress.validations_since_best == 0 else ""
+        best = "  (best)" if result.has_metric and result.scores[0]["value"] == progress.best else ""
         console.log(f"step {progress.step:,}: {scores or 'not validated'}{best}")
         self.log(
             VALIDATE,

@@ -46,6 +46,7 @@ class RunValidator:
         make_batches = objective.batches(build(objective.config_class, recipe.loss, where="loss"))
         batches = make_batches(data, recipe.batches, seed=0, split="dev")
         translates = bool(recipe.validation.sentences)
+        self.beam = recipe.validation.beam if translates else 0
         self.validator = Validator(batches, self.state, tokenizer, translate if translates else None)
 
     def validate(self, weights: Mapping[str, Tensor], *, where: str) -> tuple[StoredScore, ...]:
