@@ -278,7 +278,11 @@ def test_mistakes_in_training_are_one_sentence(
     base = ["train", str(tmp_path / "run"), "--data", str(toy_set), "--recipe", "transformer-tiny"]
     for more, expected in (
         (["--set", "optim.lr"], "--set takes key=value"),
-        (["--set", "optim.larning=1"], "unknown key 'larning'"),
+        (["--set", "optim.larning=1"], "unknown key 'larning'; known are optim.beta1, optim.beta2, "),
+        (["--set", "training.stps=1"], "unknown key 'stps'; did you mean 'training.steps'?"),
+        (["--set", "network.hads=1"], "unknown key 'hads'; did you mean 'network.heads'?"),
+        (["--set", "traning.steps=1"], "unknown key 'traning'; did you mean 'training'?"),
+        (["--set", "training.steps=many"], "recipe.training.steps = 'many': expected a whole number"),
         (["--device", "abacus"], "there is no device 'abacus'"),
         (["--init-from", str(tmp_path)], "there is no model in"),
         (["--set", "training.precision=fp16", "--device", "cpu"], "fp16 training needs a CUDA GPU"),
