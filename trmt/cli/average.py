@@ -39,7 +39,12 @@ def command(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Prepared set with the dev set of the run. [default: that of the run]"),
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Prepared set with the dev set of the run. [default: that of the run]",
+            autocompletion=completion.folders,
+        ),
     ] = None,
     device: Device = "auto",
     threads: Threads = 0,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli import completion
 from trmt.cli.common import Model, OutputFolder, OutputName, required_output
 from trmt.cli.framework import Command
 
@@ -18,7 +19,15 @@ bert = typer.Typer(
 
 
 def export_command(
-    to: Annotated[str, typer.Option("--to", help="Format: ctranslate2, huggingface or onnx.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="ctranslate2, huggingface or onnx.",
+            autocompletion=completion.formats,
+        ),
+    ],
     model: Model = None,
     out: Annotated[
         Path | None,
@@ -42,7 +51,12 @@ def export_command(
 
 def import_command(
     folder: Annotated[
-        Path, typer.Argument(help="Hugging Face folder with a Marian model, such as those of OPUS-MT.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Hugging Face folder with a Marian model, such as those of OPUS-MT.",
+            autocompletion=completion.folders,
+        ),
     ],
     out: Annotated[
         str | None,
@@ -54,10 +68,12 @@ def import_command(
         ),
     ] = None,
     source: Annotated[
-        str, typer.Option("--from", help="Source language. [default: from the model's files]")
+        str,
+        typer.Option("--from", metavar="LANGUAGE", help="Source language. [default: from the model's files]"),
     ] = "",
     target: Annotated[
-        str, typer.Option("--to", help="Target language. [default: from the model's files]")
+        str,
+        typer.Option("--to", metavar="LANGUAGE", help="Target language. [default: from the model's files]"),
     ] = "",
     check: Annotated[
         bool, typer.Option(help="Compare the outputs with those of transformers, if it is installed.")
@@ -73,13 +89,22 @@ def import_command(
 
 @bert.command("import", cls=Command)
 def bert_import(
-    folder: Annotated[Path, typer.Argument(help="Folder with config.json, vocab.txt and model.safetensors.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folder with config.json, vocab.txt and model.safetensors.",
+            autocompletion=completion.folders,
+        ),
+    ],
     to: OutputName = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
+            metavar="FOLDER",
+            autocompletion=completion.folders,
             help="Tokenizer of the new encoder; pieces that BERT also has keep their embeddings. "
-            "[default: the one in data/]"
+            "[default: the one in data/]",
         ),
     ] = None,
     output: Annotated[
@@ -101,7 +126,14 @@ def bert_import(
 
 @bert.command("export", cls=Command)
 def bert_export(
-    model: Annotated[Path, typer.Argument(help="Bundle or run folder of trmt pretrain.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Bundle or run folder of trmt pretrain.",
+            autocompletion=completion.models,
+        ),
+    ],
     to: OutputFolder = None,
     output: Annotated[
         Path | None,
