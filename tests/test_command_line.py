@@ -15,7 +15,7 @@ import pytest
 
 import trmt
 from tests import toy
-from trmt import cli
+from trmt import cli, console
 from trmt.bundles import checkpoints
 from trmt.cli import app
 
@@ -302,7 +302,10 @@ def test_training_and_averaging_from_the_command_line(
     run = tmp_path / "run"
     base = ["train", str(run), "--data", str(toy_set), "--recipe", recipe, "--threads", "1"]
     assert call(monkeypatch, *base, "--dry-run") == 0
-    assert not run.exists()
+    assert not run.exists() and "time per epoch" in capsys.readouterr().out
+    assert call(monkeypatch, "--quiet", *base, "--dry-run") == 0
+    assert "time per epoch" in capsys.readouterr().out
+    console.set_quiet(False)
     assert call(monkeypatch, *base) == 0
     assert call(monkeypatch, "average", str(run), "--best", "2") == 0
     output = capsys.readouterr()

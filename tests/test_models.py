@@ -16,6 +16,7 @@ from tests.commands import Command
 from tests.fakes import small_network
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.bundles import AverageRecord
+from trmt.cli import common
 from trmt.errors import BundleError
 from trmt.sets.index import FORMAT
 from trmt.text.tokenizer import Tokenizer
@@ -359,6 +360,27 @@ def test_models_are_listed_with_state_languages_sizes_and_scores(trmt: Command, 
     )
     assert facts["begun"]["bundle"] is None and facts["begun"]["parameters"] is None
     assert "problem" in facts["damaged"] and not facts["locked"]["default"]
+
+
+@pytest.mark.parametrize("command", ["models", "inspect models/the-name-of-this-model-is-rather-long"])
+def test_reports_fit_into_a_narrow_terminal(
+    trmt: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    run = add_run(bundle, "the-name-of-this-model-is-rather-long", 5, ended=1.0)
+    add_bundle(bundle, "short")
+    piped = trmt(*command.split())[1].decode()
+    assert max(map(len, piped.splitlines())) > 60
+    monkeypatch.setattr(common, "terminal_width", lambda: 60)
+    code, out, _ = trmt(*command.split())
+    lines = out.decode().splitlines()
+    assert code == 0
+    assert not [line for line in lines if len(line) >= 60 and len(max(line.split(), key=len)) < 40]
+    assert not {*out.decode().replace(",", " ").split()} - {*piped.replace(",", " ").split()}
+    if command == "models":
+        assert run.name in lines and "short" in lines
+        assert all(line.startswith("  ") for line in lines if line not in (run.name, "short"))
+    monkeypatch.setattr(common, "terminal_width", lambda: 1000)
+    assert trmt(*command.split())[1].decode() == piped
 
 
 def test_a_default_elsewhere_is_named_below_the_list(

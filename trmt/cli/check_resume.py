@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trmt.cli import completion
-from trmt.cli.common import Threads
+from trmt.cli.common import Threads, print_report
 
 
 def command(
@@ -63,7 +63,7 @@ def command(
         raise TrmtError(
             f"resuming {run} does not continue the same run; on a GPU, try --set training.deterministic=true"
         )
-    console.say(
+    print_report(
         "the same to the last byte: weights, optimiser, all else that is saved, data and log, "
         "with a kill in between as without"
     )
