@@ -34,6 +34,10 @@ def seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+class TooLong(Exception):
+    """A command took longer than it may, and was ended."""
+
+
 class Budget:
     """So many seconds from now; any number of threads may share it."""
 
@@ -53,9 +57,12 @@ class Budget:
         stdin: IO[Any] | None = None,
         look: Callable[[], None] | None = None,
         own_group: bool = False,
+        most: float = float("inf"),
         **options: Any,
     ) -> None:
         """Run a command, its messages into `log`; when time runs out it gets SIGTERM, and later SIGKILL.
+
+        So it does after `most` seconds.
 
         With `own_group` it leads a process group, of which nothing is left when this returns or raises.
         `look` is called now and then while it runs.
@@ -70,20 +77,23 @@ class Budget:
                 **{"stdout": messages, "stderr": messages, **options},
             )
             try:
-                status, stopped = self._wait(process, look)
+                latest = time.monotonic() + most
+                status, stopped = self._wait(process, look, latest)
             finally:
                 if own_group:
                     end_group(process.pid)
+        if stopped and status in STOPPED and self.left() > 0:
+            raise TooLong
         if status == AGAIN or (stopped and status in STOPPED):
             raise OutOfTime
         if status != 0:
             raise SystemExit(f"{' '.join(command)}\nended with status {status}:\n{_tail(log)}")
 
     def _wait(
-        self, process: subprocess.Popen[Any], look: Callable[[], None] | None = None
+        self, process: subprocess.Popen[Any], look: Callable[[], None] | None, latest: float
     ) -> tuple[int, bool]:
-        """The status with which a process ended, and whether it had to be stopped."""
-        while (left := self.left()) > 0:
+        """The status with which a process ended, and whether it had to be stopped, at the latest then."""
+        while (left := min(self.left(), latest - time.monotonic())) > 0:
             try:
                 return process.wait(min(left, LOOK_EVERY)), False
             except subprocess.TimeoutExpired:

@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from budget import die_together
 from provenance import RESULTS, record
 from trmt.decoding.top import top
+from trmt.devices.choice import choose_device
 from trmt.nets.base import Decoding
 from trmt.nets.kv_cache import SharedKVCache
 
@@ -46,9 +48,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="everything tiny, interpreted on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    die_together()
     if given.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-    figures = measure(torch.device("cpu" if given.smoke else given.device), smoke=given.smoke)
+    figures = measure(choose_device("cpu" if given.smoke else given.device), smoke=given.smoke)
     print(record("translate-kernels", figures, command="python bench/gpu_kernels.py", folder=given.out))
 
 

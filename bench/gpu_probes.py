@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from budget import die_together
 from provenance import RESULTS, record
 from trmt.devices import hardware
 from trmt.devices.abilities import ABILITIES, abilities
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    die_together()
     device = choose_device(given.device)
     found: dict[str, Any] = {}
     figures = {

@@ -85,10 +85,14 @@ def measured(spec: Spec, keep: Keep | None = None) -> dict[str, Any]:
 
 def deterministic(spec: Spec, keep: Keep) -> dict[str, Any]:
     """The cost of exactness: the same training both ways."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, asked in (("usual", False), ("deterministic", True)):
+
+        def keep_one(figures: dict[str, Any], name: str = name) -> object:
+            return keep({**found, name: figures})
+
         options = {"trmt": {"settings": {"training.deterministic": asked}}}
-        found[name] = measured(replace(spec, options=options, work=spec.work / name))
+        found[name] = measured(replace(spec, options=options, work=spec.work / name), keep_one)
     usual, exact = (one["toolkits"]["trmt"]["target_tokens_per_second"] for one in found.values())
     return {"times_slower": round(usual / exact, 3), **found}
 

@@ -36,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from budget import AGAIN, Budget, OutOfTime, seconds, stop_together
+from budget import AGAIN, Budget, OutOfTime, TooLong, seconds, stop_together
 from provenance import RESULTS, ROOT, read_json, write_json
 
 GRACE = 15.0  # seconds that are left when the budget ends
@@ -79,6 +79,7 @@ class Row:
     corpus: str | None = None  # what it needs of the data
     packages: tuple[str, ...] = ()  # what must be installed for it
     least: float = 45  # seconds for which it is worth beginning
+    most: float = float("inf")  # seconds that it may take: a hanging one must not take those of all others
     paced: bool = False  # whether it takes --budget, and goes on where it stopped
     alone: bool = False  # whether nothing may run beside it, although it is paced
 
@@ -120,7 +121,7 @@ def speed(name: str, measures: str, *, least: float, packages: tuple[str, ...] =
         words = [str(ROOT / "bench" / "gpu_speed.py"), name, "--device", place.device]
         return [*words, "--work", str(place.work / "speed"), *(["--smoke"] if place.smoke else [])]
 
-    return Row(name=name, measures=measures, command=command, least=least, packages=packages)
+    return Row(name=name, measures=measures, command=command, least=least, most=3 * least, packages=packages)
 
 
 def translation(network: str) -> Row:
@@ -134,7 +135,7 @@ def translation(network: str) -> Row:
         return [*words, *(tiny if place.smoke else [])]
 
     measures = f"translation with the {network} network: speed with and without graphs, other programs"
-    return Row(name=name, measures=measures, command=command, least=90, paced=True, alone=True)
+    return Row(name=name, measures=measures, command=command, least=90, most=300, paced=True, alone=True)
 
 
 def gpu_tests(place: Place) -> list[str]:
@@ -167,16 +168,19 @@ ROWS = (
         measures="what the GPU can do, proven by tiny runs",
         command=bench("gpu_probes.py"),
         least=20,
+        most=120,
     ),
     Row(
         name="machine",
         measures="limits of the GPU: matrix products, copies, kernel launches",
         command=machine,
+        most=120,
     ),
     Row(
         name="translate-kernels",
         measures="Triton kernels compared with PyTorch: times, share of the memory bandwidth",
         command=translate_kernels,
+        most=180,
         packages=("triton",),
     ),
     speed("train-base", "training of the base network in bf16: speed, memory, data wait", least=90),
@@ -357,12 +361,14 @@ def attempt(row: Row, place: Place, state: State, budget: Budget) -> None:
     hand_back(row, place, state)
     command = [sys.executable, *row.command(place), "--out", str(place.results)]
     if row.paced:
-        command += ["--budget", f"{budget.left():.0f}s"]
+        command += ["--budget", f"{min(budget.left(), row.most - GRACE):.0f}s"]
     print(f"{row.name}: {row.measures}", file=sys.stderr, flush=True)
     began = time.monotonic()
     status, why = DONE, ""
     try:
-        budget.run(command, log=log, cwd=ROOT, own_group=True)
+        budget.run(command, log=log, cwd=ROOT, own_group=True, most=row.most)
+    except TooLong:
+        status, why = FAILED, f"it took longer than {row.most:.0f} s and was ended"
     except OutOfTime:
         status = INTERRUPTED
     except SystemExit as error:

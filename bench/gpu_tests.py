@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from budget import AGAIN, Budget, OutOfTime, seconds, stop_together
+from budget import AGAIN, Budget, OutOfTime, die_together, seconds, stop_together
 from provenance import RESULTS, ROOT, read_json, record
 
 SHOWN = 2000  # characters of each failure
@@ -26,7 +26,8 @@ EACH_TEST = "each_test"  # the plugin of pytest that reports each test, and the 
 
 
 def main() -> None:
-    stop_together()
+    die_together()
+    stop_together()  # what SIGTERM does from now on
     parser = argparse.ArgumentParser(description="Run the tests that need a GPU.")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--budget", help="stop in good time before this has passed, such as 4m")

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from budget import die_together
 from provenance import RESULTS, record
+from trmt.devices.choice import choose_device
 
 REPEATS = 10
 
@@ -24,7 +26,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8192, help="of the square matrices")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    figures = measure(torch.device(given.device), given.size)
+    die_together()
+    figures = measure(choose_device(given.device), given.size)
     print(
         record("machine", figures, command=f"python bench/machine.py --size {given.size}", folder=given.out)
     )

@@ -190,7 +190,8 @@ def test_scores_that_are_not_numbers_are_not_hidden() -> None:
 
 
 def test_the_probe_of_the_kernels_passes() -> None:
-    assert gpu.probe(DEVICE) == ""
+    for dtype in gpu.DTYPES:
+        assert gpu.probe(DEVICE, dtype) == ""
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU has graphs")

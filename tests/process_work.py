@@ -25,7 +25,7 @@ from trmt.objectives.base import Loss
 from trmt.objectives.translation import TranslationBatch, TranslationObjective
 from trmt.sets.batches import BatchConfig, Batches, RaggedBatch
 from trmt.sets.shards import PreparedSet
-from trmt.training import distributed, sharding
+from trmt.training import distributed, overlap, sharding
 from trmt.training.distributed import Distributed, DistributedError
 from trmt.training.recipe import Recipe
 from trmt.training.state import SavedValues, TrainState
@@ -45,7 +45,10 @@ def make_state(
         training=replace(recipe.training, shard=shard),
         network={**recipe.network, "dropout": dropout},
     )
-    return TrainState(recipe, total_steps=10, distributed=processes)
+    with mock.patch.object(overlap, "BUCKET_BYTES", 1000):  # several buckets
+        state = TrainState(recipe, total_steps=10, distributed=processes)
+    assert state.overlap is None or len(state.overlap.sums) > 3
+    return state
 
 
 def make_batches(folder: Path) -> Batches:
@@ -62,7 +65,8 @@ def uneven_batches(folder: Path) -> list[RaggedBatch]:
 
 
 def gradients(net: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: sharding.full_tensor(p.grad) for name, p in net.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {name: sharding.full_tensor(grad).clone() for name, grad in grads.items()}
 
 
 def saved_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -79,8 +83,8 @@ def communication(folder: Path, processes: Distributed) -> dict[str, Any]:
     rank, world_size = processes.rank, processes.world_size
     summed = [torch.full((size,), float(rank + 1)) for size in (3, 1, 5)]
     summed.append(torch.full((2, 2), rank + 1, dtype=torch.int64))
-    with mock.patch.object(distributed, "BUCKET_BYTES", 16):
-        processes.all_reduce(summed)
+    for wait in [processes.start_all_reduce(tensor) for tensor in summed]:
+        wait()
     broadcast = [torch.full((4,), float(rank)), torch.full((2,), float(rank))]
     processes.broadcast(broadcast)
     path = folder / "main_first"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,9 +24,9 @@ from tests import toy
 from tests.fakes import random_sentences, small_network
 from trmt.devices import abilities as module
 from trmt.devices import choice, cuda_graphs, hardware, probes, varlen
-from trmt.devices.abilities import ABILITIES, abilities, first_line
+from trmt.devices.abilities import ABILITIES, abilities
 from trmt.devices.probes import Unsupported, WrongResult
-from trmt.errors import ConfigError
+from trmt.errors import ConfigError, first_line
 from trmt.nets import layers
 from trmt.nets.base import to_half
 from trmt.nets.ragged import Ragged, Source
@@ -71,7 +74,7 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def as_a_gpu(monkeypatch: pytest.MonkeyPatch, proven: Callable[..., None]) -> None:
     """The CPU is treated as a GPU that can do everything."""
-    monkeypatch.setattr(hardware, "is_gpu", lambda device: True)
+    monkeypatch.setattr(hardware, "is_cuda", lambda device: True)
     monkeypatch.setenv("TRMT_KERNELS", "0")
     for name in ABILITIES:
         proven(name)
@@ -127,16 +130,59 @@ def test_a_probe_runs_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no"), MemoryError(), RuntimeError("CUDA error: out of memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("no"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=str,
 )
 def test_a_probe_that_runs_out_of_memory_says_nothing_about_an_ability(
-    error: Exception, proven: Callable[..., None]
+    error: Exception, proven: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     proven("graphs", error)
-    with pytest.raises(type(error)):
-        abilities(CPU).use("graphs")
+    assert not abilities(CPU).use("graphs") and not abilities(CPU).use("graphs")
+    assert capsys.readouterr().err == (
+        "CUDA graphs cannot be used on cpu: its memory is full now; decoding steps run one by one, slower\n"
+    )
     proven("graphs")
     assert abilities(CPU).use("graphs")
+    abilities(CPU).lose("graphs", RuntimeError("broken"))
+    assert len(warnings_in(capsys)) == 1, "what is said later is said although a line was printed before"
+
+
+FULL = torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda:0"])
+def test_a_gpu_whose_memory_is_full_is_an_error_of_one_sentence(
+    name: str, gpus: Callable[[int], None], proven: Callable[..., None]
+) -> None:
+    gpus(1)
+    proven("architecture", FULL)
+    with pytest.raises(ConfigError, match=r"^cuda:0 has no memory left for this process, .*--device$"):
+        choice.choose_device(name)
+    proven("architecture")
+    assert choice.choose_device(name) == torch.device("cuda:0")
+
+
+def test_env_prints_a_gpu_that_cannot_even_be_asked(
+    gpus: Callable[[int], None], trmt: Any, proven: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise FULL
+
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    monkeypatch.setattr(torch.cuda, "get_device_name", broken)
+    for name in ABILITIES:
+        proven(name, FULL)
+    code, out, _ = trmt("env")
+    assert code == 0
+    assert "cuda:0         cannot be asked (CUDA error: out of memory)" in out.decode()
+    assert "  architecture no: cuda:0 has no memory left for this process" in out.decode()
 
 
 @pytest.mark.parametrize("name", ABILITIES)
@@ -185,6 +231,33 @@ def test_a_probe_is_not_disturbed_by_what_is_going_on() -> None:
         x = torch.ones(2, 2, requires_grad=True)
         (x @ x).sum().backward()
         assert x.grad is not None and (x @ x).dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_cannot_compile(tmp_path: Path) -> None:
+    """Where nothing that was compiled before lies in a cache."""
+    code = (
+        "import torch; from trmt.devices.abilities import abilities;"
+        "print(abilities(torch.device('cpu')).lacks('compile'))"
+    )
+    missing = {"CC": "/nonexistent", "CXX": "/nonexistent"}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "one"), "TRITON_CACHE_DIR": str(tmp_path / "other")}
+    for changed, has in ((missing, False), *([({}, True)] if shutil.which("g++") else [])):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | caches | changed,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert (done.stdout == "\n") == has
+        assert has or "nonexistent" in done.stdout, done.stdout
+
+
+def test_a_compilers_message_is_that_of_the_error_inside() -> None:
+    wrapped = torch._dynamo.exc.BackendCompilerFailed(print, FileNotFoundError("no g++.\nmore"), None)
+    assert first_line(wrapped) == "no g++"
+    assert first_line(RuntimeError("\n  one: \ntwo")) == "one" and first_line(KeyError()) == "KeyError"
 
 
 def test_a_probe_draws_no_random_numbers() -> None:
@@ -236,7 +309,7 @@ def v100(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first GPU is of a kind that this build of PyTorch has no kernels for."""
 
     def probe(device: torch.device) -> None:
-        if device.index in (None, 0):
+        if device.index == 0:
             raise Unsupported("it is a Tesla V100, sm_70, and this build of PyTorch (CUDA 13.0) is for sm_75")
 
     monkeypatch.setitem(module.ABILITIES, "architecture", replace(ABILITIES["architecture"], probe=probe))
@@ -257,9 +330,20 @@ def test_auto_takes_the_first_device_that_can_compute(
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
 def test_a_named_device_that_cannot_compute_is_an_error(name: str, gpus: Callable[[int], None]) -> None:
     gpus(2)
-    with pytest.raises(ConfigError, match=f"{name} cannot be used: it is a Tesla V100"):
+    with pytest.raises(ConfigError, match="cuda:0 cannot be used: it is a Tesla V100"):
         choice.choose_device(name)
     assert choice.choose_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_chosen_gpu_has_the_number_that_its_tensors_name(
+    name: str, gpus: Callable[[int], None], proven: Callable[..., None]
+) -> None:
+    gpus(2)
+    proven("architecture")
+    assert choice.choose_device(name).index == 0
+    assert abilities(torch.device("cuda")) is abilities(torch.device("cuda:0"))
+    assert abilities(torch.device("cuda")) is not abilities(torch.device("cuda:1"))
 
 
 @pytest.fixture
@@ -291,6 +375,17 @@ def test_a_gpu_that_cannot_be_used_is_named_loudly(
         choice.choose_device("cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not hardware.why_no_gpu(), "it is hidden on purpose"
+
+
+def test_pytorchs_own_warning_of_an_old_driver_is_not_shown_beside_ours(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def is_available() -> bool:
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    assert hardware.gpu_count() == 0 and not recwarn.list
 
 
 def test_env_prints_every_ability_of_every_device(
@@ -464,9 +559,26 @@ def test_a_traced_network_uses_what_was_proven_before(monkeypatch: pytest.Monkey
         fullgraph=True,
     )
     assert float(compiled(torch.zeros(1))) == 0, "nothing is run on the device while it is traced"
-    torch._dynamo.reset()
     assert varlen.usable(CPU) and float(compiled(torch.zeros(1))) == 1
+    abilities(CPU).lose("varlen", "it failed")
+    assert not varlen.usable(CPU) and float(compiled(torch.zeros(1))) == 0
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_what_was_proven_for_a_gpu_holds_for_its_tensors_while_they_are_traced(
+    name: str,
+    gpus: Callable[[int], None],
+    proven: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus(1)
+    proven("varlen")
+    monkeypatch.setattr(varlen, "load_varlen", lambda: stand_in([]))
+    assert varlen.usable(torch.device(name))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert varlen.serves(torch.device("cuda:0"), torch.bfloat16, 64)
+    assert not varlen.serves(torch.device("cuda:1"), torch.bfloat16, 64), "nothing was proven there"
 
 
 def test_importing_it_loads_neither_triton_nor_the_compiler() -> None:
@@ -501,7 +613,7 @@ def test_attention_that_fails_is_computed_with_padding(
     sentences = Source.of(random_sentences(4)), Ragged.of(random_sentences(4))
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layers, "has_varlen", lambda *_: False)
+            patch.setattr(varlen, "serves", lambda *_: False)
             expected = net(*sentences).hidden
         monkeypatch.setattr(varlen, "load_varlen", load)
         assert torch.equal(net(*sentences).hidden, expected)
@@ -588,7 +700,7 @@ def test_a_loss_that_cannot_be_compiled_is_the_same(
     target = torch.randint(0, 20, (9,))
     failing_compiler("forward", works)
     found = [cross_entropy.smoothed_cross_entropy(hidden, weight, target, 0.1) for _ in range(4)]
-    monkeypatch.setattr(hardware, "is_gpu", lambda device: False)
+    monkeypatch.setattr(hardware, "is_cuda", lambda device: False)
     expected = cross_entropy.smoothed_cross_entropy(hidden, weight, target, 0.1)
     assert all(torch.equal(total, expected[0]) and torch.equal(nll, expected[1]) for total, nll in found)
     [warning] = warnings_in(capsys)
@@ -639,6 +751,64 @@ def test_a_network_that_cannot_be_compiled_learns_the_same(
     ]
 
 
+@pytest.mark.parametrize("where", ["device", "data"])
+def test_torch_compile_is_not_blamed_for_what_fails_elsewhere(
+    where: str,
+    toy_set: Path,
+    tmp_path: Path,
+    proven: Callable[..., None],
+    failing_compiler: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    proven("compile")
+    failing_compiler("never")
+    run = toy_run(toy_set, tmp_path, "training.compile=on")
+    errors = {"device": torch.AcceleratorError("CUDA error: misaligned address"), "data": KeyError("ids")}
+
+    def collate(*_: object, **__: object) -> None:
+        raise errors[where]
+
+    def loss(*_: object, **__: object) -> None:
+        raise errors[where]
+
+    fails = collate if where == "data" else loss
+    monkeypatch.setattr(run.state.objective, fails.__name__, fails)
+    with pytest.raises(type(errors[where])):
+        gradients_of(run)
+    assert run.state.compiled and not warnings_in(capsys)
+
+
+@pytest.mark.usefixtures("as_a_gpu")
+def test_packed_attention_that_fails_in_a_compiled_network_is_blamed_itself(
+    toy_set: Path,
+    tmp_path: Path,
+    failing_compiler: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(varlen, "load_varlen", lambda: stand_in([]))
+    failing_compiler("never")
+    run = toy_run(toy_set, tmp_path, "training.precision=bf16", "training.compile=on")
+    loss = run.state.objective.loss
+    operator: dict[str, Any] = {}
+    exec(
+        compile("def run(): raise RuntimeError('no kernel')", "torch/nn/attention/varlen.py", "exec"),
+        operator,
+    )
+
+    def fails(*given: Any) -> Any:
+        if abilities(CPU).has("varlen"):
+            operator["run"]()
+        return loss(*given)
+
+    monkeypatch.setattr(run.state.objective, "loss", fails)
+    gradients_of(run)
+    assert run.state.compiled and not abilities(CPU).has("varlen")
+    [warning] = warnings_in(capsys)
+    assert warning.startswith("warning: attention without padding cannot be used on cpu: no kernel; ")
+
+
 def test_a_compiler_that_fails_its_probe_is_not_used(
     toy_set: Path, tmp_path: Path, proven: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -668,7 +838,7 @@ def test_attention_whose_gradients_fail_is_computed_with_padding(
     settings = ("training.precision=bf16", "training.compile=off")
     monkeypatch.setenv("TRMT_COMPILE", "0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "has_varlen", lambda *_: False)
+        patch.setattr(varlen, "serves", lambda *_: False)
         expected = gradients_of(toy_run(toy_set, tmp_path / "plain", *settings))
 
     class NoGradient(torch.autograd.Function):
@@ -743,25 +913,11 @@ class TwoAlike(Distributed):
 
     def __init__(self) -> None:
         self.sent: list[int] = []
-        self.others = 0
 
-    def flat(self, tensors: Any) -> Tensor:
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-    def start_all_reduce(self, flat: Tensor) -> Any:
-        self.sent.append(len(flat))
-        flat.mul_(2)
-        return self
-
-    def wait(self) -> None:
-        pass
-
-    def all_reduce_max(self, value: int) -> int:
-        return max(value, self.others)
-
-    def all_reduce(self, tensors: Any) -> None:
-        for tensor in tensors:
-            tensor.mul_(2)
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        self.sent.append(len(tensor))
+        tensor.mul_(2)
+        return lambda: None
 
 
 def test_gradients_are_summed_while_the_backward_pass_runs() -> None:
@@ -773,21 +929,59 @@ def test_gradients_are_summed_while_the_backward_pass_runs() -> None:
     x = torch.ones(2, 4)
     net(x).sum().backward()
     assert not ranks.sent, "gradients are not final before the last micro-batch"
+    kept = [p.grad for p in net.parameters()]
     first = [p.grad.clone() for p in net.parameters() if p.grad is not None]
     overlap.start()
     net(x).sum().backward()
     assert not ranks.sent, "buckets are sent in order, and the first one has no gradients"
     overlap.finish()
     assert ranks.sent == [20] * 4
+    assert all(p.grad is grad for p, grad in zip(net.parameters(), kept, strict=True)), "nothing is copied"
+    overlap.zero_grad()
+    assert not any(flat.any() for flat in overlap.sums)
+    for parameter in both.parameters():
+        assert parameter.grad is not None
+        parameter.grad += 1
+    assert all(bool((flat == 1).all()) for flat in overlap.sums), "gradients are views"
+    overlap.zero_grad()
+    net(x).sum().backward()
+    overlap.start()
+    net(x).sum().backward()
+    overlap.finish()
+    ranks.sent.clear()
     for parameter, one in zip(net.parameters(), first, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, 4 * one)
+    net.zero_grad()
     used = OverlappedSums(net, ranks, bucket_bytes=80)
     ranks.sent.clear()
     used.start()
     net(x).sum().backward()
     assert ranks.sent == [20] * 3, "all are sent before the backward pass returns"
     used.finish()
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch's compiler, about torch
+@pytest.mark.parametrize(("bucket_bytes", "parts"), [(0, 1), (80, 3)])
+def test_a_compiled_network_gives_its_gradients_one_part_after_another(bucket_bytes: int, parts: int) -> None:
+    net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    torch._dynamo.reset()
+    compiled = choice.compile_network(net, bucket_bytes=bucket_bytes, backend="aot_eager")
+    x = torch.ones(2, 4)
+    loss = compiled(x).square().sum()
+    left, backward = [loss.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node.name().startswith("CompiledFunction"):
+            backward.add(node)
+        left += [each for each, _ in node.next_functions if each]
+    assert len(backward) == parts
+    loss.backward()
+    found = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    net(x).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in net.parameters()], found)
+    torch._dynamo.reset()
 
 
 def test_a_rank_whose_backward_pass_fails_still_sends_every_bucket(
@@ -800,7 +994,7 @@ def test_a_rank_whose_backward_pass_fails_still_sends_every_bucket(
     ranks = TwoAlike()
     run.state.overlap = OverlappedSums(run.state.net, ranks, bucket_bytes=1000)
     found = gradients_of(run)
-    assert len(ranks.sent) == 2 * len(run.state.overlap.buckets)
+    assert len(ranks.sent) == 2 * len(run.state.overlap.sums)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, 2 * other, atol=1e-5, rtol=1e-4)
 
@@ -838,5 +1032,14 @@ def test_a_failed_capture_gives_its_pool_back_once(
 
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: calls.append("release"), raising=False)
+
+    class Generator:
+        def clone_state(self) -> str:
+            return "a copy"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            calls.append(state)
+
+    monkeypatch.setattr(torch.cuda, "default_generators", (Generator(),))
     cuda_graphs.release_failed_capture(torch.device("cuda:0"), (0, 1))
-    assert calls == (["end"] if closed_already else ["end", "release"])
+    assert calls == (["end"] if closed_already else ["end", "release", "a copy"])

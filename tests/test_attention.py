@@ -157,7 +157,7 @@ def test_the_attention_for_gpus_gets_what_it_asks_for(causal: bool, monkeypatch:
     query, key, value = (torch.randn(rows, 2, 16).bfloat16() for rows in (10, 12, 12))
     expected = layers.attend_packed(query, key, value, here, over, causal=causal)
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(layers, "has_varlen", lambda *_: True)
+    monkeypatch.setattr(varlen, "serves", lambda *_: True)
     assert torch.equal(layers.attend_packed(query, key, value, here, over, causal=causal), expected)
 
 
@@ -221,5 +221,5 @@ def test_a_kernel_without_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_attention_for_gpus_is_not_asked_for_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     here, x = spans(3, 4), torch.randn(7, 2, 16)
     monkeypatch.setattr(varlen, "varlen_attn", lambda *_, **__: pytest.fail("it has no dropout"))
-    monkeypatch.setattr(layers, "has_varlen", lambda *_: True)
+    monkeypatch.setattr(varlen, "serves", lambda *_: True)
     assert layers.attend_packed(x, x, x, here, here, causal=True, dropout=0.5).shape == (7, 32)

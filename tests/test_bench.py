@@ -178,6 +178,23 @@ def test_a_row_that_is_done_is_not_repeated(tmp_path: Path) -> None:
     assert attempts(rows, tmp_path, again=["good"]) == ["good", "later", "broken"]
 
 
+def test_a_row_that_hangs_does_not_take_the_time_of_the_others(tmp_path: Path) -> None:
+    hangs = a_row("hangs", WRITES.format("hangs") + "import time; time.sleep(600)", most=5)
+    attempts([hangs, a_row("good", WRITES.format("good"))], tmp_path)
+    state = gpu_suite.State(tmp_path / "suite.json")
+    assert state.of("hangs")["status"] == "failed" and "longer than 5 s" in state.of("hangs")["why"]
+    assert state.of("hangs")["result"] == {"figures": 1}, "what it had written is kept"
+    assert state.of("good")["status"] == "done"
+
+
+def test_programs_that_measure_end_with_the_suite_and_may_not_take_all_of_its_time(tmp_path: Path) -> None:
+    place = gpu_suite.Place(data=tmp_path, work=tmp_path, device="cuda", smoke=False)
+    for row in gpu_suite.ROWS:
+        if not row.corpus:
+            assert "die_together()" in Path(row.command(place)[0]).read_text(encoding="utf-8"), row.name
+            assert row.most < 1000 or row.name == "gpu-tests", row.name
+
+
 def test_what_was_interrupted_comes_after_what_was_never_begun(tmp_path: Path) -> None:
     slow, fast = a_row("slow", "raise SystemExit(75)"), a_row("fast", WRITES.format("fast"))
     broken = a_row("broken", "raise SystemExit(1)")

@@ -263,6 +263,28 @@ def rounds(*speeds: float) -> list[dict[str, Any]]:
     ]
 
 
+def test_both_halves_of_a_comparison_are_kept_after_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = module("gpu_speed")
+
+    def measure(spec: Any, keep: Any) -> dict[str, Any]:
+        for rounds in (1, 2):
+            figures = {"trmt": rounds, "toolkits": {"trmt": {"target_tokens_per_second": rounds}}}
+            keep(figures)
+        return figures
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(speed, "replace", lambda spec, **_: spec)
+    kept: list[dict[str, Any]] = []
+    speed.deterministic(type("Spec", (), {"work": Path()}), kept.append)
+    rounds = [{name: one["trmt"] for name, one in figures.items()} for figures in kept]
+    assert rounds == [
+        {"usual": 1},
+        {"usual": 2},
+        {"usual": 2, "deterministic": 1},
+        {"usual": 2, "deterministic": 2},
+    ]
+
+
 def test_ratios_are_those_of_the_same_round() -> None:
     found = module("rounds").ratio(rounds(100, 300, 200), rounds(50, 100, 160))
     assert found["rounds"] == [2.0, 3.0, 1.25] and found["median"] == 2.0

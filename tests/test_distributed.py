@@ -17,7 +17,8 @@ from trmt.bundles.slices import SlicedTensors
 from trmt.config import to_toml, to_tree
 from trmt.sets.shards import PreparedSet
 from trmt.text.tokenizer import Tokenizer
-from trmt.training.distributed import Distributed, buckets, init_distributed, short_reason
+from trmt.training.distributed import Distributed, init_distributed, short_reason
+from trmt.training.overlap import buckets
 from trmt.training.recipe import load_recipe
 from trmt.training.state import TrainState
 from trmt.training.step import compute_gradients, train_step
@@ -234,7 +235,7 @@ def test_a_single_process_communicates_with_itself() -> None:
         assert (single.rank, single.world_size, single.is_main) == (0, 1, True)
         assert (single.seed_key, single.agreed_signal) == ((), None)
         gradient = torch.ones(2)
-        single.all_reduce([gradient])
+        single.start_all_reduce(gradient)()
         assert gradient.tolist() == [1, 1]
         assert single.all_gather("text") == ["text"]
         assert single.all_reduce_flag(True) and not single.all_reduce_flag(False)

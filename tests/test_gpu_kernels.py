@@ -59,6 +59,7 @@ class Card:
 def test_they_compile_for_a_gpu(capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from triton.runtime import driver, jit
 
+    from trmt.native import gpu
     from trmt.native.gpu import attention_kernel, top_kernel
 
     compiled = []
@@ -69,16 +70,20 @@ def test_they_compile_for_a_gpu(capability: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", Card(capability))
     monkeypatch.setattr(jit.JITFunction, "__getitem__", only_compiled)
-    sentences, heads, hypotheses, columns, head_dim = 32, 8, 4, 64, 64
-    cached = torch.zeros(2, sentences, heads, columns * hypotheses, head_dim, dtype=torch.bfloat16)
-    query, kv = cached[0, :, :, :hypotheses], cached[:, :, :, :hypotheses]
+    sentences, heads, hypotheses, columns = 32, 8, 4, 64
     newest = {"position_S": torch.zeros(sentences, dtype=torch.long), "columns": columns}
-    for ancestors in (torch.zeros(sentences, hypotheses, columns, dtype=torch.long), None):
+    some = torch.zeros(sentences, hypotheses, columns, dtype=torch.long)
+    usual = torch.bfloat16 if capability >= 80 else torch.float16  # which has no bf16
+    made = [(usual, head_dim, some) for head_dim in gpu.HEAD_DIMS]
+    for dtype, head_dim, ancestors in (*made, (usual, 64, None), (torch.float32, 64, some)):
+        cached = torch.zeros(2, sentences, heads, columns * hypotheses, head_dim, dtype=dtype)
+        query, kv = cached[0, :, :, :hypotheses], cached[:, :, :, :hypotheses]
         attention_kernel.launch(query, query, kv, cached, ancestors_SKC=ancestors, **newest)
     best, log = torch.zeros(2, 4), torch.zeros(2, 1)
-    top_kernel.launch(torch.zeros(2, 5001, dtype=torch.bfloat16), best, best.long(), log)
+    for dtype in (usual, torch.float32):
+        top_kernel.launch(torch.zeros(2, 5001, dtype=dtype), best, best.long(), log)
     names = [kernel.metadata.name for kernel in compiled if kernel.asm["cubin"]]
-    assert names == ["_attend", "_attend", "_survey", "_pick"]
+    assert names == ["_attend"] * 6 + ["_survey", "_pick"] * 2
 
 
 @needs_triton
@@ -113,7 +118,7 @@ def test_where_triton_fails_pytorch_serves_and_a_warning_is_printed_once(
 ) -> None:
     # Triton takes no tensor of the CPU, so its kernels really fail.
     monkeypatch.setattr("trmt.devices.abilities._known", {})
-    monkeypatch.setattr("trmt.devices.hardware.is_gpu", lambda device: True)
+    monkeypatch.setattr("trmt.devices.hardware.is_cuda", lambda device: True)
     monkeypatch.setenv("TRMT_TRITON", "1")
     scores = torch.randn(3, 700, dtype=torch.bfloat16)
     for _ in range(2):

@@ -12,7 +12,8 @@ import torch
 
 from tests import texts
 from tests.scripted import Script, Scripted, random_bundle, small_tokenizer
-from trmt import streaming
+from trmt import streaming, translating
+from trmt.bundles import bundles
 from trmt.decoding.base import Hypothesis
 from trmt.decoding.batch import BatchDecoder
 from trmt.decoding.engine import Engine
@@ -43,6 +44,33 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
 
 def loaded(bundle: Path, **options: Any) -> Translator:
     return Translator.load(bundle, options=TranslateOptions(**options))
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.0, 0), (1e5, 1)])
+def test_a_network_whose_numbers_fp16_cannot_hold_is_translated_in_fp32(
+    factor: float,
+    said: int,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load_bundle = bundles.load_bundle
+
+    def load(*given: Any, **named: Any) -> Any:
+        loaded = load_bundle(*given, **named)
+        with torch.no_grad():
+            loaded.net.get_parameter("encoder.layers.0.feed_forward.outer.weight").mul_(factor)
+        return loaded
+
+    monkeypatch.setattr(bundles, "load_bundle", load)
+    monkeypatch.setattr(translating, "_precision", lambda asked, *_: "fp16" if asked == "auto" else asked)
+    expected = loaded(bundle, precision="fp32", max_length=5).translate(SENTENCES)
+    translator = loaded(bundle, max_length=5)
+    found = [translator.translate(SENTENCES) for _ in range(2)]
+    assert capsys.readouterr().err.count("too large for fp16") == said
+    if said:
+        assert found == [expected, expected]
+        assert translator.options.precision == "fp32"
 
 
 def echo(

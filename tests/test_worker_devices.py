@@ -43,7 +43,7 @@ CORES = len(os.sched_getaffinity(0))
         (0, "cpu", "auto", ["cpu"] * CORES),
         (2, "cpu", "3", ["cpu"] * 3),
         (0, "cpu,cpu", None, ["cpu", "cpu"]),
-        (4, "auto", None, ["cuda"]),
+        (4, "auto", None, ["cuda:0"]),
         (4, "auto", "auto", ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]),
         (4, "cuda", "3", ["cuda:0", "cuda:1", "cuda:2"]),
         (4, "cuda", "1", ["cuda:0"]),

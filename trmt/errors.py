@@ -13,6 +13,13 @@ shows its traceback.
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something; of a compiler's, that of the error inside."""
+    error = getattr(error, "inner_exception", None) or error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:;")
+
+
 class TrmtError(Exception):
     """Something that the user can correct; the message says what, where and how."""
 

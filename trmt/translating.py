@@ -8,7 +8,7 @@ and no line can stop the translation of the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,10 +23,10 @@ from trmt.config import Options, check_strings, check_type
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.engine import Engine, Runs
 from trmt.decoding.request import Batching, Request
-from trmt.devices.abilities import abilities, first_line
+from trmt.devices.abilities import abilities
 from trmt.devices.choice import choose_device
 from trmt.devices.memory import is_device_error, is_out_of_memory
-from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.errors import BundleError, ConfigError, TrmtError, first_line
 from trmt.nets.base import Seq2Seq, to_half
 from trmt.registry import RANKERS, SEARCHES, resolve
 from trmt.text.splitting import joiner_for, split_text
@@ -35,6 +35,7 @@ from trmt.training.models import find_model
 
 EXTRA = 50  # tokens a translation may be longer than its source (Attention Is All You Need, 6.1)
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+CHECKED = 8  # sentences that show whether a network's numbers are within the range of fp16
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Whatever some program takes for the end of a line or of a field, and the other control characters.
 BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
@@ -137,6 +138,7 @@ class Translator:
         self.longest = max(min(longest, self.max_positions - 1), 1)
         self.eos = source.eos
         self.ranker = resolve(RANKERS, "best")()
+        self._in_fp32: Callable[[], Translator] | None = None  # for fp16 until its range is known to do
         padding = range(target.vocabulary, len(net.output.weight))
         self.engine = Engine(
             net,
@@ -170,7 +172,11 @@ class Translator:
         if not longest:
             raise BundleError(f"the manifest of {path} does not say longest.source; copy the bundle again")
         checksum = str(bundle.manifest.weights.get("sha256", ""))
-        return cls(bundle.net, bundle.tokenizer, longest=longest, options=options, checksum=checksum)
+        made = cls(bundle.net, bundle.tokenizer, longest=longest, options=options, checksum=checksum)
+        if options.precision == "fp16":
+            in_fp32 = replace(options, precision="fp32")
+            made._in_fp32 = lambda: cls.load(path, options=in_fp32, trust_code=trust_code)
+        return made
 
     def translate(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0
@@ -221,6 +227,7 @@ class Translator:
         left = {request.key: request for request in requests}
         while left:
             try:
+                self._check_range(requests)
                 for request, hypotheses in self.engine.translate([*left.values()]):
                     del left[request.key]
                     yield request, hypotheses
@@ -239,9 +246,21 @@ class Translator:
                     ) from error
                 console.warn("memory is short: translating goes on with fewer sentences at a time")
 
+    def _check_range(self, requests: Sequence[Request]) -> None:
+        """Go on in fp32 if numbers of the encoder are beyond what fp16 can hold; the first batch shows it."""
+        if not self._in_fp32:
+            return
+        longest = sorted(requests, key=lambda request: -len(request.source))[:CHECKED]
+        if not self.engine.encodes_finitely(longest):
+            console.say("numbers of this network are too large for fp16: it translates in fp32, slower")
+            self.options = replace(self.options, precision="fp32")
+            self.engine = self._in_fp32().engine
+        self._in_fp32 = None
+
     def translate_ids(self, sources: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """The ids of translations; sources are ids too, none empty, none longer than the network allows."""
         requests = [self._request(list(ids), [], key=number) for number, ids in enumerate(sources)]
+        self._check_range(requests)
         found = {request.key: hypotheses for request, hypotheses in self.engine.translate(requests)}
         return [self.ranker.pick(found[number]).ids for number in range(len(sources))]
 

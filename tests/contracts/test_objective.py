@@ -215,7 +215,7 @@ def test_a_gpu_without_a_compiler_has_the_same_loss(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "compile", lambda made, **options: real(made, backend=broken, **options))
     monkeypatch.setattr(cross_entropy, "_compiled", cross_entropy._compiled.__wrapped__)
     monkeypatch.setattr("trmt.devices.abilities._known", {})
-    monkeypatch.setattr("trmt.devices.hardware.is_gpu", lambda device: True)
+    monkeypatch.setattr("trmt.devices.hardware.is_cuda", lambda device: True)
     monkeypatch.setenv("TRMT_COMPILE", "1")
     logits, target = torch.randn(16, 40), torch.randint(0, 37, (16,))
     ours = cross_entropy._chunk_loss(logits, target, 37, 0.1, 1.0)

@@ -27,7 +27,7 @@ import trmt
 from trmt.bundles import consistency, quantised, upgrade
 from trmt.bundles.schema import MAX_LENGTH, GoldenSentence, StoredScore, TrainingFacts, WeightsFile
 from trmt.config import Within, build, build_stored, to_tree
-from trmt.errors import BundleError, ConfigError, TrmtError
+from trmt.errors import BundleError, ConfigError, TrmtError, first_line
 from trmt.nets.base import Network, Seq2Seq
 from trmt.registry import NETWORKS, resolve
 from trmt.storage.files import atomic_folder, checksum, write_verified_json
@@ -139,10 +139,9 @@ def build_network(architecture: str, options: Mapping[str, Any], *, trust_code: 
         return built
     except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         # For sizes that no machine could hold, torch's messages are many lines long.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"cannot build a network of architecture {architecture!r} with these sizes ({reason}); "
-            "choose smaller ones"
+            f"cannot build a network of architecture {architecture!r} with these sizes "
+            f"({first_line(error)}); choose smaller ones"
         ) from error
 
 
@@ -280,9 +279,8 @@ def read_weights(folder: Path, manifest: Manifest, *, verify: bool = True) -> di
         raise BundleError(f"{path} is damaged: {error}; copy the bundle again") from error
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         # A header may be right and name types that PyTorch lacks, or put numbers where it cannot read them.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleError(
-            f"{path} holds what PyTorch cannot read ({reason}); copy the bundle again"
+            f"{path} holds what PyTorch cannot read ({first_line(error)}); copy the bundle again"
         ) from error
     if manifest.precision == "int8":
         stored = quantised.dequantise_weights(stored, where=str(path))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trmt.errors import BundleError, ConfigError
+from trmt.errors import BundleError, ConfigError, first_line
 from trmt.nets.base import Decoding, Seq2Seq
 from trmt.nets.ragged import Source
 from trmt.text.tokenizer import Tokenizer
@@ -101,9 +101,9 @@ def _try_highest_ids(net: Seq2Seq, tokenizer: Tokenizer, *, where: str) -> None:
         memory, decoder = net.start(source, Decoding(1, 2))
         net.step(tokens_SKT, memory, decoder, torch.zeros(1, dtype=torch.long))
     except (IndexError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleError(
-            f"the network of {where} cannot take the highest ids of its tokenizer ({reason}); {AS_STORED}"
+            f"the network of {where} cannot take the highest ids of its tokenizer "
+            f"({first_line(error)}); {AS_STORED}"
         ) from error
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
 
 def command() -> None:
     """Print versions, machine, devices and what each can do, for bug reports.
@@ -45,8 +50,9 @@ def _print_devices() -> list[str]:
     """Print what each device can do; the environment variables that change it."""
     import typer
 
-    from trmt.devices import hardware, memory
+    from trmt.devices import hardware
     from trmt.devices.abilities import ABILITIES, abilities, all_devices
+    from trmt.errors import TrmtError
 
     typer.echo(f"torch is for   {hardware.build()}{'' if hardware.has_nccl() else ', without NCCL'}")
     if why := hardware.why_no_gpu():
@@ -54,15 +60,28 @@ def _print_devices() -> list[str]:
     for device in all_devices():
         if device.type == "cpu":
             typer.echo("what each device can do, and the variable that switches it off (0) or forces it (1):")
-        total = memory.total(device)
-        size = f", {total / 2**30:.0f} GiB" if total else ""
-        typer.echo(f"{device!s:<14} {hardware.gpu_name(device)}{size}")
+        typer.echo(f"{device!s:<14} {_described(device)}")
         for name, ability in ABILITIES.items():
             if device.type == "cpu" and name == "compile":  # which takes a minute there
                 typer.echo(f'  {name:<12} tried where training.compile = "on" ({ability.variable})')
                 continue
-            why = abilities(device).lacks(name)
+            try:
+                why = abilities(device).lacks(name)
+            except TrmtError as error:  # which the other rows can still be printed after
+                why = str(error)
             typer.echo(f"  {name:<12} {f'no: {why}' if why else 'yes'} ({ability.variable})")
             if name == "architecture" and why:
                 break  # nothing else can be run
     return [ability.variable for ability in ABILITIES.values()]
+
+
+def _described(device: torch.device) -> str:
+    """The name and the memory of a device, or why it does not tell them."""
+    from trmt.devices import hardware, memory
+    from trmt.errors import first_line
+
+    try:
+        total = memory.total(device)
+        return hardware.gpu_name(device) + (f", {total / 2**30:.0f} GiB" if total else "")
+    except Exception as error:  # whatever a driver in trouble raises
+        return f"cannot be asked ({first_line(error)})"

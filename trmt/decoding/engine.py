@@ -8,7 +8,7 @@ or a kernel for several steps at once where there is one; `GraphRunner` replays 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -50,7 +50,7 @@ class Engine:
         `runs` says how steps are run; "auto" takes CUDA graphs on a GPU.
         """
         device = next(net.parameters()).device
-        on_gpu = hardware.is_gpu(device)
+        on_gpu = hardware.is_cuda(device)
         graphs = runs == "graphs" or (runs == "auto" and on_gpu)
         if graphs and on_gpu:
             graphs = abilities(device).use("graphs")
@@ -77,6 +77,13 @@ class Engine:
             runner.run(queue)
             yield from runner.finished()
         yield from runner.drain()
+
+    @torch.inference_mode()
+    def encodes_finitely(self, requests: Sequence[Request]) -> bool:
+        """Whether the encoder's output for these requests is of finite numbers."""
+        memory, _, _ = self.decoder.start(requests, 1).state.take()
+        # Masks have minus infinity; what overflows has plus infinity too, or is no number.
+        return all(bool((x < torch.inf).all()) for x in memory.tensors.values() if x.is_floating_point())
 
     def shrink(self) -> bool:
         """Decode fewer sentences at a time from now on, since memory is short; False if that cannot be."""

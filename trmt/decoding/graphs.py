@@ -30,10 +30,11 @@ from trmt.decoding.batch import Batch, BatchDecoder
 from trmt.decoding.direct import COMPACT_AT, SYNC_EVERY, DirectRunner
 from trmt.decoding.masks import Masks
 from trmt.decoding.request import Request
-from trmt.devices.abilities import abilities, first_line
+from trmt.devices.abilities import abilities
 from trmt.devices.cuda_graphs import GraphRecorder
 from trmt.devices.memory import is_out_of_memory
 from trmt.devices.transfer import HostCopy, to_device
+from trmt.errors import first_line
 from trmt.nets.base import EncoderMemory, State
 
 SMALLEST = 32  # tokens that the slots with the least space have

@@ -20,7 +20,7 @@ from trmt import console
 from trmt.devices import hardware, probes
 from trmt.devices.memory import is_out_of_memory
 from trmt.devices.probes import Unsupported
-from trmt.errors import ConfigError
+from trmt.errors import ConfigError, first_line
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ ABILITIES: dict[str, Ability] = {
     ),
 }
 
+NOT_NOW = "its memory is full now"
+
 _lock = threading.RLock()
-_known: dict[tuple[str, int], Abilities] = {}
+_known: dict[torch.device, Abilities] = {}
 
 
 class Abilities:
@@ -72,45 +74,53 @@ class Abilities:
         self.device = device
         self._lacks: dict[str, str] = {}  # why an ability is missing; empty if it is there
         self._failed: set[str] = set()  # those whose probe failed where it should have passed
-        self._told: set[str] = set()  # those of which a line has said that they are missing
+        self._told: dict[str, str] = {}  # what a line has said of those that are missing
 
     def has(self, name: str) -> bool:
         """Whether the device has an ability."""
         return not self.lacks(name)
 
     def lacks(self, name: str) -> str:
-        """Why the device does not have an ability; empty if it has."""
+        """Why the device does not have an ability; empty if it has.
+
+        A lack of memory says nothing about an ability: it is asked for again the next time. A device on which
+        nothing can be computed for lack of memory is an error.
+        """
+        if name in self._lacks:
+            return self._lacks[name]
         with _lock:
-            if name not in self._lacks:
-                self._lacks[name] = self._prove(name)
+            try:
+                if name not in self._lacks:
+                    self._lacks[name] = self._prove(name)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if name == "architecture":
+                    raise ConfigError(
+                        f"{self.device} has no memory left for this process, which other programs use; wait "
+                        "until they have ended, or choose another --device"
+                    ) from error
+                return NOT_NOW
             return self._lacks[name]
 
     def use(self, name: str) -> bool:
         """Whether the device has an ability that is to be used; if not, one line says so, once."""
         why = self.lacks(name)
-        if why and name not in self._told:
-            self._told.add(name)
-            message = f"{self._missing(name)}: {why}; {ABILITIES[name].without}"
+        if why and self._told.get(name) != why:
+            self._told[name] = why
+            ability = ABILITIES[name]
+            message = f"{ability.title} cannot be used on {self.device}: {why}; {ability.without}"
             (console.warn if name in self._failed else console.say)(message)
         return not why
 
-    def lose(self, name: str, error: BaseException | str) -> None:
-        """Never use an ability again that has failed in use; one warning says so."""
+    def lose(self, name: str, error: BaseException | str, *, warn: bool = True) -> None:
+        """Never use an ability again: it failed in use, of which one warning says so, or on another rank."""
         with _lock:
-            why = error if isinstance(error, str) else first_line(error)
-            if name in self._told:
-                return
-            self._told.add(name)
-            self._lacks[name] = why
-        console.warn(f"{self._missing(name)}: {why}; {ABILITIES[name].without}")
-
-    def withdraw(self, name: str, why: str) -> None:
-        """Do without an ability that another process of the run does not have."""
-        with _lock:
-            self._lacks[name] = self.lacks(name) or why
-
-    def _missing(self, name: str) -> str:
-        return f"{ABILITIES[name].title} cannot be used on {self.device}"
+            if not self._lacks.get(name):
+                self._lacks[name] = error if isinstance(error, str) else first_line(error)
+                self._failed |= {name} if warn else set()
+        if warn:
+            self.use(name)
 
     def _prove(self, name: str) -> str:
         ability = ABILITIES[name]
@@ -121,8 +131,9 @@ class Abilities:
                 "without a test), or leave it out"
             )
         if override:
-            self._told |= {name} if override == "0" else set()  # who switches it off knows
-            return f"{ability.variable}=0" if override == "0" else ""
+            why = f"{ability.variable}=0" if override == "0" else ""
+            self._told[name] = why  # who switches it off knows
+            return why
         try:
             with probes.undisturbed(self.device), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -131,7 +142,7 @@ class Abilities:
             return str(error)
         except Exception as error:  # whatever compilers, drivers and PyTorch raise
             if is_out_of_memory(error):
-                raise  # which says nothing about the ability
+                raise
             self._failed.add(name)
             return first_line(error)
         return ""
@@ -139,22 +150,15 @@ class Abilities:
 
 def abilities(device: torch.device) -> Abilities:
     """The abilities of a device, the same object at each call of this process."""
-    numbered = ":" in str(device)
-    current = torch.cuda.current_device if torch.cuda.is_initialized() and device.type == "cuda" else int
-    with _lock:
-        key = device.type, device.index if numbered else current()
-        if key not in _known:
-            _known[key] = Abilities(torch.device(*key) if device.type == "cuda" else device)
-        return _known[key]
+    known = _known.get(device)  # attention asks here in each layer
+    if known is None:
+        device = hardware.numbered(device)
+        with _lock:
+            known = _known.setdefault(device, Abilities(device))
+    return known
 
 
 def all_devices() -> list[torch.device]:
     """The CPU and all GPUs that PyTorch can use."""
     gpus = [torch.device("cuda", number) for number in range(hardware.gpu_count())]
     return [torch.device("cpu"), *gpus, *([torch.device("mps")] if hardware.has_mps() else [])]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:;")

@@ -18,7 +18,10 @@ _warned: set[str] = set()  # warnings about GPUs that have been printed
 
 
 def named_device(name: str) -> torch.device:
-    """The named device, or with `auto` a GPU if PyTorch sees one; nothing is run on it."""
+    """The named device, or with `auto` a GPU if PyTorch sees one; nothing is run on it.
+
+    "cuda" is any of the GPUs: `choose_device` chooses one.
+    """
     if name == "auto":
         if hardware.gpu_count():
             return torch.device("cuda")
@@ -41,11 +44,11 @@ def choose_device(name: str) -> torch.device:
     With `auto` it is the first GPU that can compute, else the CPU. A named device that is missing or cannot
     compute is an error.
     """
-    device = named_device(name)
+    device = hardware.numbered(named_device(name))
     if name != "auto" or device.type == "cpu":
         return prepared(device)
-    others = [torch.device("cuda", number) for number in range(1, hardware.gpu_count())]
-    for candidate in [device, *others]:
+    others = [torch.device("cuda", number) for number in range(hardware.gpu_count())]
+    for candidate in dict.fromkeys([device, *others]):
         if not (why := abilities(candidate).lacks("architecture")):
             return prepared(candidate)
         _warn_once(f"{candidate} cannot be used: {why}", "; another device is used")
@@ -57,8 +60,7 @@ def prepared(device: torch.device) -> torch.device:
     if device.type != "cpu" and (why := abilities(device).lacks("architecture")):
         raise ConfigError(f"{device} cannot be used: {why}; or choose another --device")
     if device.type == "cuda":
-        if device.index is not None:
-            torch.cuda.set_device(device)  # where kernels are launched and graphs are recorded
+        torch.cuda.set_device(device)  # where kernels are launched and graphs are recorded
         # It makes a plan for each new shape, which takes as long as hundreds of kernels.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
@@ -99,10 +101,20 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def compile_network(net: torch.nn.Module) -> Any:
-    """The network under torch.compile; what cannot be compiled raises an error when it is first run."""
+def compile_network(net: torch.nn.Module, *, bucket_bytes: int = 0, backend: str = "inductor") -> Any:
+    """The network under torch.compile; what cannot be compiled raises an error when it is first run.
+
+    A graph gives all of its gradients at once, at the end of its backward pass. With `bucket_bytes`, the
+    network is divided into graphs whose gradients have about that size, so that they come one after another.
+    """
     import torch._dynamo
 
     # Otherwise each graph is tried again, with pages of messages, and a failing backward pass still raises.
     torch._dynamo.config.suppress_errors = False
-    return torch.compile(net)
+    if not bucket_bytes:
+        return torch.compile(net, backend=backend)
+    from torch._dynamo.backends.distributed import DDPOptimizer
+    from torch._dynamo.backends.registry import lookup_backend
+
+    divided = DDPOptimizer(bucket_bytes, lookup_backend(backend), first_bucket_cap=bucket_bytes)
+    return torch.compile(net, backend=divided.compile_fn)

@@ -12,6 +12,8 @@ from weakref import WeakSet
 
 import torch
 
+from trmt.devices import hardware
+
 
 class GraphRecorder:
     """Records CUDA graphs, which share their memory, since they run one at a time and leave nothing there."""
@@ -48,12 +50,11 @@ def release_failed_capture(device: torch.device, pool: Any) -> None:
     """Undo what a failed capture leaves behind before PyTorch 2.12, where `capture_end` raises too early.
 
     Memory would be allocated in the graph's pool for ever, and random numbers could no longer be drawn. Where
-    the pool has been closed already, closing it raises, and it must not be released a second time.
+    the pool has been closed already, closing it raises, and nothing is left to be undone.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with suppress(RuntimeError, AttributeError):
+    index = hardware.numbered(device).index
+    with suppress(RuntimeError, AttributeError, IndexError):
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
-    with suppress(RuntimeError, AttributeError, IndexError):
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())  # a copy is not marked as being captured

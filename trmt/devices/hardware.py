@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,14 +13,25 @@ WINDOWS_DRIVER = "System32/nvcuda.dll"
 INSTALL = "https://pytorch.org/get-started/locally"
 
 
-def is_gpu(device: torch.device) -> bool:
+def is_cuda(device: torch.device) -> bool:
     """Whether a device is a GPU for CUDA or ROCm, which PyTorch both calls cuda."""
     return device.type == "cuda"
 
 
+def numbered(device: torch.device) -> torch.device:
+    """A device as its tensors name it: "cuda" is the current GPU, and has a number."""
+    if device.type != "cuda":
+        return torch.device(device.type)
+    if ":" in str(device):
+        return device
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+
+
 def gpu_count() -> int:
     """The number of GPUs (CUDA or ROCm) that PyTorch can use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an old driver, about which `why_no_gpu` says what to do
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def has_mps() -> bool:

@@ -65,8 +65,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if error.__cause__ and is_out_of_memory(error.__cause__):  # wrapped in an error of trmt
         return True
-    # The CPU's allocator raises a plain RuntimeError.
-    return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    # The CPU's allocator and the libraries of GPUs raise a plain RuntimeError.
+    return bool(re.search("can't allocate memory|out of memory|_status_alloc_failed", str(error).lower()))
 
 
 def is_device_error(error: BaseException) -> bool:

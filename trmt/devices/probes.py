@@ -76,10 +76,9 @@ def probe_varlen(device: torch.device) -> None:
         raise Unsupported(ONLY_GPUS)
     _needs(device, FLASH_CAPABILITY)
     attention = load_varlen()
-    dtype = torch.bfloat16 if _computes_bf16(device) else torch.float16
     starts = torch.tensor([0, 3, 3, 8], dtype=torch.int32, device=device)
     for causal in (True, False):
-        qkv = [numbers(8, 2, 64).to(device, dtype).requires_grad_() for _ in range(3)]
+        qkv = [numbers(8, 2, 64).to(device, torch.bfloat16).requires_grad_() for _ in range(3)]
         out_NHP = attention(*qkv, starts, starts, 5, 5, window_size=(-1, 0 if causal else -1))
         out_NHP.float().sum().backward()
         query, key, value = (x.detach().transpose(0, 1) for x in qkv)  # [H, N, P]
@@ -100,19 +99,21 @@ def load_varlen() -> Any:
 
 
 def probe_compile(device: torch.device) -> None:
-    """A linear layer, compiled, forward and backward."""
-    weight = numbers(8, 8).to(device)
+    """A layer whose operations have to be fused into kernels, compiled, forward and backward."""
     grads = []
-    for compiled in (False, True):
-        w = weight.clone().requires_grad_()
-        layer = torch.compile(F.linear) if compiled else F.linear
-        F.relu(layer(numbers(4, 8).to(device), w)).sum().backward()
-        grads.append(w.grad)
-    _expect(grads[1], grads[0])
+    for layer in (_layer, torch.compile(_layer)):
+        weight = numbers(8, 8).to(device).requires_grad_()
+        layer(numbers(4, 8).to(device), weight).sum().backward()
+        grads.append(weight.grad)
+    _expect(*grads)
+
+
+def _layer(x: Tensor, weight: Tensor) -> Tensor:
+    return F.relu(F.linear(x, weight)).square()
 
 
 def probe_triton(device: torch.device) -> None:
-    """Both kernels of trmt.native, compiled and launched."""
+    """Both kernels of trmt.native, compiled and launched, in the precision that is usual on the device."""
     if device.type != "cuda":
         raise Unsupported(ONLY_GPUS)
     if os.environ.get("TRMT_KERNELS") == "0":
@@ -120,7 +121,7 @@ def probe_triton(device: torch.device) -> None:
     probe = optional(NATIVE["probe_triton"])
     if probe is None:
         raise Unsupported("this copy of trmt does not have trmt.native")
-    if why := probe(device):
+    if why := probe(device, torch.bfloat16 if _computes_bf16(device) else torch.float16):
         raise Unsupported(why)
 
 

@@ -5,6 +5,8 @@ Axes: N tokens in a row, M tokens of the other side in a row, S sentence, H head
 
 from __future__ import annotations
 
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -19,13 +21,13 @@ DTYPES = (torch.bfloat16, torch.float16)
 MULTIPLE, LARGEST = 8, 256  # head dimensions are a multiple of the first and at most the second
 
 varlen_attn: Any = None  # PyTorch's function, once it has been loaded
-_usable: dict[int | None, bool] = {}  # by the index of the GPU
+_usable: dict[int | None, bool] = {}  # by the number of the GPU; what was found out so far
 
 
 def serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether it serves tensors like these; where the device cannot do it, a line says so once."""
     fits = dtype in DTYPES and head_dim % MULTIPLE == 0 and head_dim <= LARGEST
-    return fits and hardware.is_gpu(device) and usable(device)
+    return fits and hardware.is_cuda(device) and usable(device)
 
 
 def usable(device: torch.device) -> bool:
@@ -40,7 +42,7 @@ def usable(device: torch.device) -> bool:
         except Exception as error:  # where the ability is taken for granted by TRMT_VARLEN=1
             abilities(device).lose("varlen", error)
             found = False
-    _usable[device.index] = found
+    _usable[hardware.numbered(device).index] = found
     return found
 
 
@@ -69,3 +71,9 @@ def attend(
         abilities(query_NHP.device).lose("varlen", error)
         return None
     return out
+
+
+def is_to_blame(error: BaseException) -> bool:
+    """Whether an error comes from PyTorch's function or its gradient, compiled or not."""
+    files = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+    return "varlen_attn" in str(error) or any(Path(file).name == "varlen.py" for file in files)

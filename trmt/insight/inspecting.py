@@ -79,7 +79,7 @@ def _runtime() -> dict[str, Any]:
     device = choose_device("auto")
     products = optional("trmt.native.products")
     return {
-        "steps": "CUDA graphs" if hardware.is_gpu(device) and abilities(device).has("graphs") else "direct",
+        "steps": "CUDA graphs" if hardware.is_cuda(device) and abilities(device).has("graphs") else "direct",
         "device": device.type,
         "backend": _backend() if device.type == "cpu" else f"PyTorch on {device.type}",
         "processors": [products.PROCESSORS[number] for number in products.processors()] if products else [],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trmt.config import build
-from trmt.errors import BundleError, ConfigError
+from trmt.errors import BundleError, ConfigError, first_line
 from trmt.interop.huggingface_folder import Json, check_shapes, check_size, read_object, read_weights
 from trmt.interop.marian import columns_from_marian, columns_to_marian, layers_from_marian
 from trmt.interop.sentencepiece_files import SOURCE, TARGET
@@ -55,9 +55,8 @@ def read_marian(folder: Path) -> MarianModel:
         net = Transformer(config)
         net.load_state_dict(ours)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleError(
-            f"{folder} does not hold a complete Marian model ({reason}); copy it again"
+            f"{folder} does not hold a complete Marian model ({first_line(error)}); copy it again"
         ) from error
     return MarianModel(net.eval(), tokenizer, config.max_positions - 1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.bundles import check_weights
-from trmt.errors import BundleError
+from trmt.errors import BundleError, first_line
 from trmt.nets.base import Network
 from trmt.trees import TreeError, read_json, shown
 
@@ -65,8 +65,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     except BundleError:
         raise
     except Exception as error:  # torch.load fails in as many ways as a file can be damaged
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BundleError(f"cannot read the weights in {folder}: {reason}; copy the model again") from error
+        raise BundleError(
+            f"cannot read the weights in {folder}: {first_line(error)}; copy the model again"
+        ) from error
 
 
 def _shard_names(path: Path) -> list[str]:

@@ -319,7 +319,7 @@ def attend_packed(
     `grid` replaces scaled dot-product attention in a grid.
     """
     qkv = query_NHP, key_MHP, value_MHP
-    if not dropout and grid is None and has_varlen(query_NHP.device, query_NHP.dtype, query_NHP.shape[-1]):
+    if not dropout and grid is None and varlen.serves(query_NHP.device, query_NHP.dtype, query_NHP.shape[-1]):
         starts, longest = (spans.starts32_S, keys.starts32_S), (spans.longest, keys.longest)
         out_NHP = varlen.attend(*qkv, starts, longest, causal=causal)
         if out_NHP is not None:
@@ -400,8 +400,3 @@ def packed_weights(
         count = query_SHTP.shape[2]
         mask = mask + additive_mask(mask.new_ones(count, count, dtype=torch.bool).tril())
     return attention_weights(query_SHTP, key_SHLP, mask)
-
-
-def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether attention without padding serves such tensors; it has neither dropout nor biases."""
-    return varlen.serves(device, dtype, head_dim)

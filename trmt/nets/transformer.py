@@ -5,8 +5,7 @@ N target tokens of a batch in a row, M source tokens in a row, H heads, P head d
 (d_model), A layers.
 
 The layers are written once, for any layout of the tokens, and get their attention as functions (layer index,
-queries...) -> output. `forward` trains on packed tokens; `start` encodes sources in a padded grid and makes
-the KV cache; `step` decodes the next tokens with it.
+queries...) -> output. `forward` trains on packed tokens; `start` and `step` decode in grids, with a KV cache.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trmt.devices import varlen
 from trmt.errors import ConfigError
 from trmt.nets import kv_cache, layers
 from trmt.nets.base import (
@@ -245,7 +245,7 @@ class TransformerEncoder(Network):
         self.register_buffer("rotary_table", table, persistent=False)
 
     def packs_attention(self, device: torch.device, dtype: torch.dtype) -> bool:
-        return not self.config.attention_dropout and layers.has_varlen(device, dtype, self.config.head_dim)
+        return not self.config.attention_dropout and varlen.serves(device, dtype, self.config.head_dim)
 
     @property
     def max_positions(self) -> int:

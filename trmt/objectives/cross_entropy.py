@@ -120,7 +120,7 @@ def _chunk_loss(
             return losses, scores_CV.to(logits_CV.dtype)
     given = logits_CV, target_C, vocabulary, smoothing, factor
     device = logits_CV.device
-    if hardware.is_gpu(device) and abilities(device).use("compile"):
+    if hardware.is_cuda(device) and abilities(device).use("compile"):
         try:
             losses, grad_CV = _compiled()(*given)
             return losses, grad_CV

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import trmt
 from trmt import console
-from trmt.errors import ConfigError, TrmtError
+from trmt.errors import ConfigError, TrmtError, first_line
 from trmt.scale.pool import MAX_STARTS, WorkerJob, WorkerReply, start_job
 
 LOCAL = "local"  # instead of an address: a cluster on this machine, for as long as the command runs
@@ -166,7 +166,7 @@ class RayPool:
         # It may be alive behind a broken network; what it still writes is what the new one will write.
         self._ray.kill(self._actors.pop(number))
         self._deaths_in_a_row[number] += 1
-        how = _first_line(error)
+        how = first_line(error)  # without the page of advice that follows
         if self._deaths_in_a_row[number] > MAX_STARTS:
             return WorkerReply(
                 number, "lost", f"it died {MAX_STARTS} times before it processed anything ({how})"
@@ -178,9 +178,3 @@ class RayPool:
         actor = self._actor_class.remote()
         self._actors[number] = actor
         self._pending[actor.load.remote(self._job, trmt.__version__)] = number
-
-
-def _first_line(error: Exception) -> str:
-    """The cause that Ray gives for a death, without the page of advice that follows."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

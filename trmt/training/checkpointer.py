@@ -14,7 +14,7 @@ from trmt.bundles.checkpoints import TRAINING, Checkpoint, SavedState
 from trmt.bundles.slices import SlicedTensors, TensorSlice
 from trmt.config import build_stored
 from trmt.devices.memory import is_out_of_memory
-from trmt.errors import BundleError, DataError
+from trmt.errors import BundleError, DataError, first_line
 from trmt.sets.batches import Batches
 from trmt.storage.files import atomic_folder, remove_partials, write_advice, write_verified_json
 from trmt.text.tokenizer import Tokenizer
@@ -63,9 +63,8 @@ class Checkpointer:
         except (KeyError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
             raise BundleError(
-                f"the training state in {where} is not of this network ({reason}); {advice}"
+                f"the training state in {where} is not of this network ({first_line(error)}); {advice}"
             ) from error
 
     def save_halvings(self) -> None:

@@ -20,7 +20,6 @@ import platform
 import re
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,14 +36,13 @@ from trmt import console
 from trmt.devices.abilities import abilities
 from trmt.devices.choice import choose_device, named_device, prepared
 from trmt.devices.hardware import gpu_count, has_nccl
-from trmt.errors import ConfigError, TrmtError
+from trmt.errors import ConfigError, TrmtError, first_line
 from trmt.training.heartbeat import FAILED_KEY, RESUME_HINT, Heartbeat, report_failure
 
 T = TypeVar("T")
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)  # within which all processes have to appear
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # long, because other ranks may be compiling
-BUCKET_BYTES = 64 * 2**20  # size of the messages in which gradients are summed
 
 _groups = itertools.count()  # each process group of a process has keys of its own in the store
 
@@ -97,17 +95,9 @@ class Distributed:
         """Whether the flag is set on any rank; also tells all ranks of a signal that one of them received."""
         return bool(self.all_reduce_max(int(flag)))
 
-    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors in a row, on the device that collectives run on: without NCCL that is the CPU."""
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        return flat if has_nccl() or not flat.is_cuda else flat.cpu()
-
-    def start_all_reduce(self, flat: Tensor) -> Any:
-        """Begin to replace a tensor by its sum over all ranks; `wait` of what is returned ends it."""
-        raise NotImplementedError("a single process has nothing to sum")
-
-    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks."""
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace a tensor by its sum over all ranks; calling what is returned waits for that."""
+        return lambda: None
 
     def all_reduce_numbers(self, *values: float) -> list[float]:
         """The sums of these numbers over all ranks."""
@@ -168,7 +158,7 @@ class MultiProcess(Distributed):
         mine = abilities(device)
         for rank, why in enumerate(self.all_gather(mine.lacks(ability))):
             if why:
-                mine.withdraw(ability, f"rank {rank} has it not ({why})")
+                mine.lose(ability, f"rank {rank} has it not ({why})", warn=False)
 
     # Collectives
 
@@ -179,18 +169,16 @@ class MultiProcess(Distributed):
         highest, self._agreed_signal = both.tolist()
         return int(highest)
 
-    def start_all_reduce(self, flat: Tensor) -> Any:
-        return dist.all_reduce(flat, async_op=True)
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        sent = sendable(tensor)
+        message = dist.all_reduce(sent, async_op=True)
 
-    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        pending: deque[tuple[list[Tensor], Tensor, Any]] = deque()
-        for bucket in buckets(tensors, BUCKET_BYTES):
-            flat = self.flat(bucket)
-            pending.append((bucket, flat, self.start_all_reduce(flat)))
-            if len(pending) > 1:
-                copy_result(*pending.popleft())
-        for message in pending:
-            copy_result(*message)
+        def wait() -> None:
+            message.wait()
+            if sent is not tensor:
+                tensor.copy_(sent)
+
+        return wait
 
     def all_reduce_numbers(self, *values: float) -> list[float]:
         sums = torch.tensor(values, dtype=torch.float64)
@@ -198,9 +186,10 @@ class MultiProcess(Distributed):
         return [float(value) for value in sums.tolist()]
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        for bucket in buckets(tensors, BUCKET_BYTES):
-            flat = self.flat(bucket)
-            copy_result(bucket, flat, dist.broadcast(flat, 0, async_op=True))
+        for tensor in tensors:
+            sent = sendable(tensor.contiguous())
+            dist.broadcast(sent, 0)
+            tensor.copy_(sent)
 
     # JSON values through the store
 
@@ -286,6 +275,11 @@ class MultiProcess(Distributed):
         return error if is_first else SystemExit(error.exit_code)
 
 
+def sendable(tensor: Tensor) -> Tensor:
+    """A tensor on the device that collectives run on: without NCCL that is the CPU."""
+    return tensor if has_nccl() or not tensor.is_cuda else tensor.cpu()
+
+
 def is_connection_error(error: RuntimeError) -> bool:
     """Whether a collective raises this when another process is gone."""
     if isinstance(error, dist.DistError):
@@ -296,31 +290,7 @@ def is_connection_error(error: RuntimeError) -> bool:
 
 def short_reason(error: BaseException) -> str:
     """The first sentence of torch's message about a connection, without its position in torch's source."""
-    line = (str(error) or type(error).__name__).splitlines()[0]
-    return re.sub(r"^\[[^]]*:\d+\] ", "", line).partition(". ")[0]
-
-
-def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """The tensors in groups of one dtype and at most `size` bytes; a larger tensor is a group of its own."""
-    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-        bucket: list[Tensor] = []
-        bucket_bytes = 0
-        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype):
-            if bucket and bucket_bytes + tensor.nbytes > size:
-                yield bucket
-                bucket, bucket_bytes = [], 0
-            bucket.append(tensor)
-            bucket_bytes += tensor.nbytes
-        if bucket:
-            yield bucket
-
-
-def copy_result(bucket: list[Tensor], flat: Tensor, message: Any) -> None:
-    """Wait for a collective and copy its result back into the tensors of the bucket."""
-    message.wait()
-    pieces = flat.split([tensor.numel() for tensor in bucket])
-    for tensor, piece in zip(bucket, pieces, strict=True):
-        tensor.copy_(piece.view_as(tensor))
+    return re.sub(r"^\[[^]]*:\d+\] ", "", first_line(error)).partition(". ")[0]
 
 
 @contextmanager

@@ -23,9 +23,8 @@ from trmt import console
 from trmt.bundles import bundles, checkpoints, init_from
 from trmt.bundles.checkpoints import CONFIG, Checkpoint
 from trmt.config import build, to_toml, to_tree
-from trmt.devices.abilities import first_line
 from trmt.devices.memory import is_device_error, is_out_of_memory
-from trmt.errors import ConfigError, TrmtError
+from trmt.errors import ConfigError, TrmtError, first_line
 from trmt.nets.base import Seq2Seq
 from trmt.objectives.base import Specials
 from trmt.registry import NETWORKS, OBJECTIVES, resolve

@@ -30,7 +30,7 @@ from trmt.objectives.base import Objective, Specials
 from trmt.registry import OBJECTIVES, resolve
 from trmt.sets.batches import BatchShape
 from trmt.text.tokenizer import BOS, EOS
-from trmt.training import optim, sharding, word_vectors
+from trmt.training import optim, overlap, sharding, word_vectors
 from trmt.training.distributed import Distributed
 from trmt.training.guard import GradientGuard
 from trmt.training.micro_batches import MicroBatchSplitter
@@ -113,27 +113,36 @@ class TrainState:
             self.distributed, sharded=self.sharded, indivisible=self.net.couples_batch
         )
         self.overlap: OverlappedSums | None = None
-        if self.device.type == "cuda" and self.distributed.world_size > 1 and not self.sharded:
-            self.overlap = OverlappedSums(self.net, self.distributed)
+        if self.distributed.world_size > 1 and not self.sharded:
+            self.overlap = OverlappedSums(self.net, self.distributed, bucket_bytes=overlap.BUCKET_BYTES)
         if self.precision != "fp32" and isinstance(self.net, TransformerEncoder):
             self._agree("varlen")
-            if hardware.is_gpu(self.device):
+            if hardware.is_cuda(self.device):
                 varlen.usable(self.device)  # proven before anything is traced
         self.compiled = self._is_to_be_compiled()
-        self.forward: Any = compile_network(self.net) if self.compiled else self.net
+        self.forward: Any = self.net
+        if self.compiled:
+            self.forward = compile_network(self.net, bucket_bytes=overlap.BUCKET_BYTES if self.overlap else 0)
         self.batch_shape: BatchShape | None = None  # the shape that every batch fits into, if there is one
         self.progress = TrainProgress()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        if self.overlap:
+            self.overlap.zero_grad()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     # What the device can do
 
     def _agree(self, ability: str) -> None:
         """Use an ability of GPUs only if all ranks have it."""
-        if hardware.is_gpu(self.device):
+        if hardware.is_cuda(self.device):
             self.distributed.agree(self.device, ability)
 
     def _is_to_be_compiled(self) -> bool:
         """Whether torch.compile is wanted, possible and proven."""
-        auto = hardware.is_gpu(self.device) and self.net.pays_to_compile
+        auto = hardware.is_cuda(self.device) and self.net.pays_to_compile
         wanted = {"on": True, "auto": auto}.get(self.recipe.training.compile, False)
         if not wanted or self.sharded:  # gathering weights cannot be compiled
             return False
@@ -149,21 +158,28 @@ class TrainState:
         """
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         packed = self.precision != "fp32" and self.net.packs_attention(self.device, dtype)
-        return self.compiled and (packed or not hardware.is_gpu(self.device))
+        return self.compiled and (packed or not hardware.is_cuda(self.device))
 
     @property
     def can_fall_back(self) -> bool:
         """Whether the step can be computed in a simpler way if it fails."""
-        packed = hardware.is_gpu(self.device) and self.precision != "fp32" and self._uses_varlen()
+        packed = hardware.is_cuda(self.device) and self.precision != "fp32" and self._uses_varlen()
         return not self.sharded and (self.compiled or packed)
 
     def _uses_varlen(self) -> bool:
         return isinstance(self.net, TransformerEncoder) and abilities(self.device).has("varlen")
 
-    def fall_back(self, why: str) -> None:
-        """Compute in a simpler way from now on: without torch.compile, then without packed attention."""
-        abilities(self.device).lose("compile" if self.compiled else "varlen", why)
-        self.forward, self.compiled = self.net, False
+    def fall_back(self, why: str, *, varlen_failed: bool) -> None:
+        """Compute in a simpler way from now on: without what failed, as far as that is known.
+
+        If it is not, it is torch.compile first, then packed attention.
+        """
+        if varlen_failed or not self.compiled:
+            abilities(self.device).lose("varlen", why)
+            varlen.usable(self.device)  # so that what was traced is traced again
+        else:
+            abilities(self.device).lose("compile", why)
+            self.forward, self.compiled = self.net, False
 
     # Build
 

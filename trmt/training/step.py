@@ -2,22 +2,22 @@
 
 With several processes each knows all batches of the step and computes the gradients of its share. Gradients
 are sums over the tokens of a share, divided by the tokens of all shares; the ranks' gradients are added up
-once all have computed theirs.
+while the backward pass of the last micro-batch runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from trmt.devices.abilities import first_line
+from trmt.devices import varlen
 from trmt.devices.choice import autocast
-from trmt.devices.memory import is_out_of_memory
-from trmt.errors import TrmtError
+from trmt.devices.memory import is_device_error, is_out_of_memory
+from trmt.errors import TrmtError, first_line
 from trmt.sets.batches import PROBE_SEED, Batches, BatchShape, RaggedBatch
 from trmt.training import optim, sharding
 from trmt.training.distributed import is_connection_error
@@ -25,7 +25,7 @@ from trmt.training.micro_batches import MicroBatch
 from trmt.training.state import TrainState
 
 # How the gradients of a step came out; of several ranks the highest counts.
-FINE, OUT_OF_MEMORY, FAILED = range(3)
+FINE, OUT_OF_MEMORY, FAILED, VARLEN_FAILED = range(4)
 
 
 @dataclass
@@ -56,7 +56,7 @@ def compute_gradients(state: TrainState, batches: list[RaggedBatch]) -> StepResu
     """
     tokens = sum(state.objective.tokens(batch) for batch in batches)
     while True:
-        state.optimizer.zero_grad(set_to_none=True)
+        state.zero_grad()
         nll: Any = None
         outcome, why = FINE, "it failed on another rank"
         try:
@@ -75,23 +75,24 @@ def compute_gradients(state: TrainState, batches: list[RaggedBatch]) -> StepResu
         if outcome == FINE:
             return StepResult(_sum_over_ranks(state, nll), tokens)
         nll = None
-        state.optimizer.zero_grad(set_to_none=True)
+        state.zero_grad()
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
-        if outcome == FAILED:
-            state.fall_back(why)
-        else:
+        if outcome == OUT_OF_MEMORY:
             state.micro_batches.halve(largest_share)
+        else:
+            state.fall_back(why, varlen_failed=outcome == VARLEN_FAILED)
 
 
 def _outcome(error: Exception, state: TrainState) -> int:
-    """What an error means for the step: OUT_OF_MEMORY or FAILED; any other error is raised again."""
+    """What an error means for the step; one that it cannot do without is raised again."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     connection = isinstance(error, RuntimeError) and is_connection_error(error)
-    if connection or not state.can_fall_back:
+    in_collate = any(frame.f_code.co_name == "collate" for frame, _ in walk_tb(error.__traceback__))
+    if connection or in_collate or is_device_error(error) or not state.can_fall_back:
         raise error
-    return FAILED
+    return VARLEN_FAILED if varlen.is_to_blame(error) else FAILED
 
 
 def forward_backward(state: TrainState, micro_batches: list[MicroBatch], tokens: int) -> Any:
@@ -142,24 +143,18 @@ def rehearse(state: TrainState, batches: Batches) -> None:
         # From the second batch of a step on, there are gradients besides the activations.
         compute_gradients(state, [batches.load(pairs, seed=PROBE_SEED)] * min(batches.config.accumulate, 2))
     del reserved
-    state.optimizer.zero_grad(set_to_none=True)
+    state.zero_grad()
     with torch.no_grad():
         for name, buffer in state.net.named_buffers():
             buffer.copy_(buffers[name])
 
 
 def _sum_over_ranks(state: TrainState, nll: Any) -> Any:
-    """Sum the gradients over all ranks, and return the sum of `nll`; a rank without pairs adds zeros."""
+    """The sum of `nll` over all ranks, of which one without pairs adds nothing."""
     if state.distributed.world_size == 1:
         return nll
     total = torch.zeros(1, device=state.device) + nll
-    grads: list[Tensor] = []
-    if not state.sharded and not state.overlap:  # otherwise they have been summed already
-        for parameter in filter(lambda p: p.requires_grad, state.net.parameters()):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            grads.append(parameter.grad)
-    state.distributed.all_reduce([*grads, total])
+    state.distributed.start_all_reduce(total)()
     return total[0]
 
 

@@ -28,7 +28,7 @@ MAX_VOCABULARY = 1 << 20  # the maxima of its chunks are held by one program
 
 def available(like: Tensor) -> bool:
     """Whether kernels are to be used on the device of this tensor; the first time they are tried there."""
-    return hardware.is_gpu(like.device) and abilities(like.device).use("triton")
+    return hardware.is_cuda(like.device) and abilities(like.device).use("triton")
 
 
 def launched(launch: Callable[[], None], like: Tensor) -> bool:
@@ -99,24 +99,25 @@ def top(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
     return (best_RC, ids_RC, log_sum_R1) if launched(launch, scores_RV) else None
 
 
-def probe(device: torch.device) -> str:
-    """Run both kernels on a device: why they cannot be run, or nothing; what fails is raised."""
+def probe(device: torch.device, dtype: torch.dtype) -> str:
+    """Run both kernels in a precision: why they cannot be run, or nothing; what fails is raised."""
     if not find_spec("triton"):
         return "Triton is not installed"
     from trmt.native.gpu import attention_kernel, top_kernel
 
-    scores_RV = (torch.arange(2 * 300, device=device) * 7 % 601 / 50).view(2, 300)
-    best_RC, ids_RC = scores_RV.new_empty(2, 4), scores_RV.new_empty(2, 4, dtype=torch.long)
-    log_sum_R1 = scores_RV.new_empty(2, 1)
+    scores_RV = (torch.arange(2 * 300, device=device) * 7 % 601 / 50).view(2, 300).to(dtype)
+    best_RC, log_sum_R1 = (scores_RV.new_empty(2, count, dtype=torch.float32) for count in (4, 1))
+    ids_RC = scores_RV.new_empty(2, 4, dtype=torch.long)
     top_kernel.launch(scores_RV, best_RC, ids_RC, log_sum_R1)
+    scores_RV = scores_RV.float()
     expected = scores_RV.topk(4)
     found = torch.cat([best_RC, scores_RV.gather(1, ids_RC), log_sum_R1], 1)
     wanted = torch.cat([expected.values, expected.values, scores_RV.logsumexp(1, keepdim=True)], 1)
 
-    # A sentence, a head, two hypotheses, of which the second descends from the first; two columns, 16 wide.
-    cached_2SHJP = (torch.arange(2 * 4 * 16, device=device) % 11 / 10).view(2, 1, 1, 4, 16)
-    query_SHKP, *new = (torch.arange(3 * 2 * 16, device=device) % 7 / 5).view(3, 1, 1, 2, 16)
-    out_SKHP = query_SHKP.new_empty(1, 2, 1, 16)
+    # A sentence, a head, two hypotheses, of which the second descends from the first; two columns, 64 wide.
+    cached_2SHJP = (torch.arange(2 * 4 * 64, device=device) % 11 / 10).view(2, 1, 1, 4, 64).to(dtype)
+    query_SHKP, *new = (torch.arange(3 * 2 * 64, device=device) % 7 / 5).view(3, 1, 1, 2, 64).to(dtype)
+    out_SKHP = query_SHKP.new_empty(1, 2, 1, 64)
     own_K = torch.arange(2, device=device)
     ancestors_SKC = torch.stack([torch.zeros_like(own_K), own_K], 1)[None]
     attention_kernel.launch(
@@ -130,8 +131,9 @@ def probe(device: torch.device) -> str:
         for before, now in zip(cached_2SHJP, new, strict=True)
     ]
     query_K1P, (key_KCP, value_KCP) = query_SHKP[0, 0][:, None], both
-    attended = F.scaled_dot_product_attention(query_K1P, key_KCP, value_KCP)
-    for one, other in ((found, wanted), (out_SKHP.flatten(), attended.flatten())):
-        if not torch.allclose(one, other, atol=1e-3, rtol=1e-3):
+    attended = F.scaled_dot_product_attention(query_K1P.float(), key_KCP.float(), value_KCP.float())
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    for one, other in ((found, wanted), (out_SKHP.flatten().float(), attended.flatten())):
+        if not torch.allclose(one, other, atol=tolerance, rtol=tolerance):
             raise RuntimeError("a kernel computed a wrong result")
     return ""
