@@ -301,7 +301,7 @@ def check_run_folder(folder: Path) -> None:
         )
     if (folder / NEW).is_file():
         return
-    ours = {LOG, LOCK, ORIGIN, ROLLBACKS}
+    ours = {LOG, LOCK, ORIGIN, ROLLBACKS, "tokenizer", "data"}  # the last two as in trmt new
     names = sorted(each.name for each in folder.iterdir() if each.name[0] != ".")
     if foreign := next((name for name in names if name not in ours), None):
         raise ConfigError(
