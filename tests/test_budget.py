@@ -188,7 +188,8 @@ def test_checkpoints_take_no_more_disk_than_estimated(toy_set: Path, tmp_path: P
 def plan_of(run: TrainingRun, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     print_plan(run.planned())
-    return " ".join(capsys.readouterr().err.split())
+    said = capsys.readouterr()
+    return " ".join([*said.out.split(), *said.err.split()])
 
 
 def test_the_plan_has_memory_time_and_disk(run: TrainingRun, capsys: pytest.CaptureFixture[str]) -> None:

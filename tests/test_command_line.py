@@ -15,7 +15,7 @@ import pytest
 
 import trmt
 from tests import toy
-from trmt import cli
+from trmt import cli, console
 from trmt.bundles import checkpoints
 from trmt.cli import app
 
@@ -278,7 +278,11 @@ def test_mistakes_in_training_are_one_sentence(
     base = ["train", str(tmp_path / "run"), "--data", str(toy_set), "--recipe", "transformer-tiny"]
     for more, expected in (
         (["--set", "optim.lr"], "--set takes key=value"),
-        (["--set", "optim.larning=1"], "unknown key 'larning'"),
+        (["--set", "optim.larning=1"], "unknown key 'larning'; known are optim.beta1, optim.beta2, "),
+        (["--set", "training.stps=1"], "unknown key 'stps'; did you mean 'training.steps'?"),
+        (["--set", "network.hads=1"], "unknown key 'hads'; did you mean 'network.heads'?"),
+        (["--set", "traning.steps=1"], "unknown key 'traning'; did you mean 'training'?"),
+        (["--set", "training.steps=many"], "recipe.training.steps = 'many': expected a whole number"),
         (["--device", "abacus"], "there is no device 'abacus'"),
         (["--init-from", str(tmp_path)], "there is no model in"),
         (["--set", "training.precision=fp16", "--device", "cpu"], "fp16 training needs a CUDA GPU"),
@@ -298,7 +302,10 @@ def test_training_and_averaging_from_the_command_line(
     run = tmp_path / "run"
     base = ["train", str(run), "--data", str(toy_set), "--recipe", recipe, "--threads", "1"]
     assert call(monkeypatch, *base, "--dry-run") == 0
-    assert not run.exists()
+    assert not run.exists() and "time per epoch" in capsys.readouterr().out
+    assert call(monkeypatch, "--quiet", *base, "--dry-run") == 0
+    assert "time per epoch" in capsys.readouterr().out
+    console.set_quiet(False)
     assert call(monkeypatch, *base) == 0
     assert call(monkeypatch, "average", str(run), "--best", "2") == 0
     output = capsys.readouterr()

@@ -131,7 +131,7 @@ def test_errors_about_missing_files_name_them(tmp_path: Path) -> None:
         corpus(tmp_path / "t")
     with pytest.raises(DataError, match="no file nowhere"):
         corpus(f"nowhere,{tmp_path / 't.en'}")
-    with pytest.raises(DataError, match="alone is one side"):
+    with pytest.raises(DataError, match="is one side of a corpus, or of an unknown format"):
         corpus(tmp_path / "t.en")
     with pytest.raises(ConfigError, match="one comma"):
         corpus("a,b,c")

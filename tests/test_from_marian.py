@@ -227,7 +227,7 @@ def test_weights_cannot_run_code(folder: Path, tmp_path: Path) -> None:
         ({"decoder_ffn_dim": 32}, "encoder_ffn_dim and decoder_ffn_dim"),
         ({"activation_function": "tanh"}, "activation_function = 'tanh'"),
         ({"encoder_layers": 3}, "does not hold a complete Marian model"),
-        ({"d_model": "wide"}, "expected a value of type int"),
+        ({"d_model": "wide"}, "expected a whole number"),
     ],
 )
 def test_models_that_trmt_cannot_compute_are_refused(

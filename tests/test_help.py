@@ -6,8 +6,9 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -17,6 +18,9 @@ from trmt import cli, console
 from trmt.cli import app, completion
 from trmt.cli.examples import EXAMPLES
 from trmt.cli.framework import RENAMED
+from trmt.registry import FORMATS, is_installed
+from trmt.text.tokenizer import NORMALISATIONS
+from trmt.translating import Precision
 
 ROOT: Any = typer.main.get_command(app)
 
@@ -65,13 +69,44 @@ def test_help_uses_the_width_of_the_terminal(
 
 
 @by_command
-def test_each_parameter_shows_one_default(
+def test_parameters_are_written_alike(
     trmt: Command, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    text = help_of(trmt, monkeypatch, words, 1000)
-    for line in text.splitlines():
-        assert line.count("default") <= 1 or line.strip().startswith("model"), line
-        assert "None" not in line
+    text = help_of(trmt, monkeypatch, words, 1000).partition("\nExamples:")[0]
+    assert not re.search(
+        r"[<{]\w+[>}]|\[x[<>]=|\bNone\b|: \(|\d{5}", text.replace("<2de>", "").replace("12345", "")
+    )
+    usage, *lines = text.splitlines()
+    assert re.fullmatch(r"Usage: [\w. -]+( \[OPTIONS\])?( \[?[A-Z]+\]?(\.\.\.)?)?", usage), usage
+    for line in lines:
+        assert line.count("[default") + line.count("[required") <= 1, line
+        assert "[" not in line.replace("trmt[vectors]", "") or line.endswith("]"), line
+        if option := re.match(r"  (-\w, )?--[\w-]+(/--[\w-]+)?( (\S+))?  ", line):
+            assert option[4] is None or re.fullmatch(r"[A-Z,=]+|[a-z|]+", option[4]), line
+
+
+def test_a_number_has_separators_and_a_seed_has_none(trmt: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = help_of(trmt, monkeypatch, ("tokenizer",), 1000)
+    assert "--sample N " in text and "[default: 2,000,000]" in text
+    assert "[default: 12345]" in help_of(trmt, monkeypatch, ("score",), 1000)
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("translate s s.en", "trmt translate s -i s.en"),
+        ("translate s s.en out.de", "trmt translate s -i s.en -o out.de"),
+        ("new x --train t.en t.de", "name both sides of a corpus in one word: --train t.en,t.de"),
+        ("tokenizer out --train t.en t.de", "name both sides of a corpus in one word: --train t.en,t.de"),
+        ("train a b", "unexpected argument b; trmt train -h shows what it takes"),
+        ("models a b", "unexpected arguments a b; trmt models -h shows what it takes"),
+        ("bert import a b c", "trmt bert import -h shows what it takes"),
+    ],
+)
+def test_unexpected_arguments_are_answered_with_what_to_write(trmt: Command, line: str, advice: str) -> None:
+    code, out, err = trmt(*line.split())
+    assert (code, out) == (2, b"")
+    assert err.splitlines()[-1].endswith(advice), err
 
 
 def test_every_summary_is_a_whole_sentence(trmt: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +243,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "data/en-de",
     ):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "models/other/config.toml").touch()
     (tmp_path / "my.toml").touch()
     (tmp_path / "text.de").touch()
     return tmp_path
@@ -233,7 +269,21 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("trmt score --metric ch", ["chrf", "chrf++"]),
         ("trmt compare -m ter", ["ter"]),
         ("trmt translate --device cp", ["cpu"]),
-        ("trmt train --device a", ["auto", "all"]),
+        ("trmt train --device a", ["auto"]),
+        ("trmt average --device a", ["auto"]),
+        ("trmt translate --device a", ["auto", "all"]),
+        ("trmt recipes transformer-b", ["transformer-base", "transformer-big"]),
+        ("trmt recipes models/", ["models/demo", "models/demo-int8", "models/other"]),
+        ("trmt export --to o", ["onnx"]),
+        ("trmt translate --precision b", ["bf16"]),
+        ("trmt tokenizer --kind u", ["unigram"]),
+        ("trmt tokenizer --normalise-source nf", ["nfc", "nfkc"]),
+        ("trmt attend --kind e", ["encoder"]),
+        ("trmt align --reverse oth", ["other"]),
+        ("trmt align --symmetrise i", ["intersection"]),
+        ("trmt import da", ["data"]),
+        ("trmt bert export oth", ["other"]),
+        ("trmt prepare --tokenizer da", ["data"]),
         ("trmt transl", ["translate"]),
         ("trmt translate --outp", ["--output"]),
     ],
@@ -248,12 +298,22 @@ def test_shells_complete_models_recipes_metrics_and_devices(
     assert completions(monkeypatch, capsys, line) == expected
 
 
-@pytest.mark.parametrize("parameter", ["--recipe", "--metric", "--device", "MODEL", "RUN"])
+COMPLETED = ("--recipe", "--metric", "--device", "--precision", "--kind", "MODEL", "RUN", "FORMAT")
+
+
+@pytest.mark.parametrize("parameter", COMPLETED)
 def test_every_such_parameter_is_completed(parameter: str) -> None:
     for words, command in ALL.items():
         for each in command.params:
             if parameter in (*each.opts, each.metavar):
                 assert each._custom_shell_complete is not None, (words, each.name)
+
+
+def insight(module: str, name: str) -> Any:
+    """What the optional package trmt.insight has under this name, if it is there."""
+    if not is_installed("trmt.insight"):
+        return ()
+    return getattr(import_module(f"trmt.insight.{module}"), name)
 
 
 def test_what_is_completed_exists() -> None:
@@ -262,3 +322,15 @@ def test_what_is_completed_exists() -> None:
 
     assert completion.MODELS == MODELS
     assert set(completion.recipes("")) >= set(names())
+    assert completion.formats("") == list(FORMATS)
+    for words, name, known in (
+        (("tokenizer",), "normalise_source", NORMALISATIONS),
+        (("align",), "symmetrise", insight("alignment.symmetrisation", "METHODS")),
+        (("attend",), "kinds", get_args(insight("heatmaps.weights", "AttentionKind"))),
+        (("translate",), "precision", get_args(Precision)),
+    ):
+        if words not in ALL:
+            continue
+        [parameter] = (each for each in ALL[words].params if each.name == name)
+        found = parameter._custom_shell_complete(ALL[words].make_context("x", []), parameter, "")
+        assert {getattr(each, "value", each) for each in found} == set(known), words

@@ -16,7 +16,9 @@ from tests.commands import Command
 from tests.fakes import small_network
 from trmt.bundles import bundles, checkpoints
 from trmt.bundles.bundles import AverageRecord
+from trmt.cli import common
 from trmt.errors import BundleError
+from trmt.sets.index import FORMAT
 from trmt.text.tokenizer import Tokenizer
 from trmt.training.history import LogTimes, read_times
 from trmt.training.models import default_model, find_model, list_models, newest_run
@@ -160,7 +162,9 @@ def test_an_average_that_is_worse_than_its_best_checkpoint_is_not_the_default(bu
 def test_what_was_pretrained_or_is_damaged_is_not_the_default(bundle: Path) -> None:
     add_bundle(bundle, "encoder", architecture="masked-encoder-alibi", created=9.0)
     denoising = add_run(bundle, "denoising", 5, ended=9.0)
-    (denoising / "data.json").write_text('{"kind": "documents"}')
+    index = {"format": FORMAT, "kind": "documents", "languages": ["x", ""]}
+    index |= {"corpora": [], "files": {}, "splits": {}}
+    (denoising / "data.json").write_text(json.dumps(index))
     damaged = add_bundle(bundle, "damaged", created=9.0)
     (damaged / "manifest.json").write_text("{")
     with pytest.raises(BundleError, match="is finished and can translate"):
@@ -234,6 +238,54 @@ def test_a_name_is_a_path_first_and_then_one_in_models(bundle: Path) -> None:
             checkpoints.find_bundle(Path(wrong))
 
 
+def test_a_new_name_is_one_in_models_and_what_is_there_keeps_its_path(bundle: Path) -> None:
+    run = add_run(bundle, "old", 5)
+    for typed, meant in (
+        ("new", MODELS / "new"),
+        ("old", run),
+        ("models/new", Path("models/new")),
+        ("./new", Path("new")),
+        ("./old", Path("old").absolute()),  # a relative path would be found in models/
+        ("/somewhere/new", Path("/somewhere/new")),
+        ("..", Path("..")),
+        ("a.en,a.de", Path("a.en,a.de")),
+    ):
+        assert checkpoints.named_folder(typed) == meant
+        assert checkpoints.find_folder(checkpoints.named_folder(typed)) == checkpoints.named_folder(typed)
+    shutil.copytree(bundle, "here")
+    Path("text").mkdir()
+    assert checkpoints.named_folder("here") == Path("here")
+    assert checkpoints.named_folder("text") == Path("text")
+    shutil.copytree(bundle, "old")
+    assert checkpoints.named_folder("old") == checkpoints.named_folder("./old") == Path("old")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1}', '{"format": 2, "golden": 5}'])
+def test_a_damaged_average_leaves_the_best_checkpoint(
+    bundle: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    run = add_run(bundle, "run", 3, 5, ended=1.0)
+    shutil.copytree(bundle, run / "average")
+    (run / "average/manifest.json").write_text(damage)
+    assert find_model("run") == run / "step-00000005"
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "models/run/average/manifest.json" in warning and "copy" not in warning
+    assert "models/run/step-00000005 is used instead" in warning
+    assert warning.endswith("make the average again with trmt average models/run")
+    assert default_model()[0] == run / "step-00000005"
+
+
+def test_a_damaged_checkpoint_leaves_the_others(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = add_run(bundle, "run", 3, 5, ended=1.0)
+    (run / "step-00000005/manifest.json").write_text("{")
+    assert find_model("run") == run / "step-00000003"
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "step-00000005/manifest.json" in warning and "step-00000003 is used" in warning
+    (run / "step-00000003/manifest.json").write_text("{")
+    with pytest.raises(BundleError, match=r"step-00000003/manifest\.json is not valid JSON"):
+        find_model("run")
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -259,7 +311,7 @@ def test_models_and_runs_are_found_by_their_names(
     Path("set").symlink_to(toy_set)
     code, _, err = trmt(*command, stdin=b"ka\n")
     assert code == 0, err
-    assert not Path("demo").exists()
+    assert not [name for name in ("demo", "int8", "mean", "tuned") if Path(name).exists()]
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +360,27 @@ def test_models_are_listed_with_state_languages_sizes_and_scores(trmt: Command, 
     )
     assert facts["begun"]["bundle"] is None and facts["begun"]["parameters"] is None
     assert "problem" in facts["damaged"] and not facts["locked"]["default"]
+
+
+@pytest.mark.parametrize("command", ["models", "inspect models/short"])
+def test_reports_fit_into_a_narrow_terminal(
+    trmt: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    run = add_run(bundle, "the-name-of-this-model-is-rather-long", 5, ended=1.0)
+    add_bundle(bundle, "short")
+    piped = trmt(*command.split())[1].decode()
+    assert max(map(len, piped.splitlines())) > 60
+    monkeypatch.setattr(common, "terminal_width", lambda: 60)
+    code, out, _ = trmt(*command.split())
+    lines = out.decode().splitlines()
+    assert code == 0
+    assert not [line for line in lines if len(line) >= 60 and len(max(line.split(), key=len)) < 40]
+    assert not {*out.decode().replace(",", " ").split()} - {*piped.replace(",", " ").split()}
+    if command == "models":
+        assert run.name in lines and "short" in lines
+        assert all(line.startswith("  ") for line in lines if line not in (run.name, "short"))
+    monkeypatch.setattr(common, "terminal_width", lambda: 1000)
+    assert trmt(*command.split())[1].decode() == piped
 
 
 def test_a_default_elsewhere_is_named_below_the_list(

@@ -68,10 +68,14 @@ def test_a_file_that_a_library_made_private_gets_the_usual_permissions(umask: in
         (errno.EACCES, "choose a folder that you may write to"),
         (errno.EROFS, "choose a folder that you may write to"),
         (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.ENOENT, "No such file or directory; choose another path"),
         (errno.ENOTDIR, "there is a file where a folder is needed"),
         (errno.ENAMETOOLONG, "choose a shorter name"),
     ],
 )
 def test_the_advice_fits_the_error(number: int, advice: str) -> None:
     assert advice in str(write_error(Path("x"), OSError(number, os.strerror(number))))
-    assert advice in str(write_error(Path("x"), OSError(f"I/O error: (os error {number})")))
+    same = write_error(Path("x"), OSError(f"{os.strerror(number)}(os error {number})"))
+    assert advice.rpartition("; ")[2] in str(same)
+    assert ("free some space" in str(same)) == (number in (errno.ENOSPC, errno.EDQUOT))

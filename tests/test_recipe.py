@@ -97,7 +97,7 @@ def test_another_architecture_replaces_the_network_table() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["training.stpes=5"], "did you mean 'steps'"),
+        (["training.stpes=5"], "did you mean 'training.steps'"),
         (["training.steps=0", "training.patience=0"], "nothing would end this training"),
         (["training.steps=-1"], "at least 0"),
         (["training.seed=-1"], "seed"),
@@ -108,7 +108,7 @@ def test_another_architecture_replaces_the_network_table() -> None:
         (["validation.every=0"], "at least 1"),
         (["validation.sentences=0"], "needs translations"),
         (["validation.metric=ter"], "choose one of"),
-        (["optim.lr=fast"], "expected a value of type float"),
+        (["optim.lr=fast"], "expected a number"),
     ],
 )
 def test_invalid_settings_are_refused(settings: list[str], expected: str) -> None:

@@ -44,8 +44,8 @@ def test_an_unchanged_bundle_is_verified(
     capsys.readouterr()
     assert command(monkeypatch, "verify", str(bundle)) == 0
     said = capsys.readouterr()
-    assert said.out == ""
-    assert f"files intact, {len(moved.TEXTS)} golden sentences translated as before" in said.err
+    assert said.err == ""
+    assert f"files intact, {len(moved.TEXTS)} golden sentences translated as before" in said.out
 
 
 def test_golden_sentences_have_the_translations_of_the_bundle(bundle: Path) -> None:

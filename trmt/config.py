@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import numbers
 import re
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import (
@@ -55,31 +56,87 @@ RENAMED_KEYS: Mapping[str, Mapping[str, str]] = {
 }
 
 
+# What a value of an annotated type may be, and how that is said
+KINDS: Mapping[Any, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "text"),
+    Path: (Path, "a path"),
+}
+
+
 class Options:
     """The options of a command: a dataclass that takes strings as paths and lists as tuples.
 
-    A single string where a list is wanted is an error: its letters would be taken one by one.
+    A value of another type is an error. So is a single string where a list is wanted: its letters would be
+    taken one by one.
     """
 
     def __post_init__(self) -> None:
-        hints = _hints(cast(Any, type(self)))
-        for name in (field.name for field in dataclasses.fields(cast(Any, self))):
+        for name, (hint, is_optional) in _field_types(cast(Hashable, type(self))).items():
             value = getattr(self, name)
-            taken = _taken(hints[name], value, name=name)
+            taken = value if value is None and is_optional else _taken(hint, value, name=name)
             if taken is not value:
                 object.__setattr__(self, name, taken)  # most are frozen
 
 
+@cache
+def _field_types(cls: Any) -> dict[str, tuple[Any, bool]]:
+    """The annotation of each field without None, and whether it had that."""
+    hints = get_type_hints(cls)
+    found = {}
+    for field in dataclasses.fields(cls):
+        hint, is_optional = hints[field.name], False
+        if get_origin(hint) in (Union, types.UnionType):
+            is_optional = type(None) in get_args(hint)
+            hint = next((arg for arg in get_args(hint) if arg is not type(None)), hint)
+        found[field.name] = hint, is_optional
+    return found
+
+
 def _taken(hint: Any, value: Any, *, name: str) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next((arg for arg in get_args(hint) if arg is not type(None)), hint)
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if get_origin(hint) not in (tuple, list, Sequence) or value is None:
+    if hint is str and isinstance(value, Path):
+        return str(value)
+    if hint in KINDS:
+        if not _is_a(hint, value):
+            raise ConfigError(f"{name} is {KINDS[hint][1]} and not {shown(value)}")
+        return value
+    if get_origin(hint) not in (tuple, list, Sequence):
+        if isinstance(hint, type):
+            check_type(value, hint, name)
         return value
     refuse_string(value, name)
-    items = [_taken(get_args(hint)[0], each, name=name) for each in value]
+    if not isinstance(value, Iterable):
+        raise ConfigError(f"{name} is a list and not {shown(value)}")
+    inner = get_args(hint)
+    is_fixed = get_origin(hint) is tuple and inner[-1] is not Ellipsis
+    items = [_taken(inner[0], each, name=f"{name}[{number}]") for number, each in enumerate(value)]
+    if is_fixed and len(items) != len(inner):
+        raise ConfigError(f"{name} has {len(inner)} values and not {len(items)}: {shown(value)}")
     return items if get_origin(hint) is list else tuple(items)
+
+
+def _is_a(hint: type, value: Any) -> bool:
+    return isinstance(value, KINDS[hint][0]) and (hint is bool or not isinstance(value, bool))
+
+
+def check_type(value: Any, wanted: type, name: str) -> None:
+    """Raise a ConfigError unless the value is of this type."""
+    if not isinstance(value, wanted):
+        raise ConfigError(f"{name} is a value of type {wanted.__name__} and not {shown(value)}")
+
+
+def check_strings(values: Any, name: str) -> None:
+    """Raise a ConfigError unless these are several strings."""
+    refuse_string(values, name)
+    if not isinstance(values, Sequence):
+        raise ConfigError(f"{name} is a list of strings and not {shown(values)}")
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} is a list of strings, but {name}[{number}] is {shown(value)}")
 
 
 def refuse_string(value: Any, name: str) -> None:
@@ -169,7 +226,9 @@ def build(cls: type[T], tree: Tree, *, where: str) -> T:
     values = {}
     for key, value in rename_keys(cls, tree).items():
         if key not in fields:
-            raise ConfigError(f"{where} has an unknown key {shown(key)}; {suggestion(key, list(fields))}")
+            table = _table_of_recipe(where)
+            known = suggestion(key, list(fields), prefix=f"{table}." if table else "")
+            raise ConfigError(f"{where} has an unknown key {shown(key)}; {known}")
         values[key] = _convert(hints[key], value, where=f"{where}.{key}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -247,8 +306,15 @@ def _convert(hint: Any, value: Any, *, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where} = {shown(value)}: expected a value of type {hint.__name__}")
+        kind = KINDS[hint][1] if hint in KINDS else f"a value of type {hint.__name__}"
+        raise ConfigError(f"{where} = {shown(value)}: expected {kind}")
     return value
+
+
+def _table_of_recipe(where: str) -> str:
+    """The dotted name of a recipe's table, as --set has it; of anything else, nothing."""
+    found = re.fullmatch(r"recipe\.(\w+(?:\.\w+)*)|(network|loss)", where)
+    return found[1] or found[2] if found else ""
 
 
 def _convert_sequence(kind: type, args: tuple[Any, ...], value: Any, *, where: str) -> Any:

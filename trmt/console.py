@@ -1,4 +1,4 @@
-"""Messages, progress and tables for the user, always on standard error: standard output is for data.
+"""Messages, progress and tables for the user, on standard error: standard output is for data.
 
 Progress is a bar on a terminal, and a plain line with the time every half minute elsewhere. Only this file,
 terminal.py and training/display.py import Rich.
@@ -60,6 +60,13 @@ def stderr() -> Console:
     return plain_console(stderr=True)
 
 
+def stdout() -> Console:
+    """A Rich console on standard output."""
+    from trmt.terminal import plain_console
+
+    return plain_console()
+
+
 def is_terminal() -> bool:
     """Whether standard error is a terminal that progress can be drawn on."""
     if _silent() or sys.stderr is None or not sys.stderr.isatty():
@@ -94,15 +101,18 @@ def _printable(message: str) -> str:
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], message)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a small table; columns of numbers are right-aligned."""
-    if _silent():
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, data: bool = False) -> None:
+    """Print a small table; columns of numbers are right-aligned.
+
+    `data` is for what a command was called for: it goes to standard output, also if messages are silenced.
+    """
+    if not _main_process or (_quiet and not data):
         return
     from rich.table import Table
     from rich.text import Text
 
     body = [list(row) for row in rows]
-    terminal = stderr()
+    terminal = stdout() if data else stderr()
     widths = [max(map(len, cells)) for cells in zip(columns, *body, strict=True)]
     # Rich would wrap a title to the width of the table.
     terminal.print(title)

@@ -104,10 +104,15 @@ FORMATS: Mapping[str, str] = {
 MAX_NAME = 80  # characters of a name in a message
 
 
-def suggestion(name: str, known: list[str]) -> str:
-    """The end of an error message about an unknown name: the closest known name, or all of them."""
+def suggestion(name: str, known: list[str], *, prefix: str = "") -> str:
+    """The end of an error message about an unknown name: the closest known name, or all of them.
+
+    `prefix` is what comes before each of them where they are written.
+    """
     close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean {prefix + close[0]!r}?"
+    return f"known are {', '.join(prefix + each for each in sorted(known))}"
 
 
 def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) -> Any:

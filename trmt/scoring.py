@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from trmt import console
-from trmt.config import Options, refuse_string
+from trmt.config import Options, check_strings, check_type, refuse_string
 from trmt.errors import ConfigError, DataError
 from trmt.registry import suggestion
 from trmt.text.lines import read_lines
@@ -207,13 +207,16 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _check_sentences(hypotheses: Sentences, references: Sequence[Sentences]) -> None:
     """Refuse what only looks like lists of sentences: a string is a list of letters."""
-    refuse_string(hypotheses, "hypotheses")
+    check_strings(hypotheses, "hypotheses")
     refuse_string(references, "references")
+    check_type(references, Sequence, "references")
     if any(isinstance(each, str) for each in references):
         raise ConfigError(
             "references is a list of whole reference translations, each a list of sentences; with one "
             "reference write [references]"
         )
+    for number, reference in enumerate(references):
+        check_strings(reference, f"references[{number}]")
 
 
 def read_sentences(path: str | Path) -> list[str]:

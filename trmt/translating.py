@@ -18,7 +18,7 @@ import torch
 from trmt import console
 from trmt.bundles import bundles, quantised
 from trmt.bundles.bundles import Bundle
-from trmt.config import MAX_LENGTH, refuse_string
+from trmt.config import MAX_LENGTH, Options, check_strings, check_type
 from trmt.decoding.base import Hypothesis, Search
 from trmt.decoding.engine import Engine, Runs
 from trmt.decoding.request import Batching, Request
@@ -41,7 +41,7 @@ BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslateOptions:
+class TranslateOptions(Options):
     """How to search and how to batch; the defaults are those of "Attention Is All You Need"."""
 
     search: Literal["beam", "greedy", "sampling"] = "beam"
@@ -59,6 +59,7 @@ class TranslateOptions:
     precision: Precision = "auto"  # auto: that of the bundle, on a GPU bf16, or fp16 without it
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.precision not in get_args(Precision):
             raise ConfigError(
                 f"there is no precision {self.precision!r} to translate in; choose one of "
@@ -159,6 +160,7 @@ class Translator:
         trust_code: bool = False,
     ) -> Translator:
         """The translator in a bundle or run folder; without a name, the default one."""
+        check_type(options, TranslateOptions, "options")
         path = find_model(folder)
         device = choose_device(options.device)
         bundle = bundles.load_bundle(path, device=device, trust_code=trust_code)
@@ -188,12 +190,17 @@ class Translator:
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, first_key: int = 0
     ) -> Iterator[tuple[int, Translation]]:
         """(number of the line, its translation) as they become ready."""
-        refuse_string(texts, "texts")
-        refuse_string(prefixes, "prefixes")
+        check_strings(texts, "texts")
+        if prefixes is not None:
+            check_strings(prefixes, "prefixes")
+            if len(prefixes) != len(texts):
+                raise ConfigError(
+                    f"there are {len(prefixes):,} prefixes for {len(texts):,} texts; give one each"
+                )
         lines: list[_Line] = []
         requests: list[Request] = []
         sources = self.tokenizer.source.encode(texts)
-        forced = self.tokenizer.target.encode(prefixes or [""] * len(texts))
+        forced = self.tokenizer.target.encode([""] * len(texts) if prefixes is None else prefixes)
         for number, (text, ids, prefix) in enumerate(zip(texts, sources, forced, strict=True)):
             line = _Line(prefix_cut=len(prefix) >= self.max_positions)
             for segment, (segment_ids, joiner) in enumerate(self._segments(text, ids)):

@@ -262,11 +262,32 @@ def find_folder(path: Path) -> Path:
 
     The models that come with trmt are found by their names too.
     """
+    if path.is_file():
+        if bundles.is_bundle(path.parent):
+            raise BundleError(f"{path} is a file of a model; name the model by its folder, {path.parent}")
+        raise BundleError(
+            f"{path} is a file and not a model; to translate it: trmt translate < {path} "
+            f"or trmt translate MODEL < {path}"
+        )
     if path.is_absolute() or ".." in path.parts or is_model(path):
         return path
     if is_model(MODELS / path):
         return MODELS / path
     return next((folder for folder in shipped_models() if Path(folder.name) == path), path)
+
+
+def named_folder(name: str) -> Path:
+    """The folder in which to write a run or bundle of this name: of a bare name, the one in models/.
+
+    ./NAME is in the working directory, and so is a NAME that is there and does not name a model in models/.
+    """
+    path, named = Path(name), MODELS / name
+    is_bare = name == path.name != ".." and not re.search("[,:]", name)  # corpora and URLs have these
+    if is_model(path):
+        return path
+    if is_model(named):  # where a relative path would be found
+        return named if is_bare else path.absolute() if name.startswith("./") else path
+    return named if is_bare and not path.exists() else path
 
 
 def shipped_models() -> list[Path]:
@@ -294,16 +315,24 @@ def bundle_of(folder: Path) -> tuple[Path, str]:
         return folder, ""
     average = folder / AVERAGE
     recover_folder(average)
-    found = list_checkpoints(folder)
+    found, damaged = _readable(list_checkpoints(folder))
     best = (ranked(found) or found[::-1])[:1]
+    if damaged and not best and not bundles.is_bundle(average):
+        raise damaged[0]
     if not bundles.is_bundle(average):
         if not best:
             raise BundleError(
                 f"there is no model in {folder}; name a bundle or a run folder that has one, or one of those "
                 "that trmt models lists"
             )
-        return best[0].folder, ""
-    manifest = bundles.read_manifest(average)
+        return best[0].folder, f"{_fault(damaged[0])}; {best[0].folder} is used" if damaged else ""
+    try:
+        manifest = bundles.read_manifest(average)
+    except BundleError as error:
+        if not best:
+            raise
+        advice = f"make the average again with trmt average {folder}"
+        return best[0].folder, f"{_fault(error)}; {best[0].folder} is used instead; {advice}"
     outdated = bool(found) and found[-1].folder.name > _newest_known(manifest)
     again = f"run trmt average {folder} again"
     if best and _is_better(best[0], manifest):
@@ -314,6 +343,23 @@ def bundle_of(folder: Path) -> tuple[Path, str]:
     if best and best[0].score() and not manifest.score():
         return average, f"{average} was not scored on the dev set and may be worse than a checkpoint; {again}"
     return average, ""
+
+
+def _readable(found: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[BundleError]]:
+    """The checkpoints whose manifests can be read, and the errors of the others."""
+    readable, errors = [], []
+    for checkpoint in found:
+        try:
+            checkpoint.score()
+            readable.append(checkpoint)
+        except BundleError as error:
+            errors.append(error)
+    return readable, errors
+
+
+def _fault(error: BundleError) -> str:
+    """What is wrong, without the advice that ends the sentence."""
+    return str(error).partition(";")[0]
 
 
 def _newest_known(average: Manifest) -> str:

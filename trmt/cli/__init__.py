@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Mapping
@@ -105,25 +106,42 @@ def main() -> None:
 def _run() -> str | int | None:
     """Run the command line; returns the exit code."""
     try:
+        return _outcome()
+    except BrokenPipeError:
+        discard_closed_pipes()
+        return CLOSED_PIPE
+
+
+def _outcome() -> str | int | None:
+    """Run the command line; of errors that a user can act on, print one line."""
+    try:
         try:
             app()
-        except TrmtError as error:
-            console.fail(str(error))
-            return error.exit_code
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            if error.filename is None:
-                raise
-            console.fail(f"cannot use {error.filename}: {error.strerror}; check the path and its permissions")
-            return TrmtError.exit_code
         except SystemExit as end:
-            # Readers that have gone are noticed here, and not when Python exits.
+            # Readers that have gone and disks that are full are noticed here, and not when Python exits.
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None and not stream.closed:
                     stream.flush()
             return end.code
+    except TrmtError as error:
+        console.fail(str(error))
+        return error.exit_code
     except BrokenPipeError:
-        discard_closed_pipes()
-        return CLOSED_PIPE
+        raise
+    except OSError as error:
+        if error.filename is None:
+            return _report_full_output(error)
+        console.fail(f"cannot use {error.filename}: {error.strerror}; check the path and its permissions")
+        return TrmtError.exit_code
     return 0
+
+
+def _report_full_output(error: OSError) -> int:
+    """Name the reason why standard output cannot be written; any other error is raised again."""
+    from trmt.storage.files import write_advice
+
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        raise error
+    discard_closed_pipes()
+    console.fail(f"cannot write the output: {error.strerror}; {write_advice(error)}")
+    return TrmtError.exit_code

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trmt.cli import completion
 from trmt.cli.common import (
     Device,
     Model,
@@ -23,6 +24,8 @@ from trmt.cli.common import (
 )
 from trmt.errors import ConfigError
 
+METHODS = ("intersection", "union", "grow-diag", "grow-diag-final", "grow-diag-final-and")
+
 if TYPE_CHECKING:
     from trmt.insight.alignment.aligners import Aligner, AttentionHead
     from trmt.insight.alignment.pipeline import AlignmentReport, AlignOptions
@@ -33,13 +36,19 @@ def command(
     model: Model = None,
     reverse: Annotated[
         Path | None,
-        typer.Option("--reverse", help="Model of the reverse direction; both alignments are symmetrised."),
+        typer.Option(
+            "--reverse",
+            metavar="MODEL",
+            help="Model of the reverse direction; both alignments are symmetrised.",
+            autocompletion=completion.models,
+        ),
     ] = None,
     model1: Annotated[
         Path | None,
         typer.Option(
             "--ibm-model1",
-            metavar="SET",
+            metavar="FOLDER",
+            autocompletion=completion.folders,
             help="Train IBM Model 1 on a prepared set instead of using a model.",
         ),
     ] = None,
@@ -53,6 +62,8 @@ def command(
         str | None,
         typer.Option(
             "--symmetrise",
+            metavar="METHOD",
+            autocompletion=completion.among(*METHODS),
             help="intersection, union, grow-diag, grow-diag-final or grow-diag-final-and. "
             "[default: the last, if there are two directions]",
         ),
@@ -78,14 +89,19 @@ def command(
         ),
     ] = None,
     gold: Annotated[
-        Path | None, typer.Option("--gold", help="Gold links to compare with: alignment error rate.")
+        Path | None,
+        typer.Option("--gold", metavar="FILE", help="Gold links to compare with: alignment error rate."),
     ] = None,
     rank_heads: Annotated[
         bool, typer.Option("--rank-heads", help="With --gold: list all layers and heads, the best first.")
     ] = False,
     evaluate: Annotated[
         Path | None,
-        typer.Option("--evaluate", help="With --gold: compare the links in this file and align nothing."),
+        typer.Option(
+            "--evaluate",
+            metavar="FILE",
+            help="With --gold: compare the links in this file and align nothing.",
+        ),
     ] = None,
     device: Device = "auto",
     threads: Threads = 0,

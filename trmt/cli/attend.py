@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from trmt.cli import completion
 from trmt.cli.common import Device, Model, Threads, TrustCode, input_stream, output_style, set_threads
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def command(
         typer.Option(
             "--kind",
             metavar="KIND",
+            autocompletion=completion.among("cross", "encoder", "decoder"),
             help="cross (attention), encoder or decoder (self-attention); repeatable for a page. "
             "[default: cross, for a page all]",
         ),

@@ -29,14 +29,22 @@ def command(
         typer.Option("--last", help="Average the last N checkpoints of the run, if that helps or not."),
     ] = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Bundle to write. [default: average/ in the run]"
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Bundle to write, or its name in models/. [default: average/ in the run]",
         ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Prepared set with the dev set of the run. [default: that of the run]"),
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Prepared set with the dev set of the run. [default: that of the run]",
+            autocompletion=completion.folders,
+        ),
     ] = None,
     device: Device = "auto",
     threads: Threads = 0,
@@ -46,6 +54,7 @@ def command(
     import torch
 
     from trmt.averaging import AverageOptions, average
+    from trmt.bundles.checkpoints import named_folder
 
     if threads:
         torch.set_num_threads(threads)
@@ -54,7 +63,7 @@ def command(
             paths=tuple(checkpoints or ()),
             best=best,
             last=last,
-            out=out,
+            out=named_folder(out) if out else None,
             data=data,
             device=device,
             trust_code=trust_code,

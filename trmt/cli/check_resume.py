@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trmt.cli import completion
-from trmt.cli.common import Threads
+from trmt.cli.common import Threads, print_report
 
 
 def command(
@@ -22,7 +22,13 @@ def command(
     ],
     steps: Annotated[int, typer.Option("--steps", help="Steps to train on, with a kill in the middle.")] = 20,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Prepared set. [default: that of the run]")
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Prepared set. [default: that of the run]",
+            autocompletion=completion.folders,
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -34,7 +40,7 @@ def command(
     ] = None,
     threads: Threads = 0,
     trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Let the run folder name code outside trmt.")
+        bool, typer.Option("--trust-code", help="Allow the run folder to load code from outside trmt.")
     ] = False,
 ) -> None:
     """Check on a copy that a run resumes exactly. Killed and resumed, it must end with the same bytes."""
@@ -57,7 +63,7 @@ def command(
         raise TrmtError(
             f"resuming {run} does not continue the same run; on a GPU, try --set training.deterministic=true"
         )
-    console.say(
+    print_report(
         "the same to the last byte: weights, optimiser, all else that is saved, data and log, "
         "with a kill in between as without"
     )

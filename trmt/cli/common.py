@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO, NoReturn, cast
+from typing import Annotated, BinaryIO, NoReturn, TypeVar, cast
 
 import typer
 
@@ -33,10 +34,12 @@ Threads = Annotated[
     int, typer.Option("--threads", min=0, metavar="N", help="CPU threads. [default: all]", show_default=False)
 ]
 OutputFolder = Annotated[Path | None, typer.Argument(hidden=True)]  # the former place of --output
+OutputName = Annotated[str | None, typer.Argument(hidden=True)]
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Allow the model to load code from outside trmt.")
 ]
 
+Output = TypeVar("Output", Path, str)
 MAX_SHOWN = 5  # line numbers that a warning names
 
 
@@ -54,14 +57,14 @@ def input_stream() -> BinaryIO:
     return stream if stream.isatty() else cast(BinaryIO, Decompressed(stream, "standard input"))
 
 
-def chosen_output(argument: Path | None, option: Path | None) -> Path | None:
+def chosen_output(argument: Output | None, option: Output | None) -> Output | None:
     """What to write: --output, or the argument that it was before."""
     if argument and option:
         raise ConfigError(f"{argument} and --output {option} are two places to write to; leave one out")
     return option or argument
 
 
-def required_output(argument: Path | None, option: Path | None) -> Path:
+def required_output(argument: Output | None, option: Output | None) -> Output:
     """What to write; nothing is a wrong usage."""
     out = chosen_output(argument, option)
     if out is None:
@@ -138,6 +141,44 @@ def format_table(rows: list[list[str]]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in padded)
+
+
+def fitting_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table; on a terminal that is too narrow for it, a paragraph for each row."""
+    text = format_table([head, *rows])
+    width = terminal_width()
+    if width is None or max(map(len, text.splitlines())) < width:
+        return text
+    paragraphs = []
+    for first, *cells in rows:
+        facts = ", ".join(
+            f"{name} {cell}".strip() for name, cell in zip(head[1:], cells, strict=True) if cell
+        )
+        paragraphs += [first, wrapped(facts, indent="  ")]
+    return "\n".join(paragraphs)
+
+
+def wrapped(text: str, *, indent: str, first: str | None = None) -> str:
+    """Text on indented lines, on a terminal wrapped to its width; `first` comes before the first line."""
+    first = indent if first is None else first
+    width = terminal_width()
+    if width is None or not text:
+        return first + text
+    return textwrap.fill(
+        text,
+        max(width - 1, len(indent) + 10),
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def terminal_width() -> int | None:
+    """The width of the terminal that standard output is, or None if it is something else."""
+    import sys
+
+    return output_style()[0] if sys.stdout.isatty() else None
 
 
 def output_style() -> tuple[int, bool]:

@@ -38,11 +38,38 @@ def folders(incomplete: str) -> list[str]:
     return _paths(incomplete, lambda path: False)
 
 
+def recipes_and_runs(incomplete: str) -> list[str]:
+    """Recipes, and runs in models/ by path."""
+    runs = (str(each.parent) for each in sorted(MODELS.glob("*/config.toml")))
+    return list(dict.fromkeys([*recipes(incomplete), *_matching(runs, incomplete)]))
+
+
+def formats(incomplete: str) -> list[str]:
+    """The formats of `trmt export`."""
+    from trmt.registry import FORMATS
+
+    return _matching(FORMATS, incomplete)
+
+
+def among(*names: str) -> Callable[[str], list[str]]:
+    """What completes one of these names."""
+
+    def matching(incomplete: str) -> list[str]:
+        return _matching(names, incomplete)
+
+    return matching
+
+
 def devices(incomplete: str) -> list[str]:
     """Names of devices."""
     gpus = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
-    names = ["auto", "cpu", "cuda", *(f"cuda:{number}" for number in range(len(gpus))), "all"]
+    names = ["auto", "cpu", "cuda", *(f"cuda:{number}" for number in range(len(gpus)))]
     return _matching([*names, *(["mps"] if sys.platform == "darwin" else [])], incomplete)
+
+
+def devices_and_all(incomplete: str) -> list[str]:
+    """Names of devices, and the word for all GPUs."""
+    return [*devices(incomplete), *_matching(["all"], incomplete)]
 
 
 def _matching(names: Iterable[str], incomplete: str) -> list[str]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from trmt import console
 from trmt.cli.examples import EXAMPLES
+from trmt.cli.parameters import Parameter, parameters
 
 # Former spellings of options and the present ones, for commands that have the present one.
 RENAMED: Mapping[str, str] = {"--out": "--output"}
@@ -47,14 +49,35 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         known = {name for each in self.params for name in each.opts}
-        return super().parse_args(ctx, [_present_spelling(each, known) for each in args])
+        ctx.allow_extra_args = True  # which are refused below
+        extra = super().parse_args(ctx, [_present_spelling(each, known) for each in args])
+        if extra and not ctx.resilient_parsing:
+            what = "argument" if len(extra) == 1 else "arguments"
+            ctx.fail(f"unexpected {what} {' '.join(extra)}; {_advice(ctx, extra)}")
+        return extra
+
+    def declared(self) -> dict[str, Parameter]:
+        """The arguments and options of the command by name, but hidden ones."""
+        return {each.name: each for each in parameters(inspect.unwrap(cast(Any, self.callback)))}
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        shown = (each for each in self.get_params(ctx) if not getattr(each, "hidden", False))
-        return [
-            self.options_metavar or "",
-            *(piece for each in shown for piece in each.get_usage_pieces(ctx)),
+        arguments = (each.usage for each in self.declared().values() if not each.is_option)
+        return [self.options_metavar or "", *arguments]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        known = self.declared()
+        arguments = [(each.listed, each.help) for each in known.values() if not each.is_option]
+        options = [
+            (known[each.name].listed, known[each.name].help)
+            if each.name in known
+            else each.get_help_record(ctx)
+            for each in self.get_params(ctx)
+            if each.param_type_name == "option" and not each.hidden
         ]
+        for title, rows in (("Arguments", arguments), ("Options", options)):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def get_short_help_str(self, limit: int = 45) -> str:
         return first_sentence(self.help or "")
@@ -68,6 +91,19 @@ class Command(TyperCommand):
                     formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
                     with formatter.indentation():
                         formatter.write_text(meaning)
+
+
+def _advice(ctx: Any, extra: list[str]) -> str:
+    """What to write instead of arguments that a command does not take."""
+    command = ctx.command_path.removeprefix(ctx.find_root().command_path).strip()
+    if command == "translate":
+        files = "".join(f" {option} {each}" for option, each in zip(("-i", "-o"), extra, strict=False))
+        line = f"trmt translate {ctx.params['model']}{files}"
+        return f"name the text with -i and its translation with -o: {line}"
+    corpora = ctx.params.get("train") or ()
+    if corpora and len(extra) == 1 and "," not in corpora[-1]:
+        return f"name both sides of a corpus in one word: --train {corpora[-1]},{extra[0]}"
+    return f"trmt {command} -h shows what it takes"
 
 
 def _present_spelling(argument: str, known: set[str]) -> str:

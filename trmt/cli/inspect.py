@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trmt.cli.common import Model, print_report
+from trmt.cli.common import Model, print_report, wrapped
 
 NamedLines = list[tuple[str, str]]
 
@@ -26,7 +26,7 @@ def command(
         return
     lines = _bundle_lines(facts) if "architecture" in facts else [("run", facts["folder"])]
     lines += _run_lines(facts.get("run"))
-    print_report("\n".join(f"{name:<13}{value}" for name, value in lines))
+    print_report("\n".join(wrapped(value, indent=" " * 13, first=f"{name:<13}") for name, value in lines))
 
 
 def _bundle_lines(facts: dict[str, Any]) -> NamedLines:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from trmt.cli.common import Model, OutputFolder, required_output
+from trmt.cli import completion
+from trmt.cli.common import Model, OutputFolder, OutputName, required_output
 from trmt.cli.framework import Command
 
 bert = typer.Typer(
@@ -18,7 +19,15 @@ bert = typer.Typer(
 
 
 def export_command(
-    to: Annotated[str, typer.Option("--to", help="Format: ctranslate2, huggingface or onnx.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="ctranslate2, huggingface or onnx.",
+            autocompletion=completion.formats,
+        ),
+    ],
     model: Model = None,
     out: Annotated[
         Path | None,
@@ -42,60 +51,89 @@ def export_command(
 
 def import_command(
     folder: Annotated[
-        Path, typer.Argument(help="Hugging Face folder with a Marian model, such as those of OPUS-MT.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Hugging Face folder with a Marian model, such as those of OPUS-MT.",
+            autocompletion=completion.folders,
+        ),
     ],
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output",
             "-o",
             metavar="FOLDER",
-            help="Bundle to write. [default: in models/, with the name of FOLDER]",
+            help="Bundle to write, or its name in models/. [default: in models/, with the name of FOLDER]",
         ),
     ] = None,
     source: Annotated[
-        str, typer.Option("--from", help="Source language. [default: from the model's files]")
+        str,
+        typer.Option("--from", metavar="LANGUAGE", help="Source language. [default: from the model's files]"),
     ] = "",
     target: Annotated[
-        str, typer.Option("--to", help="Target language. [default: from the model's files]")
+        str,
+        typer.Option("--to", metavar="LANGUAGE", help="Target language. [default: from the model's files]"),
     ] = "",
     check: Annotated[
         bool, typer.Option(help="Compare the outputs with those of transformers, if it is installed.")
     ] = True,
 ) -> None:
     """Import a Marian model as a bundle. It can be translated with and fine-tuned."""
+    from trmt.bundles.checkpoints import named_folder
     from trmt.interop.importing import ImportOptions, import_model
 
-    import_model(ImportOptions(folder=folder, out=out, languages=(source, target), check=check))
+    written = named_folder(out) if out else None
+    import_model(ImportOptions(folder=folder, out=written, languages=(source, target), check=check))
 
 
 @bert.command("import", cls=Command)
 def bert_import(
-    folder: Annotated[Path, typer.Argument(help="Folder with config.json, vocab.txt and model.safetensors.")],
-    to: OutputFolder = None,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Folder with config.json, vocab.txt and model.safetensors.",
+            autocompletion=completion.folders,
+        ),
+    ],
+    to: OutputName = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
+            metavar="FOLDER",
+            autocompletion=completion.folders,
             help="Tokenizer of the new encoder; pieces that BERT also has keep their embeddings. "
-            "[default: the one in data/]"
+            "[default: the one in data/]",
         ),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Bundle to write. [required]"),
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Bundle to write, or its name in models/. [required]"
+        ),
     ] = None,
 ) -> None:
     """Import a BERT as a bundle. For trmt train --init-from BUNDLE:encoder."""
+    from trmt.bundles.checkpoints import named_folder
     from trmt.interop.bert_folder import import_bert
     from trmt.text.tokenizer import Tokenizer
     from trmt.text.tokenizer_folders import find_tokenizer
 
-    import_bert(folder, required_output(to, output), Tokenizer.load(tokenizer or find_tokenizer(None)))
+    out = named_folder(required_output(to, output))
+    import_bert(folder, out, Tokenizer.load(tokenizer or find_tokenizer(None)))
 
 
 @bert.command("export", cls=Command)
 def bert_export(
-    model: Annotated[Path, typer.Argument(help="Bundle or run folder of trmt pretrain.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Bundle or run folder of trmt pretrain.",
+            autocompletion=completion.models,
+        ),
+    ],
     to: OutputFolder = None,
     output: Annotated[
         Path | None,

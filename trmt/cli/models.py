@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trmt.cli.common import format_table
+from trmt.cli.common import fitting_table, print_report
 
 
 def command(
@@ -27,11 +27,11 @@ def command(
         default, why = None, str(error)
     rows = [as_tree(model, default=default) for model in [*list_models(), *shipped_elsewhere()]]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        print_report(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     if rows:
         head = ["name", "state", "languages", "parameters", "on disk", "dev set", ""]
-        typer.echo(format_table([head, *map(_row, rows)]))
+        print_report(fitting_table(head, [_row(row) for row in rows]))
         for row in rows:
             if "problem" in row:
                 console.warn(row["problem"])

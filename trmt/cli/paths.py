@@ -55,15 +55,6 @@ def _is_remote_folder(location: str) -> bool:
     return is_url(location) and not is_file(location) and bool(list_files(location))
 
 
-def check_model(model: Path | None) -> None:
-    """Refuse a file of text, which is something to translate."""
-    if model is not None and model.is_file():
-        raise ConfigError(
-            f"{model} is a file and not a model; to translate it: trmt translate < {model} "
-            f"or trmt translate MODEL < {model}"
-        )
-
-
 @contextmanager
 def open_input(location: str | None) -> Iterator[BinaryIO]:
     """The text of a file, or of standard input, decompressed if it is compressed."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli import completion
 from trmt.cli.common import OutputFolder, chosen_output
 from trmt.errors import ConfigError
 from trmt.registry import require
@@ -68,12 +69,17 @@ def command(
         str | None,
         typer.Option(
             "--language",
+            metavar="LANGUAGE",
             help="Language of the documents. [default: the files' ending, else the tokenizer's source]",
         ),
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Folder of the tokenizer. [default: the one in data/ for the languages]"),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the tokenizer. [default: the one in data/ for the languages]",
+            autocompletion=completion.folders,
+        ),
     ] = None,
     max_length: Annotated[int, typer.Option(help="Maximum number of subword pieces of each side.")] = 250,
     max_ratio: Annotated[
@@ -91,10 +97,14 @@ def command(
             help="Word alignment of a --train corpus (trmt align); one file for each.",
         ),
     ] = None,
-    source_column: Annotated[str | None, typer.Option(help="Column of the source text.")] = None,
-    target_column: Annotated[str | None, typer.Option(help="Column of the target text.")] = None,
+    source_column: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of the source text.")
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of the target text.")
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Number of worker processes.", show_default="one for each core")
+        int | None, typer.Option(help="Number of worker processes. [default: one for each core]")
     ] = None,
     ray: Annotated[
         str | None,

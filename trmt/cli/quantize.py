@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,11 +10,15 @@ from trmt.cli.common import Model, TrustCode
 
 
 def command(
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Bundle to write.")],
+    out: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Bundle to write, or its name in models/."),
+    ],
     model: Model = None,
     trust_code: TrustCode = False,
 ) -> None:
     """Quantise the weights of a model to int8. A quarter of the size, for translation on the CPU."""
+    from trmt.bundles.checkpoints import named_folder
     from trmt.quantizing import quantize
 
-    quantize(model, out, trust_code=trust_code)
+    quantize(model, named_folder(out), trust_code=trust_code)

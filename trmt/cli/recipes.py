@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trmt.cli import completion
+
 if TYPE_CHECKING:
     from trmt.training.recipe import Recipe
     from trmt.training.recipe_keys import Key
@@ -15,7 +17,12 @@ if TYPE_CHECKING:
 
 def command(
     name: Annotated[
-        str | None, typer.Argument(help="Recipe by name or path, or a run folder. [default: list all]")
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Recipe by name or path, or a run folder. [default: list all]",
+            autocompletion=completion.recipes_and_runs,
+        ),
     ] = None,
 ) -> None:
     """List recipes, or print one with all keys. The output is a recipe: trmt recipes NAME > my.toml"""

@@ -50,10 +50,14 @@ def command(
         ),
     ] = None,
     to: Annotated[
-        str | None, typer.Option("--to", help="Target language; selects the BLEU tokenizer of zh, ja and ko.")
+        str | None,
+        typer.Option(
+            "--to", metavar="LANGUAGE", help="Target language; selects the BLEU tokenizer of zh, ja and ko."
+        ),
     ] = None,
     tokenize: Annotated[
-        str | None, typer.Option(help="sacreBLEU's tokenizer for BLEU. [default: by --to, else 13a]")
+        str | None,
+        typer.Option(metavar="NAME", help="sacreBLEU's tokenizer for BLEU. [default: by --to, else 13a]"),
     ] = None,
     lowercase: Annotated[bool, typer.Option(help="Ignore case in BLEU and chrF; TER always does.")] = False,
     paired: Annotated[
@@ -66,7 +70,7 @@ def command(
         int | None,
         typer.Option(
             min=0,
-            help="Bootstrap resamples, or trials of ar. [default: 1000 (ar: 10000); one system: none]",
+            help="Bootstrap resamples, or trials of ar. [default: 1,000 (ar: 10,000); one system: none]",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=1, help="Seed of the resamples.")] = 12345,

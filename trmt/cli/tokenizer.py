@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trmt import console
+from trmt.cli import completion
 from trmt.cli.common import OutputFolder, chosen_output
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ CORPUS = (
     "hf:NAME; - for TSV on standard input."
 )
 LANGUAGE = "language. [default: the file's ending: train.en,train.de, pairs.en-de.tsv]"
+RULES = ("nfc", "nfkc", "nmt_nfkc", "nmt_nfkc_cf", "none")
 RULE = "nfc, nfkc, nmt_nfkc, nmt_nfkc_cf or none; stored with the tokenizer."
 
 
@@ -35,11 +37,18 @@ def command(
         int | None,
         typer.Option(
             help="Vocabulary size of each model, with special ids and bytes. "
-            "[default: 1000, 2000 or 8000, by the number of pairs]",
+            "[default: 1,000, 2,000 or 8,000, by the number of pairs]",
             show_default=False,
         ),
     ] = None,
-    kind: Annotated[str, typer.Option(help="Subword algorithm: bpe or unigram.")] = "bpe",
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Subword algorithm: bpe or unigram.",
+            autocompletion=completion.among("bpe", "unigram"),
+        ),
+    ] = "bpe",
     joint: Annotated[
         bool, typer.Option("--joint/--separate", help="One model for both languages, or two.")
     ] = True,
@@ -54,10 +63,20 @@ def command(
     byte_fallback: Annotated[bool, typer.Option(help="Encode other characters as bytes.")] = True,
     split_digits: Annotated[bool, typer.Option(help="Make every digit a separate piece.")] = True,
     normalise_source: Annotated[
-        str, typer.Option(metavar="RULE", help=f"Normalisation of source text: {RULE}")
+        str,
+        typer.Option(
+            metavar="RULE",
+            autocompletion=completion.among(*RULES),
+            help=f"Normalisation of source text: {RULE}",
+        ),
     ] = "nfc",
     normalise_target: Annotated[
-        str, typer.Option(metavar="RULE", help=f"Normalisation of target text: {RULE}")
+        str,
+        typer.Option(
+            metavar="RULE",
+            autocompletion=completion.among(*RULES),
+            help=f"Normalisation of target text: {RULE}",
+        ),
     ] = "nfc",
     tag: Annotated[
         list[str] | None,
@@ -69,8 +88,12 @@ def command(
         list[str] | None,
         typer.Option(metavar="SYMBOL", help="A symbol that is a single piece in text; repeatable."),
     ] = None,
-    source_column: Annotated[str | None, typer.Option(help="Column of the source text.")] = None,
-    target_column: Annotated[str | None, typer.Option(help="Column of the target text.")] = None,
+    source_column: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of the source text.")
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of the target text.")
+    ] = None,
     sample: Annotated[int, typer.Option(help="Maximum number of training sentences, sampled.")] = 2_000_000,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 1,
     output: Annotated[
@@ -79,8 +102,7 @@ def command(
             "--output",
             "-o",
             metavar="FOLDER",
-            help="Folder to write.",
-            show_default="data/tokenizer-SOURCE-TARGET",
+            help="Folder to write. [default: data/tokenizer-SOURCE-TARGET]",
         ),
     ] = None,
 ) -> None:

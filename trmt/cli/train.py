@@ -11,10 +11,10 @@ from trmt.cli import completion
 from trmt.cli.common import Threads, set_threads
 
 RunFolder = Annotated[
-    Path | None,
+    str | None,
     typer.Argument(
         metavar="RUN",
-        help="Run folder; an existing run is resumed. [default: models/<data>-<recipe>]",
+        help="Run folder, or a name in models/; an existing run is resumed. [default: models/DATA-RECIPE]",
         autocompletion=completion.models,
     ),
 ]
@@ -76,13 +76,14 @@ def command(
     trust_code: TrustRunCode = False,
 ) -> None:
     """Train a network. The same command resumes a stopped run exactly."""
+    from trmt.bundles.checkpoints import named_folder
     from trmt.training.planning import TrainOptions
     from trmt.training.run import train
     from trmt.validating import validate
 
     make_ready(threads)
     options = TrainOptions(
-        run=run,
+        run=named_folder(run) if run else None,
         data=data,
         recipe=recipe,
         settings=_with_device(settings, device),
@@ -129,12 +130,13 @@ def pretrain(
     trust_code: TrustRunCode = False,
 ) -> None:
     """Pretrain a network on documents. Then fine-tune it: trmt train --init-from RUN:encoder."""
+    from trmt.bundles.checkpoints import named_folder
     from trmt.training.planning import TrainOptions
     from trmt.training.run import train
 
     make_ready(threads)
     options = TrainOptions(
-        run=run,
+        run=named_folder(run) if run else None,
         data=data,
         recipe=recipe,
         settings=_with_device(settings, device),

@@ -77,13 +77,15 @@ def command(
             "--device",
             metavar="DEVICE",
             help="cpu, cuda, cuda:1, mps or auto; a list such as cuda:0,cuda:1; or all GPUs: all.",
-            autocompletion=completion.devices,
+            autocompletion=completion.devices_and_all,
         ),
     ] = "auto",
     precision: Annotated[
         str,
         typer.Option(
             "--precision",
+            metavar="PRECISION",
+            autocompletion=completion.among("auto", "fp32", "bf16", "fp16", "int8"),
             help="fp32, bf16 or fp16 (GPU), int8 (CPU), or auto: that of the bundle, on a GPU bf16.",
         ),
     ] = "auto",
@@ -92,6 +94,7 @@ def command(
         str | None,
         typer.Option(
             "--workers",
+            metavar="N",
             help="Processes with a core or GPU each; auto: one for each core or GPU. "
             "[default: 1; on Ray one for each core or GPU]",
         ),
@@ -141,7 +144,6 @@ def command(
         sample=sample,
     )
     in_parts = paths.in_parts(input_path, output_path, ray=ray, part_size=part_size)
-    paths.check_model(model)
 
     from trmt.translating import TranslateOptions
 

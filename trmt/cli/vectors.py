@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trmt.cli import completion
 from trmt.cli.common import OutputFolder, required_output
 
 
@@ -16,7 +17,12 @@ def command(
     ],
     file: OutputFolder = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the tokenizer. [default: the one in data/]")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the tokenizer. [default: the one in data/]",
+            autocompletion=completion.folders,
+        ),
     ] = None,
     width: Annotated[
         int, typer.Option(min=1, help="Dimension of the vectors; must be network.d_model.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trmt.cli.common import Device, Model, Threads, TrustCode, set_threads
+from trmt.cli.common import Device, Model, Threads, TrustCode, print_report, set_threads
 
 
 def command(
@@ -25,6 +25,6 @@ def command(
     if not found.sentences:
         console.warn(f"{found.folder} has no golden sentences; only its files were checked")
     else:
-        console.say(f"{found.folder}: files intact, {found.sentences} golden sentences translated as before")
+        print_report(f"{found.folder}: files intact, {found.sentences} golden sentences translated as before")
     if found.versions:
         console.say(f"versions differ from those it was written with: {', '.join(found.versions)}")

@@ -29,6 +29,7 @@ X_LABELS = {"steps": "steps", "tokens": "target tokens", "hours": "hours of trai
 PLOT_ROWS = 8  # of a plot on a terminal
 TWO_PLOTS_WIDTH = 100  # terminal columns from which two plots are side by side
 MIN_PLOT_WIDTH = 24
+MAX_ENTRY = 1 << 20  # bytes of a line in a log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +73,30 @@ def read_runs(paths: Sequence[Path]) -> dict[str, History]:
         raise ConfigError("a run is given twice; name each run once")
     histories = {}
     for name, log in zip(names, logs, strict=True):
+        _refuse_text(log)
         histories[name] = history = History.read(log)
-        if history.damaged:
-            console.warn(f"{history.damaged} lines of {log} cannot be read and are skipped")
         if not history.entries:
             raise DataError(f"{log} has no curves; {_advice(log)}, or name another run")
     return histories
+
+
+def _refuse_text(log: Path) -> None:
+    """Refuse a file that is no log."""
+    if log.name == LOG or not log.is_file():
+        return
+    with log.open("rb") as stream:
+        head = stream.readline(MAX_ENTRY)
+    if b'"event"' not in head:
+        raise DataError(f"{log} is not the log of a run; name a run folder, or the {LOG} in one")
 
 
 def _advice(log: Path) -> str:
     """What to do about a log without curves, which depends on whether its run has ended."""
     if log.with_name(LOCK).exists():
         return f"wait for the first {TRAIN} entry"
+    ended = read_times(log).end_step
+    if ended is not None:
+        return f"the run has ended at step {ended:,} with fewer steps than training.log_every"
     return "the run has fewer steps than training.log_every, so train on"
 
 

@@ -26,6 +26,8 @@ MAX_FILES = 10_000  # of weights
 
 def refuse_bundle(folder: Path) -> None:
     """Raise an error for a model of trmt, which needs no import."""
+    if not folder.exists():  # a folder to import has no name in models/
+        folder = checkpoints.find_folder(folder)
     if bundles.is_bundle(folder) or checkpoints.list_checkpoints(folder):
         raise BundleError(f"{folder} is a model of trmt already, which needs no import; use it as it is")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trmt import console
-from trmt.config import Options
+from trmt.config import Options, check_type
 from trmt.errors import ConfigError, DataError
 from trmt.sets.building import EncodeCorpora, EncodedCorpora, PrepareJob, build_set
 from trmt.sets.encoding import BlockEncoder, available_cores, encode_blocks, read_blocks
@@ -72,6 +72,7 @@ def prepare(options: PrepareOptions, *, encode: EncodeCorpora | None = None) -> 
     script needs the usual `if __name__ == "__main__":`, because workers import it. `encode` replaces the
     local workers.
     """
+    check_type(options, PrepareOptions, "options")
     job = _resolve(options)
     made_from = _made_from(job)
     if not options.force and (existing := _existing(job, made_from)):

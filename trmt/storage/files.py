@@ -50,7 +50,9 @@ def write_advice(error: OSError) -> str:
         return "there is a file where a folder is needed, or a folder in place of a file; choose another path"
     if number == errno.ENAMETOOLONG:
         return "choose a shorter name"
-    return "free some space or choose another path"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space or choose another path"
+    return "choose another path"
 
 
 # Writing

@@ -88,8 +88,12 @@ def find_languages(
 ) -> tuple[str | None, str | None]:
     """The languages of some corpora: those given, else those that the names of their files end in.
 
-    None stands for a language that is neither given nor named.
+    None stands for a language that is neither given nor named. A file with one side alone is an error.
     """
+    for text in texts:
+        name = _split_weight(text)[0]
+        if not is_url(name) and _is_one_side(name):
+            raise _one_side(name)
     if source and target:
         return source, target
     named = {text: found for text in texts if (found := named_languages(_split_weight(text)[0]))}
@@ -177,8 +181,24 @@ def _find(name: str, languages: tuple[str, str]) -> tuple[CorpusFormat, tuple[st
     if "," in name:
         return "two files", _two_files(name, languages)
     if is_file(name):
-        raise DataError(f"{name} alone is one side of a corpus, or of an unknown format; {SYNTAX}")
+        raise _one_side(name)
     return "two files", _with_prefix(name, languages)
+
+
+def _is_one_side(name: str) -> bool:
+    is_other = name == STDIN or name.startswith(DATASET_PREFIX) or "," in name or is_table(name)
+    return not is_other and is_file(name)
+
+
+def _one_side(name: str) -> DataError:
+    """The error for a single file, with the other side if its name can be told."""
+    suffix = found[0] if (found := COMPRESSED.search(name)) else ""
+    prefix, _, language = name.removesuffix(suffix).rpartition(".")
+    others = languages_of_prefix(prefix) if prefix and _is_code(language) else []
+    sides = [f"{prefix}.{each}{suffix}" for each in others if each != language]
+    if len(sides) == 1 and is_file(sides[0]):
+        return DataError(f"{name} is one side of a corpus; name both sides: {name},{sides[0]}")
+    return DataError(f"{name} is one side of a corpus, or of an unknown format; {SYNTAX}")
 
 
 def _format_of_file(name: str) -> CorpusFormat | None:
@@ -191,6 +211,11 @@ def _format_of_file(name: str) -> CorpusFormat | None:
     if uncompressed.endswith(".jsonl"):
         return "jsonl"
     return "parquet" if name.lower().endswith(".parquet") else None
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is a corpus alone, by its name."""
+    return _format_of_file(name) is not None
 
 
 def is_stream(path: str) -> bool:

@@ -395,6 +395,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise BundleError(
             f"there is no tokenizer in {path.parent}; train one with `trmt tokenizer`"
         ) from error
+    except NotADirectoryError as error:
+        raise BundleError(
+            f"{path.parent} is a file and not a tokenizer; name a folder that `trmt tokenizer` wrote"
+        ) from error
     except OSError as error:
         raise BundleError(
             f"cannot read {path}: {error.strerror}; check the path and its permissions"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import sentencepiece
 
 from trmt import console
-from trmt.config import Options
+from trmt.config import Options, check_type
 from trmt.errors import ConfigError, DataError
 from trmt.text.corpus import TextPair, find_languages, parse_corpus
 from trmt.text.pairs import count_pairs, read_corpus
@@ -167,6 +167,7 @@ def train_tokenizer(
     The same options and text give the same models. A model has fewer pieces than requested if the text does
     not have as many. At most `options.sample` sentences are in memory, besides the data of sentencepiece.
     """
+    check_type(options, TokenizerOptions, "options")
     source_language, target_language = find_languages(options.corpora, *options.languages)
     options = replace(options, languages=(source_language or "", target_language or ""))
     if out is not None:

@@ -220,7 +220,7 @@ def print_plan(run: PlannedRun) -> None:
         ["target tokens per epoch", f"{int((batches.target_lengths + 1).sum()):,}"],
         ["device and precision", f"{state.device} {state.precision}"],
     ]
-    console.table(f"plan for {run.folder}", ["what", "how much"], rows)
+    console.table(f"plan for {run.folder}", ["what", "how much"], rows, data=True)
     if found and found.micro_batches > 1:
         console.warn(
             f"the largest batch does not fit and is split into {found.micro_batches} micro-batches; {SMALLER}"

@@ -77,7 +77,10 @@ def default_model(models: Path = MODELS) -> tuple[Path, str]:
     with trmt. Quantised bundles come after all others.
     """
     if named := os.environ.get("TRMT_MODEL"):
-        return checkpoints.find_bundle(Path(named)), "$TRMT_MODEL"
+        try:
+            return checkpoints.find_bundle(Path(named)), "$TRMT_MODEL"
+        except BundleError as error:
+            raise BundleError(f"the environment variable TRMT_MODEL is {named}, but {error}") from error
     listed = list_models(models)
     usable = [model for model in listed if model.can_be_default]
     if usable:

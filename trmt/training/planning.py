@@ -17,6 +17,7 @@ from trmt.sets.index import INDEX
 from trmt.sets.record import describe_changes
 from trmt.sets.shards import DOCUMENTS, PAIRS, PreparedSet
 from trmt.storage.locks import LOCK
+from trmt.text.corpus import DATASET_PREFIX, is_table
 from trmt.text.tokenizer import Tokenizer
 from trmt.training import fine_tuning
 from trmt.training.history import LOG, NEW
@@ -70,6 +71,7 @@ def with_origin(options: TrainOptions) -> TrainOptions:
     """The options, completed with what the named run folder was started with."""
     if not options.run:
         return options
+    _check_run_name(options.run)
     run = checkpoints.find_folder(options.run)
     options = replace(options, run=run)
     checkpoints.check_format(run)
@@ -272,10 +274,22 @@ def _check_purpose(options: TrainOptions, recipe: Recipe, data: PreparedSet) -> 
         )
 
 
+def _check_run_name(run: Path) -> None:
+    """Refuse text in place of a run folder."""
+    if run.is_dir():
+        return
+    is_corpus = "," in str(run) or str(run).startswith(DATASET_PREFIX)
+    if is_corpus or run.is_file():
+        corpus = run if is_corpus or is_table(str(run)) else "SOURCE,TARGET"
+        raise ConfigError(
+            f"{run} is {'text' if is_corpus else 'a file'} and not a run folder; train on text with trmt new "
+            f"DIR --train {corpus}, or name a run folder"
+        )
+
+
 def check_run_folder(folder: Path) -> None:
     """Refuse a folder with other files than those of a run, which training would mix with it."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name another run folder")
+    _check_run_name(folder)
     if not folder.is_dir() or (folder / CONFIG).is_file() or checkpoints.list_checkpoints(folder):
         return
     if (folder / INDEX).is_file():
@@ -289,9 +303,9 @@ def check_run_folder(folder: Path) -> None:
         )
     if (folder / NEW).is_file():
         return
-    ours = {LOG, LOCK, ORIGIN, ROLLBACKS}
-    files = sorted(each.name for each in folder.iterdir() if each.is_file() and each.name[0] != ".")
-    if foreign := next((name for name in files if name not in ours), None):
+    ours = {LOG, LOCK, ORIGIN, ROLLBACKS, "tokenizer", "data"}  # the last two as in trmt new
+    names = sorted(each.name for each in folder.iterdir() if each.name[0] != ".")
+    if foreign := next((name for name in names if name not in ours), None):
         raise ConfigError(
             f"{folder} holds {foreign}, which is not of a run; name a folder of its own for the run, and "
             "what to train on with --data"

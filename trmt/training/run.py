@@ -216,6 +216,12 @@ class TrainingRun:
         saved = self.distributed.main_first(self.checkpointer.newest)
         if saved:
             self.checkpointer.restore(saved)
+            if self.last_step is not None and self.last_step < state.progress.step:
+                raise ConfigError(
+                    f"{self.folder} has {state.progress.step:,} steps already and cannot end at step "
+                    f"{self.last_step:,}; set training.steps or training.epochs higher, or name another run "
+                    "folder"
+                )
             console.say(f"resuming {self.folder} at step {state.progress.step:,}")
         else:
             self._initialise_weights()
