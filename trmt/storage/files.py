@@ -50,7 +50,9 @@ def write_advice(error: OSError) -> str:
         return "there is a file where a folder is needed, or a folder in place of a file; choose another path"
     if number == errno.ENAMETOOLONG:
         return "choose a shorter name"
-    if number in (errno.ENOSPC, errno.EDQUOT):
+    if number == errno.EFBIG:
+        return "allow larger files (ulimit -f) or choose another path"
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
         return "free some space or choose another path"
     return "choose another path"
 

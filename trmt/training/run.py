@@ -205,6 +205,11 @@ class TrainingRun:
             limits.append(self.recipe.training.epochs * self.steps_per_epoch)
         return min(limits, default=None)
 
+    @property
+    def is_past_end(self) -> bool:
+        """Whether the run already has more steps than its settings allow."""
+        return self.last_step is not None and self.state.progress.step > self.last_step
+
     # Restore
 
     def restore(self) -> None:
@@ -216,12 +221,6 @@ class TrainingRun:
         saved = self.distributed.main_first(self.checkpointer.newest)
         if saved:
             self.checkpointer.restore(saved)
-            if self.last_step is not None and self.last_step < state.progress.step:
-                raise ConfigError(
-                    f"{self.folder} has {state.progress.step:,} steps already and cannot end at step "
-                    f"{self.last_step:,}; set training.steps or training.epochs higher, or name another run "
-                    "folder"
-                )
             console.say(f"resuming {self.folder} at step {state.progress.step:,}")
         else:
             self._initialise_weights()
@@ -229,8 +228,9 @@ class TrainingRun:
         self.checkpointer.restore_halvings()
         self.reporter.open(resumed=bool(saved))
         if self.distributed.is_main:
-            with atomic_file(self.folder / CONFIG) as stream:
-                stream.write(to_toml(to_tree(self.recipe)).encode())
+            if not self.is_past_end:  # nothing is trained with these settings
+                with atomic_file(self.folder / CONFIG) as stream:
+                    stream.write(to_toml(to_tree(self.recipe)).encode())
             if not saved:
                 write_verified_json(self.folder / ORIGIN, to_tree(origin_of(self.options, self.data)))
                 record.write_record(self.folder, self.data)
@@ -266,6 +266,12 @@ class TrainingRun:
     def train(self) -> None:
         """Train until steps, epochs or patience are used up, or until a signal."""
         progress = self.state.progress
+        if self.is_past_end and not progress.validation_pending:
+            console.warn(
+                f"{self.folder} has {progress.step:,} steps already and cannot end at step "
+                f"{self.last_step:,}: nothing is trained, and its settings stay as they were"
+            )
+            return
         if (end := self.ending()) and not progress.validation_pending:
             console.say(
                 f"{self.folder} has ended at step {progress.step:,} because {end.reason}; "
