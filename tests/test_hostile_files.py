@@ -31,7 +31,7 @@ from trmt.averaging import AverageOptions, average
 from trmt.bundles import bundles, checkpoints, slices
 from trmt.bundles.slices import TensorSlice, row_range
 from trmt.cli import inspect as inspect_command
-from trmt.cli.new import _open_record
+from trmt.cli.new import _find_text, _read_record, _write_record
 from trmt.config import to_toml, to_tree
 from trmt.errors import TrmtError
 from trmt.insight.comparing import CompareOptions, compare
@@ -204,7 +204,12 @@ def use_packed(folder: Path) -> Any:
 
 
 def use_new(folder: Path) -> Any:
-    return _open_record(folder / "new", [str(folder / "half.tsv")], None, ("x", "y"))
+    text = _find_text([str(folder / "half.tsv")], None, None, "x", "y")
+    new = folder / "new"
+    if not new.exists():
+        new.mkdir()
+        _write_record(new, text, {"tokenizer": {"command": "trmt tokenizer"}})
+    return _read_record(new, text)
 
 
 def use_parts(folder: Path) -> Any:

@@ -129,6 +129,10 @@ def test_what_was_changed_by_hand_is_made_again(new: tuple[str, ...], tmp_path: 
     assert commands(run(*new)) == ["score"]
 
 
+def test_a_bare_name_is_in_models(new: tuple[str, ...], tmp_path: Path) -> None:
+    assert all("models/toy" in line for line in planned(run("new", "toy", *new[2:], "--dry-run")))
+
+
 def test_another_test_set_is_translated_again(new: tuple[str, ...], tmp_path: Path) -> None:
     tested = (*new, "--test", "test.xx,test.yy")
     for count, expected in ((20, 6), (10, 2), (10, 1)):

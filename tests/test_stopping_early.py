@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tests.contracts.test_training import final, log
 from tests.toy import options
 from trmt.bundles import checkpoints
 from trmt.errors import ConfigError
+from trmt.sets.index import FORMAT
 from trmt.training import fine_tuning, overfitting, planning
 from trmt.training.history import TRAIN, VALIDATE, History
 from trmt.training.planning import TrainOptions
@@ -238,7 +240,9 @@ def test_pretrained_models_and_encoders_are_trained_by_the_whole_recipe(
         pytest.fail(str(error))
     assert found.optim == load_recipe(name).optim
     record = parent / "data.json"
-    record.write_text('{"kind": "documents"}', "utf-8")
+    index = {"format": FORMAT, "kind": "documents", "languages": ["x", ""]}
+    index |= {"corpora": [], "files": {}, "splits": {}}
+    record.write_text(json.dumps(index), "utf-8")
     assert resumed(run, toy_set, name, init_from=parent).optim == load_recipe(name).optim
 
 

@@ -9,11 +9,11 @@ Example = tuple[str, str]  # a command line, and what it does
 EXAMPLES: Mapping[str, tuple[Example, Example]] = {
     "new": (
         (
-            "trmt new models/en-de --train corpus.en,corpus.de",
+            "trmt new en-de --train corpus.en,corpus.de",
             "tokenizer, prepared set, training, averaging and a score; again: go on",
         ),
         (
-            "trmt new models/sw --train web.en-sw.tsv.gz --dev dev.en,dev.sw --dry-run",
+            "trmt new en-sw --train web.en-sw.tsv.gz --dev dev.en,dev.sw --dry-run",
             "the commands, as a shell script; nothing is run",
         ),
     ),

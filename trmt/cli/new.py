@@ -62,7 +62,9 @@ class Step:
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new translator.")],
+    name: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder of the new translator, or a name in models/.")
+    ],
     train: Annotated[
         list[str], typer.Option("--train", metavar="CORPUS", help=f"Training pairs, repeatable: {CORPUS}.")
     ],
@@ -95,6 +97,7 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands.")] = False,
 ) -> None:
     """Train a new translator from text. Prints and runs all commands; the same line goes on after a stop."""
+    from trmt.bundles.checkpoints import named_folder
     from trmt.devices.choice import named_device
     from trmt.training.recipe import fitting_recipe, load_recipe
 
@@ -102,6 +105,7 @@ def command(
     load_recipe(recipe or fitting_recipe(0, gpu=False), settings)  # a wrong option is refused at once
     if device:
         named_device(device)
+    folder = named_folder(name)
     done = _read_record(folder, text)
     machine = [*(["--device", device] if device else []), *(["--threads", str(threads)] if threads else [])]
     chosen = ["--recipe", recipe] if recipe else []
