@@ -100,7 +100,7 @@ def test_bare_commands_lead_from_documents_to_a_network_that_reads(
         lines = sorted({*(little / "texts" / f"{name}.en").read_text("utf-8").splitlines()})
         documents = ("\n".join(lines[at : at + 10]) for at in range(0, len(lines), 10))
         (tmp_path / f"{name}.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
-    tokenizer = ("--tokenizer", str(little / "data" / "tokenizer"))
+    tokenizer = ("--tokenizer", str(little / "data" / "tokenizer-en-de"))
     trmt("prepare", "data/read", "--documents", "train.txt", "--dev", "dev.txt", *tokenizer, cwd=tmp_path)
     passages = ("network.dropout=0.0", "batches.passage_tokens=32", "batches.tokens=1024", "optim.warmup=30")
     few = ("training.steps=200", "validation.every=200", *settings)
