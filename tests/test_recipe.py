@@ -150,7 +150,7 @@ def test_names_are_safe_for_folders(text: str, name: str) -> None:
 def test_recipes_with_a_schedule_that_has_an_end_and_those_of_publications_do_not_stop_early(
     name: str,
 ) -> None:
-    recipe = load_recipe(name, network=vocabulary(name, 8000))
+    recipe = load_recipe(name)
     published = name in ("multi30k", "transformer-base", "transformer-big", "bert-base", "bart-base")
     fixed = published or recipe.optim.schedule in ("linear", "cosine")
     assert (recipe.training.patience == 0) == fixed
