@@ -128,6 +128,8 @@ def test_suspended_time_does_not_count_for_the_estimate(
         (59.6, "1 min 00 s"),
         (200, "3 min 20 s"),
         (7500, "2 h 05 min"),
+        (float("nan"), "?"),
+        (float("inf"), "?"),
     ],
 )
 def test_durations_are_rounded_for_people(seconds: float, text: str) -> None:

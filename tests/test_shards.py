@@ -221,3 +221,10 @@ def test_a_broken_index_is_an_error(prepared: Path, content: bytes) -> None:
 def test_a_folder_without_an_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a prepared set; make one"):
         PreparedSet.open(tmp_path / "nowhere")
+
+
+def test_a_column_may_have_keys_of_a_later_version(tmp_path: Path) -> None:
+    writer = write(tmp_path, random_pairs(3))
+    entry = writer.entry()
+    entry["columns"] = [{**column, "later": 1} for column in entry["columns"]]
+    assert Split(tmp_path, "train", entry=entry).columns == opened(tmp_path, writer).columns

@@ -6,6 +6,7 @@ terminal.py and training/display.py import Rich.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -212,7 +213,9 @@ def live_console() -> Iterator[Console]:
 
 
 def duration(seconds: float) -> str:
-    """A time span for people: 42 s, 3 min 20 s, 2 h 05 min."""
+    """A time span for people: 42 s, 3 min 20 s, 2 h 05 min; a question mark if it is not a number."""
+    if not math.isfinite(seconds):
+        return "?"
     rounded = round(max(seconds, 0))
     if rounded < 60:
         return f"{rounded} s"

@@ -264,7 +264,8 @@ class Split:
     def __init__(self, folder: Path, name: str, *, entry: SplitEntry | Mapping[str, Any]) -> None:
         self.name = name
         self._folder = folder
-        self._columns = {column["name"]: ColumnSpec(**column) for column in entry["columns"]}
+        specs = (ColumnSpec(each["name"], each["dtype"], each["ragged"]) for each in entry["columns"])
+        self._columns = {spec.name: spec for spec in specs}  # an entry may have more keys
         self._counts: list[int] = entry["shards"]
         self._begins = np.cumsum([0, *self._counts], dtype=np.int64)
         self._shards = [
