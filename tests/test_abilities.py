@@ -254,6 +254,11 @@ def test_a_machine_without_a_compiler_cannot_compile(tmp_path: Path) -> None:
         assert has or "nonexistent" in done.stdout, done.stdout
 
 
+def test_what_computes_a_wrong_result_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda layer: lambda x, weight: 2 * layer(x, weight))
+    assert module.Abilities(torch.device("cpu")).lacks("compile") == "a test run computed a wrong result"
+
+
 def test_a_compilers_message_is_that_of_the_error_inside() -> None:
     wrapped = torch._dynamo.exc.BackendCompilerFailed(print, FileNotFoundError("no g++.\nmore"), None)
     assert first_line(wrapped) == "no g++"

@@ -55,6 +55,7 @@ from trmt.validating import validate
 from trmt.verifying import VerifyOptions, verify
 
 FEW = 5  # mutants and flips of each file in the fast tests
+HAS_KERNELS = bool(products.best_processor())
 MUTANTS, FLIPS = 200, 200  # in the slow ones
 OF_SLICES = 300  # mutants of an index that has the same few values for every tensor
 Use = Callable[[Path], Any]
@@ -107,7 +108,7 @@ def folder(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         origin.write_text(json.dumps(with_checksum(tree)))
     use_new(copy)
     use_parts(copy)
-    if build._compiler() and products.best_processor():
+    if HAS_KERNELS:
         use_kernel(copy)
         use_packed(copy)
     return copy
@@ -369,9 +370,9 @@ def check_mutants(folder: Path, name: str, count: int) -> None:
 
 
 def check_flips(folder: Path, name: str, count: int, said: Callable[[], str]) -> None:
-    path, use = next(folder.glob(name), None), FILES[name]
-    if path is None:
-        pytest.skip("no C compiler here")
+    if name.startswith("cache/") and not HAS_KERNELS:
+        pytest.skip("no C compiler here, so nothing is cached")
+    [path], use = [*folder.glob(name)], FILES[name]
     intact = path.read_bytes()
     expected = use(folder)
     usual = set(said().splitlines())

@@ -54,20 +54,25 @@ def test_type_checkers_see_the_names_that_there_are() -> None:
         assert getattr(trmt, str(name)).__name__ == name
 
 
+def checked(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """What mypy says of program.py."""
+    command = [sys.executable, "-m", "mypy", *options, "--no-incremental", "--follow-imports=silent"]
+    return subprocess.run(
+        [*command, "--config-file=", "program.py"],
+        cwd=folder,
+        env={"MYPYPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.mark.slow
 def test_no_public_name_is_any(tmp_path: Path) -> None:
     names = list(untyped._PUBLIC)
     lines = [f"from trmt import {', '.join(names)}", *(f"reveal_type({name})" for name in names)]
     lines += ["reveal_type(Translator.load('models/demo').translate(['a'])[0].text)"]
     (tmp_path / "program.py").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "mypy", "--no-incremental", "--follow-imports=silent"]
-    done = subprocess.run(
-        [*command, "--config-file=", "program.py"],
-        cwd=tmp_path,
-        env={"MYPYPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = checked(tmp_path)
     revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
     assert len(revealed) == len(names) + 1, done.stdout
     assert not [found for found in revealed if found == "Any"], done.stdout
@@ -78,14 +83,7 @@ def test_no_public_name_is_any(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_program_with_strings_and_lists_passes_strict_mypy(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--follow-imports=silent"]
-    done = subprocess.run(
-        [*command, "--config-file=", "program.py"],
-        cwd=tmp_path,
-        env={"MYPYPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = checked(tmp_path, "--strict")
     assert done.returncode == 0, done.stdout
 
 

@@ -64,6 +64,17 @@ def test_training_ends_when_the_dev_set_stands_still(
     assert "has ended at step 5 because" in said and "raise training.patience to go on" in said
 
 
+@pytest.mark.parametrize("warmup", [0, 1000])
+def test_only_a_score_above_all_before_is_called_the_best(
+    toy_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], warmup: int
+) -> None:
+    recipe = toy.recipe(tmp_path, {"optim": {"warmup": warmup}})
+    settings = (*CHRF, "training.steps=6", "training.patience=0")
+    train(options(tmp_path / "run", toy_set, recipe, *settings), scripted([5.0, 3.0, 6.0, 6.0, 4.0, 7.0]))
+    said = capsys.readouterr().err
+    assert re.findall(r"step (\d+): .*\(best\)", said) == ["1", "3", "6"]
+
+
 def test_without_patience_training_never_ends_early(toy_set: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(options(run, toy_set, toy.recipe(tmp_path), *CHRF, "training.patience=0"), scripted([10.0, 5.0]))

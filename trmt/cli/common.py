@@ -35,6 +35,12 @@ Threads = Annotated[
 ]
 OutputFolder = Annotated[Path | None, typer.Argument(hidden=True)]  # the former place of --output
 OutputName = Annotated[str | None, typer.Argument(hidden=True)]
+SourceColumn = Annotated[
+    str | None, typer.Option("--source-column", metavar="COLUMN", help="Column of the source text.")
+]
+TargetColumn = Annotated[
+    str | None, typer.Option("--target-column", metavar="COLUMN", help="Column of the target text.")
+]
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Allow the model to load code from outside trmt.")
 ]

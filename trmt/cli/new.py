@@ -27,7 +27,7 @@ from trmt.training.history import NEW
 if TYPE_CHECKING:
     from trmt.text.corpus import Corpus
 
-FORMAT = 2
+FORMAT = 1
 Checksums = Mapping[str, str]  # of files by their names
 
 
@@ -225,7 +225,7 @@ def _bundle(folder: Path) -> list[Path]:
     """The manifest of the bundle that a run stands for."""
     from trmt.bundles import bundles, checkpoints
 
-    return [checkpoints.find_bundle(folder) / bundles.MANIFEST]
+    return [checkpoints.bundle_of(folder)[0] / bundles.MANIFEST]
 
 
 # The record of the folder
@@ -251,8 +251,11 @@ def _read_record(folder: Path, text: Text) -> dict[str, Any]:
         record = verified(read_json(path))
         done = {str(name): dict(facts) for name, facts in record["done"].items()}
         begun_with = str(record["text"])
-    except (OSError, TreeError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise BundleError(f"{path} cannot be used ({error}); name another folder") from error
+    except (OSError, TreeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{path}: {reason}; name another folder") from error
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise BundleError(f"{path} was not written by this trmt; name another folder") from error
     if begun_with != text.checksum and checkpoints.list_checkpoints(folder):
         raise ConfigError(
             f"{folder} was trained on other text, another dev set or other languages; name another folder "

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trmt.cli import completion
-from trmt.cli.common import OutputFolder, chosen_output
+from trmt.cli.common import OutputFolder, SourceColumn, TargetColumn, chosen_output
 from trmt.errors import ConfigError
 from trmt.registry import require
 
@@ -97,12 +97,8 @@ def command(
             help="Word alignment of a --train corpus (trmt align); one file for each.",
         ),
     ] = None,
-    source_column: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of the source text.")
-    ] = None,
-    target_column: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of the target text.")
-    ] = None,
+    source_column: SourceColumn = None,
+    target_column: TargetColumn = None,
     workers: Annotated[
         int | None, typer.Option(help="Number of worker processes. [default: one for each core]")
     ] = None,

@@ -9,7 +9,7 @@ import typer
 
 from trmt import console
 from trmt.cli import completion
-from trmt.cli.common import OutputFolder, chosen_output
+from trmt.cli.common import OutputFolder, SourceColumn, TargetColumn, chosen_output
 
 if TYPE_CHECKING:
     from trmt.text.tokenizer_training import TokenizerReport
@@ -88,12 +88,8 @@ def command(
         list[str] | None,
         typer.Option(metavar="SYMBOL", help="A symbol that is a single piece in text; repeatable."),
     ] = None,
-    source_column: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of the source text.")
-    ] = None,
-    target_column: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Column of the target text.")
-    ] = None,
+    source_column: SourceColumn = None,
+    target_column: TargetColumn = None,
     sample: Annotated[int, typer.Option(help="Maximum number of training sentences, sampled.")] = 2_000_000,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 1,
     output: Annotated[

@@ -64,11 +64,13 @@ class Reporter:
         if self.history.last(TRAIN, back=1) is None:
             console.log(describe_speed(run, seconds=progress.seconds / progress.step))
 
-    def log_validation(self, result: ValidationResult, *, seconds: float, last_step: int | None) -> None:
+    def log_validation(
+        self, result: ValidationResult, *, is_best: bool, seconds: float, last_step: int | None
+    ) -> None:
         """Report scores and samples of a validation that took so many seconds."""
         progress = self.state.progress
         scores = ", ".join(f"{score['metric']} {score['value']:.4g}" for score in result.scores)
-        best = "  (best)" if result.has_metric and result.scores[0]["value"] == progress.best else ""
+        best = "  (best)" if is_best else ""
         console.log(f"step {progress.step:,}: {scores or 'not validated'}{best}")
         self.log(
             VALIDATE,

@@ -390,12 +390,14 @@ class TrainingRun:
         except StopNow:
             assert self.signals.number is not None, "only a signal raises it"
             self._stop(self.signals.number)
+        is_best = False
         if result.has_metric:
             lower_is_better = self.recipe.validation.metric == "loss"
+            warmup = self.recipe.optim.warmup
             value = float(result.scores[0]["value"])
-            progress.add_score(value, lower_is_better=lower_is_better, warmup=self.recipe.optim.warmup)
+            is_best = progress.add_score(value, lower_is_better=lower_is_better, warmup=warmup)
         seconds = time.monotonic() - began
-        self.reporter.log_validation(result, seconds=seconds, last_step=self.last_step)
+        self.reporter.log_validation(result, is_best=is_best, seconds=seconds, last_step=self.last_step)
         progress.validation_pending = False
         self.checkpointer.add_results(result)
 

@@ -55,13 +55,15 @@ class TrainProgress:
     validations_since_best: Count = 0  # what patience counts
     validation_pending: bool = False  # whether this step has been saved, but not validated yet
 
-    def add_score(self, value: float, *, lower_is_better: bool, warmup: int) -> None:
-        """Compare the score of a validation with the best one so far; patience begins after the warm-up."""
+    def add_score(self, value: float, *, lower_is_better: bool, warmup: int) -> bool:
+        """Whether the score of a validation is the best one so far; patience begins after the warm-up."""
         better = self.best is None or (value < self.best if lower_is_better else value > self.best)
         if better and not math.isnan(value):
             self.best, self.validations_since_best = value, 0
-        elif self.step >= warmup:
+            return True
+        if self.step >= warmup:
             self.validations_since_best += 1
+        return False
 
 
 @dataclass(frozen=True)
