@@ -278,7 +278,7 @@ def test_mistakes_in_training_are_one_sentence(
     base = ["train", str(tmp_path / "run"), "--data", str(toy_set), "--recipe", "transformer-tiny"]
     for more, expected in (
         (["--set", "optim.lr"], "--set takes key=value"),
-        (["--set", "optim.larning=1"], "unknown key 'larning'; known are optim.beta1, optim.beta2, "),
+        (["--set", "optim.larning=1"], "unknown key 'larning'; known after 'optim.' are beta1, beta2, "),
         (["--set", "training.stps=1"], "unknown key 'stps'; did you mean 'training.steps'?"),
         (["--set", "network.hads=1"], "unknown key 'hads'; did you mean 'network.heads'?"),
         (["--set", "traning.steps=1"], "unknown key 'traning'; did you mean 'training'?"),

@@ -112,7 +112,7 @@ def suggestion(name: str, known: list[str], *, prefix: str = "") -> str:
     close = get_close_matches(name, known, n=1)
     if close:
         return f"did you mean {prefix + close[0]!r}?"
-    return f"known are {', '.join(prefix + each for each in sorted(known))}"
+    return f"known{f' after {prefix!r}' if prefix else ''} are {', '.join(sorted(known))}"
 
 
 def resolve(table: Mapping[str, str], name: str, *, trust_code: bool = False) -> Any:
