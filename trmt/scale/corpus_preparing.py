@@ -28,7 +28,7 @@ from trmt.sets.shards import PreparedSet, RaggedArray
 from trmt.storage import files
 from trmt.storage.compression import is_compressed
 from trmt.storage.locks import exclusive
-from trmt.text.corpus import Corpus, is_stream
+from trmt.text.corpus import DATASET_PREFIX, Corpus, is_stream
 from trmt.text.lines import STDIN
 from trmt.text.pairs import resolve_columns
 from trmt.text.ranges import FileSlice, LineRange, split_after_lines, split_by_size, whole_file
@@ -66,7 +66,7 @@ def prepare_in_parts(
     """Prepare the set that `prepare` makes, encoding pairs in parts; finished parts are reused."""
     folders: list[Path] = []
     for text in options.train:
-        if text.partition("@")[0] == STDIN:
+        if text.partition("@")[0] == STDIN or text.startswith(DATASET_PREFIX):
             raise ConfigError(_NOT_A_FILE.format(text))
 
     def encode(job: PrepareJob, encoder: BlockEncoder) -> EncodedCorpora:
@@ -125,7 +125,7 @@ def _identity(job: PrepareJob, encoder: BlockEncoder, part_bytes: int) -> dict[s
 
 def _check_files(corpus: Corpus) -> Corpus:
     """The corpus with absolute paths; an error if it is not in files."""
-    if corpus.format == "dataset" or any(map(is_stream, corpus.paths)):
+    if any(map(is_stream, corpus.paths)):
         raise ConfigError(_NOT_A_FILE.format(corpus.name))
     return resolve_columns(replace(corpus, paths=tuple(map(files.absolute, corpus.paths))))
 
