@@ -370,17 +370,20 @@ def test_a_smoke_run_is_no_result(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_suite_runs_in_budgets_and_ends(tmp_path: Path) -> None:
-    """Everything, tiny, on the CPU: stopped on the way, gone on with, and then there is nothing to do."""
+    """Every program, tiny, on the CPU: stopped on the way, gone on with, and then there is nothing to do."""
     out = tmp_path / "out"
+    # Rows that differ from another one in sizes alone, which are tiny here, are left out.
+    rows = [row for row in gpu_suite.ROWS if row.name not in ("train-big", "multi30k-plus", "laws")]
     command = [sys.executable, str(ROOT / "bench" / "gpu_suite.py"), "--smoke", "--out", str(out)]
+    command += ["--only", *(row.name for row in rows)]
     first = subprocess.run([*command, "--budget", "60s"], capture_output=True, text=True, check=False)
     assert first.returncode in (0, budget.AGAIN), first.stderr
     second = subprocess.run([*command, "--budget", "20m"], capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stdout + second.stderr
     state = json.loads((out / "suite.json").read_bytes())["rows"]
-    missing = {row.name for row in gpu_suite.ROWS if not all(map(find_spec, row.packages))}
+    missing = {row.name for row in rows if not all(map(find_spec, row.packages))}
     assert {name: row["status"] for name, row in state.items()} == {
-        row.name: "unavailable" if row.name in missing else "done" for row in gpu_suite.ROWS
+        row.name: "unavailable" if row.name in missing else "done" for row in rows
     }
     before = (out / "suite.json").read_bytes()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0

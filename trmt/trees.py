@@ -15,10 +15,12 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 256 << 20  # of a file
+_PIECE = 1 << 20  # bytes read at a time
 MAX_DEPTH = 32  # of tables and lists in each other
 MAX_INT = 2**63 - 1  # and its negative are the largest numbers
 MAX_SHOWN = 80  # characters of a value in a message
@@ -48,7 +50,9 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     if "\0" in str(path):  # for which Python raises a ValueError
         raise FileNotFoundError(errno.ENOENT, "no file has such a name", str(path))
     with path.open("rb") as stream:
-        raw = stream.read(max_bytes + 1)
+        # By pieces: Python would reserve memory for all that it is allowed to read.
+        pieces = iter(lambda: stream.read(_PIECE), b"")
+        raw = b"".join(islice(pieces, max_bytes // _PIECE + 1))
     if len(raw) > max_bytes:
         raise TreeError(f"has more than {max_bytes:,} bytes, which is the limit")
     return raw

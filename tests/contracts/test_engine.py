@@ -221,15 +221,14 @@ def test_the_batch_size_changes_no_bit_in_int8() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_batch_size_changes_no_bit_of_any_variant(threads: int) -> None:
-    assert unequal_with(threads, count=10, longest=12, batches=(1, 3, 10), defaults=False) == []
+def test_the_batch_size_changes_no_bit_of_any_variant() -> None:
+    assert unequal_with(1, count=10, longest=12, batches=(1, 3, 10), defaults=False) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_large_batches_and_long_sentences_change_no_bit(threads: int) -> None:
-    assert unequal_with(threads, count=250, longest=30, batches=(16, 64), searches=2) == []
+    assert unequal_with(threads, count=130, longest=30, batches=(16, 64), searches=2) == []
     assert unequal_with(threads, count=8, longest=90, batches=(1, 3, 8), searches=2) == []
 
 
