@@ -68,6 +68,24 @@ def test_packed_cross_attention_is_that_in_a_grid(
     assert_same(ours, gradients(attended, query, wide))
 
 
+@needs_kernels
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_attention_in_bf16_is_that_in_fp32_rounded_once(lengths: tuple[int, ...]) -> None:
+    here, over = spans(*lengths), spans(*(length + 4 for length in lengths))
+    merged = torch.randn(sum(lengths), 3 * 64).bfloat16()
+    memory = torch.randn(sum(lengths) + 4 * len(lengths), 128).bfloat16()
+
+    def attended(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (merged, merged[:, :64], memory)]
+        out = layers.packed_self_attention(inputs[0], here, 4, causal=True)
+        out2 = layers.packed_cross_attention(inputs[1], inputs[2], here, over, 2)
+        grad = torch.linspace(-1, 1, out.numel()).view(out.shape).bfloat16().to(dtype)
+        return [out, out2, *torch.autograd.grad((out, out2), inputs, (grad, grad))]
+
+    for ours, exact in zip(attended(torch.bfloat16), attended(torch.float32), strict=True):
+        assert torch.equal(ours, exact.bfloat16())
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_weights_are_those_of_the_values(causal: bool) -> None:
     here, heads = spans(3, 1, 5), 2
@@ -210,7 +228,7 @@ def test_attention_weights_are_dropped_if_wanted() -> None:
 @needs_kernels
 def test_a_kernel_without_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfMemory:
-        def trmt_attention(self, *_: object) -> int:
+        def trmt_attention_fp32(self, *_: object) -> int:
             return 1
 
     monkeypatch.setattr("trmt.native.training.library", OutOfMemory)

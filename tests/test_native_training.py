@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -159,10 +160,9 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not calls
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_are_left_to_pytorch(dtype: torch.dtype) -> None:
-    x = torch.randn(4, 16, dtype=dtype, requires_grad=True)
-    linear, norm = layers.Linear(16, 16).to(dtype), LayerNorm(16).to(dtype)
+def test_other_dtypes_are_left_to_pytorch() -> None:
+    x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+    linear, norm = layers.Linear(16, 16).double(), LayerNorm(16).double()
     spans = Spans.of(Ragged.of([[1] * 3, [1]]))
     results = (
         training.linear(x, linear.weight, linear.bias, False),
@@ -170,10 +170,19 @@ def test_other_dtypes_are_left_to_pytorch(dtype: torch.dtype) -> None:
         training.add_norm(x, x, norm, 0.1),
         training.self_attention(x.repeat(1, 3), spans, 1, True),
         training.cross_attention(x, x.repeat(1, 2), spans, spans, 1),
+        training.cross_attention(x.float(), x.repeat(1, 2).bfloat16(), spans, spans, 1),
         training.cross_entropy(x, torch.zeros(4, dtype=torch.long), 0.1),
     )
     assert all(result is None for result in results)
-    assert layers.add_norm(linear(x), layers.dropout(x, 0.5), norm, 0.1)[1].dtype == dtype
+    assert layers.add_norm(linear(x), layers.dropout(x, 0.5), norm, 0.1)[1].dtype == torch.float64
+
+
+def test_weights_in_bf16_are_left_to_pytorch() -> None:
+    x = torch.randn(4, 16, dtype=torch.bfloat16, requires_grad=True)
+    linear, norm = layers.Linear(16, 16).bfloat16(), LayerNorm(16).bfloat16()
+    assert training.linear(x, linear.weight, linear.bias, False) is None
+    assert training.add_norm(x, x, norm, 0.1) is None
+    assert layers.add_norm(linear(x), layers.dropout(x, 0.5), norm, 0.1)[1].dtype == torch.bfloat16
 
 
 @needs_kernels
@@ -210,17 +219,69 @@ def test_a_compiler_that_cannot_build_them_gives_a_warning(
 
 
 @needs_kernels
-def test_products_in_half_precision_are_near_and_stay_fp32_outside() -> None:
-    linear = layers.Linear(64, 96, relu=True)
+@pytest.mark.parametrize("relu", [True, False])
+def test_products_in_bf16_are_near_and_weights_keep_fp32(relu: bool) -> None:
+    linear = layers.Linear(64, 96, relu=relu)
     x = torch.randn(50, 64, requires_grad=True)
     inputs = (x, *linear.parameters())
     exact = gradients(lambda: linear(x), *inputs)
     with torch.autocast("cpu", torch.bfloat16):
         near = gradients(lambda: linear(x), *inputs)
+    assert [found.dtype for found in near] == [torch.bfloat16] + [torch.float32] * 3
     for one, other in zip(near, exact, strict=True):
-        assert one.dtype == torch.float32
-        assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
+        assert F.cosine_similarity(one.float().flatten(), other.flatten(), dim=0) > 0.99
     assert not torch.equal(near[0], exact[0])
+
+
+@needs_kernels
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("norm_class", [LayerNorm, RMSNorm])
+def test_add_norm_in_bf16_is_that_in_fp32_rounded_once(norm_class: type[nn.Module], p: float) -> None:
+    """The norm is that of the rounded sum, which the backward pass finds again."""
+    norm = norm_class(50)
+    nn.init.uniform_(norm.weight)
+    x, y, grad_added, grad = (torch.randn(70, 50).bfloat16() for _ in range(4))
+    x.requires_grad_(), y.requires_grad_()
+    torch.manual_seed(3)
+    added, out = layers.add_norm(x, y, norm, p)
+    torch.manual_seed(3)
+    exact_sum, _ = layers.add_norm(x.detach().float(), y.detach().float(), norm, p)
+    assert torch.equal(added, exact_sum.bfloat16())
+    rounded = added.detach().float().requires_grad_()
+    exact = layers.add_norm(rounded, torch.zeros(70, 50), norm, 0.0)[1]
+    torch.testing.assert_close(out, exact.bfloat16())
+    weights = list(norm.parameters())
+    found = torch.autograd.grad((added, out), [x, y, *weights], (grad_added, grad))
+    expected = torch.autograd.grad(exact, [rounded, *weights], grad.float())
+    grad_x = (expected[0] + grad_added.float()).bfloat16()
+    torch.testing.assert_close(found[0], grad_x)
+    kept = found[1] != 0
+    torch.testing.assert_close(found[1][kept], (grad_x[kept].float() / (1 - p)).bfloat16())
+    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=0.03)
+    for one, other in zip(found[2:], expected[1:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("vocabulary", [29, 64, 1000])
+def test_the_loss_in_bf16_is_that_in_fp32_rounded_once(vocabulary: int) -> None:
+    logits, target = 4 * torch.randn(20, vocabulary).bfloat16(), torch.randint(-1, vocabulary, (20,))
+    exact = logits.float()
+    found, expected = (training.cross_entropy(x, target, 0.1) for x in (logits, exact))
+    assert found is not None and expected is not None and torch.equal(found, expected)
+    assert torch.equal(logits, exact.bfloat16())
+
+
+@needs_kernels
+def test_bf16_is_rounded_as_torch_rounds_it() -> None:
+    """Numbers of 16 bits of all kinds, moved by a bias to just below, at and just above the middle."""
+    x = (torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32).view(1024, 64)
+    for bias in (0.0, 2.0**-9, 1.5 * 2.0**-9, 3e38):
+        out = x.bfloat16()
+        training._call("add_bias", out.dtype, out, torch.full((64,), bias), *out.shape, ctypes.c_int(0))
+        expected = (x + bias).bfloat16()
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7))
 
 
 @needs_kernels

@@ -1,8 +1,10 @@
-"""What networks compute in training beside their matrix products, by C kernels on the CPU in fp32
-(training.c).
+"""What networks compute in training beside their matrix products, by C kernels on the CPU (training.c).
 
 Each function takes the arguments of the plain one in trmt/nets/layers.py and returns None where the kernels
 cannot serve. A result differs from PyTorch's by rounding, and in which elements dropout draws.
+
+Activations and their gradients are fp32, or bf16 from the first product or sum under autocast on. Weights,
+their gradients, statistics of norms and sums of losses are always fp32.
 
 Axes: S sentence, N tokens in a row, M tokens of the other side in a row, H heads, D hidden size, V vocabulary
 or columns of a product, C tokens of a chunk, B blocks of rows.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from trmt.nets.layers import Spans
 
 BLOCK = 64  # rows whose sums a kernel returns together; ROWS in the C file
 LANES = 16  # floats that a kernel takes at a time
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of activations, as kernels are named after them
 
 
 class _Shape(ctypes.Structure):
@@ -60,19 +63,31 @@ def library() -> Any | None:
     found = build.load("training")
     if found:
         for name in ("dropout", "add_norm", "add_norm_backward", "add_bias", "bias_backward"):
-            getattr(found, f"trmt_{name}").restype = None
+            for kind in KINDS.values():
+                getattr(found, f"trmt_{name}_{kind}").restype = None
     return found
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these: rows of fp32 on the CPU."""
-    if not all(x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors):
+def serves(*activations: Tensor, parameters: Sequence[Tensor] = ()) -> bool:
+    """Whether the kernels can take these: rows on the CPU, parameters in fp32."""
+    tensors = *activations, *parameters
+    if not all(x.device.type == "cpu" and x.dim() and x.stride(-1) == 1 for x in tensors):
+        return False
+    dtypes = {x.dtype for x in activations}
+    if len(dtypes) != 1 or dtypes.pop() not in KINDS or any(x.dtype != torch.float32 for x in parameters):
         return False
     return library() is not None
 
 
-def _call(kernel: str, *arguments: Any) -> int:
-    """Call a kernel: tensors as pointers, structures by reference, ints in 64 bits."""
+def _cast(*activations: Tensor) -> Iterator[Tensor]:
+    """Activations as autocast wants them for products."""
+    low = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if low else activations[0].dtype
+    return (x.to(dtype) if low and x.is_floating_point() else x for x in activations)
+
+
+def _call(kernel: str, dtype: torch.dtype, *arguments: Any) -> int:
+    """Call a kernel for activations of a type: tensors as pointers, structures by reference, ints in 64 bits."""
     given: list[Any] = []
     for each in arguments:
         if each is None or isinstance(each, Tensor):
@@ -81,7 +96,7 @@ def _call(kernel: str, *arguments: Any) -> int:
             given.append(ctypes.byref(each))
         else:
             given.append(ctypes.c_int64(each) if isinstance(each, int) else each)
-    return int(getattr(library(), f"trmt_{kernel}")(*given) or 0)
+    return int(getattr(library(), f"trmt_{kernel}_{KINDS[dtype]}")(*given) or 0)
 
 
 # Dropout
@@ -122,7 +137,7 @@ def _dropped(x: Tensor, fields: dict[str, Any]) -> Tensor:
         ctypes.c_uint32(fields["threshold"]),
         ctypes.c_float(fields["scale"]),
     )
-    _call("dropout", x, out, x.numel() // max(width, 1), width, *drawn)
+    _call("dropout", x.dtype, x, out, x.numel() // max(width, 1), width, *drawn)
     return out
 
 
@@ -131,25 +146,22 @@ def _dropped(x: Tensor, fields: dict[str, Any]) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor | None:
     """x @ weight.T + bias, and relu behind it if wanted."""
-    if x.dim() != 2 or not torch.is_grad_enabled() or not serves(x, weight, bias):
+    if x.dim() != 2 or not torch.is_grad_enabled():
         return None
-    if bias.shape != weight.shape[:1]:
+    (x,) = _cast(x)
+    if not serves(x, parameters=(weight, bias)) or bias.shape != weight.shape[:1]:
         return None
-    low = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if low else x.dtype
-    with torch.autocast("cpu", enabled=False) if low else nullcontext():
-        out: Tensor = _Linear.apply(x, weight, bias, relu, dtype)  # type: ignore[no-untyped-call]
+    with torch.autocast("cpu", enabled=False):
+        out: Tensor = _Linear.apply(x, weight, bias, relu)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Linear(torch.autograd.Function):
-    """Whatever precision the product is made in, inputs and outputs are fp32."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, dtype: torch.dtype) -> Tensor:
-        x, weight = x.to(dtype), weight.to(dtype)
-        out = (x @ weight.t()).float()
-        _call("add_bias", out, bias, *out.shape, ctypes.c_int(relu))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+        weight = weight.to(x.dtype)
+        out = x @ weight.t()
+        _call("add_bias", x.dtype, out, bias, *out.shape, ctypes.c_int(relu))
         ctx.save_for_backward(x, weight, out if relu else None)
         return out
 
@@ -158,11 +170,10 @@ class _Linear(torch.autograd.Function):
         x, weight, out = ctx.saved_tensors
         grad = grad.contiguous()
         masked = torch.empty_like(grad) if out is not None else grad
-        partial = grad.new_empty(-(-grad.shape[0] // BLOCK), grad.shape[1])
-        _call("bias_backward", grad, out, masked, *grad.shape, partial)
-        masked = masked.to(x.dtype)
-        grad_x = (masked @ weight).float() if ctx.needs_input_grad[0] else None
-        return grad_x, outer_product(masked, x).float(), partial.sum(0), None, None
+        partial = torch.empty(-(-grad.shape[0] // BLOCK), grad.shape[1])
+        _call("bias_backward", x.dtype, grad, out, masked, *grad.shape, partial)
+        grad_x = masked @ weight if ctx.needs_input_grad[0] else None
+        return grad_x, outer_product(masked, x).float(), partial.sum(0), None
 
 
 def outer_product(grad_NV: Tensor, x_ND: Tensor) -> Tensor:
@@ -183,11 +194,14 @@ def add_norm(x: Tensor, y: Tensor, norm: nn.Module, p: float) -> tuple[Tensor, T
     if norm.weight is None or (isinstance(norm, nn.LayerNorm) and bias is None):
         return None  # without a bias, the kernel takes a norm for RMSNorm
     vectors = [norm.weight] if bias is None else [norm.weight, bias]
-    if not serves(x, y, *vectors) or not (x.shape == y.shape and x.is_contiguous() and y.is_contiguous()):
+    x, y = _cast(x, y)
+    if not serves(x, y, parameters=vectors):
+        return None
+    if not (x.shape == y.shape and x.is_contiguous() and y.is_contiguous()):
         return None
     if any(vector.shape != x.shape[-1:] for vector in vectors):
         return None
-    epsilon = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    epsilon = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
     added, out = _AddNorm.apply(x, y, norm.weight, bias, p, epsilon)  # type: ignore[no-untyped-call]
     return added, out
 
@@ -200,8 +214,8 @@ class _AddNorm(torch.autograd.Function):
         width = x.shape[-1]
         rows = x.numel() // width
         shape = _Shape(rows=rows, width=width, epsilon=epsilon, **_dropout_fields(p))
-        added, out, statistics = torch.empty_like(x), torch.empty_like(x), x.new_empty(rows, 2)
-        _call("add_norm", shape, x, y, weight, bias, added, out, statistics)
+        added, out, statistics = torch.empty_like(x), torch.empty_like(x), torch.empty(rows, 2)
+        _call("add_norm", x.dtype, shape, x, y, weight, bias, added, out, statistics)
         ctx.shape, ctx.centred = shape, bias is not None
         ctx.save_for_backward(added, weight, statistics)
         ctx.set_materialize_grads(False)
@@ -215,11 +229,11 @@ class _AddNorm(torch.autograd.Function):
             grad_out = torch.zeros_like(added)
         grad_x = torch.empty_like(added)
         grad_y = torch.empty_like(added) if shape.threshold else grad_x
-        partial_B2D = added.new_empty(-(-shape.rows // BLOCK), 2, shape.width)
+        partial_B2D = torch.empty(-(-shape.rows // BLOCK), 2, shape.width)
         # Under names, so that copies live until the kernel is done with them.
         grad_out, grad_added = grad_out.contiguous(), None if grad_added is None else grad_added.contiguous()
         inputs = grad_out, grad_added, added, weight, statistics
-        _call("add_norm_backward", shape, *inputs, ctypes.c_int(ctx.centred), grad_x, grad_y, partial_B2D)
+        _call("add_norm_backward", added.dtype, shape, *inputs, ctypes.c_int(ctx.centred), grad_x, grad_y, partial_B2D)
         grad_weight, grad_bias = partial_B2D.sum(0).unbind(0)
         return grad_x, grad_y, grad_weight, grad_bias if ctx.centred else None, None, None
 
@@ -241,6 +255,8 @@ def cross_attention(
     """Attention of each target sentence to its source; keys and values stand side by side: [N, D]."""
     if not (_serves_attention(query_ND, spans, heads, 1) and _serves_attention(kv_M2D, source, heads, 2)):
         return None
+    if query_ND.dtype != kv_M2D.dtype:
+        return None
     if len(spans.starts_S) != len(source.starts_S) or kv_M2D.shape[-1] != 2 * query_ND.shape[-1]:
         return None
     out: Tensor = _CrossAttention.apply(query_ND, kv_M2D, spans, source, heads)  # type: ignore[no-untyped-call]
@@ -253,22 +269,23 @@ def _serves_attention(x: Tensor, spans: Spans, heads: int, merged: int) -> bool:
     return whole and is_plain(starts_S) and starts_S.dtype == torch.long and serves(x)
 
 
-def _forward(attention: _Attention, tokens: int) -> tuple[Tensor, Tensor]:
+def _forward(attention: _Attention, query_ND: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and for each token and head the logarithm of the normaliser of its softmax."""
-    out_ND = torch.empty(tokens, attention.heads * attention.head_dim, dtype=torch.float32)
-    log_sums_NH = torch.empty(tokens, attention.heads, dtype=torch.float32)
-    _call_attention("attention", attention, out_ND, log_sums_NH)
+    out_ND = query_ND.new_empty(len(query_ND), attention.heads * attention.head_dim)
+    log_sums_NH = torch.empty(len(query_ND), attention.heads)
+    _call_attention("attention", query_ND.dtype, attention, out_ND, log_sums_NH)
     return out_ND, log_sums_NH
 
 
 def _backward(attention: _Attention, grad_ND: Tensor, log_sums_NH: Tensor, *gradients: Tensor) -> None:
     """Writes the gradients of queries, keys and values."""
     targets = _Gradients(*(x.data_ptr() for x in gradients), *(x.stride(0) for x in gradients))
-    _call_attention("attention_backward", attention, grad_ND.contiguous(), log_sums_NH, targets)
+    inputs = attention, grad_ND.contiguous(), log_sums_NH
+    _call_attention("attention_backward", grad_ND.dtype, *inputs, targets)
 
 
-def _call_attention(kernel: str, *arguments: Any) -> None:
-    if _call(kernel, *arguments):
+def _call_attention(kernel: str, dtype: torch.dtype, *arguments: Any) -> None:
+    if _call(kernel, dtype, *arguments):
         raise MemoryError("out of memory in attention")
 
 
@@ -291,7 +308,7 @@ class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_N3D: Tensor, spans: Spans, heads: int, causal: bool) -> Tensor:
         attention = _described(qkv_N3D.chunk(3, -1), spans, spans, heads, causal=causal)
-        out_ND, log_sums_NH = _forward(attention, len(qkv_N3D))
+        out_ND, log_sums_NH = _forward(attention, qkv_N3D)
         ctx.save_for_backward(qkv_N3D, log_sums_NH)
         ctx.spans, ctx.heads, ctx.causal = spans, heads, causal
         return out_ND
@@ -311,7 +328,7 @@ class _CrossAttention(torch.autograd.Function):
         ctx: Any, query_ND: Tensor, kv_M2D: Tensor, spans: Spans, source: Spans, heads: int
     ) -> Tensor:
         attention = _described((query_ND, *kv_M2D.chunk(2, -1)), spans, source, heads, causal=False)
-        out_ND, log_sums_NH = _forward(attention, len(query_ND))
+        out_ND, log_sums_NH = _forward(attention, query_ND)
         ctx.save_for_backward(query_ND, kv_M2D, log_sums_NH)
         ctx.spans, ctx.source, ctx.heads = spans, source, heads
         return out_ND
@@ -336,10 +353,9 @@ def cross_entropy(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tens
     if target_C.shape != logits_CV.shape[:1] or logits_CV.dim() != 2:
         return None
     target_C = target_C.contiguous()
-    losses_C2 = logits_CV.new_empty(logits_CV.shape[0], 2)
-    out_of_range = _call(
-        "cross_entropy", logits_CV, target_C, losses_C2, *logits_CV.shape, ctypes.c_float(smoothing)
-    )
+    losses_C2 = torch.empty(logits_CV.shape[0], 2)
+    arguments = target_C, losses_C2, *logits_CV.shape, ctypes.c_float(smoothing)
+    out_of_range = _call("cross_entropy", logits_CV.dtype, logits_CV, *arguments)
     if out_of_range:
         raise IndexError(
             f"a target is not among the {logits_CV.shape[1]} ids that the network has logits for"

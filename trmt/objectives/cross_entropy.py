@@ -114,10 +114,9 @@ def _chunk_loss(
 ) -> tuple[Tensor, Tensor]:
     """(negative log likelihood, its mean over the vocabulary), summed; the gradient of the logits."""
     if vocabulary == logits_CV.shape[1] and (fast := accelerated("cross_entropy")):
-        scores_CV = logits_CV.float() if logits_CV.dtype == torch.bfloat16 else logits_CV
-        losses = fast(scores_CV, target_C, smoothing)  # which writes the gradient over the scores
+        losses = fast(logits_CV, target_C, smoothing)  # which writes the gradient over the logits
         if losses is not None:
-            return losses, scores_CV.to(logits_CV.dtype)
+            return losses, logits_CV
     given = logits_CV, target_C, vocabulary, smoothing, factor
     device = logits_CV.device
     if hardware.is_cuda(device) and abilities(device).use("compile"):
