@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.derivatives import assert_same, gradients, needs_kernels
 from trmt.devices import varlen
+from trmt.native.addresses import OUT_OF_MEMORY
 from trmt.nets import layers
 from trmt.nets.layers import Spans
 from trmt.nets.ragged import Ragged
@@ -229,7 +230,7 @@ def test_attention_weights_are_dropped_if_wanted() -> None:
 def test_a_kernel_without_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfMemory:
         def trmt_attention_fp32(self, *_: object) -> int:
-            return 1
+            return OUT_OF_MEMORY
 
     monkeypatch.setattr("trmt.native.training.library", OutOfMemory)
     with pytest.raises(MemoryError):

@@ -1,9 +1,9 @@
 """Builds C kernels where there is a C compiler, the first time they are needed, and loads them.
 
-Those for training are built for the processor they run on (AVX-512, AVX2 or neither), those for inference
-hold the code for every processor and choose when they run. They are kept in the user's cache under a name
-made of everything that went into them, and called through ctypes. Nothing is loaded from there that somebody
-else could have written: then the kernels are built anew, in a private folder.
+Those for training are built for the processor they run on (AVX-512, with bf16 or without, AVX2, or none of
+these), those for inference hold the code for every processor and choose when they run. They are kept in the
+user's cache under a name made of everything that went into them, and called through ctypes. Nothing is loaded
+from there that somebody else could have written: then the kernels are built anew, in a private folder.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from trmt import console
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 PROCESSORS = {
-    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "AVX2": ("-march=x86-64-v3",),
+    "AVX512_BF16": [(*AVX512, "-mavx512bf16"), AVX512],  # for compilers that know it, and for others
+    "AVX512": [AVX512],
+    "AVX2": [("-march=x86-64-v3",)],
 }
 # These choose among processors at run time, and say themselves where operations are fused.
 PORTABLE = {"inference": ("-ffp-contract=off",)}
@@ -62,8 +64,11 @@ def _variants(name: str) -> list[tuple[str, ...]]:
 
     if name in PORTABLE:
         return [(*PORTABLE[name], "-fopenmp"), PORTABLE[name]]
-    processor = PROCESSORS.get(torch.backends.cpu.get_cpu_capability(), ())
-    return [(*processor, "-fopenmp"), ("-fopenmp",), processor, ()]
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        capability = "AVX512_BF16"
+    processors = [*PROCESSORS.get(capability, []), ()]
+    return [(*processor, *openmp) for openmp in (("-fopenmp",), ()) for processor in processors]
 
 
 def _built(name: str, compiler: str, flags: tuple[str, ...]) -> Path:

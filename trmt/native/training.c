@@ -1,7 +1,8 @@
 /* What training on the CPU computes beside its matrix products, each in one pass over memory.
 
    Composed of PyTorch's operations, each of these would go over its tensors three to six times and draw
-   dropout from a slow generator. The Python side is training.py; the same in plain PyTorch is in trmt/nets/layers.py.
+   dropout from a slow generator. The Python side is training.py; the same in plain PyTorch is in
+   trmt/nets/layers.py. Rows are a multiple of LANES wide, those of logits aside.
 
    Activations and their gradients are fp32 or bf16; arithmetic, weights, and sums over rows are fp32.
 
@@ -12,13 +13,18 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
 enum { LANES = 16, ROWS = 64 }; /* floats of a vector; rows of a block that is summed by itself */
+enum { OUT_OF_RANGE = 1, OUT_OF_MEMORY = 2 }; /* what kernels return that can fail; as in products.h */
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t uvec __attribute__((vector_size(64), aligned(4)));
 
 INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
@@ -30,10 +36,8 @@ INLINE vec all(float f) { return (vec){0} + f; }
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #endif
 
-INLINE vec larger(vec a, vec b) {
-  ivec above = a > b;
-  return (vec)(((ivec)a & above) | ((ivec)b & ~above));
-}
+INLINE vec where(ivec condition, vec a, vec b) { return (vec)(((ivec)a & condition) | ((ivec)b & ~condition)); }
+INLINE vec larger(vec a, vec b) { return where(a > b, a, b); }
 
 /* Over all lanes by halves: fewer steps that wait for each other than one lane after another. */
 #define OVER_LANES(v, join)                                                                          \
@@ -75,11 +79,13 @@ INLINE uint32_t row_key(uint64_t seed, int64_t row) { /* splitmix64 */
   return (uint32_t)((z ^ (z >> 31)) >> 16);
 }
 
-INLINE float kept(uint32_t key, int64_t column, uint32_t threshold, float scale) {
-  uint32_t x = key + (uint32_t)column * 0x9e3779b9u;
+/* The factors of LANES elements: `scale`, or 0 for those that are dropped. */
+INLINE vec kept(uint32_t key, int64_t column, uint32_t threshold, float scale) {
+  const uvec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  uvec x = key + ((uint32_t)column + lanes) * 0x9e3779b9u;
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return (x ^ (x >> 16)) >= threshold ? scale : 0.0f;
+  return (vec)((uvec)all(scale) & (uvec)((x ^ (x >> 16)) >= threshold));
 }
 
 INLINE int64_t end_of(int64_t from, int64_t rows) { return from + ROWS < rows ? from + ROWS : rows; }
@@ -88,7 +94,6 @@ INLINE int64_t end_of(int64_t from, int64_t rows) { return from + ROWS < rows ? 
 
 typedef uint16_t bf16;
 typedef bf16 hvec __attribute__((vector_size(32), aligned(2)));
-typedef uint32_t uvec __attribute__((vector_size(64), aligned(4)));
 
 INLINE float float_of(bf16 x) {
   uint32_t bits = (uint32_t)x << 16;
@@ -102,14 +107,29 @@ INLINE bf16 rounded(float f) {
   uint32_t up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return f != f ? 0x7fc0 : up;
 }
+#ifdef __AVX512F__ /* for which compilers make halves of the vectors */
+INLINE vec load_bf16(const bf16 *p) {
+  return (vec)((uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
+}
+INLINE void store_bf16(bf16 *p, vec v) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  uvec bits = (uvec)v, up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  __m512i kept = _mm512_mask_set1_epi32((__m512i)up, nan, 0x7fc0);
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(kept));
+#endif
+}
+#else
 INLINE vec load_bf16(const bf16 *p) {
   return (vec)(__builtin_convertvector(*(const hvec *)p, uvec) << 16);
 }
 INLINE void store_bf16(bf16 *p, vec v) {
-  uvec bits = (uvec)v, odd = (bits >> 16) & 1, nan = (uvec)(v != v);
-  uvec up = (bits + 0x7fff + odd) >> 16;
+  uvec bits = (uvec)v, up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (uvec)(v != v);
   *(hvec *)p = __builtin_convertvector((up & ~nan) | (0x7fc0 & nan), hvec);
 }
+#endif
 
 typedef struct {
   int64_t rows, width;

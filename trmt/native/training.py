@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trmt.native import build
-from trmt.native.addresses import is_plain, pointer
+from trmt.native.addresses import OUT_OF_MEMORY, OUT_OF_RANGE, is_plain, pointer
 from trmt.nets.layers import Spans
 
 BLOCK = 64  # rows whose sums a kernel returns together; ROWS in the C file
@@ -87,7 +87,7 @@ def _cast(*activations: Tensor) -> Iterator[Tensor]:
 
 
 def _call(kernel: str, dtype: torch.dtype, *arguments: Any) -> int:
-    """Call a kernel for activations of a type: tensors as pointers, structures by reference, ints in 64 bits."""
+    """Call a kernel for activations of a type: tensors as pointers, structures by reference, 64-bit ints."""
     given: list[Any] = []
     for each in arguments:
         if each is None or isinstance(each, Tensor):
@@ -96,7 +96,10 @@ def _call(kernel: str, dtype: torch.dtype, *arguments: Any) -> int:
             given.append(ctypes.byref(each))
         else:
             given.append(ctypes.c_int64(each) if isinstance(each, int) else each)
-    return int(getattr(library(), f"trmt_{kernel}_{KINDS[dtype]}")(*given) or 0)
+    code = int(getattr(library(), f"trmt_{kernel}_{KINDS[dtype]}")(*given) or 0)
+    if code & OUT_OF_MEMORY:
+        raise MemoryError("there is no memory left for a kernel")
+    return code
 
 
 # Dropout
@@ -112,7 +115,7 @@ def _dropout_fields(p: float) -> dict[str, Any]:
 
 def dropout(x: Tensor, p: float) -> Tensor | None:
     """Each element set to 0 with probability p, the others scaled by 1 / (1 - p)."""
-    if not (x.is_contiguous() and serves(x)):
+    if not (x.is_contiguous() and serves(x)) or x.shape[-1] % LANES:
         return None
     out: Tensor = _Dropout.apply(x, p)  # type: ignore[no-untyped-call]
     return out
@@ -149,7 +152,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor | None
     if x.dim() != 2 or not torch.is_grad_enabled():
         return None
     (x,) = _cast(x)
-    if not serves(x, parameters=(weight, bias)) or bias.shape != weight.shape[:1]:
+    if not serves(x, parameters=(weight, bias)):
+        return None
+    if bias.shape != weight.shape[:1] or len(bias) % LANES:
         return None
     with torch.autocast("cpu", enabled=False):
         out: Tensor = _Linear.apply(x, weight, bias, relu)  # type: ignore[no-untyped-call]
@@ -199,7 +204,7 @@ def add_norm(x: Tensor, y: Tensor, norm: nn.Module, p: float) -> tuple[Tensor, T
         return None
     if not (x.shape == y.shape and x.is_contiguous() and y.is_contiguous()):
         return None
-    if any(vector.shape != x.shape[-1:] for vector in vectors):
+    if any(vector.shape != x.shape[-1:] for vector in vectors) or x.shape[-1] % LANES:
         return None
     epsilon = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
     added, out = _AddNorm.apply(x, y, norm.weight, bias, p, epsilon)  # type: ignore[no-untyped-call]
@@ -233,7 +238,16 @@ class _AddNorm(torch.autograd.Function):
         # Under names, so that copies live until the kernel is done with them.
         grad_out, grad_added = grad_out.contiguous(), None if grad_added is None else grad_added.contiguous()
         inputs = grad_out, grad_added, added, weight, statistics
-        _call("add_norm_backward", added.dtype, shape, *inputs, ctypes.c_int(ctx.centred), grad_x, grad_y, partial_B2D)
+        _call(
+            "add_norm_backward",
+            added.dtype,
+            shape,
+            *inputs,
+            ctypes.c_int(ctx.centred),
+            grad_x,
+            grad_y,
+            partial_B2D,
+        )
         grad_weight, grad_bias = partial_B2D.sum(0).unbind(0)
         return grad_x, grad_y, grad_weight, grad_bias if ctx.centred else None, None, None
 
@@ -273,20 +287,14 @@ def _forward(attention: _Attention, query_ND: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and for each token and head the logarithm of the normaliser of its softmax."""
     out_ND = query_ND.new_empty(len(query_ND), attention.heads * attention.head_dim)
     log_sums_NH = torch.empty(len(query_ND), attention.heads)
-    _call_attention("attention", query_ND.dtype, attention, out_ND, log_sums_NH)
+    _call("attention", query_ND.dtype, attention, out_ND, log_sums_NH)
     return out_ND, log_sums_NH
 
 
 def _backward(attention: _Attention, grad_ND: Tensor, log_sums_NH: Tensor, *gradients: Tensor) -> None:
     """Writes the gradients of queries, keys and values."""
     targets = _Gradients(*(x.data_ptr() for x in gradients), *(x.stride(0) for x in gradients))
-    inputs = attention, grad_ND.contiguous(), log_sums_NH
-    _call_attention("attention_backward", grad_ND.dtype, *inputs, targets)
-
-
-def _call_attention(kernel: str, dtype: torch.dtype, *arguments: Any) -> None:
-    if _call(kernel, dtype, *arguments):
-        raise MemoryError("out of memory in attention")
+    _call("attention_backward", grad_ND.dtype, attention, grad_ND.contiguous(), log_sums_NH, targets)
 
 
 def _described(qkv: tuple[Tensor, ...], spans: Spans, keys: Spans, heads: int, *, causal: bool) -> _Attention:
@@ -355,8 +363,7 @@ def cross_entropy(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tens
     target_C = target_C.contiguous()
     losses_C2 = torch.empty(logits_CV.shape[0], 2)
     arguments = target_C, losses_C2, *logits_CV.shape, ctypes.c_float(smoothing)
-    out_of_range = _call("cross_entropy", logits_CV.dtype, logits_CV, *arguments)
-    if out_of_range:
+    if _call("cross_entropy", logits_CV.dtype, logits_CV, *arguments) & OUT_OF_RANGE:
         raise IndexError(
             f"a target is not among the {logits_CV.shape[1]} ids that the network has logits for"
         )

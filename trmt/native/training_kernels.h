@@ -2,13 +2,13 @@
    number to and from fp32, LOAD and STORE a vector. */
 
 /* out = dropout(x) */
-static void NAME(dropout_rows)(const REAL *restrict x, REAL *restrict out, int64_t from, int64_t to, int64_t width,
-                               uint64_t seed, uint32_t threshold, float scale) {
+static void NAME(dropout_rows)(const REAL *x, REAL *out, int64_t from, int64_t to, int64_t width, uint64_t seed,
+                               uint32_t threshold, float scale) {
   for (int64_t row = from; row < to; row++) {
     uint32_t key = row_key(seed, row);
     const REAL *xr = x + row * width;
     REAL *outr = out + row * width;
-    for (int64_t i = 0; i < width; i++) outr[i] = PUT(GET(xr[i]) * kept(key, i, threshold, scale));
+    for (int64_t i = 0; i < width; i += LANES) STORE(outr + i, LOAD(xr + i) * kept(key, i, threshold, scale));
   }
 }
 
@@ -21,34 +21,32 @@ void NAME(trmt_dropout)(const REAL *x, REAL *out, int64_t rows, int64_t width, u
 
 /* sum = x + dropout(y); out = norm(sum) * weight + bias. Without `bias` it is the root mean square norm.
    `statistics` receives mean and reciprocal deviation of each row. */
-static void NAME(add_norm_rows)(const Shape *s, const REAL *restrict x, const REAL *restrict y,
-                                const float *restrict weight, const float *restrict bias, REAL *restrict added,
-                                REAL *restrict out, float *restrict statistics, int64_t from, int64_t to) {
+static void NAME(add_norm_rows)(const Shape *s, const REAL *x, const REAL *y, const float *weight,
+                                const float *bias, REAL *added, REAL *out, float *statistics, int64_t from,
+                                int64_t to) {
   int64_t width = s->width;
   for (int64_t row = from; row < to; row++) {
     const REAL *xr = x + row * width, *yr = y + row * width;
     REAL *ar = added + row * width, *outr = out + row * width;
-    if (s->threshold) {
-      uint32_t key = row_key(s->seed, row);
-      for (int64_t i = 0; i < width; i++)
-        ar[i] = PUT(GET(xr[i]) + GET(yr[i]) * kept(key, i, s->threshold, s->scale));
-    } else {
-      for (int64_t i = 0; i < width; i++) ar[i] = PUT(GET(xr[i]) + GET(yr[i]));
+    uint32_t key = row_key(s->seed, row);
+    vec total = all(0), squares = all(0);
+    for (int64_t i = 0; i < width; i += LANES) {
+      vec v = LOAD(yr + i);
+      if (s->threshold) v *= kept(key, i, s->threshold, s->scale);
+      STORE(ar + i, LOAD(xr + i) + v);
+      total += LOAD(ar + i); /* as it was rounded: the backward pass has nothing else */
     }
-    float mean = 0, square = 0;
-    if (bias) {
-#pragma omp simd reduction(+ : mean)
-      for (int64_t i = 0; i < width; i++) mean += GET(ar[i]);
-      mean /= width;
+    float mean = bias ? sum(total) / width : 0.0f;
+    for (int64_t i = 0; i < width; i += LANES) {
+      vec v = LOAD(ar + i) - mean;
+      squares += v * v;
     }
-#pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < width; i++) square += (GET(ar[i]) - mean) * (GET(ar[i]) - mean);
-    float r = 1.0f / sqrtf(square / width + s->epsilon);
+    float r = 1.0f / sqrtf(sum(squares) / width + s->epsilon);
     statistics[2 * row] = mean, statistics[2 * row + 1] = r;
-    if (bias)
-      for (int64_t i = 0; i < width; i++) outr[i] = PUT((GET(ar[i]) - mean) * r * weight[i] + bias[i]);
-    else
-      for (int64_t i = 0; i < width; i++) outr[i] = PUT(GET(ar[i]) * r * weight[i]);
+    for (int64_t i = 0; i < width; i += LANES) {
+      vec v = (LOAD(ar + i) - mean) * r * load(weight + i);
+      STORE(outr + i, bias ? v + load(bias + i) : v);
+    }
   }
 }
 
@@ -61,39 +59,31 @@ void NAME(trmt_add_norm)(const Shape *s, const REAL *x, const REAL *y, const flo
 
 /* The gradients of the above: of x and, where dropout makes it another, of y; of weight and bias as one
    row [2, width] of `partial` for each block of rows. `grad_added` may be null. */
-static void NAME(add_norm_backward_rows)(const Shape *s, const REAL *restrict grad_out,
-                                         const REAL *restrict grad_added, const REAL *restrict added,
-                                         const float *restrict weight, const float *restrict statistics,
-                                         int centred, REAL *grad_x, REAL *grad_y, float *restrict partial,
-                                         int64_t from, int64_t to) {
+static void NAME(add_norm_backward_rows)(const Shape *s, const REAL *grad_out, const REAL *grad_added,
+                                         const REAL *added, const float *weight, const float *statistics,
+                                         int centred, REAL *grad_x, REAL *grad_y, float *partial, int64_t from,
+                                         int64_t to) {
   int64_t width = s->width;
   memset(partial, 0, 2 * width * sizeof(float));
   for (int64_t row = from; row < to; row++) {
     const REAL *gr = grad_out + row * width, *ar = added + row * width;
     REAL *gx = grad_x + row * width;
-    float mean = statistics[2 * row], r = statistics[2 * row + 1], s1 = 0, s2 = 0;
-#pragma omp simd reduction(+ : s1, s2)
-    for (int64_t i = 0; i < width; i++) {
-      float normed = (GET(ar[i]) - mean) * r, g = GET(gr[i]) * weight[i];
-      s1 += g;
-      s2 += g * normed;
-      partial[i] += GET(gr[i]) * normed;
-      partial[width + i] += GET(gr[i]);
+    float mean = statistics[2 * row], r = statistics[2 * row + 1];
+    vec total = all(0), aligned = all(0);
+    for (int64_t i = 0; i < width; i += LANES) {
+      vec normed = (LOAD(ar + i) - mean) * r, grad = LOAD(gr + i), g = grad * load(weight + i);
+      total += g;
+      aligned += g * normed;
+      store(partial + i, load(partial + i) + grad * normed);
+      store(partial + width + i, load(partial + width + i) + grad);
     }
-    s1 = centred ? s1 / width : 0.0f;
-    s2 /= width;
-    if (grad_added) {
-      const REAL *gar = grad_added + row * width;
-      for (int64_t i = 0; i < width; i++)
-        gx[i] = PUT(r * (GET(gr[i]) * weight[i] - s1 - (GET(ar[i]) - mean) * r * s2) + GET(gar[i]));
-    } else {
-      for (int64_t i = 0; i < width; i++)
-        gx[i] = PUT(r * (GET(gr[i]) * weight[i] - s1 - (GET(ar[i]) - mean) * r * s2));
-    }
-    if (s->threshold) {
-      uint32_t key = row_key(s->seed, row);
-      REAL *gy = grad_y + row * width;
-      for (int64_t i = 0; i < width; i++) gy[i] = PUT(GET(gx[i]) * kept(key, i, s->threshold, s->scale));
+    float s1 = centred ? sum(total) / width : 0.0f, s2 = sum(aligned) / width * r;
+    uint32_t key = row_key(s->seed, row);
+    for (int64_t i = 0; i < width; i += LANES) {
+      vec g = r * (LOAD(gr + i) * load(weight + i) - s1 - (LOAD(ar + i) - mean) * s2);
+      if (grad_added) g += LOAD(grad_added + row * width + i);
+      STORE(gx + i, g);
+      if (s->threshold) STORE(grad_y + row * width + i, g * kept(key, i, s->threshold, s->scale));
     }
   }
 }
@@ -108,17 +98,13 @@ void NAME(trmt_add_norm_backward)(const Shape *s, const REAL *grad_out, const RE
 }
 
 /* x = x + bias, in place; then relu if wanted. */
-static void NAME(add_bias_rows)(REAL *restrict x, const float *restrict bias, int64_t width, int relu,
-                                int64_t from, int64_t to) {
+static void NAME(add_bias_rows)(REAL *x, const float *bias, int64_t width, int relu, int64_t from, int64_t to) {
   for (int64_t row = from; row < to; row++) {
     REAL *xr = x + row * width;
-    if (relu)
-      for (int64_t i = 0; i < width; i++) {
-        float v = GET(xr[i]) + bias[i];
-        xr[i] = PUT(v < 0 ? 0.0f : v); /* keeps NaN, so that nothing goes unnoticed */
-      }
-    else
-      for (int64_t i = 0; i < width; i++) xr[i] = PUT(GET(xr[i]) + bias[i]);
+    for (int64_t i = 0; i < width; i += LANES) {
+      vec v = LOAD(xr + i) + load(bias + i);
+      STORE(xr + i, relu ? where(v < 0, all(0), v) : v); /* keeps NaN, so that nothing goes unnoticed */
+    }
   }
 }
 
@@ -130,23 +116,18 @@ void NAME(trmt_add_bias)(REAL *x, const float *bias, int64_t rows, int64_t width
 
 /* The gradient of the bias, as one row of `partial` for each block of rows. With relu's result `out`,
    gradients are first set to 0 where it is 0, which gives `masked`. */
-static void NAME(bias_backward_rows)(const REAL *restrict grad, const REAL *restrict out, REAL *restrict masked,
-                                     int64_t width, float *restrict partial, int64_t from, int64_t to) {
+static void NAME(bias_backward_rows)(const REAL *grad, const REAL *out, REAL *masked, int64_t width,
+                                     float *partial, int64_t from, int64_t to) {
   memset(partial, 0, width * sizeof(float));
-  for (int64_t row = from; row < to; row++) {
-    const REAL *gr = grad + row * width;
-    if (out) {
-      const REAL *outr = out + row * width;
-      REAL *mr = masked + row * width;
-      for (int64_t i = 0; i < width; i++) {
-        float g = GET(outr[i]) == 0 ? 0.0f : GET(gr[i]);
-        mr[i] = PUT(g);
-        partial[i] += g;
+  for (int64_t row = from; row < to; row++)
+    for (int64_t i = 0; i < width; i += LANES) {
+      vec g = LOAD(grad + row * width + i);
+      if (out) {
+        g = where(LOAD(out + row * width + i) == 0, all(0), g);
+        STORE(masked + row * width + i, g);
       }
-    } else {
-      for (int64_t i = 0; i < width; i++) partial[i] += GET(gr[i]);
+      store(partial + i, load(partial + i) + g);
     }
-  }
 }
 
 void NAME(trmt_bias_backward)(const REAL *grad, const REAL *out, REAL *masked, int64_t rows, int64_t width,
@@ -157,9 +138,10 @@ void NAME(trmt_bias_backward)(const REAL *grad, const REAL *out, REAL *masked, i
 }
 
 /* Label-smoothed cross-entropy of some rows of logits, which become its gradient. `losses` receives for
-   each row the negative log likelihood and the mean over the vocabulary of the same. */
-static void NAME(cross_entropy_rows)(REAL *logits, const int64_t *target, float *losses, int64_t width,
-                                     float smoothing, int64_t from, int64_t to) {
+   each row the negative log likelihood and the mean over the vocabulary of the same. `space` is for a row of
+   exponentials, which bf16 could not keep without rounding. */
+static void NAME(cross_entropy_rows)(REAL *logits, const int64_t *target, float *losses, float *space,
+                                     int64_t width, float smoothing, int64_t from, int64_t to) {
   for (int64_t row = from; row < to; row++) {
     REAL *x = logits + row * width;
     if (target[row] < 0) { /* padding */
@@ -179,29 +161,44 @@ static void NAME(cross_entropy_rows)(REAL *logits, const int64_t *target, float 
       float v = GET(x[i]);
       sum_logits += v, most = v > most ? v : most;
     }
-    for (int64_t i = 0; i < whole; i += LANES) exponents += exponential(LOAD(x + i) - most);
+    for (int64_t i = 0; i < whole; i += LANES) {
+      vec e = exponential(LOAD(x + i) - most);
+      exponents += e;
+      store(space + i, e);
+    }
     float sum_exponents = sum(exponents);
-    for (int64_t i = whole; i < width; i++) sum_exponents += expf(GET(x[i]) - most);
+    for (int64_t i = whole; i < width; i++) sum_exponents += space[i] = expf(GET(x[i]) - most);
     float log_sum = logf(sum_exponents), factor = 1.0f / sum_exponents, spread = smoothing / width;
     float picked = GET(x[target[row]]) - most;
     losses[2 * row] = log_sum - picked;
     losses[2 * row + 1] = log_sum + most - sum_logits / width;
-    /* Exponentials are computed twice, because bf16 could not keep them without rounding. */
-    for (int64_t i = 0; i < whole; i += LANES) STORE(x + i, exponential(LOAD(x + i) - most) * factor - spread);
-    for (int64_t i = whole; i < width; i++) x[i] = PUT(expf(GET(x[i]) - most) * factor - spread);
-    x[target[row]] = PUT(expf(picked) * factor - spread - (1.0f - smoothing));
+    space[target[row]] -= (1.0f - smoothing) * sum_exponents;
+    for (int64_t i = 0; i < whole; i += LANES) STORE(x + i, load(space + i) * factor - spread);
+    for (int64_t i = whole; i < width; i++) x[i] = PUT(space[i] * factor - spread);
   }
 }
 
-/* Returns 1 and does nothing if a target is no column. */
+/* Returns OUT_OF_RANGE and does nothing if a target is no column. */
 int NAME(trmt_cross_entropy)(REAL *logits, const int64_t *target, float *losses, int64_t rows, int64_t width,
                              float smoothing) {
   for (int64_t row = 0; row < rows; row++)
-    if (target[row] >= width) return 1;
-#pragma omp parallel for schedule(static)
-  for (int64_t from = 0; from < rows; from += 8)
-    NAME(cross_entropy_rows)(logits, target, losses, width, smoothing, from, from + 8 < rows ? from + 8 : rows);
-  return 0;
+    if (target[row] >= width) return OUT_OF_RANGE;
+  int short_of_memory = 0;
+#pragma omp parallel
+  {
+    float *space = scratch(width);
+    if (!space) {
+#pragma omp atomic write
+      short_of_memory = OUT_OF_MEMORY;
+    }
+#pragma omp for schedule(static)
+    for (int64_t from = 0; from < rows; from += 8)
+      if (space)
+        NAME(cross_entropy_rows)(logits, target, losses, space, width, smoothing, from,
+                                 from + 8 < rows ? from + 8 : rows);
+    free(space);
+  }
+  return short_of_memory;
 }
 
 /* Attention: each head's rows are computed with in fp32, in memory that lies together. */
@@ -257,7 +254,7 @@ int NAME(trmt_attention)(const Attention *a, REAL *out, float *norms) {
     float *space = scratch(a->head_dim * (rows + 2 * width) + rows * width);
     if (!space) {
 #pragma omp atomic write
-      short_of_memory = 1;
+      short_of_memory = OUT_OF_MEMORY;
     }
 #pragma omp for schedule(dynamic, 8)
     for (int64_t item = 0; item < a->sentences * a->heads; item++)
@@ -309,7 +306,7 @@ int NAME(trmt_attention_backward)(const Attention *a, const REAL *grad_out, cons
     float *space = scratch(a->head_dim * (3 * rows + width) + 2 * rows * width);
     if (!space) {
 #pragma omp atomic write
-      short_of_memory = 1;
+      short_of_memory = OUT_OF_MEMORY;
     }
 #pragma omp for schedule(dynamic, 8)
     for (int64_t item = 0; item < a->sentences * a->heads; item++)
