@@ -225,13 +225,13 @@ INLINE int64_t whole_lanes(int64_t length) { return (length + LANES - 1) / LANES
 /* Turns scores into weights, row by row; `norms` is the logarithm of each row's sum, written unless `known`. */
 INLINE void softmax(float *scores, int64_t rows, int64_t keys, int64_t width, const Attention *a,
                     float *norms, int64_t norm_stride, int known) {
+  const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int64_t i = 0; i < rows; i++) {
     float *x = scores + i * width;
     int64_t seen = a->causal && i + 1 < keys ? i + 1 : keys;
-    for (int64_t j = seen; j < width; j++) x[j] = -INFINITY;
     vec high = all(-INFINITY), total = all(0);
     for (int64_t j = 0; j < width; j += LANES) {
-      vec scaled = load(x + j) * a->scale;
+      vec scaled = where(lanes < (int32_t)(seen - j), load(x + j) * a->scale, all(-INFINITY));
       high = larger(scaled, high);
       store(x + j, scaled);
     }
