@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tests.derivatives import assert_same, gradients, needs_kernels
 from trmt.devices import varlen
-from trmt.native.addresses import OUT_OF_MEMORY
 from trmt.nets import layers
 from trmt.nets.layers import Spans
 from trmt.nets.ragged import Ragged
@@ -224,17 +223,6 @@ def test_attention_weights_are_dropped_if_wanted() -> None:
         dropped = torch.stack([draw[place] for draw in draws])
         assert float(dropped.std(0).min()) > 0
         torch.testing.assert_close(dropped.mean(0), whole, atol=0.1, rtol=0.1)
-
-
-@needs_kernels
-def test_a_kernel_without_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OutOfMemory:
-        def trmt_attention_fp32(self, *_: object) -> int:
-            return OUT_OF_MEMORY
-
-    monkeypatch.setattr("trmt.native.training.library", OutOfMemory)
-    with pytest.raises(MemoryError):
-        layers.packed_self_attention(torch.randn(4, 3 * 32), spans(4), 2, causal=True)
 
 
 def test_the_attention_for_gpus_is_not_asked_for_dropout(monkeypatch: pytest.MonkeyPatch) -> None:

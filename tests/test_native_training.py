@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tests.derivatives import assert_same, gradients, needs_kernels
 from trmt.native import build, training
+from trmt.native.addresses import OUT_OF_MEMORY
 from trmt.nets import layers
 from trmt.nets.layers import LayerNorm, RMSNorm, Spans
 from trmt.nets.ragged import Ragged
@@ -140,6 +141,17 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         for threads in ("1", "2", "3")
     }
     assert len(seen) == 1
+
+
+@needs_kernels
+def test_a_kernel_without_memory_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemory:
+        def trmt_attention_fp32(self, *_: object) -> int:
+            return OUT_OF_MEMORY
+
+    monkeypatch.setattr("trmt.native.training.library", OutOfMemory)
+    with pytest.raises(MemoryError):
+        layers.packed_self_attention(torch.randn(4, 3 * 32), Spans.of(Ragged.of([[1] * 4])), 2, causal=True)
 
 
 def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
