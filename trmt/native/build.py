@@ -26,7 +26,7 @@ from trmt import console
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
-PROCESSORS = {
+PROCESSORS: dict[str, list[tuple[str, ...]]] = {
     "AVX512_BF16": [(*AVX512, "-mavx512bf16"), AVX512],  # for compilers that know it, and for others
     "AVX512": [AVX512],
     "AVX2": [("-march=x86-64-v3",)],
