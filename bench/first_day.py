@@ -25,6 +25,7 @@ from provenance import RESULTS, ROOT, provenance, record
 
 TRMT = [sys.executable, "-m", "trmt"]
 RESULT = "first-day"
+RUN = "models/run"  # of a size, in its folder
 DEV_LINES = 500
 PLAN, ROW = "plan.json", "row.json"  # of a size, in its folder
 
@@ -86,17 +87,18 @@ class Day:
             sets = ["--train", "text/train", "--dev", "text/dev", "--tokenizer", "tokenizer"]
             self.trmt("prepare", "prepare", "data", *sets)
         plan = self.plan()
-        self.trmt("train", "train", "run", "--data", "data", *threads)
-        if len(list((self.work / "run").glob("step-*"))) > 1 and not (self.work / "run/average").exists():
-            self.trmt("average", "average", "run")
+        self.trmt("train", "train", RUN, "--data", "data", *threads)
+        run = self.work / RUN
+        if len(list(run.glob("step-*"))) > 1 and not (run / "average").exists():
+            self.trmt("average", "average", RUN)
         row = {
             "corpus": self.given.name,
             "pairs": self.pairs,
             "threads": self.given.threads,
             "shared": self.given.shared,
             "plan": plan,
-            "training": training(self.work / "run" / "log.jsonl"),
-            "best": best_scores(self.work / "run" / "log.jsonl"),
+            "training": training(run / "log.jsonl"),
+            "best": best_scores(run / "log.jsonl"),
             "scores": self.scores(threads),
             "seconds": self.ledger.totals(),
             "commit": provenance()["commit"],
@@ -137,7 +139,7 @@ class Day:
         """The scores of the model that a user gets, on the test set."""
         source, hypotheses = self.work / "text" / f"test.{self.given.source}", self.work / "hypotheses"
         with source.open("rb") as stdin, hypotheses.open("wb") as stdout:
-            self.trmt("translate", "translate", "run", *threads, stdin=stdin, stdout=stdout)
+            self.trmt("translate", "translate", RUN, *threads, stdin=stdin, stdout=stdout)
         wanted = ["--ref", f"text/test.{self.given.target}", "--json"]
         scores = self.work / "scores.json"
         with scores.open("wb") as stdout:
@@ -158,7 +160,7 @@ def write_plan(threads: int, path: str) -> None:
 
     torch.set_num_threads(threads)
     pairs = len(PreparedSet.open(Path("data")).split("train"))
-    run = TrainingRun.from_options(TrainOptions(run=Path("run"), data=Path("data")), validate)
+    run = TrainingRun.from_options(TrainOptions(run=Path(RUN), data=Path("data")), validate)
     found = measure(run.state, run.batches, largest=False)
     assert run.validator, "there is a dev set"
     recipe = run.recipe
