@@ -107,7 +107,7 @@ INLINE bf16 rounded(float f) {
   uint32_t up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return f != f ? 0x7fc0 : up;
 }
-#ifdef __AVX512F__ /* for which compilers make halves of the vectors */
+#ifdef __AVX512F__ /* gcc would compile the code below to conversions of half vectors */
 INLINE vec load_bf16(const bf16 *p) {
   return (vec)((uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
 }
@@ -117,8 +117,8 @@ INLINE void store_bf16(bf16 *p, vec v) {
 #else
   uvec bits = (uvec)v, up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-  __m512i kept = _mm512_mask_set1_epi32((__m512i)up, nan, 0x7fc0);
-  _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(kept));
+  __m512i halves = _mm512_mask_set1_epi32((__m512i)up, nan, 0x7fc0);
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(halves));
 #endif
 }
 #else

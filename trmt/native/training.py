@@ -3,8 +3,8 @@
 Each function takes the arguments of the plain one in trmt/nets/layers.py and returns None where the kernels
 cannot serve. A result differs from PyTorch's by rounding, and in which elements dropout draws.
 
-Activations and their gradients are fp32, or bf16 from the first product or sum under autocast on. Weights,
-their gradients, statistics of norms and sums of losses are always fp32.
+Activations and their gradients are fp32, or under autocast bf16, from the first linear layer or residual
+connection on. Weights, their gradients, statistics of norms and sums of losses are always fp32.
 
 Axes: S sentence, N tokens in a row, M tokens of the other side in a row, H heads, D hidden size, V vocabulary
 or columns of a product, C tokens of a chunk, B blocks of rows.
@@ -175,7 +175,7 @@ class _Linear(torch.autograd.Function):
         x, weight, out = ctx.saved_tensors
         grad = grad.contiguous()
         masked = torch.empty_like(grad) if out is not None else grad
-        partial = torch.empty(-(-grad.shape[0] // BLOCK), grad.shape[1])
+        partial = torch.empty(-(-grad.shape[0] // BLOCK), grad.shape[1], dtype=torch.float32)
         _call("bias_backward", x.dtype, grad, out, masked, *grad.shape, partial)
         grad_x = masked @ weight if ctx.needs_input_grad[0] else None
         return grad_x, outer_product(masked, x).float(), partial.sum(0), None
@@ -219,7 +219,11 @@ class _AddNorm(torch.autograd.Function):
         width = x.shape[-1]
         rows = x.numel() // width
         shape = _Shape(rows=rows, width=width, epsilon=epsilon, **_dropout_fields(p))
-        added, out, statistics = torch.empty_like(x), torch.empty_like(x), torch.empty(rows, 2)
+        added, out, statistics = (
+            torch.empty_like(x),
+            torch.empty_like(x),
+            torch.empty(rows, 2, dtype=torch.float32),
+        )
         _call("add_norm", x.dtype, shape, x, y, weight, bias, added, out, statistics)
         ctx.shape, ctx.centred = shape, bias is not None
         ctx.save_for_backward(added, weight, statistics)
@@ -234,20 +238,12 @@ class _AddNorm(torch.autograd.Function):
             grad_out = torch.zeros_like(added)
         grad_x = torch.empty_like(added)
         grad_y = torch.empty_like(added) if shape.threshold else grad_x
-        partial_B2D = torch.empty(-(-shape.rows // BLOCK), 2, shape.width)
+        partial_B2D = torch.empty(-(-shape.rows // BLOCK), 2, shape.width, dtype=torch.float32)
         # Under names, so that copies live until the kernel is done with them.
         grad_out, grad_added = grad_out.contiguous(), None if grad_added is None else grad_added.contiguous()
         inputs = grad_out, grad_added, added, weight, statistics
-        _call(
-            "add_norm_backward",
-            added.dtype,
-            shape,
-            *inputs,
-            ctypes.c_int(ctx.centred),
-            grad_x,
-            grad_y,
-            partial_B2D,
-        )
+        gradients = grad_x, grad_y, partial_B2D
+        _call("add_norm_backward", added.dtype, shape, *inputs, ctypes.c_int(ctx.centred), *gradients)
         grad_weight, grad_bias = partial_B2D.sum(0).unbind(0)
         return grad_x, grad_y, grad_weight, grad_bias if ctx.centred else None, None, None
 
@@ -286,7 +282,7 @@ def _serves_attention(x: Tensor, spans: Spans, heads: int, merged: int) -> bool:
 def _forward(attention: _Attention, query_ND: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and for each token and head the logarithm of the normaliser of its softmax."""
     out_ND = query_ND.new_empty(len(query_ND), attention.heads * attention.head_dim)
-    log_sums_NH = torch.empty(len(query_ND), attention.heads)
+    log_sums_NH = torch.empty(len(query_ND), attention.heads, dtype=torch.float32)
     _call("attention", query_ND.dtype, attention, out_ND, log_sums_NH)
     return out_ND, log_sums_NH
 
@@ -361,7 +357,7 @@ def cross_entropy(logits_CV: Tensor, target_C: Tensor, smoothing: float) -> Tens
     if target_C.shape != logits_CV.shape[:1] or logits_CV.dim() != 2:
         return None
     target_C = target_C.contiguous()
-    losses_C2 = torch.empty(logits_CV.shape[0], 2)
+    losses_C2 = torch.empty(logits_CV.shape[0], 2, dtype=torch.float32)
     arguments = target_C, losses_C2, *logits_CV.shape, ctypes.c_float(smoothing)
     if _call("cross_entropy", logits_CV.dtype, logits_CV, *arguments) & OUT_OF_RANGE:
         raise IndexError(
