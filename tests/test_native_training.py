@@ -116,7 +116,8 @@ def test_a_product_does_not_hide_nan() -> None:
 
 
 @needs_kernels
-def test_the_number_of_threads_changes_no_bit() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_number_of_threads_changes_no_bit(dtype: str) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(0)\n"
         "from torch import nn\n"
@@ -125,22 +126,45 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         "from trmt.nets.ragged import Ragged\n"
         "lengths = [17, 4, 31, 9, 60, 2] * 8\n"
         "spans = Spans.of(Ragged.of([[1] * n for n in lengths]))\n"
-        "merged = torch.randn(sum(lengths), 192, requires_grad=True)\n"
+        "merged = torch.randn(sum(lengths), 192).to(getattr(torch, sys.argv[2])).requires_grad_()\n"
         "norm = nn.LayerNorm(64)\n"
         "x = layers.packed_self_attention(merged, spans, 4, causal=True)\n"
         "out = layers.dropout(layers.add_norm(x, merged[:, :64].contiguous(), norm, 0.1)[1], 0.1)\n"
         "out.square().sum().backward()\n"
         "import hashlib\n"
         "tensors = (out.detach(), merged.grad, norm.weight.grad, norm.bias.grad)\n"
-        "print(hashlib.sha256(b''.join(t.numpy().tobytes() for t in tensors)).hexdigest())\n"
+        "print(hashlib.sha256(b''.join(t.float().numpy().tobytes() for t in tensors)).hexdigest())\n"
     )
     seen = {
         subprocess.run(
-            [sys.executable, "-c", code, threads], check=True, capture_output=True, text=True
+            [sys.executable, "-c", code, threads, dtype], check=True, capture_output=True, text=True
         ).stdout
         for threads in ("1", "2", "3")
     }
     assert len(seen) == 1
+
+
+@needs_kernels
+def test_the_default_dtype_of_a_program_changes_nothing() -> None:
+    """Kernels write fp32 into what PyTorch has reserved for them."""
+    norm, spans = LayerNorm(32), Spans.of(Ragged.of([[1] * 9, [1] * 4]))
+    linear = layers.Linear(32, 96)
+    x, target = torch.randn(13, 32, requires_grad=True), torch.randint(0, 96, (13,))
+
+    def found() -> list[Tensor]:
+        _, out = layers.add_norm(x, x, norm, 0.0)
+        merged = linear(out)
+        losses = training.cross_entropy(merged.detach().clone(), target, 0.1)
+        assert losses is not None
+        attended = layers.packed_self_attention(merged, spans, 2, causal=True)
+        return [losses, *torch.autograd.grad(attended.sum(), [x, *linear.parameters(), *norm.parameters()])]
+
+    expected = found()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(torch.equal(one, other) for one, other in zip(found(), expected, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @needs_kernels
