@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_a_json_file_of_more_bytes_than_the_limit_is_not_read(tmp_path: Path) ->
     assert trees.read_json(tmp_path / "x.json", max_bytes=102) == []
     with pytest.raises(TreeError, match="more than 101 bytes, which is the limit"):
         trees.read_json(tmp_path / "x.json", max_bytes=101)
+
+
+def test_a_small_file_does_not_take_the_memory_of_the_largest(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b"[1]")
+    tracemalloc.start()
+    try:
+        assert trees.read_json(tmp_path / "x.json") == [1]
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 TOML = [f"x = {'9' * 4400}", f"x = 0x{'f' * 4400}", f"x = {'[' * 50_000}", f"{'x.' * 99}y = 1"]

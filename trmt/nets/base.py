@@ -252,6 +252,7 @@ class Network(nn.Module):
     config: Any  # an instance of config_class
     config_class: ClassVar[type]
     takes_encoder: ClassVar[bool] = False  # whether it can start from the encoder that `trmt pretrain` trains
+    attends_packed: ClassVar[bool] = False  # whether some attention runs over packed tokens
     packs_tokens: ClassVar[bool] = False  # whether `forward` computes no padding: batches may mix lengths
     # Whether `forward` calls each module inside a ModuleList that has a matrix exactly once (for sharding).
     layers_called_once: ClassVar[bool] = False

@@ -230,7 +230,7 @@ class TransformerEncoder(Network):
     encoder_class = Encoder
     encoder_layer = EncoderLayer
     rotary_table: Tensor | None
-    packs_tokens = layers_called_once = pays_to_compile = True
+    attends_packed = packs_tokens = layers_called_once = pays_to_compile = True
     keeps_fp32 = ("rotary_table",)
     exact = False  # whether a frozen copy computes attention in double precision, rounded once (for int8)
 

@@ -25,7 +25,6 @@ from trmt.devices.abilities import abilities
 from trmt.devices.choice import be_deterministic, choose_precision, compile_network
 from trmt.errors import ConfigError
 from trmt.nets.base import Network
-from trmt.nets.transformer import TransformerEncoder
 from trmt.objectives.base import Objective, Specials
 from trmt.registry import OBJECTIVES, resolve
 from trmt.sets.batches import BatchShape
@@ -117,7 +116,7 @@ class TrainState:
         self.overlap: OverlappedSums | None = None
         if self.distributed.world_size > 1 and not self.sharded:
             self.overlap = OverlappedSums(self.net, self.distributed, bucket_bytes=overlap.BUCKET_BYTES)
-        if self.precision != "fp32" and isinstance(self.net, TransformerEncoder):
+        if self.precision != "fp32" and self.net.attends_packed:
             self._agree("varlen")
             if hardware.is_cuda(self.device):
                 varlen.usable(self.device)  # proven before anything is traced
@@ -169,7 +168,7 @@ class TrainState:
         return not self.sharded and (self.compiled or packed)
 
     def _uses_varlen(self) -> bool:
-        return isinstance(self.net, TransformerEncoder) and abilities(self.device).has("varlen")
+        return self.net.attends_packed and abilities(self.device).has("varlen")
 
     def fall_back(self, why: str, *, varlen_failed: bool) -> None:
         """Compute in a simpler way from now on: without what failed, as far as that is known.
