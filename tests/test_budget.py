@@ -292,27 +292,22 @@ def test_the_plan_says_when_training_may_end_earlier(
     assert "│ no limit │" in unlimited and "time in total" not in unlimited
 
 
-def test_the_time_of_translating_is_estimated_for_the_length_of_the_references(
+def test_the_time_of_translating_is_estimated_with_the_references(
     toy_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(validation, "TIMED_SENTENCES", 10)
     recipe = toy.recipe(tmp_path, {"validation": {"metric": "chrf", "sentences": 20}})
-    found = {}
-    for times in (1, 3):  # an untrained network may translate at any length
+    calls = []
 
-        def translate(
-            net: Any, tokenizer: Tokenizer, data: PreparedSet, recipe: Any, times: int = times
-        ) -> ValidationResult:
-            _, references = data.dev_text()
-            assert recipe.validation.sentences == 20
-            return ValidationResult(
-                (), tuple({"translation": " ".join([text] * times)} for text in references)
-            )
+    def translate(
+        net: Any, tokenizer: Tokenizer, data: PreparedSet, recipe: Any, *, forced: bool = False
+    ) -> ValidationResult:
+        calls.append((forced, recipe.validation.sentences))
+        return ValidationResult()
 
-        run = TrainingRun.from_options(options(tmp_path / "run", toy_set, recipe), translate)
-        assert run.validator and (run.validator.estimate_seconds() or 0) > 0
-        ticks = iter([0.0, 30.0 * times])
-        with monkeypatch.context() as patch:
-            patch.setattr(validation, "time", SimpleNamespace(perf_counter=ticks.__next__))
-            found[times] = run.validator._translation_seconds()
-    assert found[3] == pytest.approx(found[1], rel=0.2)
-    assert found[1] == pytest.approx(30 * 20 / 30, rel=0.2), "20 of 30 sentences"
+    run = TrainingRun.from_options(options(tmp_path / "run", toy_set, recipe), translate)
+    assert run.validator and (run.validator.estimate_seconds() or 0) > 0
+    ticks = iter([0.0, 30.0])
+    monkeypatch.setattr(validation, "time", SimpleNamespace(perf_counter=ticks.__next__))
+    assert run.validator._translation_seconds() == pytest.approx(60), "10 of 20 sentences"
+    assert calls == [(True, 10)] * 2, "a network without training may translate at any length"

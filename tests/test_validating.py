@@ -90,6 +90,16 @@ def test_a_selection_is_spread_evenly_and_always_the_same(
     assert found(tokenizer, data, sentences=count, samples=count) == validation
 
 
+@pytest.mark.parametrize("beam", [1, 3])
+def test_forced_translations_are_the_references(tokenizer: Tokenizer, data: PreparedSet, beam: int) -> None:
+    recipe = Recipe(
+        training=TrainingConfig(steps=1), validation=ValidationConfig(samples=len(PAIRS), beam=beam)
+    )
+    net = half_right(tokenizer)
+    forced = validate(net, tokenizer, data, recipe, forced=True)
+    assert [sample["translation"] for sample in forced.samples] == texts.CHINESE
+
+
 def test_scores_are_of_the_selection_and_not_of_the_samples(tokenizer: Tokenizer, data: PreparedSet) -> None:
     few = found(tokenizer, data, sentences=10, samples=2)
     all_shown = found(tokenizer, data, sentences=10, samples=100)

@@ -16,16 +16,26 @@ from trmt.translating import TranslateOptions, Translator
 METRICS = ("chrf", "bleu")
 
 
-def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Recipe) -> ValidationResult:
+def validate(
+    net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Recipe, *, forced: bool = False
+) -> ValidationResult:
     """Translate the dev set, or an even selection of it, and score it for the target language.
 
-    It draws no random numbers, so that training is not affected.
+    It draws no random numbers, so that training is not affected. With `forced`, each translation has to be
+    its reference, so that it takes as long as a good one.
     """
     sources, references = _select(data, recipe.validation.sentences)
     if not sources:
         return ValidationResult()
     longest = int(data.split("train").lengths("source.ids").max())
-    translations = _translate(net, tokenizer, sources, longest=longest, beam=recipe.validation.beam)
+    translations = _translate(
+        net,
+        tokenizer,
+        sources,
+        prefixes=references if forced else None,
+        longest=longest,
+        beam=recipe.validation.beam,
+    )
     scored = score(
         translations,
         [references],
@@ -50,15 +60,25 @@ def validate(net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Reci
 
 
 def _translate(
-    net: Seq2Seq, tokenizer: Tokenizer, sources: list[str], *, longest: int, beam: int
+    net: Seq2Seq,
+    tokenizer: Tokenizer,
+    sources: list[str],
+    *,
+    prefixes: list[str] | None,
+    longest: int,
+    beam: int,
 ) -> list[str]:
     # Training fills the memory of a GPU, and the engine `captured` would need more of it.
     options = TranslateOptions(
-        search="beam" if beam > 1 else "greedy", beam=beam, runs="direct", batch=Batching().sentences
+        search="beam" if beam > 1 else "greedy",
+        beam=beam,
+        max_length=0 if prefixes is None else 1,  # beside the prefix
+        runs="direct",
+        batch=Batching().sentences,
     )
     with torch.inference_mode():
         translator = Translator(net, tokenizer, longest=longest, options=options)
-        return [translation.text for translation in translator.translate(sources)]
+        return [translation.text for translation in translator.translate(sources, prefixes=prefixes)]
 
 
 def _select(data: PreparedSet, count: int) -> tuple[list[str], list[str]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,8 +39,13 @@ class ValidationResult:
     has_metric: bool = False  # whether the first score is that of validation.metric
 
 
-# Translates the dev set with a network and scores the translations.
-TranslateDevSet = Callable[[Seq2Seq, Tokenizer, PreparedSet, Recipe], ValidationResult]
+class TranslateDevSet(Protocol):
+    """Translates the dev set with a network and scores the translations."""
+
+    def __call__(
+        self, net: Seq2Seq, tokenizer: Tokenizer, data: PreparedSet, recipe: Recipe, *, forced: bool = False
+    ) -> ValidationResult:
+        """With `forced`, each translation has to be its reference, so that it takes as long as a good one."""
 
 
 class DevLoss(NamedTuple):
@@ -85,7 +89,7 @@ class Validator:
     def estimate_seconds(self) -> float | None:
         """How long a validation of a trained network takes, from a part of one with the current weights.
 
-        Random weights generate translations of any length; so the time is measured for each generated token.
+        Random weights generate translations of any length; so the references are generated.
         None if that does not fit into memory.
         """
         try:
@@ -110,16 +114,12 @@ class Validator:
         recipe = self.state.recipe
         if not self.translate or not recipe.validation.sentences:
             return 0.0
-        count = min(TIMED_SENTENCES, recipe.validation.sentences)
-        short = replace(recipe, validation=replace(recipe.validation, sentences=count, samples=count))
-        began = time.perf_counter()
-        found = self.translate(full_network(self.state), self.tokenizer, self.batches.data, short)
-        seconds = time.perf_counter() - began
-        side = self.tokenizer.target
-        generated = sum(len(side.encode([sample["translation"]])[0]) + 1 for sample in found.samples)
-        expected = float(self.batches.target_lengths.mean()) + 1
         sentences = min(recipe.validation.sentences, len(self.batches.split))
-        return seconds * expected * sentences / max(generated, 1)
+        count = min(TIMED_SENTENCES, sentences)
+        short = replace(recipe, validation=replace(recipe.validation, sentences=count, samples=0))
+        began = time.perf_counter()
+        self.translate(full_network(self.state), self.tokenizer, self.batches.data, short, forced=True)
+        return (time.perf_counter() - began) * sentences / count
 
     def _loss(self) -> DevLoss | None:
         """The loss, or None where it does not fit into memory."""
